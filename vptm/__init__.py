@@ -1,0 +1,52 @@
+"""Visual prompt learning as masked visual token modelling.
+
+Public names load on first use, so `import vptm` costs nothing until a model is built. Importing vptm after timm (or touching
+`vptm.PromptedBEiT`) registers `vptm_beitv2_base_patch16_224` and its siblings with `timm.create_model`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "PromptedBEiT": "prompted_beit",
+    "check": "equality",
+    "load_backbone": "checkpoints",
+    "weight_hash": "checkpoints",
+    "PrototypicalVerbalizer": "verbalizers",
+    "LinearVerbalizer": "verbalizers",
+    "PromptBank": "prompts",
+    "save_adapter": "adapters",
+    "load_adapter": "adapters",
+    "load_data": "data",
+    "few_shot": "data",
+    "transforms": "data",
+    "fit": "training",
+    "evaluate": "training",
+}
+__all__ = [*_HOME, "__version__"]
+
+if TYPE_CHECKING:
+    from .adapters import load_adapter, save_adapter
+    from .checkpoints import load_backbone, weight_hash
+    from .data import few_shot, load_data, transforms
+    from .equality import check
+    from .prompted_beit import PromptedBEiT
+    from .prompts import PromptBank
+    from .training import evaluate, fit
+    from .verbalizers import LinearVerbalizer, PrototypicalVerbalizer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vptm' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
