@@ -1,0 +1,25 @@
+"""Test set-up: one thread, Triton's interpreter where there is no GPU, a bounded number of property-test examples."""
+
+import importlib.util
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+# Triton reads TRITON_INTERPRET when it is first imported, so this must stand before anything that imports it.
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    from interpreter import install
+
+    install()
+
+_HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("default", max_examples=25, deadline=None, suppress_health_check=_HEALTH)
+settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, suppress_health_check=_HEALTH)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
