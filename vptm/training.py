@@ -1,0 +1,641 @@
+"""Training and evaluation with plain DataLoaders; a run folder survives a kill at any moment and resumes bitwise."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import io
+import json
+import platform
+import random
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from . import __version__
+from .adapters import CONFIG_FILE, TENSORS_FILE, save_adapter, write_atomically
+from .data import dataset_labels
+from .prompted_beit import PromptedBEiT
+
+SCHEDULES = ("cosine", "tanh", "none")
+STATE_FILE, METRICS_FILE, CURVES_FILE, RUN_FILE = "state.pt", "metrics.csv", "curves.png", "run.json"
+RUN_FILES = (TENSORS_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, CURVES_FILE, RUN_FILE)
+METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
+_STATE_VERSION = 1
+_STEPS_PER_CHECK = 50
+
+
+@dataclass
+class FitResult:
+    """What `fit` did. The model holds the state of `best_epoch` (0: as it was given) when `fit` returns.
+
+    `history` has one mapping per finished epoch with the columns of `metrics.csv`; accuracies are shares in 0..1.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_val_accuracy: float | None = None
+    interrupted: bool = False
+    run_dir: Path | None = None
+
+
+def fit(
+    model: PromptedBEiT,
+    train: DataLoader[Any],
+    val: DataLoader[Any] | None = None,
+    *,
+    epochs: int,
+    lr: float,
+    weight_decay: float = 0.0,
+    optimizer: str = "adamw",
+    schedule: str = "cosine",
+    warmup_epochs: int = 0,
+    label_smoothing: float = 0.0,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    info: Mapping[str, Any] | None = None,
+) -> FitResult:
+    """Train what `model` leaves unfrozen by cross-entropy and keep the epoch that is best on `val`.
+
+    Best is the highest validation accuracy, then the lowest validation loss, then the earliest; without `val` it is the
+    last epoch. Optimiser and per-step learning-rate schedule (from `lr` to 0) come from timm, with
+    `model.no_weight_decay()` respected.
+
+    torch's, numpy's and Python's global generators, and those of the loaders, are seeded from (seed, epoch) at the
+    start of every epoch and put back at the end, so a resumed run equals an uninterrupted one bitwise on one machine.
+    Loaders with `persistent_workers=True` keep generators of their own and do not have this property.
+
+    Args:
+        model: see `vptm.PromptedBEiT`; trained in place.
+        train, val: yield (images (B, C, H, W) float, labels (B,) integers in 0..K-1).
+        epochs: number of passes over `train`.
+        lr: peak learning rate.
+        weight_decay: for matrices; vectors and `no_weight_decay()` have none.
+        optimizer: a timm optimiser name.
+        schedule: "cosine", "tanh" or "none".
+        warmup_epochs: linear warm-up from 1 % of `lr`, part of `epochs`.
+        label_smoothing: of the cross-entropy, in [0, 1).
+        run_dir: folder for the adapter, `metrics.csv`, `curves.png`, `run.json` and the state to resume from; every
+            file is replaced by a rename at the end of an epoch. None writes nothing.
+        resume: continue the run in `run_dir`; every argument that changes the result must be as it was.
+        overwrite: replace the run in `run_dir`; files of other names stay.
+        seed: of data order, augmentation and dropout.
+        device: where to train; None stays on the model's device.
+        progress: a progress bar and a line per epoch on stderr.
+        info: JSON-able facts to add to `run.json`.
+
+    Returns:
+        A `FitResult`; after Ctrl-C it has `interrupted=True` and the run folder is complete and can be resumed.
+
+    Raises:
+        ValueError: an argument out of range, labels outside 0..K-1, an existing run folder, nothing to resume, or a
+            folder that cannot be written; all before anything is trained.
+        FloatingPointError: the loss became NaN or infinite; the run folder keeps the best epoch before.
+
+    Example:
+        >>> model = PromptedBEiT("builtin", num_classes=10)
+        >>> images = torch.utils.data.TensorDataset(torch.randn(20, 1, 28, 28), torch.arange(20) % 10)
+        >>> fit(model, DataLoader(images, batch_size=10, shuffle=True), epochs=1, lr=1e-3, progress=False).best_epoch
+        1
+    """
+    _check_arguments(train, val, epochs, lr, weight_decay, optimizer, schedule, warmup_epochs, label_smoothing)
+    if device is not None:
+        model.to(device)
+    parameters = list(model.trainable_parameters())
+    if not parameters:
+        raise ValueError("model must have trainable parameters, all of them are frozen")
+    labels = _check_labels(train, model.num_classes, "train")
+    if val is not None:
+        _check_labels(val, model.num_classes, "val")
+    settings = {
+        "epochs": epochs,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "warmup_epochs": warmup_epochs,
+        "label_smoothing": label_smoothing,
+        "seed": seed,
+    }
+    identity = {
+        **settings,
+        **{f"model.{name}": value for name, value in model.config.items()},
+        "backbone": model.weight_hash(),
+        "batches": len(train),
+        "batch_size": train.batch_size or 0,
+        "train labels": hashlib.sha256(labels.tobytes()).hexdigest() if labels is not None else "unknown",
+    }
+    optimiser = create_optimizer_v2(model, opt=optimizer, lr=lr, weight_decay=weight_decay)
+    scheduler, _ = create_scheduler_v2(
+        optimiser,
+        sched=schedule,
+        num_epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        warmup_lr=lr / 100,
+        min_lr=0.0,
+        step_on_epochs=False,
+        updates_per_epoch=len(train),
+    )
+
+    folder = None if run_dir is None else Path(run_dir)
+    state = None
+    if folder is None:
+        if resume:
+            raise ValueError("resume=True needs run_dir, the folder of the run to continue")
+    else:
+        state = prepare_run_folder(folder, resume=resume, overwrite=overwrite)
+        if state is not None:
+            _check_identity(state["identity"], identity, folder)
+    run = _Run(model, optimiser, identity, folder)
+    if state is not None:
+        run.restore(state)
+    elif folder is not None:
+        _write_run_file(folder, {**_environment(), "seed": seed, "arguments": settings, **(info or {})})
+        run.write()
+
+    result = FitResult(run_dir=folder)
+    with _generators_kept(train, val), _Progress(progress, epochs, run.epoch, len(train)) as bar:
+        try:
+            for epoch in range(run.epoch + 1, epochs + 1):
+                started = time.perf_counter()
+                _seed_everything(seed, epoch, train, val)
+                train_loss, train_accuracy = _train_epoch(
+                    model, train, optimiser, scheduler, label_smoothing, epoch, bar
+                )
+                scores = None if val is None else evaluate(model, val)
+                run.finish_epoch(
+                    {
+                        "epoch": epoch,
+                        "lr": optimiser.param_groups[0]["lr"],
+                        "train_loss": train_loss,
+                        "train_accuracy": train_accuracy,
+                        "val_loss": None if scores is None else scores["loss"],
+                        "val_accuracy": None if scores is None else scores["accuracy"],
+                        "seconds": round(time.perf_counter() - started, 3),
+                    }
+                )
+                bar.epoch(run.history[-1])
+        except KeyboardInterrupt:
+            result.interrupted = True
+            run.catch_up()
+        except FloatingPointError:
+            model.load_learned_state_dict(run.best_state)
+            raise
+    model.load_learned_state_dict(run.best_state)
+    model.eval()
+    if folder is not None and run.history:
+        plot_curves(run.history, folder / CURVES_FILE)
+    result.history, result.best_epoch = run.history, run.best_epoch
+    result.best_val_accuracy = run.best_score[0] if run.best_score is not None else None
+    return result
+
+
+@torch.no_grad()
+def evaluate(
+    model: PromptedBEiT, loader: DataLoader[Any], *, device: str | torch.device | None = None, confusion: bool = False
+) -> dict[str, Any]:
+    """Accuracy and mean cross-entropy of `model` on `loader`, in eval mode; the model's mode is put back.
+
+    Args:
+        model: gives (B, K) scores.
+        loader: yields (images, labels); labels in 0..K-1.
+        device: where to run; None stays on the model's device.
+        confusion: also return the counts (K, K), row = label, column = prediction.
+
+    Returns:
+        `accuracy` (share in 0..1), `loss`, `n`, `per_class` (K shares, None for a class without images) and, when
+        asked for, `confusion` as nested lists.
+
+    Raises:
+        ValueError: no images, or a label outside 0..K-1.
+    """
+    if device is not None:
+        model.to(device)
+    place = next(model.parameters()).device
+    classes = model.num_classes
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    total = torch.zeros((), dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    try:
+        for images, labels in loader:
+            _check_batch_labels(labels, classes)
+            scores = model(images.to(place)).float().cpu()
+            labels = labels.cpu().long()
+            total += F.cross_entropy(scores, labels, reduction="sum").double()
+            counts += torch.bincount(labels * classes + scores.argmax(1), minlength=classes**2).view(classes, classes)
+    finally:
+        model.train(was_training)
+    n = int(counts.sum())
+    if n == 0:
+        raise ValueError("loader must yield at least one image, it is empty")
+    per_class = [int(row[k]) / int(row.sum()) if int(row.sum()) else None for k, row in enumerate(counts)]
+    result = {"accuracy": int(counts.trace()) / n, "loss": float(total) / n, "n": n, "per_class": per_class}
+    if confusion:
+        result["confusion"] = counts.tolist()
+    return result
+
+
+def _train_epoch(
+    model: PromptedBEiT,
+    loader: DataLoader[Any],
+    optimiser: torch.optim.Optimizer,
+    scheduler: Any,
+    label_smoothing: float,
+    epoch: int,
+    bar: _Progress,
+) -> tuple[float, float]:
+    place = next(model.parameters()).device
+    model.train()
+    losses: list[Tensor] = []
+    correct = torch.zeros((), dtype=torch.int64, device=place)
+    summed, seen = 0.0, 0
+    weights: list[int] = []
+    for step, (images, labels) in enumerate(loader):
+        _check_batch_labels(labels, model.num_classes)
+        images, labels = images.to(place), labels.to(place).long()
+        if scheduler is not None:
+            scheduler.step_update((epoch - 1) * len(loader) + step)
+        scores = model(images)
+        loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.detach())
+        weights.append(len(labels))
+        correct += (scores.detach().argmax(1) == labels).sum()
+        bar.step()
+        if len(losses) == _STEPS_PER_CHECK or step + 1 == len(loader):
+            # one transfer for many steps: reading every loss would stall a GPU
+            values = torch.stack(losses).double().cpu()
+            if not torch.isfinite(values).all():
+                first = int((~torch.isfinite(values)).nonzero()[0])
+                raise FloatingPointError(
+                    f"loss became {values[first].item()} at epoch {epoch}, step {step + 2 - len(losses) + first} "
+                    f"with lr {optimiser.param_groups[0]['lr']:.3g}: use a lower lr or look for extreme pixel values"
+                )
+            summed += float((values * torch.tensor(weights, dtype=torch.float64)).sum())
+            seen += sum(weights)
+            losses, weights = [], []
+    if seen == 0:
+        raise ValueError("train must yield at least one batch, it is empty")
+    return summed / seen, int(correct) / seen
+
+
+class _Run:
+    """Progress of one training run, in memory and in its folder."""
+
+    def __init__(
+        self,
+        model: PromptedBEiT,
+        optimiser: torch.optim.Optimizer,
+        identity: dict[str, Any],
+        folder: Path | None,
+    ) -> None:
+        self.model, self.optimiser, self.identity, self.folder = model, optimiser, identity, folder
+        self.epoch = self.written = self.best_epoch = 0
+        self.best_score: tuple[float, float] | None = None
+        self.best_state = self._learned()
+        self.history: list[dict[str, Any]] = []
+
+    def _learned(self) -> dict[str, Tensor]:
+        return {name: tensor.cpu().clone() for name, tensor in self.model.learned_state_dict().items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_learned_state_dict(state["learned"])
+        self.optimiser.load_state_dict(state["optimizer"])
+        self.epoch, self.best_epoch = state["epoch"], state["best_epoch"]
+        self.best_score = None if state["best_score"] is None else tuple(state["best_score"])
+        self.best_state, self.history = state["best"], state["history"]
+        self._write_files()
+
+    def finish_epoch(self, row: dict[str, Any]) -> None:
+        score = None if row["val_accuracy"] is None else (row["val_accuracy"], -row["val_loss"])
+        if score is None or self.best_score is None or score > self.best_score:
+            self.best_epoch, self.best_score, self.best_state = row["epoch"], score, self._learned()
+        self.epoch, self.history = row["epoch"], [*self.history, row]
+        self.write()
+
+    def catch_up(self) -> None:
+        """Write an epoch that was finished when Ctrl-C came, and was not yet on disk."""
+        if self.epoch > self.written:
+            self.write()
+
+    def write(self) -> None:
+        """The state first: the other files follow from it, and a resume writes them again."""
+        if self.folder is None:
+            return
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "version": _STATE_VERSION,
+                "identity": self.identity,
+                "epoch": self.epoch,
+                "learned": self._learned(),
+                "optimizer": self.optimiser.state_dict(),
+                "best": self.best_state,
+                "best_epoch": self.best_epoch,
+                "best_score": None if self.best_score is None else list(self.best_score),
+                "history": self.history,
+            },
+            buffer,
+        )
+        write_atomically(self.folder / STATE_FILE, buffer.getvalue())
+        self._write_files()
+        self.written = self.epoch
+
+    def _write_files(self) -> None:
+        assert self.folder is not None
+        text = io.StringIO()
+        writer = csv.DictWriter(text, METRICS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_atomically(self.folder / METRICS_FILE, text.getvalue().encode())
+        if self.epoch in (0, self.best_epoch) or not (self.folder / TENSORS_FILE).is_file():
+            self._save_best()
+
+    def _save_best(self) -> None:
+        assert self.folder is not None
+        current = self._learned()
+        self.model.load_learned_state_dict(self.best_state)
+        try:
+            extra = {"epoch": self.best_epoch, "val_accuracy": None if self.best_score is None else self.best_score[0]}
+            save_adapter(self.model, self.folder, extra=extra)
+        finally:
+            self.model.load_learned_state_dict(current)
+
+
+def prepare_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
+    """Make `folder` ready for a run and return the state to resume from, or None for a fresh run.
+
+    Raises:
+        ValueError: it holds files and neither `resume` nor `overwrite` was given, both were, there is nothing to
+            resume, its state is damaged, or it cannot be written. Nothing is deleted then.
+    """
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other, both were given")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run folder must be a folder, {folder} is a file")
+    leftovers: list[Path] = []
+    others: list[Path] = []
+    if folder.is_dir():
+        for path in folder.iterdir():
+            (leftovers if path.name.startswith(".") and path.suffix == ".tmp" else others).append(path)
+    state = None
+    if resume:
+        if not (folder / RUN_FILE).is_file():
+            raise ValueError(f"nothing to resume: {folder} has no {RUN_FILE}")
+        # a kill before the first state was written leaves run.json alone: the run starts again
+        if (folder / STATE_FILE).is_file():
+            state = _read_state(folder / STATE_FILE)
+    elif others and not overwrite:
+        raise ValueError(f"run folder {folder} exists and is not empty: pass resume, overwrite or another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe.tmp"
+        probe.touch()
+        probe.unlink()
+        for path in leftovers:
+            path.unlink(missing_ok=True)
+        if overwrite:
+            for name in RUN_FILES:
+                (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"run folder {folder} cannot be written: {error.strerror}") from None
+    return state
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated archives, foreign files and pickled code raise many kinds
+        raise ValueError(f"{path} is not a training state of vptm: {type(error).__name__}; use overwrite") from None
+    if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
+        raise ValueError(f"{path} must be a training state of version {_STATE_VERSION}, use overwrite to start again")
+    return state
+
+
+def _check_identity(stored: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
+    for name, value in given.items():
+        if stored.get(name) != value:
+            raise ValueError(f"cannot resume {folder}: {name} was {stored.get(name)!r}, now {value!r}")
+
+
+def update_run_file(folder: Path, **facts: Any) -> None:
+    """Add facts, such as the test result, to a run's `run.json`."""
+    stored = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    _write_run_file(folder, {**stored, **facts})
+
+
+def _write_run_file(folder: Path, content: dict[str, Any]) -> None:
+    write_atomically(folder / RUN_FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of what a result depends on; None where a package is not installed."""
+    found: dict[str, str | None] = {"vptm": __version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "timm", "numpy", "safetensors", "scikit-learn", "pillow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _environment() -> dict[str, Any]:
+    return {"command": shlex.join(sys.argv), "versions": package_versions(), "platform": platform.platform()}
+
+
+def _check_arguments(
+    train: Any,
+    val: Any,
+    epochs: int,
+    lr: float,
+    weight_decay: float,
+    optimizer: str,
+    schedule: str,
+    warmup_epochs: int,
+    label_smoothing: float,
+) -> None:
+    for name, loader in (("train", train), ("val", val)):
+        if not isinstance(loader, DataLoader) and not (name == "val" and loader is None):
+            raise TypeError(f"{name} must be a torch DataLoader, got {type(loader).__name__}")
+    for name, value in (("epochs", epochs), ("warmup_epochs", warmup_epochs)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be >= 1, got {epochs}")
+    if not 0 <= warmup_epochs < epochs:
+        raise ValueError(f"warmup_epochs must be >= 0 and < epochs={epochs}, got {warmup_epochs}")
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr must be finite and > 0, got {lr}")
+    if not 0 <= weight_decay < float("inf"):
+        raise ValueError(f"weight_decay must be finite and >= 0, got {weight_decay}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    known: list[str] = [str(name) for name in list_optimizers()]
+    for argument, choice, names, among in (
+        ("schedule", schedule, list(SCHEDULES), f"one of {', '.join(SCHEDULES)}"),
+        ("optimizer", optimizer, known, "one of timm.optim.list_optimizers()"),
+    ):
+        if choice not in names:
+            near = difflib.get_close_matches(str(choice), names, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{argument} must be {among}, got {choice!r}{hint}")
+
+
+def _check_labels(loader: DataLoader[Any], classes: int, name: str) -> np.ndarray | None:
+    """Labels of the loader's data set, checked; a data set that does not carry them is read once. None: a stream."""
+    dataset: Any = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        return None
+    labels = dataset_labels(dataset)
+    if labels is None:
+        labels = np.array([int(dataset[index][1]) for index in range(len(dataset))], dtype=np.int64)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(f"{name} labels must be (N,) integers, got shape {labels.shape} of {labels.dtype}")
+    if len(labels) == 0:
+        raise ValueError(f"{name} must hold at least one image, it is empty")
+    bad = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(bad):
+        raise ValueError(f"{name} labels must be in 0..{classes - 1}, got {labels[bad[0]]} at index {bad[0]}")
+    return labels.astype(np.int64)
+
+
+def _check_batch_labels(labels: Tensor, classes: int) -> None:
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        bad = int(((labels < 0) | (labels >= classes)).nonzero()[0])
+        raise ValueError(f"labels must be in 0..{classes - 1}, got {int(labels[bad])} at row {bad} of a batch")
+
+
+def _loader_generators(*loaders: DataLoader[Any] | None) -> list[torch.Generator]:
+    found: list[torch.Generator] = []
+    for loader in loaders:
+        for owner in (loader, getattr(loader, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if generator is not None and all(generator is not other for other in found):
+                found.append(generator)
+    return found
+
+
+def _seed_everything(seed: int, epoch: int, train: DataLoader[Any], val: DataLoader[Any] | None) -> None:
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+    for generator in _loader_generators(train, val):
+        generator.manual_seed(mixed)
+    if hasattr(train.sampler, "set_epoch"):
+        train.sampler.set_epoch(epoch)
+
+
+@contextmanager
+def _generators_kept(train: DataLoader[Any], val: DataLoader[Any] | None) -> Iterator[None]:
+    """Put every generator that `_seed_everything` seeds back as it was."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    own = [(generator, generator.get_state()) for generator in _loader_generators(train, val)]
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        for generator, state in own:
+            generator.set_state(state)
+
+
+class _Progress:
+    """A bar with the time left and one line per epoch, on stderr."""
+
+    def __init__(self, shown: bool, epochs: int, done: int, steps: int) -> None:
+        self.shown, self.epochs = shown, epochs
+        if shown:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("steps, left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True, highlight=False, soft_wrap=True),
+                transient=True,
+            )
+            self.task = self.bar.add_task("training", total=epochs * steps, completed=done * steps)
+
+    def __enter__(self) -> _Progress:
+        if self.shown:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown:
+            self.bar.stop()
+
+    def step(self) -> None:
+        if self.shown:
+            self.bar.advance(self.task)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        if not self.shown:
+            return
+        val = "" if row["val_accuracy"] is None else f"  val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.1%}"
+        width = len(str(self.epochs))
+        self.bar.console.print(
+            f"epoch {row['epoch']:{width}d}/{self.epochs}  train loss {row['train_loss']:.4f} "
+            f"acc {row['train_accuracy']:.1%}{val}  {row['seconds']:.1f} s"
+        )
+
+
+def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
+    """Loss and accuracy by epoch, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    epochs = [row["epoch"] for row in history]
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy")):
+        for part, colour in (("train", "#1f6f8b"), ("val", "#c8553d")):
+            values = [row[f"{part}_{quantity}"] for row in history]
+            if values[-1] is not None:
+                axes.plot(
+                    epochs, values, color=colour, marker="o" if len(epochs) < 30 else "", markersize=3, label=part
+                )
+        axes.set(xlabel="epoch", ylabel=quantity)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if quantity == "accuracy":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.set_ylim(0, 1)
+        else:
+            axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    canvas.print_figure(buffer, dpi=130, format="png")
+    write_atomically(path, buffer.getvalue())
