@@ -17,7 +17,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         'triton; platform_system=="Linux"',
-        "timm>=1.0.30",
+        "timm>=1.0.31",
         "einops>=0.8",
         "numpy",
         "safetensors>=0.4",
