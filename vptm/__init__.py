@@ -1,11 +1,12 @@
 """Visual prompt learning as masked visual token modelling.
 
-Public names load on first use, so `import vptm` costs nothing until a model is built. Importing vptm after timm (or touching
-`vptm.PromptedBEiT`) registers `vptm_beitv2_base_patch16_224` and its siblings with `timm.create_model`.
+Public names load on first use, so `import vptm` costs nothing until a model is built. Importing vptm after timm (or
+touching `vptm.PromptedBEiT`) registers `vptm_beitv2_base_patch16_224` and its siblings with `timm.create_model`.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,23 @@ _HOME = {
     "fit": "training",
     "evaluate": "training",
 }
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "LinearVerbalizer",
+    "PromptBank",
+    "PromptedBEiT",
+    "PrototypicalVerbalizer",
+    "__version__",
+    "check",
+    "evaluate",
+    "few_shot",
+    "fit",
+    "load_adapter",
+    "load_backbone",
+    "load_data",
+    "save_adapter",
+    "transforms",
+    "weight_hash",
+]
 
 if TYPE_CHECKING:
     from .adapters import load_adapter, save_adapter
@@ -50,3 +67,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if "timm" in sys.modules:  # timm is paid for already, so its registry can learn our names at once
+    import_module(".prompted_beit", __name__)

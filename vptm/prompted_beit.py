@@ -1,0 +1,475 @@
+"""PromptedBEiT: a frozen, pre-trained BEiT that learns new labels through a few prompts and a verbalizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import register_model
+from timm.models.beit import Beit
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .checkpoints import LoadReport, load_backbone, weight_hash
+from .position_bias import extended_index, parse_extra_bias
+from .prompts import PromptBank
+from .reference import reference_features
+from .verbalizers import LinearVerbalizer, PrototypicalVerbalizer
+
+PROMPT_LOCATIONS = ("after_cls", "after_mask", "before_mask", "end")
+READOUTS = ("mask", "cls", "mean")
+MASK_MODES = ("insert", "replace")
+VERBALIZERS = ("prototypical", "linear")
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+MASKED_MODELLING_WEIGHTS = (
+    "masked-modelling weights such as beitv2_base_patch16_224_pt1k.pth "
+    "or the Hugging Face id microsoft/beit-base-patch16-224-pt22k"
+)
+
+
+def _one_of(argument: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=None if bias is None else bias.to(query.dtype))
+
+
+class PromptedBEiT(nn.Module):
+    """A frozen BEiT with learned prompts, read at a mask token, and a verbalizer from visual tokens to labels.
+
+    VPTM (arXiv:2303.04998): prompts and a mask token join the patches, the model predicts the visual token at the mask
+    as it did in pre-training, and a prototypical verbalizer maps that prediction to labels. The method text is not
+    public; the defaults are a reconstruction and each open choice is an argument. With `readout="cls",
+    verbalizer="linear", token_activation="hidden"` this is VPT (arXiv:2203.12119) on BEiT.
+
+    Everything is frozen but `prompts` and `verbalizer` (and what `train_*` and `extra_bias="learned"` add); the frozen
+    backbone stays in eval mode under `model.train()`.
+
+    Args:
+        source: unilm `.pth`, safetensors file, Hugging Face folder or id, timm name, timm `Beit` instance (used as it
+            is, and frozen) or "builtin". See `vptm.load_backbone`.
+        num_classes: K.
+        prompt_length: prompts per layer P, 0 allowed.
+        prompt_mode: "shallow", "deep" or "progressive", see `vptm.PromptBank`.
+        prompt_location: row order "after_cls" [c,P,m,x], "after_mask" [c,m,P,x], "before_mask" [c,P,x,m] or "end"
+            [c,x,P,m]. With relative position bias alone the order cannot change the function, as attention is
+            permutation-equivariant.
+        prompt_dropout: per-sample prompt dropout in training.
+        progressive_alpha: alpha of progressive prompts.
+        readout: row the head reads: "mask", "cls", or "mean" over the patch rows.
+        mask_mode: "insert" an extra mask row, or "replace" the patch at the centre (at (y, x) with
+            `extra_bias="grid:y,x"`).
+        train_mask_token, train_lm_head: also learn the mask token or the token head.
+        verbalizer: "prototypical" or "linear".
+        prototype_dim: d of the prototypes, None for no projection.
+        token_activation: what the verbalizer reads: "hidden", "logits", "softmax" or "log_softmax".
+        projection_bias: bias in the prototype projection.
+        temperature: fixed value, or None to learn it from 0.1.
+        extra_bias: position bias of prompts and an inserted mask row: "zero", "cls", "neutral", "grid:y,x" or "learned"
+            (a parameter `prompt_bias` (L, 2, H, P): added to prompt columns in class and mask rows, and in patch rows).
+        vocab_size: tokens of a fresh token head, used only where the source brings neither trained weights nor a head.
+        img_size: pixels, int or (height, width); None keeps the source's. Position bias is resized by timm's rule.
+        pretrained: for timm names, load timm's weights (classification weights: they have no mask token or token head).
+        impl: "auto", "triton", "torch" or "reference".
+
+    Raises:
+        ValueError: an argument outside its set, or weights without what the read-out or verbalizer needs.
+        FileNotFoundError: a path that does not exist.
+
+    Example:
+        >>> model = PromptedBEiT("builtin", num_classes=10)
+        >>> model(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+
+    prompts: PromptBank
+    bias_index: Tensor
+    row_order: Tensor
+
+    def __init__(
+        self,
+        source: str | Path | Beit,
+        num_classes: int,
+        *,
+        prompt_length: int = 10,
+        prompt_mode: str = "shallow",
+        prompt_location: str = "after_cls",
+        prompt_dropout: float = 0.0,
+        progressive_alpha: float = 0.01,
+        readout: str = "mask",
+        mask_mode: str = "insert",
+        train_mask_token: bool = False,
+        train_lm_head: bool = False,
+        verbalizer: str = "prototypical",
+        prototype_dim: int | None = 128,
+        token_activation: str = "logits",
+        projection_bias: bool = False,
+        temperature: float | None = None,
+        extra_bias: str = "zero",
+        vocab_size: int = 8192,
+        img_size: int | tuple[int, int] | None = None,
+        pretrained: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        _one_of("prompt_location", prompt_location, PROMPT_LOCATIONS)
+        _one_of("readout", readout, READOUTS)
+        _one_of("mask_mode", mask_mode, MASK_MODES)
+        _one_of("verbalizer", verbalizer, VERBALIZERS)
+        _one_of("impl", impl, IMPLEMENTATIONS)
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
+            raise ValueError(f"vocab_size must be an integer >= 1, got {vocab_size!r}")
+        if train_mask_token and readout != "mask":
+            raise ValueError(f"train_mask_token=True needs readout='mask', got readout={readout!r}")
+        if train_lm_head and token_activation == "hidden":
+            raise ValueError("train_lm_head=True needs a token_activation that reads the token head, got 'hidden'")
+        self.config: dict[str, Any] = {
+            "num_classes": num_classes,
+            "prompt_length": prompt_length,
+            "prompt_mode": prompt_mode,
+            "prompt_location": prompt_location,
+            "prompt_dropout": prompt_dropout,
+            "progressive_alpha": progressive_alpha,
+            "readout": readout,
+            "mask_mode": mask_mode,
+            "train_mask_token": train_mask_token,
+            "train_lm_head": train_lm_head,
+            "verbalizer": verbalizer,
+            "prototype_dim": prototype_dim,
+            "token_activation": token_activation,
+            "projection_bias": projection_bias,
+            "temperature": temperature,
+            "extra_bias": extra_bias,
+            "vocab_size": vocab_size,
+            "img_size": list(img_size) if isinstance(img_size, tuple) else img_size,
+            "pretrained": pretrained,
+        }
+        self.num_classes = num_classes
+        self.readout = readout
+        self.mask_mode = mask_mode
+        self.prompt_location = prompt_location
+        self.extra_bias = extra_bias
+        self.impl = impl
+        self.class_names: list[str] | None = None
+
+        loaded = load_backbone(source, img_size=img_size, pretrained=pretrained)
+        self.source = None if isinstance(source, Beit) else str(source)
+        self.report: LoadReport = loaded.report
+        self.default_cfg: dict[str, Any] = loaded.default_cfg
+        self.backbone = loaded.backbone
+        self.num_features = width = self.backbone.embed_dim
+        self._frozen = True
+
+        mask_token, lm_head = loaded.mask_token, loaded.lm_head
+        fresh = []
+        if readout == "mask" and mask_token is None:
+            if loaded.pretrained:
+                raise ValueError(
+                    f"readout='mask' needs a mask token, {source} has none: expected {MASKED_MODELLING_WEIGHTS}"
+                )
+            mask_token = nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02)
+            fresh.append("mask token")
+        if token_activation != "hidden" and lm_head is None:
+            if loaded.pretrained:
+                raise ValueError(
+                    f"token_activation={token_activation!r} needs a visual-token head, {source} has none: "
+                    f"expected {MASKED_MODELLING_WEIGHTS}"
+                )
+            lm_head = nn.Linear(width, vocab_size)
+            nn.init.trunc_normal_(lm_head.weight, std=0.02)
+            nn.init.zeros_(lm_head.bias)
+            fresh.append(f"token head of {vocab_size} tokens")
+        if fresh:
+            warnings.warn(
+                f"{self.report.source} brings no masked-modelling weights: "
+                f"made a random {' and a random '.join(fresh)}; "
+                f"for real use load {MASKED_MODELLING_WEIGHTS}",
+                stacklevel=2,
+            )
+        self.mask_token = None if mask_token is None else nn.Parameter(mask_token.detach().clone())
+        self.lm_head = lm_head
+
+        self.num_patches: int = self.backbone.patch_embed.num_patches
+        window = tuple(self.backbone.patch_embed.grid_size)
+        bias_mode, grid = parse_extra_bias(extra_bias, window)
+        self.has_mask_row = readout == "mask" and mask_mode == "insert"
+        self.grid_position = None if grid is None else grid[0] * window[1] + grid[1]
+        self.replaced_patch: int | None = None
+        if readout == "mask" and mask_mode == "replace":
+            centre = (window[0] // 2) * window[1] + window[1] // 2
+            self.replaced_patch = centre if self.grid_position is None else self.grid_position
+        self._check_bias_source(bias_mode)
+
+        patch_values = self.backbone.patch_embed.proj.weight[0].numel()
+        self.prompts = PromptBank(
+            len(self.backbone.blocks),
+            prompt_length,
+            width,
+            mode=prompt_mode,
+            patch_values=patch_values,
+            dropout=prompt_dropout,
+            alpha=progressive_alpha,
+        )
+        self.num_rows = 1 + self.num_patches + int(self.has_mask_row) + prompt_length
+        index = extended_index(window, prompts=prompt_length, mask=self.has_mask_row, mode=bias_mode, grid=grid)
+        self.register_buffer("bias_index", index, persistent=False)
+        self.register_buffer("row_order", self._row_order(), persistent=False)
+        self.prompt_bias: nn.Parameter | None = None
+        if bias_mode == "learned":
+            heads = self.backbone.blocks[0].attn.num_heads
+            self.prompt_bias = nn.Parameter(torch.zeros(len(self.backbone.blocks), 2, heads, prompt_length))
+        self.verbalizer = self._make_verbalizer(num_classes)
+        self._freeze()
+        self._weight_hash = weight_hash(self._frozen_state())
+        self.train(self.training)
+
+    def _check_bias_source(self, mode: str) -> None:
+        backbone = self.backbone
+        has_table = (
+            backbone.rel_pos_bias is not None or backbone.blocks[0].attn.relative_position_bias_table is not None
+        )
+        if mode in ("cls", "neutral") and not has_table:
+            raise ValueError(
+                f"extra_bias={mode!r} reads a relative position bias table, this backbone has none: "
+                "use 'zero' or 'learned'"
+            )
+        if mode == "grid" and not (has_table or backbone.pos_embed is not None):
+            raise ValueError(
+                "extra_bias='grid:y,x' needs position bias or position embeddings, this backbone has neither"
+            )
+        if mode == "grid" and self.readout != "mask":
+            raise ValueError(
+                f"extra_bias='grid:y,x' places the mask row, it needs readout='mask', got readout={self.readout!r}"
+            )
+
+    def _row_order(self) -> Tensor:
+        """Which of the rows `[class | patches | mask? | prompts]` stands at each place of the concatenated sequence."""
+        patches_end = 1 + self.num_patches
+        mask_end = patches_end + int(self.has_mask_row)
+        segments = {
+            "class": torch.arange(1),
+            "patches": torch.arange(1, patches_end),
+            "mask": torch.arange(patches_end, mask_end),
+            "prompts": torch.arange(mask_end, self.num_rows),
+        }
+        order = {
+            "after_cls": ("class", "prompts", "mask", "patches"),
+            "after_mask": ("class", "mask", "prompts", "patches"),
+            "before_mask": ("class", "prompts", "patches", "mask"),
+            "end": ("class", "patches", "prompts", "mask"),
+        }[self.prompt_location]
+        return torch.cat([segments[name] for name in order])
+
+    def _make_verbalizer(self, num_classes: int) -> PrototypicalVerbalizer | LinearVerbalizer:
+        activation = self.config["token_activation"]
+        in_features = self.num_features if activation == "hidden" or self.lm_head is None else self.lm_head.out_features
+        if self.config["verbalizer"] == "linear":
+            return LinearVerbalizer(in_features, num_classes, token_activation=activation)
+        return PrototypicalVerbalizer(
+            in_features,
+            num_classes,
+            prototype_dim=self.config["prototype_dim"],
+            token_activation=activation,
+            projection_bias=self.config["projection_bias"],
+            temperature=self.config["temperature"],
+        )
+
+    def _freeze(self) -> None:
+        self.backbone.requires_grad_(False)
+        if self.mask_token is not None:
+            self.mask_token.requires_grad_(self.config["train_mask_token"])
+        if self.lm_head is not None:
+            self.lm_head.requires_grad_(self.config["train_lm_head"])
+
+    def _frozen_state(self) -> dict[str, Tensor]:
+        learned = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if name not in learned and not name.startswith("verbalizer.")
+        }
+
+    def train(self, mode: bool = True) -> PromptedBEiT:
+        """Training mode for prompts and verbalizer; a frozen backbone stays in eval mode."""
+        super().train(mode)
+        if self._frozen:
+            self.backbone.eval()
+        return self
+
+    def unfreeze(self) -> PromptedBEiT:
+        """Make the backbone trainable too (full fine-tuning), and let it follow `train()`."""
+        self._frozen = False
+        self.backbone.requires_grad_(True)
+        return self.train(self.training)
+
+    def _check_images(self, images: Tensor) -> None:
+        height, width = self.backbone.patch_embed.img_size
+        channels = self.backbone.patch_embed.proj.in_channels
+        if images.ndim != 4 or tuple(images.shape[1:]) != (channels, height, width):
+            raise ValueError(f"images must be (B, {channels}, {height}, {width}), got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating point, normalised as vptm.transforms does, got {images.dtype}")
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Rows `[class | patches | mask?]` after the backbone's final norm; prompts never enter what is returned.
+
+        Args:
+            images: (B, channels, height, width), normalised.
+
+        Returns:
+            (B, 1 + N, C), and one more row at the end where a mask row is inserted. With `prompt_length=0` and the CLS
+            read-out this equals `timm.models.beit.Beit.forward_features`.
+        """
+        self._check_images(images)
+        if self.impl == "triton":
+            raise ValueError(
+                "impl='triton' was asked for, but this version of vptm has no Triton encoder: use 'auto' or 'torch'"
+            )
+        if self.impl == "reference":
+            return reference_features(self, images)
+        return reference_features(self, images, attention=_sdpa)
+
+    def _hidden(self, features: Tensor) -> Tensor:
+        if self.readout == "cls":
+            pooled = features[:, 0]
+        elif self.readout == "mean":
+            pooled = features[:, 1 : 1 + self.num_patches].mean(dim=1)
+        elif self.replaced_patch is not None:
+            pooled = features[:, 1 + self.replaced_patch]
+        else:
+            pooled = features[:, 1 + self.num_patches]
+        return self.backbone.fc_norm(pooled)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Class scores (B, K) from `forward_features`; with `pre_logits` the normalised read-out row (B, C).
+
+        Weights that were fine-tuned with mean pooling keep their norm after the pooling (`fc_norm`); it is then used on
+        the row that is read, whichever it is.
+        """
+        hidden = self._hidden(features)
+        return hidden if pre_logits else self.verbalizer(hidden, self.lm_head)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores (B, K), cosine / temperature with the prototypical verbalizer, for normalised images (B,
+        channels, H, W)."""
+        return self.forward_head(self.forward_features(images))
+
+    def predict_tokens(self, images: Tensor) -> Tensor:
+        """Visual-token logits (B, V) at the read-out row."""
+        if self.lm_head is None:
+            raise ValueError(
+                f"predict_tokens needs a visual-token head, {self.report.source} has none: "
+                f"expected {MASKED_MODELLING_WEIGHTS}"
+            )
+        return self.lm_head(self.forward_head(self.forward_features(images), pre_logits=True))
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that training changes."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def print_trainable_parameters(self) -> None:
+        """Print every trained tensor, and the trained share of all parameters."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        trained = 0
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                trained += parameter.numel()
+                print(f"{name:40s} {tuple(parameter.shape)!s:20s} {parameter.numel():>12,}")
+        print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.3f} %)")
+
+    def weight_hash(self) -> str:
+        """Hash of the frozen weights as they were loaded: an adapter fits this model only where the hashes agree."""
+        return self._weight_hash
+
+    def learned_state_dict(self) -> dict[str, Tensor]:
+        """Exactly the tensors that training changes, detached, under their `state_dict` names."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def load_learned_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy tensors saved from `learned_state_dict`; names and shapes must be those of this model.
+
+        Raises:
+            ValueError: a missing, unknown, wrongly shaped or non-finite tensor; nothing is copied then.
+        """
+        own = self.learned_state_dict()
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"learned tensors must be {sorted(own)}, got {sorted(state)}: missing {missing}, unknown {unknown}"
+            )
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
+            if not torch.isfinite(state[name]).all():
+                raise ValueError(f"{name} must be finite, got NaN or infinite values")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    def get_classifier(self) -> nn.Module:
+        """The verbalizer."""
+        return self.verbalizer
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the verbalizer by a fresh one for `num_classes`; the read-out is a constructor argument and stays."""
+        if global_pool is not None:
+            raise ValueError(
+                "global_pool must be None, the read-out is fixed at construction "
+                f"(readout={self.readout!r}), got {global_pool!r}"
+            )
+        reference = self.prompts.weight
+        self.verbalizer = self._make_verbalizer(num_classes).to(device=reference.device, dtype=reference.dtype)
+        self.num_classes = self.config["num_classes"] = num_classes
+        self.class_names = None
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameter names exempt from weight decay: timm's for the backbone, the mask token, prompts and their bias."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()} | {
+            "mask_token",
+            "prompts.weight",
+            "prompt_bias",
+        }
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups for timm's layer-wise learning-rate decay: embeddings, mask token and prompts, blocks, then the
+        head."""
+        return {
+            "stem": r"^backbone\.(?:cls_token|pos_embed|patch_embed|rel_pos_bias)|^mask_token|^prompts\.|^prompt_bias",
+            "blocks": [(r"^backbone\.blocks\.(\d+)", None), (r"^backbone\.norm", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Refused until blocks are checkpointed; timm calls this name."""
+        if enable:
+            raise ValueError(
+                "gradient checkpointing is not offered by PromptedBEiT, call set_grad_checkpointing(False)"
+            )
+
+
+def _from_registry(architecture: str, pretrained: bool, arguments: dict[str, Any]) -> PromptedBEiT:
+    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        arguments.pop(name, None)
+    return PromptedBEiT(
+        arguments.pop("source", architecture), arguments.pop("num_classes", 1000), pretrained=pretrained, **arguments
+    )
+
+
+@register_model
+def vptm_beitv2_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> PromptedBEiT:
+    """`timm.create_model("vptm_beitv2_base_patch16_224", num_classes=K, source="beitv2_base_patch16_224_pt1k.pth")`."""
+    return _from_registry("beitv2_base_patch16_224", pretrained, kwargs)
+
+
+@register_model
+def vptm_beitv2_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> PromptedBEiT:
+    """`timm.create_model("vptm_beitv2_large_patch16_224", num_classes=K,
+    source="beitv2_large_patch16_224_pt1k.pth")`."""
+    return _from_registry("beitv2_large_patch16_224", pretrained, kwargs)

@@ -1,0 +1,144 @@
+"""Verbalizers: from the hidden state of the read-out row to class scores, through the visual-token head or beside
+it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TOKEN_ACTIVATIONS = ("hidden", "logits", "softmax", "log_softmax")
+
+
+def read_tokens(hidden: Tensor, lm_head: nn.Linear | None, token_activation: str) -> Tensor:
+    """What a verbalizer reads: the hidden state itself, or the visual-token prediction made from it.
+
+    Args:
+        hidden: (B, C) normalised read-out row.
+        lm_head: (V, C) token head; may be None when `token_activation` is "hidden".
+        token_activation: "hidden", "logits", "softmax" or "log_softmax" over the V tokens.
+
+    Returns:
+        (B, C) for "hidden", else (B, V).
+    """
+    if token_activation == "hidden":
+        return hidden
+    if lm_head is None:
+        raise ValueError(f"token_activation={token_activation!r} needs a token head (lm_head), this model has none")
+    logits = lm_head(hidden)
+    if token_activation == "softmax":
+        return logits.softmax(dim=-1)
+    if token_activation == "log_softmax":
+        return logits.log_softmax(dim=-1)
+    return logits
+
+
+def _check_token_activation(token_activation: str) -> None:
+    if token_activation not in TOKEN_ACTIVATIONS:
+        raise ValueError(f"token_activation must be one of {', '.join(TOKEN_ACTIVATIONS)}, got {token_activation!r}")
+
+
+def _check_num_classes(num_classes: int) -> None:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes must be an integer >= 1, got {num_classes!r}")
+
+
+class PrototypicalVerbalizer(nn.Module):
+    """Cosine similarity of the projected token prediction to learned class prototypes, over a temperature.
+
+    `e = projection(read_tokens(hidden)); score_k = cos(e, prototypes_k) / temperature`. The prototypes follow ProtoVerb
+    (arXiv:2203.09770); reading them from masked visual token logits follows VPTM (arXiv:2303.04998), whose method text
+    is not public, so this is a reconstruction with every open choice an argument.
+
+    Args:
+        in_features: width of what is read, V for token predictions or C for the hidden state.
+        num_classes: K.
+        prototype_dim: d, or None to keep the prototypes in the space that is read (no projection, d = in_features).
+        token_activation: see `read_tokens`.
+        projection_bias: whether the projection has a bias.
+        temperature: fixed value > 0, or None for one that is learned, starting at 0.1.
+
+    Attributes:
+        projection: `nn.Linear(in_features, d)` or None.
+        prototypes: (K, d) parameter, Xavier-uniform at the start.
+        log_temperature: 0-d parameter, or buffer when fixed; the logarithm keeps the temperature positive in training.
+
+    Example:
+        >>> verbalizer = PrototypicalVerbalizer(16, 3, prototype_dim=4, token_activation="hidden")
+        >>> verbalizer(torch.randn(2, 16)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        prototype_dim: int | None = 128,
+        token_activation: str = "logits",
+        projection_bias: bool = False,
+        temperature: float | None = None,
+    ) -> None:
+        super().__init__()
+        _check_num_classes(num_classes)
+        _check_token_activation(token_activation)
+        if prototype_dim is not None and (
+            isinstance(prototype_dim, bool) or not isinstance(prototype_dim, int) or prototype_dim < 1
+        ):
+            raise ValueError(f"prototype_dim must be an integer >= 1 or None, got {prototype_dim!r}")
+        if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature must be finite and > 0, or None to learn it, got {temperature!r}")
+        self.token_activation = token_activation
+        self.projection = None
+        if prototype_dim is not None:
+            self.projection = nn.Linear(in_features, prototype_dim, bias=projection_bias)
+        self.prototypes = nn.Parameter(torch.empty(num_classes, prototype_dim or in_features))
+        nn.init.xavier_uniform_(self.prototypes)
+        log_temperature = torch.tensor(math.log(0.1 if temperature is None else temperature))
+        if temperature is None:
+            self.log_temperature = nn.Parameter(log_temperature)
+        else:
+            self.register_buffer("log_temperature", log_temperature)
+
+    @property
+    def temperature(self) -> Tensor:
+        """The temperature that divides the cosines, a 0-d tensor."""
+        return self.log_temperature.exp()
+
+    def cosine(self, hidden: Tensor, lm_head: nn.Linear | None = None) -> Tensor:
+        """Cosine similarities (B, K) of the read-out rows (B, C) to the prototypes, in [-1, 1]."""
+        read = read_tokens(hidden, lm_head, self.token_activation)
+        embedding = read if self.projection is None else self.projection(read)
+        return F.linear(F.normalize(embedding, dim=-1), F.normalize(self.prototypes, dim=-1))
+
+    def forward(self, hidden: Tensor, lm_head: nn.Linear | None = None) -> Tensor:
+        """Class scores (B, K) = cosine / temperature."""
+        return self.cosine(hidden, lm_head) / self.temperature
+
+
+class LinearVerbalizer(nn.Module):
+    """A linear classifier on what is read: with `token_activation="hidden"` and the CLS row this is the head of VPT.
+
+    Args:
+        in_features: width of what is read.
+        num_classes: K.
+        token_activation: see `read_tokens`.
+
+    Attributes:
+        head: `nn.Linear(in_features, K)`, truncated normal (0.02) weight and zero bias at the start.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, *, token_activation: str = "hidden") -> None:
+        super().__init__()
+        _check_num_classes(num_classes)
+        _check_token_activation(token_activation)
+        self.token_activation = token_activation
+        self.head = nn.Linear(in_features, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, hidden: Tensor, lm_head: nn.Linear | None = None) -> Tensor:
+        """Class scores (B, K)."""
+        return self.head(read_tokens(hidden, lm_head, self.token_activation))
