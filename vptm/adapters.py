@@ -11,6 +11,7 @@ from typing import Any
 import timm
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from . import __version__
 from .checkpoints import weight_hash
@@ -141,7 +142,7 @@ def load_adapter(folder: str | Path, *, source: Any = None, impl: str = "auto") 
         if recorded is None:
             raise ValueError(f"{folder} was trained on a model object, not a file: pass the backbone as source=")
         source = recorded
-    learned, metadata = _read_tensors(folder / TENSORS_FILE)
+    learned, metadata = read_tensors(folder / TENSORS_FILE)
     try:
         model = PromptedBEiT(source, **{**config["model"], "img_size": _img_size(config["model"])}, impl=impl)
     except TypeError as error:
@@ -175,7 +176,8 @@ def _img_size(config: Mapping[str, Any]) -> Any:
     return tuple(size) if isinstance(size, list) else size
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; ValueError where it is not one."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

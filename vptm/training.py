@@ -575,14 +575,16 @@ class _Progress:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+            console = Console(stderr=True, highlight=False, soft_wrap=True)
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("steps, left"),
                 TimeRemainingColumn(),
-                console=Console(stderr=True, highlight=False, soft_wrap=True),
+                console=console,
                 transient=True,
+                disable=not console.is_terminal,
             )
             self.task = self.bar.add_task("training", total=epochs * steps, completed=done * steps)
 

@@ -1,0 +1,658 @@
+"""The `vptm` command. Only typer is imported here; everything else waits until a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from .data import ImageData, ImageDataset
+    from .prompted_beit import PromptedBEiT
+
+DEMONSTRATION = "built for 28x28 grey clothing pictures, a demonstration"
+EVALUATION_BATCH = 256
+# what a resumed run may change: nothing here alters which function is learned
+_FREE_ON_RESUME = {"out", "resume", "overwrite", "device", "workers", "impl"}
+_MODEL_ARGUMENTS = (
+    "prompt_length",
+    "prompt_mode",
+    "prompt_location",
+    "prompt_dropout",
+    "progressive_alpha",
+    "readout",
+    "mask_mode",
+    "train_mask_token",
+    "train_lm_head",
+    "verbalizer",
+    "prototype_dim",
+    "token_activation",
+    "projection_bias",
+    "temperature",
+    "extra_bias",
+    "img_size",
+)
+_FIT_ARGUMENTS = ("epochs", "lr", "weight_decay", "optimizer", "schedule", "warmup_epochs", "label_smoothing", "seed")
+
+app = typer.Typer(
+    name="vptm",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 1 the work failed or was interrupted, 2 bad arguments."""
+    sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+_arguments: list[str] = []
+
+
+def _run(arguments: list[str]) -> int:
+    debug = os.environ.get("VPTM_DEBUG") == "1"
+    _arguments[:] = arguments
+    try:
+        status = app(args=arguments, prog_name="vptm", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left, as in `vptm predict | head`
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        _say("vptm: interrupted")
+        return 1
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error: its class moved between versions of typer
+            if message := error.format_message():
+                _say(f"vptm: {message}")
+            return int(getattr(error, "exit_code", 2))
+        if debug:
+            raise
+        _say(f"vptm: {' '.join(str(error).split()) or type(error).__name__}")
+        return _exit_code(error)
+
+
+def _exit_code(error: Exception) -> int:
+    from .data import BadImageError
+
+    bad_argument = isinstance(error, (ValueError, TypeError, FileNotFoundError)) and not isinstance(
+        error, BadImageError
+    )
+    return 2 if bad_argument else 1
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        from . import __version__
+
+        print(f"vptm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _vptm(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+) -> None:
+    """Visual prompt learning as masked visual token modelling: teach a frozen BEiT new labels from a few images.
+
+    \b
+    vptm train                                     learn ten kinds of clothing on the built-in model
+    vptm predict runs/builtin-1 picture.png        name what a picture shows
+
+    Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 the work failed or was interrupted,
+    2 bad arguments. With VPTM_DEBUG=1 in the environment an error shows its traceback.
+    """
+
+
+OnBadImage = Annotated[
+    str, typer.Option(help="Broken image files: error (stop, naming the file) or skip (report and go on).")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is a GPU where there is one.")]
+Impl = Annotated[str, typer.Option(help="auto, triton, torch or reference.")]
+Backbone = Annotated[str | None, typer.Option(help="Backbone weights, where they moved since training.")]
+Run = Annotated[Path, typer.Argument(help="Run or adapter folder.")]
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    model: Annotated[
+        str,
+        typer.Option(help="builtin, a unilm .pth, a .safetensors file, a Hugging Face folder or id, or a timm name."),
+    ] = "builtin",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="builtin, fashion-mnist, digits, mnist5k, a folder of class folders, or a .csv of path,label[,split]."
+        ),
+    ] = "builtin",
+    shots: Annotated[str, typer.Option(help="Training images per class, or all.")] = "16",
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 40,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-3,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 32,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of matrices.")] = 1e-2,
+    optimizer: Annotated[str, typer.Option(help="A timm optimiser.")] = "adamw",
+    schedule: Annotated[str, typer.Option(help="cosine, tanh or none.")] = "cosine",
+    warmup_epochs: Annotated[int, typer.Option(help="Epochs of linear warm-up, part of --epochs.")] = 0,
+    label_smoothing: Annotated[float, typer.Option(help="In [0, 1).")] = 0.0,
+    augment: Annotated[bool, typer.Option(help="Random shift or crop, and mirror, of training images.")] = True,
+    flip: Annotated[
+        bool | None, typer.Option(help="Mirror training images; by default not for digits.", show_default=False)
+    ] = None,
+    prompt_length: Annotated[int, typer.Option(help="Prompts per layer.")] = 10,
+    prompt_mode: Annotated[str, typer.Option(help="shallow, deep or progressive.")] = "shallow",
+    prompt_location: Annotated[str, typer.Option(help="after_cls, after_mask, before_mask or end.")] = "after_cls",
+    prompt_dropout: Annotated[float, typer.Option(help="Dropout of prompts.")] = 0.0,
+    progressive_alpha: Annotated[float, typer.Option(help="Alpha of progressive prompts.")] = 0.01,
+    readout: Annotated[str, typer.Option(help="mask, cls or mean.")] = "mask",
+    mask_mode: Annotated[str, typer.Option(help="insert a mask row, or replace a patch.")] = "insert",
+    train_mask_token: Annotated[bool, typer.Option(help="Also learn the mask token.")] = False,
+    train_lm_head: Annotated[bool, typer.Option(help="Also learn the visual-token head.")] = False,
+    verbalizer: Annotated[str, typer.Option(help="prototypical or linear.")] = "prototypical",
+    prototype_dim: Annotated[int, typer.Option(help="Dimension of the prototypes.")] = 128,
+    token_activation: Annotated[
+        str, typer.Option(help="What the verbalizer reads: hidden, logits, softmax or log_softmax.")
+    ] = "logits",
+    projection_bias: Annotated[bool, typer.Option(help="Bias in the prototype projection.")] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="Fixed temperature; learned from 0.1 by default.", show_default=False)
+    ] = None,
+    extra_bias: Annotated[
+        str, typer.Option(help="Position bias of prompts and mask: zero, cls, neutral, grid:y,x or learned.")
+    ] = "zero",
+    img_size: Annotated[
+        int | None, typer.Option(help="Pixels; the model's own by default.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of initialisation, drawn shots, order and augmentation.")] = 0,
+    shuffle_labels: Annotated[
+        bool, typer.Option("--shuffle-labels", help="A control: permute train and val labels; test falls to chance.")
+    ] = False,
+    on_bad_image: OnBadImage = "error",
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; the next free runs/DATA-N by default.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out with its own arguments.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+    device: Device = "auto",
+    impl: Impl = "auto",
+) -> None:
+    """Learn labels from a few images.
+
+    Writes a run folder and prints the test accuracy. The epoch best on validation images is kept; test images are read
+    once, at the end. The run folder holds the adapter (adapter_model.safetensors, adapter_config.json), metrics.csv,
+    curves.png, run.json and the state to resume from.
+
+    \b
+    Examples:
+      vptm train
+      vptm train --data photos/ --model beitv2_base_patch16_224_pt1k.pth --shots 16 --out runs/photos
+      vptm train --resume --out runs/photos
+    """
+    settings = {name: value for name, value in ctx.params.items() if name not in ("out", "resume", "overwrite")}
+    settings |= {name: _located(settings[name]) for name in ("model", "data")}
+    given = {name for name in settings if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    if resume and out is None:
+        raise ValueError("--resume needs --out, the run folder to continue")
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    if out is not None and resume:
+        settings = _resumed_settings(out, settings, given)
+    _train(settings, out, resume, overwrite)
+
+
+def _located(source: str) -> str:
+    """A path as an absolute one, so the run can be used from any folder; names as they are."""
+    import timm
+
+    from .data import SOURCES
+
+    is_name = source in SOURCES or timm.is_model(source)
+    return source if is_name or not Path(source).exists() else str(Path(source).resolve())
+
+
+def _resumed_settings(out: Path, settings: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    stored = _read_run(out).get("settings")
+    if not isinstance(stored, dict):
+        raise ValueError(f"{out} was not made by `vptm train`, it cannot be resumed by it")
+    for name in sorted(given - _FREE_ON_RESUME):
+        if stored.get(name) != settings[name]:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{option} {settings[name]} differs from the run's {stored.get(name)}: leave it out to resume"
+            )
+    return settings | {name: value for name, value in stored.items() if name in settings and name not in given}
+
+
+def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: bool) -> None:
+    import shlex
+
+    import numpy as np
+    import torch
+
+    from .data import few_shot, load_data, transforms
+    from .prompted_beit import PromptedBEiT
+    from .training import RUN_FILE, evaluate, fit, update_run_file
+
+    shots = _parse_shots(settings["shots"])
+    for name in ("batch_size", "workers"):
+        if settings[name] < (lowest := 1 if name == "batch_size" else 0):
+            raise ValueError(f"--{name.replace('_', '-')} must be >= {lowest}, got {settings[name]}")
+    if not 0 <= settings["seed"] < 2**32:
+        raise ValueError(f"--seed must be in 0..2^32-1, got {settings['seed']}")
+    place = _device(settings["device"])
+    data = load_data(settings["data"], on_bad_image=settings["on_bad_image"])
+    _report(data)
+    train_set = data.train if shots is None else few_shot(data.train, shots, seed=settings["seed"])
+    val_set, test_set = data.val, data.test
+    if settings["on_bad_image"] == "error":
+        _refuse_unreadable([train_set, val_set, test_set])
+    if settings["shuffle_labels"]:
+        draw = np.random.default_rng(settings["seed"])
+        train_set = train_set.with_labels(draw.permutation(train_set.labels))
+        # true validation labels would still select the luckiest epoch
+        val_set = None if val_set is None else val_set.with_labels(draw.permutation(val_set.labels))
+
+    torch.manual_seed(settings["seed"])
+    model = PromptedBEiT(
+        settings["model"],
+        len(data.classes),
+        pretrained=True,
+        impl=settings["impl"],
+        **{name: settings[name] for name in _MODEL_ARGUMENTS},
+    )
+    model.class_names = data.classes
+    if settings["model"] == "builtin" and data.name not in ("builtin", "fashion-mnist"):
+        _say(f"the built-in model is {DEMONSTRATION}")
+    flip = data.flip if settings["flip"] is None else settings["flip"]
+    prepare = transforms(model)
+    train_set = train_set.with_transform(transforms(model, train=True, flip=flip) if settings["augment"] else prepare)
+    loader = _loader(train_set, settings["batch_size"], settings["workers"], place, shuffle=True)
+    val_loader = None
+    if val_set is not None:
+        val_loader = _loader(val_set.with_transform(prepare), EVALUATION_BATCH, settings["workers"], place)
+    folder = _free_folder(data.name) if out is None else out
+    again = f"vptm train --resume --out {shlex.quote(str(folder))}"
+    _say(
+        f"training {sum(p.numel() for p in model.trainable_parameters()):,} of "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters on {len(train_set)} images of "
+        f"{len(data.classes)} classes, {place}"
+    )
+    counts = {split: len(part) for split, part in (("train", train_set), ("val", val_set), ("test", test_set)) if part}
+    result = fit(
+        model,
+        loader,
+        val_loader,
+        **{name: settings[name] for name in _FIT_ARGUMENTS},
+        run_dir=folder,
+        resume=resume,
+        overwrite=overwrite,
+        device=place,
+        info={
+            "command": shlex.join(["vptm", *_arguments]),
+            "settings": settings,
+            "data": {"name": data.name, "images": counts, "notes": list(data.notes)},
+        },
+    )
+    if result.interrupted:
+        _say(f"vptm: interrupted after epoch {len(result.history)} of {settings['epochs']}, continue with: {again}")
+        raise typer.Exit(1)
+    known = _read_run(folder).get("result", {})
+    test = known.get("test")
+    if test is None and test_set is not None:
+        try:
+            test = evaluate(
+                model, _loader(test_set.with_transform(prepare), EVALUATION_BATCH, settings["workers"], place)
+            )
+        except KeyboardInterrupt:
+            _say(f"vptm: interrupted before the test, continue with: {again}")
+            raise typer.Exit(1) from None
+        test["per_class"] = dict(zip(data.classes, test["per_class"]))
+    update_run_file(
+        folder, result={"best_epoch": result.best_epoch, "val_accuracy": result.best_val_accuracy, "test": test}
+    )
+    if result.best_val_accuracy is not None:
+        print(f"validation accuracy  {result.best_val_accuracy:.2%} at epoch {result.best_epoch}")
+    if test is not None:
+        print(f"test accuracy        {test['accuracy']:.2%} of {test['n']} images, loss {test['loss']:.4f}")
+    print(f"run folder           {folder} (adapter, {RUN_FILE}, metrics.csv, curves.png)")
+    print(f"next                 vptm predict {shlex.quote(str(folder))} IMAGE.png")
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    data: Annotated[
+        str | None, typer.Option(help="Other data, as in `vptm train`; the run's own by default.", show_default=False)
+    ] = None,
+    split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with the confusion matrix.")] = False,
+    on_bad_image: OnBadImage = "error",
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = EVALUATION_BATCH,
+    workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+    source: Backbone = None,
+    device: Device = "auto",
+    impl: Impl = "auto",
+) -> None:
+    """Measure a run on its test images or other data.
+
+    Other data must have labels the run knows; without splits of its own it is evaluated whole.
+
+    \b
+    Example:
+      vptm evaluate runs/builtin-1
+      vptm evaluate runs/photos --data more-photos/ --json
+    """
+    import json
+
+    from .adapters import load_adapter
+    from .data import load_data, transforms
+    from .training import evaluate as measure
+
+    if split not in ("test", "val", "train"):
+        raise ValueError(f"--split must be one of test, val, train, got {split!r}")
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be >= 1, got {batch_size}")
+    place = _device(device)
+    model = load_adapter(run, source=source, impl=impl)
+    own = _own_data(run)
+    if data is None and own is None:
+        raise ValueError(f"{run} does not record its data: pass --data")
+    chosen = data if data is not None else str(own)
+    # a division made at training time is kept, so test images are never training images
+    same = own is not None and _located(chosen) == own
+    loaded = load_data(chosen, transform=transforms(model), on_bad_image=on_bad_image, holdout=same)
+    _report(loaded)
+    part = {"test": loaded.test, "val": loaded.val, "train": loaded.train}[split]
+    if not part:
+        raise ValueError(f"{chosen} has no {split} images")
+    part = _with_labels_of(model, part)
+    result = measure(model, _loader(part, batch_size, workers, place), device=place, confusion=as_json)
+    names = model.class_names or [str(k) for k in range(model.num_classes)]
+    if as_json:
+        print(json.dumps({"split": split, "data": loaded.name, "classes": names, **result}))
+        return
+    width = max(map(len, names))
+    for name, share in zip(names, result["per_class"]):
+        print(f"{name:{width}}  {'-' if share is None else format(share, '.2%')}")
+    print(f"{split} accuracy {result['accuracy']:.2%} of {result['n']} images, loss {result['loss']:.4f}")
+
+
+@app.command()
+def predict(
+    run: Run,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    on_bad_image: OnBadImage = "error",
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = EVALUATION_BATCH,
+    source: Backbone = None,
+    device: Device = "auto",
+    impl: Impl = "auto",
+) -> None:
+    """Name what pictures show.
+
+    CSV on stdout with the columns path, label, score, top5: score is the softmax probability of the label; top5 is a
+    JSON list of [label, score] pairs, best first.
+
+    \b
+    Example:
+      vptm predict runs/builtin-1 shoe.png wardrobe/ > names.csv
+    """
+    import csv
+    import json
+
+    import torch
+
+    from .adapters import load_adapter
+    from .data import ON_BAD_IMAGE, BadImageError, image_files, read_image, transforms
+
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(f"--on-bad-image must be one of {', '.join(ON_BAD_IMAGE)}, got {on_bad_image!r}")
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be >= 1, got {batch_size}")
+    place = _device(device)
+    files: list[Path] = []
+    for path in images:
+        if not path.exists():
+            raise FileNotFoundError(f"image not found: {path}")
+        found = image_files(path) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"{path} holds no image files")
+        files += found
+    model = load_adapter(run, source=source, impl=impl).to(place)
+    names = model.class_names or [str(k) for k in range(model.num_classes)]
+    prepare = transforms(model)
+    rows: list[list[str]] = []
+    skipped = 0
+    for start in range(0, len(files), batch_size):
+        readable, pixels = [], []
+        for path in files[start : start + batch_size]:
+            try:
+                pixels.append(prepare(read_image(path)))
+                readable.append(path)
+            except BadImageError as error:
+                if on_bad_image == "error":
+                    raise
+                skipped += 1
+                _say(f"skipped: {error}")
+        if not readable:
+            continue
+        with torch.inference_mode():
+            scores = model(torch.stack(pixels).to(place)).float().softmax(1).cpu()
+        best = scores.topk(min(5, len(names)))
+        for path, values, indices in zip(readable, best.values.tolist(), best.indices.tolist()):
+            top = [[names[k], round(value, 6)] for k, value in zip(indices, values)]
+            rows.append([str(path), str(top[0][0]), f"{values[0]:.6f}", json.dumps(top, ensure_ascii=False)])
+    if not rows:
+        raise BadImageError(f"none of {skipped} images could be read")
+    # printed at the end: an unreadable image leaves no half of a table behind
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["path", "label", "score", "top5"])
+    writer.writerows(rows)
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        str, typer.Argument(help="A checkpoint, as --model of `vptm train` takes it, or a run or adapter folder.")
+    ],
+) -> None:
+    """Show what a checkpoint or a run holds.
+
+    \b
+    Example:
+      vptm inspect beitv2_base_patch16_224_pt1k.pth
+      vptm inspect runs/builtin-1
+    """
+    from .adapters import CONFIG_FILE, TENSORS_FILE
+
+    folder = Path(path)
+    if folder.is_dir() and ((folder / CONFIG_FILE).exists() or (folder / TENSORS_FILE).exists()):
+        lines = _adapter_lines(folder)
+    else:
+        from .checkpoints import load_backbone
+
+        lines = load_backbone(path).report.lines()
+    width = max(len(label) for label, _ in lines)
+    for label, value in lines:
+        print(f"{label:{width}}  {value}")
+
+
+def _adapter_lines(folder: Path) -> list[tuple[str, str]]:
+    from .adapters import TENSORS_FILE, read_adapter_config, read_tensors
+    from .training import RUN_FILE
+
+    config = read_adapter_config(folder)
+    backbone = config["backbone"]
+    tensors, _ = read_tensors(folder / TENSORS_FILE)
+    lines = [
+        ("adapter", f"schema {config['schema_version']}, written by vptm {config.get('vptm_version')}"),
+        ("backbone", f"{backbone.get('source')} {backbone['weight_hash']}"),
+        ("classes", ", ".join(config.get("class_names") or []) or str(config["model"].get("num_classes"))),
+        *((name, str(value)) for name, value in config["model"].items()),
+        *((f"learned {name}", "x".join(map(str, tensor.shape)) or "scalar") for name, tensor in tensors.items()),
+        ("learned values", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
+        *((str(name), str(value)) for name, value in (config.get("extra") or {}).items()),
+    ]
+    if (folder / RUN_FILE).is_file():
+        run = _read_run(folder)
+        lines.append(("command", str(run.get("command"))))
+        if test := (run.get("result") or {}).get("test"):
+            lines.append(("test accuracy", f"{test['accuracy']:.2%} of {test['n']} images"))
+    return lines
+
+
+@app.command()
+def env() -> None:
+    """Show versions, devices and what runs where.
+
+    For every operation: the implementation it will use here, and why.
+
+    \b
+    Example:
+      vptm env
+    """
+    import platform
+    from types import FunctionType
+
+    import torch
+
+    import vptm_kernels
+    from vptm_kernels._runtime.triton_support import choose, missing_for_triton
+
+    from .training import package_versions
+
+    lines = [(name, found or "not installed") for name, found in package_versions().items()]
+    lines.append(("system", f"{platform.system()} {platform.machine()}"))
+    lines.append(("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"))
+    devices = [torch.device("cuda", k) for k in range(torch.cuda.device_count())]
+    for device in devices:
+        facts = torch.cuda.get_device_properties(device)
+        lines.append(
+            (str(device), f"{facts.name}, compute {facts.major}.{facts.minor}, {facts.total_memory / 2**30:.0f} GiB")
+        )
+    if not devices:
+        lines.append(("gpu", "none that torch can use"))
+    for operation in vptm_kernels.__all__:
+        if not isinstance(getattr(vptm_kernels, operation), FunctionType):
+            continue
+        for device in devices or [torch.device("cpu")]:
+            by_reason: dict[tuple[str, str], list[str]] = {}
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                probe = torch.empty(0, device=device, dtype=dtype)
+                missing = missing_for_triton(probe, 64)
+                reason = choose("auto", probe, 64), "" if missing is None else f": triton needs {missing}"
+                by_reason.setdefault(reason, []).append(str(dtype).removeprefix("torch."))
+            for (chosen, why), dtypes in by_reason.items():
+                lines.append((operation, f"{chosen} for {', '.join(dtypes)} on {device}{why}"))
+    width = max(len(label) for label, _ in lines)
+    for label, value in lines:
+        print(f"{label:{width}}  {value}")
+
+
+def _parse_shots(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ValueError(f"--shots must be an integer >= 1 or all, got {text!r}")
+    return int(text)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name} was asked for, torch sees {torch.cuda.device_count()} GPUs")
+    return place
+
+
+def _loader(dataset: ImageDataset, batch_size: int, workers: int, place: Any, shuffle: bool = False) -> Any:
+    from torch.utils.data import DataLoader
+
+    return DataLoader(
+        dataset, batch_size=batch_size, shuffle=shuffle, num_workers=workers, pin_memory=place.type == "cuda"
+    )
+
+
+def _report(data: ImageData) -> None:
+    for note in data.notes:
+        _say(f"{data.name}: {note}")
+
+
+def _refuse_unreadable(parts: Sequence[ImageDataset | None]) -> None:
+    """Every image that will be read is decoded once before training: one epoch of decoding against a run lost late."""
+    from .data import BadImageError
+
+    for part in parts:
+        bad = {} if part is None else part.unreadable()
+        if bad:
+            others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            raise BadImageError(f"{next(iter(bad.values()))}{others}; --on-bad-image skip leaves such files out")
+
+
+def _free_folder(name: str) -> Path:
+    number = 1
+    while (folder := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return folder
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    import json
+
+    from .training import RUN_FILE
+
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a run folder: it has no {RUN_FILE}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _own_data(folder: Path) -> str | None:
+    from .training import RUN_FILE
+
+    if not (folder / RUN_FILE).is_file():
+        return None
+    return (_read_run(folder).get("settings") or {}).get("data")
+
+
+def _with_labels_of(model: PromptedBEiT, part: ImageDataset) -> ImageDataset:
+    """`part` with its labels renumbered by name to the model's classes."""
+    import numpy as np
+
+    from .data import ImageDataset
+
+    names = model.class_names
+    if names is None or names == part.classes:
+        return part
+    if unknown := [name for name in part.classes if name not in names]:
+        raise ValueError(f"the data has the label {unknown[0]!r}, the run knows {', '.join(names)}")
+    number = np.array([names.index(name) for name in part.classes])
+    return ImageDataset(part.images, number[part.labels], names, keys=part.keys, transform=part.transform)
