@@ -90,7 +90,7 @@ _HF_LEAF = tuple(
         (r"(?:output\.dense|mlp\.fc2)\.", "mlp.fc2."),
     )
 )
-_HF_INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's Resampling values
+_HF_INTERPOLATION = {"0": "nearest", "1": "lanczos", "2": "bilinear", "3": "bicubic"}  # PIL's Resampling values
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,7 @@ class _Facts:
     vocab_size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    statistics_from: str = "the file"
     interpolation: str = "bicubic"
     crop_pct: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -290,7 +291,7 @@ def _from_module(
     own_size, patch = _pair(model.patch_embed.img_size, label), tuple(model.patch_embed.patch_size)
     if size not in (None, own_size):
         raise ValueError(f"{label}: required img_size {own_size} or a call of set_input_size before, got {size}")
-    _check_tensors(model.state_dict(), label)
+    _check_values(model.state_dict(), label)
     architecture: dict[str, Any] = {
         "img_size": own_size,
         "patch_size": patch[0] if patch[0] == patch[1] else patch,
@@ -317,10 +318,8 @@ def _from_module(
     if dropped:
         model.reset_classifier(0)
     cfg = dict(getattr(model, "default_cfg", None) or {})
-    all_notes = [*notes, *_norm_notes(architecture)]
-    if cfg:
-        all_notes.append("mean and std: timm's configuration of this model")
     facts = _Facts(
+        statistics_from="timm's configuration of this model",
         mean=cfg.get("mean"),
         std=cfg.get("std"),
         interpolation=cfg.get("interpolation", "bicubic"),
@@ -336,7 +335,7 @@ def _from_module(
         std=std,
         dropped=dropped,
         missing=("mask_token", "lm_head.weight", "lm_head.bias"),
-        notes=tuple(all_notes + ([rule] if rule else [])),
+        notes=(*notes, *_norm_notes(architecture), rule),
     )
     return LoadedBackbone(
         model.eval(), None, None, pretrained, report, _default_cfg(report, facts, cfg.get("architecture"))
@@ -463,7 +462,7 @@ def _from_folder(folder: Path, label: str, size: tuple[int, int] | None) -> Load
 
 
 def _read_safetensors(path: Path, label: str) -> tuple[dict[str, Any], dict[str, str]]:
-    _check_not_empty(path, label)
+    _check_readable(path, label)
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -474,7 +473,7 @@ def _read_safetensors(path: Path, label: str) -> tuple[dict[str, Any], dict[str,
 
 
 def _read_torch(path: Path, label: str) -> Mapping[str, Any]:
-    _check_not_empty(path, label)
+    _check_readable(path, label)
     try:
         # unilm stores its command-line arguments; a Namespace only holds values, and they must be plain themselves
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -489,7 +488,7 @@ def _read_torch(path: Path, label: str) -> Mapping[str, Any]:
         raise ValueError(
             f"{label}: required tensors and argparse.Namespace only, {path.name} holds {found[1]}; nothing was run"
         ) from error
-    except (EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{label}: required a whole torch checkpoint, {path.name} is truncated or damaged") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{label}: required a mapping of names to tensors, {path.name} holds a {type(state).__name__}")
@@ -510,6 +509,9 @@ def _vptm_facts(metadata: Mapping[str, str], label: str) -> _Facts:
     try:
         stated = json.loads(metadata["vptm"])
         architecture = dict(stated["architecture"])
+        for key in ("mlp_ratio", "init_values"):
+            if architecture.get(key) is not None:
+                architecture[key] = _number(architecture[key], key, label)
         facts = _Facts(
             format="vptm",
             eps=_number(stated["eps"], "eps", label),
@@ -544,7 +546,7 @@ def _folder_facts(path: Path, label: str) -> _Facts:
             raise ValueError(f"{label}: config.json {key} required a positive integer, found {value!r}")
         return value
 
-    width = whole("hidden_size", 768)
+    width, scale = whole("hidden_size", 768), config.get("layer_scale_init_value", 0.1)
     patch = _pair(config.get("patch_size", 16), f"{label}: config.json patch_size")
     facts = _Facts(
         format="huggingface",
@@ -558,7 +560,7 @@ def _folder_facts(path: Path, label: str) -> _Facts:
             "depth": whole("num_hidden_layers", 12),
             "num_heads": whole("num_attention_heads", 12),
             "mlp_ratio": _mlp_ratio(whole("intermediate_size", 3072), width),
-            "init_values": float(config.get("layer_scale_init_value", 0.1)) or None,
+            "init_values": _number(scale, "layer_scale_init_value", label) if scale else None,
             "use_abs_pos_emb": bool(config.get("use_absolute_position_embeddings", False)),
             "use_rel_pos_bias": bool(config.get("use_relative_position_bias", False)),
             "use_shared_rel_pos_bias": bool(config.get("use_shared_relative_position_bias", False)),
@@ -567,14 +569,14 @@ def _folder_facts(path: Path, label: str) -> _Facts:
     preprocessor = path.with_name("preprocessor_config.json")
     if not preprocessor.is_file():
         facts.mean = facts.std = (0.5,) * facts.stated["in_chans"]
-        facts.notes.append("mean and std 0.5: the Hugging Face default, there is no preprocessor_config.json")
+        facts.statistics_from = "Hugging Face's default, there is no preprocessor_config.json"
         return facts
     steps = _read_json(preprocessor, label)
     if "image_mean" in steps and "image_std" in steps:
         facts.mean = _floats(steps["image_mean"], "image_mean", label)
         facts.std = _floats(steps["image_std"], "image_std", label)
-        facts.notes.append("mean and std: preprocessor_config.json")
-    facts.interpolation = _HF_INTERPOLATION.get(steps.get("resample", 3), "bicubic")
+        facts.statistics_from = "preprocessor_config.json"
+    facts.interpolation = _HF_INTERPOLATION.get(str(steps.get("resample", 3)), "bicubic")
     facts.crop_pct = _crop_pct(steps)
     return facts
 
@@ -583,7 +585,7 @@ def _timm_folder_facts(cfg: dict[str, Any], label: str) -> _Facts:
     facts = _Facts(format="timm", interpolation=str(cfg.get("interpolation", "bicubic")))
     if "mean" in cfg and "std" in cfg:
         facts.mean, facts.std = _floats(cfg["mean"], "mean", label), _floats(cfg["std"], "std", label)
-        facts.notes.append("mean and std: config.json")
+        facts.statistics_from = "config.json"
     if "crop_pct" in cfg:
         facts.crop_pct = _number(cfg["crop_pct"], "crop_pct", label)
     return facts
@@ -617,6 +619,8 @@ def _unwrap(state: Mapping[str, Any], label: str) -> tuple[dict[str, Tensor], li
                 raise ValueError(f"{label}: {key} required a tensor, found a {type(value).__name__}")
             dropped.append(str(key))
             continue
+        if value.is_meta or value.layout is not torch.strided:
+            raise ValueError(f"{label}: {key} required dense values, found {value.layout} on {value.device.type}")
         tensors[str(key)] = value
     for prefix in _PREFIXES:
         if any(key.startswith(prefix) for key in tensors):
@@ -631,6 +635,11 @@ def _rename(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
     """timm's names; key biases become `blocks.i.attn.k_bias`, index buffers stay."""
     if not any(_HF_MARK in key for key in tensors):
         return dict(tensors)
+    if {"layernorm.weight", "beit.layernorm.weight"} <= set(tensors):
+        raise ValueError(
+            f"{label}: required one final norm, found layernorm and beit.layernorm "
+            "(a masked-image model with use_mean_pooling=False)"
+        )
     out: dict[str, Tensor] = {}
     qkv: dict[str, dict[tuple[str, str], Tensor]] = {}
     for full, value in tensors.items():
@@ -656,10 +665,7 @@ def _rename(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
 
 def _put(out: dict[str, Tensor], key: str, value: Tensor, label: str) -> None:
     if key in out:
-        why = (
-            " (a masked-image model with use_mean_pooling=False has two final norms)" if key.startswith("norm.") else ""
-        )
-        raise ValueError(f"{label}: required one {key}, found two{why}")
+        raise ValueError(f"{label}: required one {key}, found two")
     out[key] = value
 
 
@@ -688,24 +694,22 @@ def _from_state(raw: Mapping[str, Any], facts: _Facts, label: str, size: tuple[i
     surplus = {key: state.pop(key) for key in list(state) if _DROPPABLE.match(key)}
     dropped += [*index, *key_bias, *surplus]
 
-    _check_tensors(state, label)
+    _check_values(state, label)
     stored = {str(value.dtype).removeprefix("torch.") for value in state.values()}
     if stored != {"float32"}:
         notes.append(f"stored as {', '.join(sorted(stored))}, loaded as float32")
     state = {key: value.float() for key, value in state.items()}
-    _check_finite(state, label)
 
-    mask_token, lm_head, missing = _token_head(state, facts, label)
+    architecture, window = _architecture(state, facts, index, size, label, notes)
+    mask_token, lm_head, missing = _token_head(state, architecture["embed_dim"], facts, label)
     if "norm.weight" in state and "fc_norm.weight" in state:
         raise ValueError(f"{label}: required one final norm, found both norm and fc_norm")
     if not {"norm.weight", "fc_norm.weight"} & set(state) and any(key.startswith("decode_head.") for key in surplus):
         # segmentation models read un-normalised block outputs
-        width = state["cls_token"].shape[-1] if "cls_token" in state else 0
+        width = architecture["embed_dim"]
         state |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
         missing += ["norm.weight", "norm.bias"]
         notes.append("a segmentation file has no final norm: norm starts at weight 1 and bias 0")
-
-    architecture, window = _architecture(state, facts, index, size, label, notes)
     target = _window(architecture["img_size"], architecture["patch_size"])
     resized = _resize(state, window, target)
     if resized:
@@ -731,7 +735,7 @@ def _from_state(raw: Mapping[str, Any], facts: _Facts, label: str, size: tuple[i
         dropped=tuple(dropped),
         missing=tuple(missing),
         resized=resized,
-        notes=(*notes, *_norm_notes(architecture), *([rule] if rule else [])),
+        notes=(*notes, *_norm_notes(architecture), rule),
     )
     return LoadedBackbone(backbone, mask_token, lm_head, True, report, _default_cfg(report, facts))
 
@@ -747,27 +751,21 @@ def _check_family(state: Mapping[str, Tensor], label: str) -> None:
         )
 
 
-def _check_tensors(state: Mapping[str, Tensor], label: str) -> None:
+def _check_values(state: Mapping[str, Tensor], label: str) -> None:
     for key, value in state.items():
-        if value.is_meta or value.layout is not torch.strided or not value.is_floating_point():
-            raise ValueError(
-                f"{label}: {key} required dense floating-point values, found {value.dtype} on {value.device.type}"
-            )
+        if not value.is_floating_point():
+            raise ValueError(f"{label}: {key} required floating-point values, found {value.dtype}")
         if value.numel() == 0:
             raise ValueError(f"{label}: {key} required values, found shape {tuple(value.shape)}")
-
-
-def _check_finite(state: Mapping[str, Tensor], label: str) -> None:
-    for key, value in state.items():
-        if not value.isfinite().all():
+        # in fp32, which is what the model gets: larger doubles become infinite there
+        if not value.float().isfinite().all():
             raise ValueError(f"{label}: {key} required finite values, found NaN or infinity")
 
 
 def _token_head(
-    state: dict[str, Tensor], facts: _Facts, label: str
+    state: dict[str, Tensor], width: int, facts: _Facts, label: str
 ) -> tuple[Tensor | None, nn.Linear | None, list[str]]:
     """Take the mask token and the visual-token head out of `state`."""
-    width = state["blocks.0.attn.qkv.weight"].shape[-1]
     missing = [key for key in ("mask_token", "lm_head.weight", "lm_head.bias") if key not in state]
     mask_token, weight, bias = (
         state.pop("mask_token", None),
@@ -828,7 +826,12 @@ def _architecture(
 
     num_heads = table.shape[1] if table is not None else facts.stated.get("num_heads")
     if num_heads is None:
-        num_heads = max(1, embed_dim // 64)
+        if embed_dim % 64:
+            raise ValueError(
+                f"{label}: required a position table or a config that tells the number of heads, or a width that is a "
+                f"multiple of 64, found width {embed_dim}"
+            )
+        num_heads = embed_dim // 64
         notes.append(f"{num_heads} heads: without a position table or a config, heads of 64 are assumed")
     if type(num_heads) is not int or num_heads < 1 or embed_dim % num_heads:
         raise ValueError(f"{label}: required a number of heads that divides {embed_dim}, found {num_heads!r}")
@@ -847,7 +850,12 @@ def _architecture(
         "use_shared_rel_pos_bias": shared in state,
     }
     for key, value in facts.stated.items():
-        same = math.isclose(value, architecture[key]) if key == "mlp_ratio" else value == architecture.get(key, value)
+        if key == "mlp_ratio":
+            same = math.isclose(value, architecture[key])
+        elif key == "patch_size":
+            same = _pair(value, f"{label}: patch_size") == tuple(patch)
+        else:
+            same = value == architecture.get(key, value)
         if not same and (key != "init_values" or bool(value) != scaled):
             raise ValueError(f"{label}: required {key} {value!r} (its config), the weights have {architecture[key]!r}")
 
@@ -943,9 +951,10 @@ def _resize(
     if old == new:
         return resized
     for key, value in state.items():
-        if key.endswith("relative_position_bias_table") and value.ndim == 2:
+        # tensors that do not belong to the old window stay as they are, for the shape check to name
+        if key.endswith("relative_position_bias_table") and value.shape[:1] == (_offsets(old),) and value.ndim == 2:
             state[key] = resize_rel_pos_bias_table(value, new, (_offsets(new), value.shape[1]), old_window_size=old)
-        elif key == "pos_embed":
+        elif key == "pos_embed" and value.ndim == 3:
             state[key] = resample_abs_pos_embed(value, list(new), list(old), num_prefix_tokens=1)
         else:
             continue
@@ -983,16 +992,13 @@ def _build(architecture: dict[str, Any], eps: float, state: dict[str, Tensor], l
 
 def _statistics(
     facts: _Facts, name: str, cls_pretrained: bool, in_chans: int
-) -> tuple[tuple[float, ...], tuple[float, ...], str | None]:
-    """mean, std and, where the source does not state them, the rule that chose them."""
-    if facts.mean is not None and facts.std is not None:
-        if len(facts.mean) == len(facts.std) == in_chans:
-            return tuple(facts.mean), tuple(facts.std), None
-        half = (0.5,) * in_chans
-        return half, half, f"mean and std 0.5: the source states {len(facts.mean)} channels, the model has {in_chans}"
+) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+    """mean, std and a note with the rule that chose them."""
+    if facts.mean is not None and facts.std is not None and len(facts.mean) == len(facts.std) == in_chans:
+        return tuple(facts.mean), tuple(facts.std), f"mean and std: {facts.statistics_from}"
     if in_chans != 3:
         half = (0.5,) * in_chans
-        return half, half, f"mean and std 0.5: not stated, and {in_chans} channels"
+        return half, half, f"mean and std 0.5: the source states none for {in_chans} channels"
     lower = name.lower()
     if "beitv2" in lower or "beit-v2" in lower or cls_pretrained:
         why = "cls_pt layers" if cls_pretrained else "the name says BEiT v2"
@@ -1066,16 +1072,19 @@ def _number(value: Any, name: str, label: str) -> float:
 
 def _floats(value: Any, name: str, label: str) -> tuple[float, ...]:
     numbers = value if isinstance(value, list) else [value]
-    if not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers) or (
-        "std" in name and min(numbers) <= 0
+    if (
+        not numbers
+        or not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers)
+        or ("std" in name and min(numbers) <= 0)
     ):
         raise ValueError(f"{label}: {name} required finite numbers{', positive' * ('std' in name)}, found {value!r}")
     return tuple(float(v) for v in numbers)
 
 
-def _check_not_empty(path: Path, label: str) -> None:
-    if path.stat().st_size == 0:
-        raise ValueError(f"{label}: required a checkpoint, {path.name} is empty (0 bytes)")
+def _check_readable(path: Path, label: str) -> None:
+    with path.open("rb") as file:
+        if not file.read(1):
+            raise ValueError(f"{label}: required a checkpoint, {path.name} is empty (0 bytes)")
 
 
 def _first_line(error: Exception) -> str:
