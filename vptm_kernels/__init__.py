@@ -3,4 +3,6 @@
 Imports with torch alone: no GPU, no Triton and no model library needed.
 """
 
-__all__: list[str] = []
+from .prompted_attention import RelativePositionBias, prompted_attention
+
+__all__ = ["RelativePositionBias", "prompted_attention"]

@@ -1,0 +1,424 @@
+"""prompted_attention against its definition in float64: forward, gradients, invariants, adversarial values, bad input.
+
+The Triton kernels run in the interpreter where there is no GPU, with every access checked for bounds and races.
+"""
+
+import itertools
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vptm_kernels import RelativePositionBias, prompted_attention
+from vptm_kernels.prompted_attention.bias import table_rows
+from vptm_kernels.testing import AttentionCase, assert_close_to_exact
+from vptm_kernels.testing.prompted_attention import BIASES, LAYOUTS, PROMPTS, differentiable, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMPLS = ["torch"]
+# Kernels multiply float64 in the interpreter only.
+EXACT_IMPLS = [impl for impl in IMPLS if impl == "torch" or DEVICE == "cpu"]
+
+
+def gradients(call, outputs, upstream):
+    leaves = differentiable(call)
+    total = sum((out.double() * grad).sum() for out, grad in zip(outputs, upstream))
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()))))
+
+
+def check(case, impl, *, with_lse=True):
+    """Forward, lse and every gradient within the error budget of the case's dtype."""
+    call = case.inputs(DEVICE, requires_grad=True)
+    exact_call = case.converted(call, torch.float64)
+    outputs = prompted_attention(**call, return_lse=True, impl=impl)
+    exact = reference(exact_call)
+    low = case.dtype != torch.float64
+    eager_call = case.converted(call, case.dtype) if low else None
+    eager = reference(eager_call) if low else (None, None)
+    for name, actual, want, peer in zip(("out", "lse"), outputs, exact, eager):
+        # lse is float32 whatever the inputs are, and may carry the rounding of a 16-bit bias.
+        peer = peer if peer is None or name == "out" else peer.to(actual.dtype)
+        assert_close_to_exact(f"{case} {name}", actual, want, peer, factor=2, tolerance=1e-12)
+
+    upstream = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE).double() for t in exact]
+    upstream[0] = upstream[0].to(case.dtype).double()
+    if not with_lse:
+        outputs, exact, eager, upstream = outputs[:1], exact[:1], eager[:1], upstream[:1]
+    found = gradients(call, outputs, upstream)
+    wanted = gradients(exact_call, exact, upstream)
+    peers = gradients(eager_call, eager, upstream) if low else dict.fromkeys(wanted)
+    for name in wanted:
+        assert found[name].dtype == case.dtype
+        label = f"{case} gradient of {name}"
+        assert_close_to_exact(label, found[name], wanted[name], peers[name], factor=3, tolerance=1e-10)
+
+
+KINDS = [AttentionCase(prompts=prompts, bias=bias) for prompts, bias in itertools.product(PROMPTS, BIASES)]
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+@pytest.mark.parametrize("case", [c for c in KINDS if c.valid], ids=lambda c: f"{c.prompts}-{c.bias}")
+def test_every_kind_of_prompt_and_bias_equals_the_definition(case, impl):
+    # 2 x 3 patches and a class token, a mask row and rows without a position for the table.
+    check(replace(case, window=(2, 3) if case.bias == "table" else None), impl)
+
+
+# One below, at and above a 16-wide tile, one token, one class token + 7x7 patches, and no or one prompt.
+SHAPES = [(1, 0, 16), (15, 1, 32), (16, 3, 48), (17, 10, 64), (50, 0, 80), (50, 57, 16), (17, 57, 128), (1, 1, 17)]
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+@pytest.mark.parametrize("tokens,prompts,head_dim", SHAPES)
+def test_shapes(tokens, prompts, head_dim, impl):
+    check(AttentionCase(tokens=tokens, prompt_length=prompts, head_dim=head_dim, bias="dense"), impl)
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_qkv(layout, impl):
+    check(AttentionCase(layout=layout, bias="columns", tokens=17), impl)
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+@pytest.mark.parametrize("window,tokens", [((3, 5), 16), ((7, 7), 50)])
+def test_windows(window, tokens, impl):
+    check(AttentionCase(bias="table", window=window, tokens=tokens, prompt_length=10), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "prompts,bias", [("shared", "table"), ("queries", "dense"), ("pool", "aligned"), ("image", "none")]
+)
+def test_error_budget(prompts, bias, dtype, impl):
+    check(
+        AttentionCase(prompts=prompts, bias=bias, dtype=dtype, tokens=50, window=(7, 7), prompt_length=10, head_dim=64),
+        impl,
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("tokens,prompts", [(197, 10), (198, 50), (207, 0), (257, 3)])
+def test_image_sizes_of_real_models(tokens, prompts, impl):
+    """N of a 224-pixel BEiT with and without mask token, with 10 prompt rows, and of a 16x16 grid."""
+    case = AttentionCase(
+        batch=1, heads=1, tokens=tokens, prompt_length=prompts, head_dim=64, bias="dense", dtype=torch.float32
+    )
+    check(case, impl, with_lse=False)
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+@given(data=st.data())
+def test_random_cases(data, impl):
+    case = data.draw(
+        st.builds(
+            AttentionCase,
+            batch=st.integers(0, 2),
+            heads=st.integers(1, 2),
+            tokens=st.sampled_from([1, 2, 15, 16, 17, 33, 50]),
+            prompt_length=st.sampled_from([0, 1, 3, 10, 17, 40]),
+            head_dim=st.sampled_from([16, 20, 32, 48]),
+            prompts=st.sampled_from(PROMPTS),
+            bias=st.sampled_from(BIASES),
+            layout=st.sampled_from(LAYOUTS),
+            scale=st.sampled_from([None, 0.0, 1.0]),
+            seed=st.integers(0, 9),
+        ).filter(lambda case: case.valid)
+    )
+    check(case, impl)
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+@pytest.mark.parametrize("prompts", ["shared", "image", "pool", "queries"])
+def test_gradcheck(prompts, impl):
+    """Numerical derivatives of out and lse, so that the definition's own autograd is not the only witness."""
+    case = AttentionCase(batch=2, heads=1, tokens=3, prompt_length=2, prompts=prompts, bias="dense")
+    call = case.inputs(DEVICE, requires_grad=True)
+    leaves = differentiable(call)
+
+    def run(*tensors):
+        return prompted_attention(**{**call, **dict(zip(leaves, tensors))}, return_lse=True, impl=impl)
+
+    assert torch.autograd.gradcheck(run, tuple(leaves.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+def test_gradcheck_of_a_table(impl):
+    call = AttentionCase(batch=2, heads=2, tokens=5, bias="table", window=(2, 2)).inputs(DEVICE, requires_grad=True)
+
+    def run(table):
+        bias = call["bias"]._replace(table=table)
+        return prompted_attention(**{**call, "bias": bias}, impl=impl)
+
+    assert torch.autograd.gradcheck(run, (call["bias"].table,), fast_mode=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("wanted", [{"qkv"}, {"prompt_kv"}, {"bias"}, {"prompt_kv", "bias"}])
+def test_only_the_gradients_asked_for(wanted, impl):
+    case = AttentionCase(tokens=17, bias="dense", dtype=torch.float32)
+    call = case.inputs(DEVICE, requires_grad=True)
+    outputs = prompted_attention(**call, impl=impl)
+    full = torch.autograd.grad(outputs.square().sum(), list(differentiable(call).values()))
+    for name, t in differentiable(call).items():
+        t.requires_grad_(name in wanted)
+    found = prompted_attention(**call, impl=impl)
+    leaves = {name: t for name, t in differentiable(call).items() if t.requires_grad}
+    grads = torch.autograd.grad(found.square().sum(), list(leaves.values()))
+    expected = dict(zip(differentiable(call), full))
+    assert set(leaves) == wanted
+    for name, grad in zip(leaves, grads):
+        torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+def test_shared_prompts_equal_copies_ranges_and_concatenated_tokens(impl):
+    case = AttentionCase(tokens=17, prompt_length=5)
+    call = case.inputs(DEVICE)
+    qkv, shared, heads = call["qkv"], call["prompt_kv"], call["num_heads"]
+    out = prompted_attention(qkv, shared, num_heads=heads, impl=impl)
+    copies = prompted_attention(qkv, shared.expand(2, -1, -1), num_heads=heads, impl=impl)
+    pool = torch.cat([shared.new_full((3, shared.shape[1]), 7.0), shared])
+    ranges = torch.tensor([[3, 5], [3, 5]], dtype=torch.int32, device=DEVICE)
+    ranged = prompted_attention(qkv, pool, num_heads=heads, prompt_ranges=ranges, max_prompt_length=9, impl=impl)
+    rows = torch.cat([torch.zeros_like(shared[:, : shared.shape[1] // 2]), shared], 1).expand(2, -1, -1)
+    joined = prompted_attention(torch.cat([qkv, rows], 1), num_heads=heads, impl=impl)[:, :17]
+    for other in (copies, ranged, joined):
+        torch.testing.assert_close(out, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+def test_prompts_that_attend_equal_concatenated_tokens(impl):
+    case = AttentionCase(tokens=17, prompt_length=5, prompts="queries")
+    call = case.inputs(DEVICE)
+    joined = torch.cat([call["qkv"], call["prompt_qkv"].expand(2, -1, -1)], 1)
+    out = prompted_attention(**call, impl=impl)
+    torch.testing.assert_close(out, prompted_attention(joined, num_heads=2, impl=impl), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_order_of_images_and_prompts_does_not_matter(impl):
+    case = AttentionCase(batch=3, tokens=17, prompt_length=5, bias="dense", dtype=torch.float32)
+    call = case.inputs(DEVICE)
+    order = torch.tensor([2, 0, 1], device=DEVICE)
+    out = prompted_attention(**call, impl=impl)
+    permuted = prompted_attention(**{**call, "qkv": call["qkv"][order]}, impl=impl)
+    assert torch.equal(out[order], permuted), "permuting the batch must permute the output bitwise"
+    reordered = prompted_attention(**{**call, "prompt_kv": call["prompt_kv"].flip(0)}, impl=impl)
+    torch.testing.assert_close(out, reordered, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_merging_attention_over_disjoint_keys_by_lse(impl):
+    case = AttentionCase(tokens=17, prompt_length=5, dtype=torch.float32)
+    call = case.inputs(DEVICE)
+    prompts = call.pop("prompt_kv")
+    whole = prompted_attention(**call, prompt_kv=prompts, impl=impl)
+    tokens, lse = prompted_attention(**call, return_lse=True, impl=impl)
+    both, both_lse = prompted_attention(**call, prompt_kv=prompts, return_lse=True, impl=impl)
+    share = (lse - both_lse).exp().mT.repeat_interleave(16, 2)
+    q = call["qkv"].unflatten(2, (3, 2, 16))[:, :, 0].transpose(1, 2)
+    pk, pv = prompts.unflatten(1, (2, 2, 16)).permute(1, 2, 0, 3)
+    only = torch.nn.functional.scaled_dot_product_attention(q, pk.expand(2, -1, -1, -1), pv.expand(2, -1, -1, -1))
+    merged = share * tokens + (1 - share) * only.transpose(1, 2).flatten(2)
+    torch.testing.assert_close(merged, whole, rtol=0, atol=1e-5)
+    assert torch.equal(both, whole)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fully_masked_rows_give_zeros_and_equal_finite_rows_stay_uniform(dtype, impl):
+    case = AttentionCase(tokens=17, prompts="none", dtype=dtype)
+    call = case.inputs(DEVICE, requires_grad=True)
+    bias = torch.zeros(2, 17, 17, device=DEVICE)
+    bias[:, 3], bias[:, 5] = float("-inf"), -1e9
+    bias[:, 7, 1:] = float("-inf")
+    out, lse = prompted_attention(**{**call, "bias": bias.requires_grad_()}, return_lse=True, impl=impl)
+    assert torch.equal(out[:, 3], torch.zeros_like(out[:, 3]))
+    assert bool((lse[:, :, 3] == float("-inf")).all())
+    v = call["qkv"][..., -32:]
+    torch.testing.assert_close(
+        out[:, 5].float(), v.float().mean(1), rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 1e-5
+    )
+    torch.testing.assert_close(out[:, 7], v[:, 0], rtol=0, atol=1e-6)
+    grads = torch.autograd.grad(out.float().square().sum(), [call["qkv"], bias])
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    assert not bool(grads[1][:, 3].any()), "a fully masked row has no gradient"
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_huge_scores(size, impl):
+    """Scores of +-1e4: every exponential but the largest underflows, none may overflow; error relative to the score."""
+    case = AttentionCase(tokens=17, prompt_length=5, bias="dense", scale=size / 50)
+    call = case.inputs(DEVICE, requires_grad=True)
+    exact_call = case.converted(call, torch.float64)
+    outputs, exact = prompted_attention(**call, return_lse=True, impl=impl), reference(exact_call)
+    largest = exact[1].abs().max().item()
+    assert largest > 1e3
+    for actual, want in zip(outputs, exact):
+        assert_close_to_exact("huge scores", actual, want, tolerance=1e-12 * (1 + largest))
+    upstream = [torch.ones_like(t) for t in exact]
+    found, wanted = gradients(call, outputs, upstream), gradients(exact_call, exact, upstream)
+    for name in wanted:
+        assert_close_to_exact(name, found[name], wanted[name], tolerance=1e-10 * (1 + largest))
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+def test_equal_rows_and_one_table_entry_for_every_pair(impl):
+    """All keys equal gives the mean of the values; ids that repeat make one table entry collect every gradient."""
+    call = AttentionCase(tokens=17, prompt_length=5).inputs(DEVICE, requires_grad=True)
+    ids = torch.ones(17, dtype=torch.int32, device=DEVICE)
+    table = torch.randn(table_rows((2, 3)), 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    call["bias"] = RelativePositionBias(table, (2, 3), ids)
+    exact_call = AttentionCase().converted(call, torch.float64)
+    outputs, exact = prompted_attention(**call, return_lse=True, impl=impl), reference(exact_call)
+    upstream = [torch.randn_like(t) for t in exact]
+    found, wanted = gradients(call, outputs, upstream), gradients(exact_call, exact, upstream)
+    assert wanted["bias"].abs().gt(0).sum() <= 2, "one entry per head is used"
+    for name in wanted:
+        assert_close_to_exact(name, found[name], wanted[name], tolerance=1e-10)
+    qkv = call["qkv"].detach().clone()
+    qkv[..., 32:64] = 1.5
+    uniform = prompted_attention(qkv, num_heads=2, impl=impl)
+    torch.testing.assert_close(uniform, qkv[..., 64:].mean(1, keepdim=True).expand(-1, 17, -1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_are_bitwise_reproducible(impl):
+    case = AttentionCase(batch=3, tokens=17, prompt_length=5, bias="table", window=(4, 4), dtype=torch.float32)
+    first = None
+    for _ in range(20 if DEVICE == "cuda" or impl == "torch" else 3):
+        call = case.inputs(DEVICE, requires_grad=True)
+        grads = torch.autograd.grad(
+            prompted_attention(**call, impl=impl).sin().sum(), list(differentiable(call).values())
+        )
+        first = first or grads
+        assert all(torch.equal(a, b) for a, b in zip(grads, first))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "batch,tokens,prompts", [(0, 17, "shared"), (0, 5, "pool"), (2, 0, "shared"), (2, 0, "queries")]
+)
+def test_empty_batch_and_no_tokens(batch, tokens, prompts, impl):
+    case = AttentionCase(batch=batch, tokens=tokens, prompts=prompts, dtype=torch.float32)
+    call = case.inputs(DEVICE, requires_grad=True)
+    out, lse = prompted_attention(**call, return_lse=True, impl=impl)
+    rows = tokens + (3 if prompts == "queries" else 0)
+    assert out.shape == (batch, rows, 32) and lse.shape == (batch, 2, rows)
+    grads = torch.autograd.grad(out.sum(), list(differentiable(call).values()), allow_unused=True)
+    for grad, t in zip(grads, differentiable(call).values()):
+        assert grad is None or grad.shape == t.shape
+    if rows and batch:
+        exact = reference(case.converted(call, torch.float64))
+        assert_close_to_exact("out", out, exact[0], reference(call)[0])
+
+
+def shared_call(**changes):
+    call = AttentionCase(tokens=7, prompt_length=3, dtype=torch.float32).inputs()
+    return {**call, **changes}
+
+
+RANGES = torch.tensor([[0, 3], [1, 2]], dtype=torch.int32)
+BAD_INPUT = {
+    "qkv must be (B, N, 3*H*D)": lambda c: {**c, "num_heads": 5},
+    "num_heads must be a positive int, got 0": lambda c: {**c, "num_heads": 0},
+    "qkv must be float16, bfloat16, float32 or float64, got torch.int32": lambda c: {**c, "qkv": c["qkv"].int()},
+    "qkv must have a unit last stride": lambda c: {**c, "qkv": torch.randn(2, 96, 7).mT},
+    "prompt_kv must have the dtype of qkv": lambda c: {**c, "prompt_kv": c["prompt_kv"].double()},
+    "prompt_kv must be (P, 2*H*D) or (B, P, 2*H*D) with B = 2, 2*H*D = 64, got (3, 60)": lambda c: {
+        **c,
+        "prompt_kv": torch.randn(3, 60),
+    },
+    "prompt_kv must be on the device of qkv": lambda c: {**c, "prompt_kv": c["prompt_kv"].to("meta")},
+    "prompt_kv and prompt_qkv must not both be given": lambda c: {**c, "prompt_qkv": torch.randn(3, 96)},
+    "prompt_qkv must be (P, 3*H*D) = (P, 96), got (3, 64)": lambda c: {
+        **c,
+        "prompt_kv": None,
+        "prompt_qkv": torch.randn(3, 64),
+    },
+    "bias must be a floating point (2, 7, 7) or (2, 7, 10) (H, queries, keys), got (2, 7, 8)": lambda c: {
+        **c,
+        "bias": torch.randn(2, 7, 8),
+    },
+    "bias.table must be a floating point (R, H) = (18, 2) for window (2, 3)": lambda c: {
+        **c,
+        "bias": RelativePositionBias(torch.randn(17, 2), (2, 3)),
+    },
+    "bias.token_ids must be given unless N = Hp*Wp + 1 = 10, got None with N = 7": lambda c: {
+        **c,
+        "bias": RelativePositionBias(torch.randn(28, 2), (3, 3)),
+    },
+    "bias.token_ids must be (N,) = (7,) int32, got (7,) torch.int64": lambda c: {
+        **c,
+        "bias": RelativePositionBias(torch.randn(18, 2), (2, 3), torch.arange(7)),
+    },
+    "bias.window must be two positive ints": lambda c: {**c, "bias": RelativePositionBias(torch.randn(18, 2), (2, 0))},
+    "scale must be a finite number, got nan": lambda c: {**c, "scale": float("nan")},
+    "impl must be one of ('auto', 'triton', 'torch'), got 'cuda'": lambda c: {**c, "impl": "cuda"},
+    "prompt_ranges must come with prompt_kv": lambda c: {
+        **c,
+        "prompt_kv": None,
+        "prompt_ranges": RANGES,
+        "max_prompt_length": 3,
+    },
+    "max_prompt_length must be a non-negative int with prompt_ranges, got None": lambda c: {
+        **c,
+        "prompt_ranges": RANGES,
+    },
+    "max_prompt_length must be None without prompt_ranges, got 3": lambda c: {**c, "max_prompt_length": 3},
+    "prompt_ranges must be (B, 2) = (2, 2) int32, got (2, 2) torch.int64": lambda c: {
+        **c,
+        "prompt_ranges": RANGES.long(),
+        "max_prompt_length": 3,
+    },
+    "prompt_ranges must lie inside the pool of 3 rows, got start 1, length 3 for image 1": lambda c: {
+        **c,
+        "prompt_ranges": torch.tensor([[0, 3], [1, 3]], dtype=torch.int32),
+        "max_prompt_length": 3,
+    },
+    "prompt_ranges must have lengths <= max_prompt_length = 2, got 3 for image 0": lambda c: {
+        **c,
+        "prompt_ranges": RANGES,
+        "max_prompt_length": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("message", BAD_INPUT, ids=lambda message: re.sub(r"[^a-z_]+", "-", message[:40]))
+def test_bad_input_is_refused_by_name_and_value(message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        prompted_attention(**BAD_INPUT[message](shared_call()))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["qkv", "prompt_kv", "bias"])
+def test_wrong_types_are_refused_by_name(name):
+    with pytest.raises(TypeError, match=f"{name} must be a tensor"):
+        prompted_attention(**shared_call(**{name: [1.0]}))
+
+
+def test_ranges_changed_in_place_are_checked_again():
+    ranges = RANGES.clone()
+    call = shared_call(prompt_ranges=ranges, max_prompt_length=3)
+    prompted_attention(**call)
+    ranges[1, 0] = 9
+    with pytest.raises(ValueError, match="inside the pool"):
+        prompted_attention(**call)
+
+
+def test_triton_is_refused_where_it_cannot_run():
+    with pytest.raises(ValueError, match="impl='triton' needs"):
+        prompted_attention(torch.randn(1, 3, 48, device=DEVICE), num_heads=2, impl="triton")
+
+
+def test_double_backward_is_a_clear_error():
+    call = shared_call()
+    qkv = call["qkv"].requires_grad_()
+    (grad,) = torch.autograd.grad(prompted_attention(**call).sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="not differentiable twice"):
+        grad.sum().backward()

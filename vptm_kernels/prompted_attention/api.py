@@ -1,0 +1,304 @@
+"""The public function: argument checks, autocast, choice of implementation."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .._runtime.triton_support import choose
+from .bias import RelativePositionBias, table_rows
+from .ops import prompted_attention_op
+
+Bias = Tensor | RelativePositionBias | None
+
+
+@overload
+def prompted_attention(
+    qkv: Tensor,
+    prompt_kv: Tensor | None = ...,
+    *,
+    prompt_qkv: Tensor | None = ...,
+    num_heads: int,
+    bias: Bias = ...,
+    prompt_ranges: Tensor | None = ...,
+    max_prompt_length: int | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    impl: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def prompted_attention(
+    qkv: Tensor,
+    prompt_kv: Tensor | None = ...,
+    *,
+    prompt_qkv: Tensor | None = ...,
+    num_heads: int,
+    bias: Bias = ...,
+    prompt_ranges: Tensor | None = ...,
+    max_prompt_length: int | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def prompted_attention(
+    qkv: Tensor,
+    prompt_kv: Tensor | None = None,
+    *,
+    prompt_qkv: Tensor | None = None,
+    num_heads: int,
+    bias: Bias = None,
+    prompt_ranges: Tensor | None = None,
+    max_prompt_length: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of image tokens to a prompt prefix and to themselves, plus a bias (VPT, arXiv 2203.12119).
+
+    Args:
+        qkv: (B, N, 3*H*D), queries, keys and values of the image tokens as `F.linear` gives them, each heads then
+            channels; float16, bfloat16, float32 or float64. Any strides with a unit last one.
+        prompt_kv: keys and values of the prompts, which are attended to and do not attend: (P, 2*H*D) shared by the
+            batch, (B, P, 2*H*D) per image, or with `prompt_ranges` a pool (S, 2*H*D).
+        prompt_qkv: (P, 3*H*D), prompts that attend as well; `out` then has N+P rows, prompts last.
+        num_heads: H.
+        bias: added to the scaled scores, shared by the batch. Dense: (H, N, N) for pairs of tokens, prompts get zero;
+            (H, N, N+P) with prompt columns last; with `prompt_qkv` also (H, N+P, N+P). A leading dimension of 1 is
+            accepted. Or a `RelativePositionBias`. A dense bias on rows of a multiple of 16 elements, as
+            `RelativePositionBias.dense` makes it, is read in place; others are copied once per call.
+        prompt_ranges: (B, 2) int32, start and length of every image's rows of the pool. Ranges may overlap.
+        max_prompt_length: an upper bound of the lengths in `prompt_ranges`.
+        scale: factor of the scores, default `D ** -0.5`. The bias is not scaled.
+        return_lse: also return the natural logarithm of the softmax denominator, float32 (float64 for float64 inputs),
+            which merges attention over disjoint keys: `out = sum_i exp(lse_i - logsumexp_i(lse_i)) * out_i`.
+        impl: "auto" is "triton" for GPU tensors of float16, bfloat16 or float32 with 16 <= D <= 128, else "torch". An
+            explicit "triton" or "torch" never falls back.
+
+    Returns:
+        out (B, N, H*D), or (B, N+P, H*D) with `prompt_qkv`, in the dtype of `qkv`; and lse (B, H, rows) if asked.
+        A row whose scores are all -inf gives zeros and lse = -inf.
+
+    Gradients, of out and of lse, reach qkv, the prompts (summed over the images that use a row) and the bias (dense or
+    table). Only those asked for are computed, in a fixed order: equal inputs give bitwise equal gradients. There is no
+    second derivative. Under autocast qkv and prompts are cast, the bias is not.
+
+    Equal to, for shared prompts::
+
+        q, k, v = qkv.view(B, N, 3, H, D).permute(2, 0, 3, 1, 4)
+        pk, pv = prompt_kv.view(P, 2, H, D).permute(1, 2, 0, 3).expand(B, ...)
+        scores = q @ cat([k, pk], 2).mT * scale + cat([bias, zeros(H, N, P)], 2)
+        out = (scores.softmax(-1) @ cat([v, pv], 2)).transpose(1, 2).flatten(2)
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
+
+    >>> import torch
+    >>> from vptm_kernels import RelativePositionBias, prompted_attention
+    >>> qkv = torch.randn(2, 26, 3 * 4 * 16)
+    >>> prompts = torch.randn(10, 2 * 4 * 16, requires_grad=True)
+    >>> bias = RelativePositionBias(torch.randn(9 * 9 + 3, 4), (5, 5))
+    >>> out = prompted_attention(qkv, prompts, num_heads=4, bias=bias)
+    >>> out.shape
+    torch.Size([2, 26, 64])
+    >>> out.sum().backward()
+    >>> prompts.grad.shape
+    torch.Size([10, 128])
+    """
+    if not _tensor("qkv", qkv).is_meta and torch.is_autocast_enabled(qkv.device.type):
+        dtype = torch.get_autocast_dtype(qkv.device.type)
+        qkv = _autocast(qkv, dtype)
+        prompt_kv = None if prompt_kv is None else _autocast(prompt_kv, dtype)
+        prompt_qkv = None if prompt_qkv is None else _autocast(prompt_qkv, dtype)
+    head_dim = _check_qkv(qkv, num_heads)
+    prompts = _check_prompts(qkv, prompt_kv, prompt_qkv, num_heads, head_dim, prompt_ranges, max_prompt_length)
+    per_image_length = 0 if prompts is None else prompts.shape[-2]
+    if prompt_ranges is not None:
+        _check_ranges(qkv, prompts, prompt_ranges, max_prompt_length)
+    if isinstance(bias, RelativePositionBias):
+        _check_table(qkv, bias, num_heads)
+    elif bias is not None:
+        pooled = prompt_ranges is not None
+        bias = _check_dense(qkv, bias, num_heads, None if pooled else per_image_length, prompt_qkv is not None)
+    if scale is None:
+        scale = head_dim**-0.5
+    elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    impl = choose(impl, qkv, head_dim)
+
+    if qkv.shape[1] == 0 and prompt_qkv is not None:
+        # Without tokens the prompts are the tokens, the same for every image.
+        qkv = prompt_qkv.expand(qkv.shape[0], -1, -1)
+        prompts = prompt_qkv = None
+        if isinstance(bias, RelativePositionBias) or (bias is not None and bias.shape[-2] != qkv.shape[1]):
+            bias = None
+
+    table, window, token_ids = bias if isinstance(bias, RelativePositionBias) else (bias, (), None)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (qkv, prompts, table))
+    out, lse = prompted_attention_op(
+        qkv,
+        prompts,
+        table,
+        token_ids,
+        prompt_ranges,
+        list(window),
+        num_heads,
+        prompt_qkv is not None,
+        max_prompt_length or 0,
+        float(scale),
+        return_lse or (needs_grad and impl == "triton"),
+        impl,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == torch.float64 else t.to(dtype)
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def _check_qkv(qkv: Tensor, num_heads: int) -> int:
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads must be a positive int, got {num_heads!r}")
+    if qkv.ndim != 3 or qkv.shape[-1] == 0 or qkv.shape[-1] % (3 * num_heads):
+        raise ValueError(f"qkv must be (B, N, 3*H*D) with H = num_heads = {num_heads}, got {_shape(qkv)}")
+    if qkv.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"qkv must be float16, bfloat16, float32 or float64, got {qkv.dtype}")
+    if qkv.stride(-1) != 1:
+        raise ValueError(f"qkv must have a unit last stride, got strides {tuple(qkv.stride())}")
+    return int(qkv.shape[-1] // (3 * num_heads))
+
+
+def _check_like_qkv(name: str, t: Tensor, qkv: Tensor) -> None:
+    if t.device != qkv.device:
+        raise ValueError(f"{name} must be on the device of qkv, {qkv.device}, got {t.device}")
+    if t.dtype != qkv.dtype:
+        raise ValueError(f"{name} must have the dtype of qkv, {qkv.dtype}, got {t.dtype}")
+    if t.stride(-1) != 1:
+        raise ValueError(f"{name} must have a unit last stride, got strides {tuple(t.stride())}")
+
+
+def _check_prompts(
+    qkv: Tensor,
+    prompt_kv: Tensor | None,
+    prompt_qkv: Tensor | None,
+    num_heads: int,
+    head_dim: int,
+    ranges: Tensor | None,
+    max_prompt_length: int | None,
+) -> Tensor | None:
+    batch, width = qkv.shape[0], num_heads * head_dim
+    if prompt_kv is not None and prompt_qkv is not None:
+        raise ValueError("prompt_kv and prompt_qkv must not both be given: prompts attend themselves or they do not")
+    if ranges is None and max_prompt_length is not None:
+        raise ValueError(f"max_prompt_length must be None without prompt_ranges, got {max_prompt_length}")
+    if ranges is not None and prompt_kv is None:
+        raise ValueError("prompt_ranges must come with prompt_kv, the pool (S, 2*H*D), got prompt_kv = None")
+    if prompt_qkv is not None:
+        if _tensor("prompt_qkv", prompt_qkv).ndim != 2 or prompt_qkv.shape[-1] != 3 * width:
+            raise ValueError(f"prompt_qkv must be (P, 3*H*D) = (P, {3 * width}), got {_shape(prompt_qkv)}")
+        _check_like_qkv("prompt_qkv", prompt_qkv, qkv)
+        return prompt_qkv
+    if prompt_kv is None:
+        return None
+    shapes = {"(P, 2*H*D)": prompt_kv.ndim == 2} if isinstance(prompt_kv, Tensor) else {}
+    _tensor("prompt_kv", prompt_kv)
+    if ranges is None:
+        shapes["(B, P, 2*H*D)"] = prompt_kv.ndim == 3 and prompt_kv.shape[0] == batch
+    if not any(shapes.values()) or prompt_kv.shape[-1] != 2 * width:
+        wanted = " or ".join(shapes)
+        raise ValueError(f"prompt_kv must be {wanted} with B = {batch}, 2*H*D = {2 * width}, got {_shape(prompt_kv)}")
+    _check_like_qkv("prompt_kv", prompt_kv, qkv)
+    return prompt_kv
+
+
+# {ranges: what they were checked against}, so that a GPU tensor is read back once and not at every call.
+_checked_ranges: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _check_ranges(qkv: Tensor, pool: Tensor | None, ranges: Tensor, max_prompt_length: int | None) -> None:
+    batch, size = qkv.shape[0], 0 if pool is None else pool.shape[0]
+    if not isinstance(max_prompt_length, int) or max_prompt_length < 0:
+        raise ValueError(f"max_prompt_length must be a non-negative int with prompt_ranges, got {max_prompt_length!r}")
+    if _tensor("prompt_ranges", ranges).dtype != torch.int32 or _shape(ranges) != (batch, 2):
+        raise ValueError(f"prompt_ranges must be (B, 2) = ({batch}, 2) int32, got {_shape(ranges)} {ranges.dtype}")
+    if ranges.device != qkv.device:
+        raise ValueError(f"prompt_ranges must be on the device of qkv, {qkv.device}, got {ranges.device}")
+    # Values cannot be read while a graph is traced or captured; kernels stay inside the pool whatever they are.
+    if torch.compiler.is_compiling() or ranges.is_meta or type(ranges) is not Tensor:
+        return
+    if ranges.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    key = (None if ranges.is_inference() else ranges._version, size, max_prompt_length)
+    if key[0] is not None and _checked_ranges.get(ranges) == key:
+        return
+    for image, (start, length) in enumerate(ranges.tolist()):
+        if start < 0 or length < 0 or start + length > size:
+            raise ValueError(
+                f"prompt_ranges must lie inside the pool of {size} rows, "
+                f"got start {start}, length {length} for image {image}"
+            )
+        if length > max_prompt_length:
+            raise ValueError(
+                f"prompt_ranges must have lengths <= max_prompt_length = {max_prompt_length}, "
+                f"got {length} for image {image}"
+            )
+    _checked_ranges[ranges] = key
+
+
+def _check_table(qkv: Tensor, bias: RelativePositionBias, num_heads: int) -> None:
+    table, window, token_ids = bias
+    tokens = qkv.shape[1]
+    if len(window) != 2 or not all(isinstance(side, int) and side > 0 for side in window):
+        raise ValueError(f"bias.window must be two positive ints (Hp, Wp), got {window!r}")
+    wanted = (table_rows(window), num_heads)
+    if _shape(_tensor("bias.table", table)) != wanted or not table.is_floating_point():
+        raise ValueError(
+            f"bias.table must be a floating point (R, H) = {wanted} for window {tuple(window)}, "
+            f"got {_shape(table)} {table.dtype}"
+        )
+    if token_ids is None:
+        if window[0] * window[1] + 1 != tokens:
+            raise ValueError(
+                f"bias.token_ids must be given unless N = Hp*Wp + 1 = {window[0] * window[1] + 1}, "
+                f"got None with N = {tokens}"
+            )
+    elif _shape(_tensor("bias.token_ids", token_ids)) != (tokens,) or token_ids.dtype != torch.int32:
+        raise ValueError(f"bias.token_ids must be (N,) = ({tokens},) int32, got {_shape(token_ids)} {token_ids.dtype}")
+    for name, t in (("bias.table", table), ("bias.token_ids", token_ids)):
+        if t is not None and t.device != qkv.device:
+            raise ValueError(f"{name} must be on the device of qkv, {qkv.device}, got {t.device}")
+
+
+def _check_dense(qkv: Tensor, bias: Tensor, num_heads: int, prompts: int | None, prompt_queries: bool) -> Tensor:
+    tokens = qkv.shape[1]
+    allowed = [(num_heads, tokens, tokens)]
+    if prompts:
+        allowed.append((num_heads, tokens, tokens + prompts))
+        if prompt_queries:
+            allowed.append((num_heads, tokens + prompts, tokens + prompts))
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a tensor or a RelativePositionBias, got {type(bias).__name__}")
+    dense = bias[0] if bias.ndim == 4 and bias.shape[0] == 1 else bias
+    if _shape(dense) not in allowed or not bias.is_floating_point():
+        wanted = " or ".join(map(str, allowed))
+        raise ValueError(f"bias must be a floating point {wanted} (H, queries, keys), got {_shape(bias)} {bias.dtype}")
+    if bias.device != qkv.device:
+        raise ValueError(f"bias must be on the device of qkv, {qkv.device}, got {bias.device}")
+    return dense

@@ -1,0 +1,173 @@
+"""The same algebra with PyTorch ops: the CPU path, and what runs where Triton cannot.
+
+Forward is scaled_dot_product_attention on a bias with aligned rows. Nothing but the inputs is kept for backward, which
+concatenates keys and values again and works on slices of the batch, so that the score matrices stay small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .bias import ROW_ALIGNMENT, expand_table, reduce_to_table
+
+# Backward holds about four score matrices of this many elements at a time.
+_SCORES_PER_SLICE = 1 << 22
+
+
+def forward(
+    qkv: Tensor,
+    prompts: Tensor | None,
+    bias: Tensor | None,
+    token_ids: Tensor | None,
+    ranges: Tensor | None,
+    window: Sequence[int],
+    num_heads: int,
+    prompt_queries: bool,
+    max_prompt_length: int,
+    scale: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, width = qkv.shape
+    rows = tokens + (prompts.shape[0] if prompt_queries and prompts is not None else 0)
+    out = qkv.new_empty(batch, rows, width // 3)
+    lse = qkv.new_empty((batch, num_heads, rows) if with_lse else (0,), dtype=_accumulator(qkv.dtype))
+    dense = _dense(bias, token_ids, window)
+    for images, chosen in _groups(batch, prompts, ranges, batch):
+        q, k, v = _project(qkv[images], None if prompts is None else prompts[chosen], num_heads, prompt_queries)
+        mask = _mask(dense, rows, k.shape[2], q.dtype)
+        with _backends(mask):
+            attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        out[images] = attended.transpose(1, 2).flatten(2)
+        if with_lse:
+            lse[images] = _scores(q, k, dense, scale).logsumexp(-1)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    qkv: Tensor,
+    prompts: Tensor | None,
+    bias: Tensor | None,
+    token_ids: Tensor | None,
+    ranges: Tensor | None,
+    window: Sequence[int],
+    num_heads: int,
+    prompt_queries: bool,
+    max_prompt_length: int,
+    scale: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    batch, tokens, width = qkv.shape
+    heads, head_dim = num_heads, width // (3 * num_heads)
+    exact = _accumulator(qkv.dtype)
+    dense = _dense(bias, token_ids, window)
+    dqkv = qkv.new_empty(qkv.shape) if needs[0] else None
+    dprompts = torch.zeros(prompts.shape, dtype=exact, device=qkv.device) if needs[1] and prompts is not None else None
+    ddense = torch.zeros(dense.shape, dtype=exact, device=qkv.device) if needs[2] and dense is not None else None
+    grad_out = grad_out.unflatten(2, (heads, head_dim)).transpose(1, 2)
+
+    keys = tokens + (0 if prompts is None else max_prompt_length if ranges is not None else prompts.shape[-2])
+    slice_size = max(1, _SCORES_PER_SLICE // max(1, heads * keys * keys))
+    for images, chosen in _groups(batch, prompts, ranges, slice_size):
+        q, k, v = _project(qkv[images], None if prompts is None else prompts[chosen], heads, prompt_queries)
+        scores = _scores(q, k, dense, scale)
+        masked = scores.amax(-1, keepdim=True) == float("-inf")
+        weights = scores.softmax(-1).masked_fill_(masked, 0)
+        q, k, v, dout = (t.to(exact) for t in (q, k, v, grad_out[images]))
+        dweights = dout @ v.mT
+        dscores = dweights - (weights * dweights).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            dscores += grad_lse[images][..., None]
+        dscores *= weights
+        dq, dk, dv = dscores @ k * scale, dscores.mT @ q * scale, weights.mT @ dout
+        if dqkv is not None:
+            stacked = torch.stack([dq[:, :, :tokens], dk[:, :, :tokens], dv[:, :, :tokens]], 1)
+            dqkv[images] = stacked.permute(0, 3, 1, 2, 4).flatten(2).to(dqkv.dtype)
+        if dprompts is not None:
+            parts = [dq, dk, dv] if prompt_queries else [dk, dv]
+            found = torch.stack([part[:, :, tokens:] for part in parts], 1).permute(0, 3, 1, 2, 4).flatten(2)
+            dprompts[chosen] += found if dprompts.ndim == 3 else found.sum(0)
+        if ddense is not None:
+            ddense += dscores[:, :, : ddense.shape[1], : ddense.shape[2]].sum(0)
+
+    dbias = ddense
+    if ddense is not None and bias is not None:
+        dbias = (reduce_to_table(ddense, (window[0], window[1]), token_ids) if window else ddense).to(bias.dtype)
+    return dqkv, None if dprompts is None else dprompts.to(qkv.dtype), dbias
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _groups(
+    batch: int, prompts: Tensor | None, ranges: Tensor | None, at_most: int
+) -> Iterator[tuple[slice | list[int], slice]]:
+    """(images, rows): images that share their prompts, so many at a time, and where in `prompts` those stand."""
+    if ranges is None:
+        for first in range(0, batch, max(1, at_most)):
+            images = slice(first, first + at_most)
+            yield images, images if prompts is not None and prompts.ndim == 3 else slice(None)
+        return
+    users: dict[tuple[int, int], list[int]] = {}
+    for image, (start, length) in enumerate(ranges.tolist()):
+        users.setdefault((start, length), []).append(image)
+    for (start, length), members in users.items():
+        for first in range(0, len(members), at_most):
+            yield members[first : first + at_most], slice(start, start + length)
+
+
+def _project(qkv: Tensor, prompts: Tensor | None, heads: int, prompt_queries: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, rows, D), keys and values (B, H, keys, D), prompts last."""
+    head_dim = qkv.shape[2] // (3 * heads)
+    q, k, v = qkv.unflatten(2, (3, heads, head_dim)).permute(2, 0, 3, 1, 4)
+    if prompts is None:
+        return q, k, v
+    parts = prompts.unflatten(-1, (3 if prompt_queries else 2, heads, head_dim)).movedim(-4, -2)
+    parts = parts if prompts.ndim == 3 else parts.expand(qkv.shape[0], *parts.shape)
+    *pq, pk, pv = parts.unbind(1)
+    return torch.cat([q, *pq], 2), torch.cat([k, pk], 2), torch.cat([v, pv], 2)
+
+
+def _dense(bias: Tensor | None, token_ids: Tensor | None, window: Sequence[int]) -> Tensor | None:
+    if bias is None or not window:
+        return bias
+    return expand_table(bias, (window[0], window[1]), token_ids)
+
+
+def _mask(dense: Tensor | None, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+    """(1, H, rows, columns) bias on aligned rows, zero where the dense one does not reach."""
+    if dense is None:
+        return None
+    if dense.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+        dtype = torch.float32  # accepted by the CPU kernel, and finite values stay finite
+    complete = dense.shape[1:] == (rows, columns) and dense.dtype == dtype
+    if complete and dense.stride(2) == 1 and dense.stride(1) % ROW_ALIGNMENT == 0:
+        return dense[None]
+    if dtype == torch.float16:
+        dense = torch.where(dense == float("-inf"), dense, dense.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max))
+    width = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    mask = torch.zeros(1, dense.shape[0], rows, width, dtype=dtype, device=dense.device)
+    mask[0, :, : dense.shape[1], : dense.shape[2]] = dense
+    return mask[..., :columns]
+
+
+def _backends(mask: Tensor | None) -> AbstractContextManager[object]:
+    """cuDNN 9.15 to 9.25 reads a float32 mask as bfloat16 on Hopper, so it is kept from calls that have one."""
+    if mask is None or not mask.is_cuda:
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def _scores(q: Tensor, k: Tensor, dense: Tensor | None, scale: float) -> Tensor:
+    exact = _accumulator(q.dtype)
+    scores = q.to(exact) @ k.to(exact).mT * scale
+    if dense is not None:
+        scores[:, :, : dense.shape[1], : dense.shape[2]] += dense
+    return scores
