@@ -17,11 +17,11 @@ def _outputs(model: PromptedBEiT, images: Tensor, impl: str, gradients: bool) ->
     try:
         with torch.set_grad_enabled(gradients):
             features = model.forward_features(images)
-            hidden = model.forward_head(features, pre_logits=True)
+            hidden = model.forward_hidden(images)
             tensors = {"features": features, "hidden": hidden}
             if model.lm_head is not None:
                 tensors["token_logits"] = model.lm_head(hidden)
-            tensors["logits"] = model.forward_head(features)
+            tensors["logits"] = model(images)
             named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
             if gradients and named:
                 # a fixed, uneven cotangent: a constant one would hide errors that sum to zero over classes

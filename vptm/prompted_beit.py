@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checkpoints import LoadReport, load_backbone, weight_hash
+from .encoder import FrozenEncoder
 from .position_bias import extended_index, parse_extra_bias
 from .prompts import PromptBank
-from .reference import reference_features
+from .reference import reference_features, softmax_attention
 from .verbalizers import LinearVerbalizer, PrototypicalVerbalizer
 
 PROMPT_LOCATIONS = ("after_cls", "after_mask", "before_mask", "end")
@@ -224,6 +225,7 @@ class PromptedBEiT(nn.Module):
             heads = self.backbone.blocks[0].attn.num_heads
             self.prompt_bias = nn.Parameter(torch.zeros(len(self.backbone.blocks), 2, heads, prompt_length))
         self.verbalizer = self._make_verbalizer(num_classes)
+        self._encoder = FrozenEncoder()
         self._freeze()
         self._weight_hash = weight_hash(self._frozen_state())
         self.train(self.training)
@@ -307,6 +309,11 @@ class PromptedBEiT(nn.Module):
         self.backbone.requires_grad_(True)
         return self.train(self.training)
 
+    def refresh(self) -> None:
+        """Derive the encoder's folded constants again: needed only after editing a frozen weight through `.data`, which
+        PyTorch does not count as a change. Any other change is noticed."""
+        self._encoder = FrozenEncoder()
+
     def _check_images(self, images: Tensor) -> None:
         height, width = self.backbone.patch_embed.img_size
         channels = self.backbone.patch_embed.proj.in_channels
@@ -326,24 +333,33 @@ class PromptedBEiT(nn.Module):
             read-out this equals `timm.models.beit.Beit.forward_features`.
         """
         self._check_images(images)
-        if self.impl == "triton":
-            raise ValueError(
-                "impl='triton' was asked for, but this version of vptm has no Triton encoder: use 'auto' or 'torch'"
-            )
-        if self.impl == "reference":
-            return reference_features(self, images)
-        return reference_features(self, images, attention=_sdpa)
+        if self.impl != "reference" and FrozenEncoder.supports(self):
+            return self._encoder.features(self, images)
+        return self._plain_features(images)
 
-    def _hidden(self, features: Tensor) -> Tensor:
+    def _plain_features(self, images: Tensor) -> Tensor:
+        if self.impl == "triton":
+            found = f"{type(self.backbone.blocks[0].mlp).__name__} blocks" if self._frozen else "a trainable one"
+            raise ValueError(
+                f"impl='triton' needs a frozen backbone of plain BEiT blocks with a two-layer MLP, got {found}"
+            )
+        return reference_features(self, images, softmax_attention if self.impl == "reference" else _sdpa)
+
+    def _readout_row(self) -> int | None:
+        """Row of `forward_features` that is read, None where patch rows are averaged."""
+        if self.readout == "mean":
+            return None
         if self.readout == "cls":
-            pooled = features[:, 0]
-        elif self.readout == "mean":
-            pooled = features[:, 1 : 1 + self.num_patches].mean(dim=1)
-        elif self.replaced_patch is not None:
-            pooled = features[:, 1 + self.replaced_patch]
-        else:
-            pooled = features[:, 1 + self.num_patches]
-        return self.backbone.fc_norm(pooled)
+            return 0
+        return 1 + (self.num_patches if self.replaced_patch is None else self.replaced_patch)
+
+    def forward_hidden(self, images: Tensor) -> Tensor:
+        """The normalised read-out row (B, C), equal to `forward_head(forward_features(images), pre_logits=True)`."""
+        self._check_images(images)
+        row = self._readout_row()
+        if row is None or self.impl == "reference" or not FrozenEncoder.supports(self):
+            return self.forward_head(self.forward_features(images), pre_logits=True)
+        return self.backbone.fc_norm(self._encoder.row(self, images, row))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Class scores (B, K) from `forward_features`; with `pre_logits` the normalised read-out row (B, C).
@@ -351,13 +367,15 @@ class PromptedBEiT(nn.Module):
         Weights that were fine-tuned with mean pooling keep their norm after the pooling (`fc_norm`); it is then used on
         the row that is read, whichever it is.
         """
-        hidden = self._hidden(features)
+        row = self._readout_row()
+        pooled = features[:, 1 : 1 + self.num_patches].mean(dim=1) if row is None else features[:, row]
+        hidden = self.backbone.fc_norm(pooled)
         return hidden if pre_logits else self.verbalizer(hidden, self.lm_head)
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores (B, K), cosine / temperature with the prototypical verbalizer, for normalised images (B,
         channels, H, W)."""
-        return self.forward_head(self.forward_features(images))
+        return self.verbalizer(self.forward_hidden(images), self.lm_head)
 
     def predict_tokens(self, images: Tensor) -> Tensor:
         """Visual-token logits (B, V) at the read-out row."""
@@ -366,7 +384,7 @@ class PromptedBEiT(nn.Module):
                 f"predict_tokens needs a visual-token head, {self.report.source} has none: "
                 f"expected {MASKED_MODELLING_WEIGHTS}"
             )
-        return self.lm_head(self.forward_head(self.forward_features(images), pre_logits=True))
+        return self.lm_head(self.forward_hidden(images))
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that training changes."""

@@ -43,8 +43,8 @@ def block_forward(block: Block, x: Tensor, bias: Tensor | None, attention: Atten
     return x + block.drop_path2(update if block.gamma_2 is None else block.gamma_2 * update)
 
 
-def position_bias(model: PromptedBEiT, layer: int) -> Tensor | None:
-    """Bias (1, H, T, T) of block `layer` for rows in the order the model concatenates them, or None where nothing is
+def canonical_bias(model: PromptedBEiT, layer: int, *, learned: bool = True) -> Tensor | None:
+    """Bias (H, T, T) of block `layer` for rows `[class | patches | mask? | prompts]`, or None where nothing is
     added."""
     backbone = model.backbone
     tables = [
@@ -57,18 +57,15 @@ def position_bias(model: PromptedBEiT, layer: int) -> Tensor | None:
         table = sum(tables[1:], start=tables[0])
         table = torch.cat([table, table.new_zeros(1, table.shape[1])])
         bias = rearrange(table[model.bias_index], "i j h -> h i j")
-    if model.prompt_bias is not None:
+    if learned and model.prompt_bias is not None:
         first_prompt = model.num_rows - model.prompts.length
         patches = 1 + model.num_patches
-        learned = model.prompt_bias.new_zeros(model.prompt_bias.shape[2], model.num_rows, model.num_rows)
-        learned[:, 1:patches, first_prompt:] = model.prompt_bias[layer, 1][:, None]
-        learned[:, 0, first_prompt:] = model.prompt_bias[layer, 0]
-        learned[:, patches:first_prompt, first_prompt:] = model.prompt_bias[layer, 0][:, None]
-        bias = learned if bias is None else bias + learned
-    if bias is None:
-        return None
-    order = model.row_order
-    return bias[:, order][:, :, order].unsqueeze(0)
+        columns = model.prompt_bias.new_zeros(model.prompt_bias.shape[2], model.num_rows, model.num_rows)
+        columns[:, 1:patches, first_prompt:] = model.prompt_bias[layer, 1][:, None]
+        columns[:, 0, first_prompt:] = model.prompt_bias[layer, 0]
+        columns[:, patches:first_prompt, first_prompt:] = model.prompt_bias[layer, 0][:, None]
+        bias = columns if bias is None else bias + columns
+    return bias
 
 
 def embed(model: PromptedBEiT, images: Tensor) -> Tensor:
@@ -102,6 +99,9 @@ def reference_features(model: PromptedBEiT, images: Tensor, attention: Attention
     carried = None
     for layer, block in enumerate(model.backbone.blocks):
         rows = torch.cat([x, prompts(layer, batch, carried).to(x.dtype)], dim=1)
-        rows = block_forward(block, rows[:, order], position_bias(model, layer), attention)[:, original]
+        bias = canonical_bias(model, layer)
+        if bias is not None:
+            bias = bias[:, order][:, :, order].unsqueeze(0)
+        rows = block_forward(block, rows[:, order], bias, attention)[:, original]
         x, carried = rows[:, :real], rows[:, real:]
     return model.backbone.norm(x)
