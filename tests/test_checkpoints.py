@@ -226,9 +226,6 @@ def test_timm_state_dict_loads_under_either_suffix(suffix: str, use_fc_norm: boo
     assert_rebuilds(loaded)
 
 
-# Hugging Face
-
-
 def huggingface(folder: Path, *, v5: bool, eps: float, masked: bool, **options: Any) -> Any:
     """A random transformers model, saved in `folder` under the names of transformers 4 or 5."""
     transformers = pytest.importorskip("transformers")
@@ -359,6 +356,8 @@ def test_huggingface_shards_torch_files_and_lone_safetensors_are_the_same_weight
     lone = load_backbone(tmp_path / "lone.safetensors")
     assert weight_hash(lone.backbone.state_dict()) == expected
     assert lone.report.eps == 1e-12 and any("no config.json" in note for note in lone.report.notes)
+    torch.save({"model": state}, tmp_path / "lone.pth")
+    assert load_backbone(tmp_path / "lone.pth").report.eps == 1e-12
 
 
 def test_index_of_shards_cannot_reach_outside_its_folder(tmp_path: Path) -> None:
@@ -406,9 +405,6 @@ def test_rectangular_huggingface_window_follows_timm(tmp_path: Path) -> None:
     source.load_state_dict(loaded.backbone.state_dict())
     images = images_for(loaded)
     assert max_error(loaded.backbone.forward_features(images), source.forward_features(images)) == 0
-
-
-# Window
 
 
 @pytest.mark.parametrize("absolute", [False, True])
@@ -478,9 +474,6 @@ def test_unfit_img_size_is_refused(size: Any, match: str, tmp_path: Path) -> Non
         load_backbone(path, img_size=size)
 
 
-# Names, instances, vptm's own file
-
-
 def write_vptm(path: Path, **changes: Any) -> dict[str, Tensor]:
     """A file as the pre-training script writes it: fp16 tensors, canonical names, no index, json in the metadata."""
     model = unilm(chans=1)
@@ -546,6 +539,7 @@ def test_vptm_file_states_its_architecture_and_preprocessing(tmp_path: Path) -> 
         ({"eps": 0}, "eps required a positive number"),
         ({"std": [0.0]}, "std required finite numbers, positive"),
         ({"mean": None}, "mean required finite numbers"),
+        ({"mean": [0.5, 0.5, 0.5]}, "required mean and std of 1 channels"),
         ({"architecture": {"patch_size": 3}}, "required patch_size 3"),
         ({"architecture": {"init_values": "small"}}, "init_values required a positive number"),
         ({"architecture": 3}, "the vptm metadata required architecture, eps, mean and std"),
@@ -733,9 +727,6 @@ def test_mean_and_std_follow_a_stated_rule(
     assert any(note.startswith("mean and std") and rule in note for note in loaded.report.notes)
 
 
-# What a file may lack or hold besides
-
-
 @pytest.mark.parametrize("lacking", ["mask_token", "lm_head"])
 def test_absent_mask_token_or_head_is_reported(lacking: str, tmp_path: Path) -> None:
     state = {key: value for key, value in unilm().state_dict().items() if not key.startswith(lacking)}
@@ -821,8 +812,6 @@ def test_weights_do_not_change_with_the_file_they_came_from(tmp_path: Path) -> N
     assert everything() == before
 
 
-# Refusals
-
 Mutation = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -890,6 +879,10 @@ REFUSED: dict[str, tuple[Mutation, str]] = {
     "another numbering of positions": (
         plus(rel_pos_bias__relative_position_index=position_index((3, 3)).T.contiguous()),
         "required BEiT's index of window",
+    ),
+    "index of floats": (
+        plus(rel_pos_bias__relative_position_index=torch.full((10, 10), float("nan"))),
+        r"relative_position_index required integers of shape \(N, N\), found torch\.float32 \(10, 10\)",
     ),
     "plain ViT": (
         lambda s: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).state_dict(),
@@ -1024,9 +1017,6 @@ def test_huggingface_vit_without_its_config_is_recognised_by_its_key_bias(tmp_pa
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="required a BEiT, found a plain ViT"):
         load_backbone(tmp_path / "vit.safetensors")
-
-
-# Names and hashes
 
 
 def test_canonical_names_are_timms_and_values_are_untouched(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def load_backbone(
     line, for an unknown name, a file that is truncated, holds code or belongs to another architecture, tensors that are
     missing, unknown or misshapen, NaN or infinite values, and an `img_size` that does not fit.
 
-    >>> loaded = load_backbone("beit_base_patch16_224", img_size=64)
+    >>> loaded = vptm.load_backbone("beit_base_patch16_224", img_size=64)
     >>> loaded.backbone.forward_features(torch.zeros(1, 3, 64, 64)).shape
     torch.Size([1, 17, 768])
     """
@@ -266,7 +266,14 @@ def canonical_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def weight_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Names, dtypes, shapes and bytes, sorted by name, as "sha256:<hex>"; device and memory layout do not count."""
+    """Identity of a set of weights as "sha256:<hex>": two sets agree if names, dtypes, shapes and all bytes do.
+
+    Names are sorted; device, memory layout and requires_grad do not count. A json line of name, dtype and shape stands
+    before each tensor's bytes, so no two sets give the same stream.
+
+    >>> vptm.weight_hash({"x": torch.zeros(2)})
+    'sha256:f3151283d5c63587cd773d55b3eb39fa7104efa9ae53cdd3a62f4451060848c1'
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -274,9 +281,6 @@ def weight_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(header.encode() + b"\n")
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"
-
-
-# Sources
 
 
 def _from_module(
@@ -423,15 +427,9 @@ def _from_file(path: Path, label: str, size: tuple[int, int] | None) -> LoadedBa
         raise ValueError(
             f"{label}: required a file ending in {', '.join(sorted(_SUFFIXES))}, got {path.suffix or 'no suffix'}"
         )
-    if facts.format is None and any(_HF_MARK in key for key in state):
-        config = path.with_name("config.json")
-        if config.is_file():
-            facts = _folder_facts(config, label)
-        else:
-            facts.eps = _HUGGINGFACE_EPS
-            facts.notes.append(
-                f"eps {_HUGGINGFACE_EPS:g}: Hugging Face's default is assumed, there is no config.json beside the file"
-            )
+    config = path.with_name("config.json")
+    if facts.format is None and config.is_file() and any(_HF_MARK in key for key in _unwrap(state, label)[0]):
+        facts = _folder_facts(config, label)
     return _from_state(state, facts, label, size)
 
 
@@ -456,9 +454,6 @@ def _from_folder(folder: Path, label: str, size: tuple[int, int] | None) -> Load
         file = folder / part
         state.update(_read_safetensors(file, label)[0] if file.suffix == ".safetensors" else _read_torch(file, label))
     return _from_state(state, facts, label, size)
-
-
-# Reading files
 
 
 def _read_safetensors(path: Path, label: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -526,6 +521,9 @@ def _vptm_facts(metadata: Mapping[str, str], label: str) -> _Facts:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{label}: the vptm metadata required architecture, eps, mean and std: {error!r}") from error
     unknown = sorted(set(architecture) - set(inspect.signature(Beit.__init__).parameters))
+    channels = architecture.get("in_chans", 3)
+    if len(facts.mean or ()) != channels or len(facts.std or ()) != channels:
+        raise ValueError(f"{label}: required mean and std of {channels} channels, found {facts.mean} and {facts.std}")
     if unknown:
         raise ValueError(f"{label}: architecture required keyword arguments of timm's Beit, got {', '.join(unknown)}")
     return facts
@@ -603,9 +601,6 @@ def _crop_pct(steps: dict[str, Any]) -> float:
     return crop / size if steps.get("do_center_crop") and size and crop and crop <= size else 1.0
 
 
-# Names
-
-
 def _unwrap(state: Mapping[str, Any], label: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors inside wrappers and prefixes, and the names of the training state left behind."""
     dropped: list[str] = []
@@ -673,9 +668,6 @@ def _is_index(key: str) -> bool:
     return key.endswith("relative_position_index")
 
 
-# From tensors to a model
-
-
 def _from_state(raw: Mapping[str, Any], facts: _Facts, label: str, size: tuple[int, int] | None) -> LoadedBackbone:
     tensors, dropped = _unwrap(raw, label)
     wrapped = bool(dropped) or any(key in raw for key in _WRAPPERS)
@@ -686,7 +678,7 @@ def _from_state(raw: Mapping[str, Any], facts: _Facts, label: str, size: tuple[i
     notes = list(facts.notes)
     index = {key: state.pop(key) for key in list(state) if _is_index(key)}
     key_bias = {key: state.pop(key) for key in list(state) if key.endswith(".attn.k_bias")}
-    used = [key for key, value in key_bias.items() if value.any()]
+    used = [key for key, value in key_bias.items() if value.float().any()]
     if used:
         if not any("relative_position_bias_table" in key or "gamma_" in key for key in state):
             raise ValueError(f"{label}: required a BEiT, found a plain ViT (it has key biases, BEiT has none)")
@@ -714,7 +706,9 @@ def _from_state(raw: Mapping[str, Any], facts: _Facts, label: str, size: tuple[i
     resized = _resize(state, window, target)
     if resized:
         notes.append(f"window {window[0]} x {window[1]} resized to {target[0]} x {target[1]} by timm's rule")
-    eps = facts.eps or _UNILM_EPS
+    eps = facts.eps or (_HUGGINGFACE_EPS if huggingface else _UNILM_EPS)
+    if huggingface and facts.eps is None:
+        notes.append(f"eps {eps:g}: Hugging Face's default is assumed, there is no config.json beside the file")
     backbone = _build(architecture, eps, state, label)
 
     if facts.format:
@@ -767,11 +761,8 @@ def _token_head(
 ) -> tuple[Tensor | None, nn.Linear | None, list[str]]:
     """Take the mask token and the visual-token head out of `state`."""
     missing = [key for key in ("mask_token", "lm_head.weight", "lm_head.bias") if key not in state]
-    mask_token, weight, bias = (
-        state.pop("mask_token", None),
-        state.pop("lm_head.weight", None),
-        state.pop("lm_head.bias", None),
-    )
+    mask_token = state.pop("mask_token", None)
+    weight, bias = state.pop("lm_head.weight", None), state.pop("lm_head.bias", None)
     if mask_token is not None and mask_token.shape != (1, 1, width):
         raise ValueError(f"{label}: mask_token required shape {(1, 1, width)}, found {tuple(mask_token.shape)}")
     if (weight is None) != (bias is None):
@@ -924,9 +915,9 @@ def _native_window(
 def _index_window(index: Mapping[str, Tensor], wanted: tuple[int, int] | None, label: str) -> tuple[int, int]:
     """The window from unilm's persistent index: along the first row of patches the offset to patch 0 grows by one."""
     key, first = next(iter(index.items()))
-    patches = first.shape[0] - 1
-    if first.ndim != 2 or patches < 1 or first.shape[1] != patches + 1:
-        raise ValueError(f"{label}: {key} required shape (N, N), found {tuple(first.shape)}")
+    patches = len(first) - 1 if first.ndim else 0
+    if first.is_floating_point() or first.ndim != 2 or patches < 1 or first.shape[1] != patches + 1:
+        raise ValueError(f"{label}: {key} required integers of shape (N, N), found {first.dtype} {tuple(first.shape)}")
     offset = first[1:, 1] - first[1, 1]
     jumps = (offset != torch.arange(patches)).nonzero()
     columns = int(jumps[0]) if len(jumps) else patches
@@ -985,9 +976,6 @@ def _build(architecture: dict[str, Any], eps: float, state: dict[str, Tensor], l
             init()
     model.load_state_dict(state)
     return model.eval()
-
-
-# Small pieces
 
 
 def _statistics(
