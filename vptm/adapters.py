@@ -73,8 +73,8 @@ def save_adapter(model: PromptedBEiT, folder: str | Path, *, extra: Mapping[str,
         "extra": dict(extra or {}),
     }
     text = json.dumps(config, indent=2) + "\n"
-    # the hash travels inside the tensor file, so one rename replaces both
-    tensors = save(learned, metadata={"format": "pt", "vptm_hash": weight_hash(learned)})
+    # inside the tensor file, so one rename replaces both; one entry, because safetensors writes several in random order
+    tensors = save(learned, metadata={"vptm_hash": weight_hash(learned)})
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / CONFIG_FILE, text.encode())
     write_atomically(folder / TENSORS_FILE, tensors)

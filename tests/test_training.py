@@ -1,0 +1,467 @@
+"""fit and evaluate: what is learned, what is kept, what survives a kill, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import pickle
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_data import picture, write_backbone
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import vptm.training
+from vptm import PromptedBEiT, evaluate, fit, load_adapter, transforms
+from vptm.adapters import CONFIG_FILE, TENSORS_FILE
+from vptm.data import ImageDataset
+from vptm.training import CURVES_FILE, METRICS_FILE, RUN_FILE, STATE_FILE
+
+LEARNS = {"readout": "mean", "token_activation": "hidden", "verbalizer": "linear", "prompt_length": 3}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_backbone(tmp_path_factory.mktemp("backbone") / "tiny.safetensors")
+
+
+def make_model(backbone: Path, seed: int = 0, **arguments: Any) -> PromptedBEiT:
+    torch.manual_seed(seed)
+    return PromptedBEiT(backbone, 3, **{"prompt_length": 3, "prototype_dim": 8, **arguments})
+
+
+def pictures(count: int, first: int = 0) -> ImageDataset:
+    images = np.stack([np.asarray(picture(k % 3, first + k)) for k in range(count)])
+    return ImageDataset(images, np.arange(count) % 3, ["a", "b", "c"], keys=[str(k) for k in range(count)])
+
+
+def loaders(model: PromptedBEiT, batch_size: int = 5, **options: Any) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Shuffled, augmented train pictures (12, so the last batch of 5 is short) and 9 val pictures."""
+    train = pictures(12).with_transform(transforms(model, train=True, flip=False))
+    val = pictures(9, first=100).with_transform(transforms(model))
+    return DataLoader(train, batch_size=batch_size, shuffle=True, **options), DataLoader(val, batch_size=4)
+
+
+def run(model: PromptedBEiT, folder: Path | None = None, **arguments: Any) -> Any:
+    train, val = loaders(model)
+    options: dict[str, Any] = {"epochs": 4, "lr": 0.02, "warmup_epochs": 1, "progress": False, "run_dir": folder}
+    return fit(model, train, val, **(options | arguments))
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    """Rows of metrics.csv but for the clock."""
+    with (folder / METRICS_FILE).open(newline="") as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    for name in (TENSORS_FILE, CONFIG_FILE):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert metrics(one) == metrics(two)
+    states = [torch.load(folder / STATE_FILE, weights_only=True) for folder in (one, two)]
+    for name, tensor in states[0]["learned"].items():
+        assert torch.equal(tensor, states[1]["learned"][name]), name
+
+
+def test_it_learns_and_changes_only_what_is_not_frozen(backbone: Path) -> None:
+    model = make_model(backbone, **LEARNS)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    learned = {name: tensor.clone() for name, tensor in model.learned_state_dict().items()}
+    result = run(model, epochs=30)
+    assert result.best_val_accuracy == 1.0, f"a separable task stays at {result.best_val_accuracy}"
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), f"{name} is frozen and has changed"
+        else:
+            assert not torch.equal(parameter, learned[name]), f"{name} was not trained"
+
+
+def test_the_best_epoch_on_val_is_what_remains(backbone: Path, tmp_path: Path) -> None:
+    """A rate high enough to bounce: the last epoch is not the best, and the model must hold the best one."""
+    model = make_model(backbone, **LEARNS)
+    result = run(model, tmp_path / "r", epochs=12, lr=1.0, schedule="none", warmup_epochs=0)
+    scores = [(row["val_accuracy"], -row["val_loss"]) for row in result.history]
+    best = max(range(12), key=lambda k: scores[k])
+    assert best != 11, "choose another lr: this test needs a last epoch that is not the best"
+    assert result.best_epoch == best + 1
+    measured = evaluate(model, loaders(model)[1])
+    assert (measured["accuracy"], -measured["loss"]) == scores[best]
+    loaded = load_adapter(tmp_path / "r")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
+
+
+def test_without_val_the_last_epoch_remains(backbone: Path) -> None:
+    model = make_model(backbone)
+    result = fit(model, loaders(model)[0], epochs=3, lr=0.02, progress=False)
+    assert result.best_epoch == 3 and result.best_val_accuracy is None
+    assert [row["val_loss"] for row in result.history] == [None] * 3
+
+
+def test_train_metrics_are_those_of_the_steps(backbone: Path) -> None:
+    """With a step size that changes nothing, the epoch's numbers are the plain averages over all images."""
+    model = make_model(backbone)
+    train, _ = loaders(model)
+    fixed = DataLoader(train.dataset.with_transform(transforms(model)), batch_size=5)  # type: ignore[attr-defined]
+    row = fit(model, fixed, epochs=1, lr=1e-30, progress=False).history[0]
+    expected = evaluate(model, fixed)
+    assert row["train_accuracy"] == expected["accuracy"]
+    assert row["train_loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_learning_rate_warms_up_and_falls_to_nothing(backbone: Path) -> None:
+    rates = [row["lr"] for row in run(make_model(backbone), epochs=8, lr=0.1, warmup_epochs=2).history]
+    assert rates[0] < rates[1] <= 0.1 and rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] < 0.01
+
+
+def test_run_folder_holds_everything(backbone: Path, tmp_path: Path) -> None:
+    result = run(make_model(backbone), tmp_path / "r", info={"note": "x"})
+    assert {path.name for path in (tmp_path / "r").iterdir()} == set(vptm.training.RUN_FILES)
+    assert [int(row["epoch"]) for row in metrics(tmp_path / "r")] == [1, 2, 3, 4]
+    facts = json.loads((tmp_path / "r" / RUN_FILE).read_text())
+    assert (
+        facts["seed"] == 0 and facts["arguments"]["lr"] == 0.02 and facts["versions"]["torch"] and facts["note"] == "x"
+    )
+    with Image.open(tmp_path / "r" / CURVES_FILE) as image:
+        assert image.size[0] > 600
+    extra = json.loads((tmp_path / "r" / CONFIG_FILE).read_text())["extra"]
+    assert extra == {"epoch": result.best_epoch, "val_accuracy": result.best_val_accuracy}
+
+
+def test_global_generators_are_put_back(backbone: Path) -> None:
+    model = make_model(backbone)
+    own = torch.Generator().manual_seed(3)
+    train = DataLoader(pictures(6).with_transform(transforms(model)), batch_size=3, shuffle=True, generator=own)
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), own.get_state())
+    fit(model, train, epochs=1, lr=0.01, progress=False)
+    after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), own.get_state())
+    assert before[:2] == after[:2] and torch.equal(before[2], after[2]) and torch.equal(before[3], after[3])
+
+
+def test_the_seed_alone_decides(backbone: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.manual_seed(99)
+        model = make_model(backbone, prompt_dropout=0.3)
+        torch.manual_seed(len(name) + seed)  # what was drawn before fit must not matter
+        run(model, tmp_path / name, seed=seed)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert metrics(tmp_path / "a") != metrics(tmp_path / "c")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("death", range(1, 17))
+def test_a_kill_at_any_write_resumes_bitwise(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: int
+) -> None:
+    """The process dies just before its `death`-th rename; augmentation, shuffling and dropout must not notice."""
+    run(make_model(backbone, prompt_dropout=0.3), tmp_path / "whole", epochs=3)
+    writes = 0
+    rename = vptm.adapters.os.replace
+
+    def mortal(*paths: Any) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == death:
+            raise Killed
+        rename(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vptm.adapters.os, "replace", mortal)
+        try:
+            run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=3)
+        except Killed:
+            pass
+        else:
+            assert death > 11, "a run of three epochs must write at least run.json, and state and metrics four times"
+    if not (tmp_path / "killed" / RUN_FILE).exists():
+        with pytest.raises(ValueError, match="nothing to resume"):
+            run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=3, resume=True)
+        run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=3)
+    else:
+        run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=3, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+class Interrupting(Dataset[Any]):
+    """Raises KeyboardInterrupt when its n-th image is read, as Ctrl-C would."""
+
+    def __init__(self, inner: ImageDataset, at: int) -> None:
+        self.inner, self.at, self.reads, self.labels = inner, at, 0, inner.labels
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads += 1
+        if self.reads == self.at:
+            raise KeyboardInterrupt
+        return self.inner[index]
+
+
+@pytest.mark.parametrize("at", [2, 12 * 2 + 7])
+def test_ctrl_c_leaves_a_usable_run_that_resumes_bitwise(backbone: Path, tmp_path: Path, at: int) -> None:
+    run(make_model(backbone), tmp_path / "whole")
+    model = make_model(backbone)
+    train, val = loaders(model)
+    broken = DataLoader(Interrupting(train.dataset, at), batch_size=5, shuffle=True)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"epochs": 4, "lr": 0.02, "warmup_epochs": 1, "progress": False}
+    result = fit(model, broken, val, run_dir=tmp_path / "r", **options)
+    assert result.interrupted and len(result.history) == (at - 1) // 12
+    assert all(torch.equal(a, b) for a, b in zip(load_adapter(tmp_path / "r").parameters(), model.parameters()))
+    resumed = run(make_model(backbone), tmp_path / "r", resume=True)
+    assert not resumed.interrupted and len(resumed.history) == 4
+    assert_same_run(tmp_path / "whole", tmp_path / "r")
+
+
+def test_worker_processes_resume_bitwise(backbone: Path, tmp_path: Path) -> None:
+    for name, stops in (("whole", (3,)), ("parts", (1, 3))):
+        for stop in stops:
+            model = make_model(backbone)
+            train, val = loaders(model, num_workers=2)
+            if stop == 1:
+                train.dataset.at = None  # type: ignore[attr-defined]
+                val = DataLoader(Interrupting(val.dataset, 9 + 3), batch_size=4)  # type: ignore[arg-type]
+            resume = (tmp_path / name).exists()
+            fit(model, train, val, epochs=3, lr=0.02, progress=False, run_dir=tmp_path / name, resume=resume)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resuming_a_finished_run_changes_nothing(backbone: Path, tmp_path: Path) -> None:
+    first = run(make_model(backbone), tmp_path / "r")
+    before = {name: (tmp_path / "r" / name).read_bytes() for name in (TENSORS_FILE, METRICS_FILE, STATE_FILE)}
+    again = run(make_model(backbone, seed=5), tmp_path / "r", resume=True)
+    assert again.history == first.history and again.best_epoch == first.best_epoch
+    assert before == {name: (tmp_path / "r" / name).read_bytes() for name in before}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 5}, "epochs was 4, now 5"),
+        ({"lr": 0.01}, "lr was 0.02, now 0.01"),
+        ({"seed": 3}, "seed was 0, now 3"),
+        ({"optimizer": "sgd"}, "optimizer was 'adamw', now 'sgd'"),
+    ],
+)
+def test_resuming_with_other_arguments_is_refused(
+    backbone: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    run(make_model(backbone), tmp_path / "r")
+    with pytest.raises(ValueError, match=message):
+        run(make_model(backbone), tmp_path / "r", resume=True, **changes)
+
+
+def test_resuming_with_another_model_or_data_is_refused(backbone: Path, tmp_path: Path) -> None:
+    run(make_model(backbone), tmp_path / "r")
+    with pytest.raises(ValueError, match=r"model\.prompt_length was 3, now 4"):
+        run(make_model(backbone, prompt_length=4), tmp_path / "r", resume=True)
+    other = make_model(write_backbone(tmp_path / "other.safetensors", seed=9))
+    with pytest.raises(ValueError, match="backbone was"):
+        run(other, tmp_path / "r", resume=True)
+    model = make_model(backbone)
+    train, val = loaders(model)
+    relabelled = train.dataset.with_labels(np.roll(train.dataset.labels, 1))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="train labels was"):
+        fit(
+            model,
+            DataLoader(relabelled, batch_size=5, shuffle=True),
+            val,
+            epochs=4,
+            lr=0.02,
+            warmup_epochs=1,
+            run_dir=tmp_path / "r",
+            resume=True,
+        )
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return (Path("/nonexistent/ran").write_text, ("x",))
+
+
+@pytest.mark.parametrize("content", ["truncated", "pickle", "foreign"])
+def test_a_damaged_state_is_refused_and_never_runs_code(backbone: Path, tmp_path: Path, content: str) -> None:
+    run(make_model(backbone), tmp_path / "r")
+    path = tmp_path / "r" / STATE_FILE
+    if content == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif content == "pickle":
+        path.write_bytes(pickle.dumps(Payload()))
+    else:
+        torch.save({"weights": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="training state") as refusal:
+        run(make_model(backbone), tmp_path / "r", resume=True)
+    assert "\n" not in str(refusal.value)
+
+
+def test_existing_run_folders_are_respected(backbone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    run(make_model(backbone), folder)
+    before = (folder / TENSORS_FILE).read_bytes()
+    with pytest.raises(ValueError, match="exists and is not empty: pass resume, overwrite or another folder"):
+        run(make_model(backbone), folder)
+    with pytest.raises(ValueError, match="exclude each other"):
+        run(make_model(backbone), folder, resume=True, overwrite=True)
+    assert (folder / TENSORS_FILE).read_bytes() == before
+    (folder / "mine.txt").write_text("kept")
+    run(make_model(backbone), folder, overwrite=True, seed=4)
+    assert (folder / "mine.txt").read_text() == "kept" and (folder / TENSORS_FILE).read_bytes() != before
+    assert len(metrics(folder)) == 4
+
+
+def test_folders_that_cannot_hold_a_run_are_refused_before_training(backbone: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = make_model(backbone)
+    before = {name: tensor.clone() for name, tensor in model.learned_state_dict().items()}
+    for folder, message, options in (
+        (tmp_path / "file", "is a file", {}),
+        (tmp_path / "file" / "below", "cannot be written", {}),
+        (tmp_path / "none", "nothing to resume", {"resume": True}),
+        (None, "resume=True needs run_dir", {"resume": True}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(model, folder, **options)
+    assert not (tmp_path / "none").exists()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.learned_state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"epochs": 0}, ValueError, "epochs must be >= 1, got 0"),
+        ({"epochs": 2.0}, TypeError, "epochs must be an integer, got 2.0"),
+        ({"warmup_epochs": 4}, ValueError, "warmup_epochs must be >= 0 and < epochs=4, got 4"),
+        ({"lr": 0.0}, ValueError, "lr must be finite and > 0, got 0.0"),
+        ({"lr": math.nan}, ValueError, "lr must be finite and > 0, got nan"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay must be finite and >= 0"),
+        ({"label_smoothing": 1.0}, ValueError, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"schedule": "cosin"}, ValueError, "schedule must be one of .*, did you mean 'cosine'"),
+        ({"optimizer": "adamww"}, ValueError, "optimizer must be .*, did you mean 'adamw'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(
+    backbone: Path, tmp_path: Path, changes: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        run(make_model(backbone), tmp_path / "r", **changes)
+    assert not (tmp_path / "r").exists()
+
+
+class Unlabelled(Dataset[Any]):
+    """Carries its labels only inside its items."""
+
+    def __init__(self, labels: list[int]) -> None:
+        self.items = labels
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(1, 12, 12), self.items[index]
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self, labels: list[int]) -> None:
+        self.items = labels
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((torch.zeros(1, 12, 12), label) for label in self.items)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("label", [3, -1])
+def test_labels_out_of_range_are_found_before_training(backbone: Path, tmp_path: Path, part: str, label: int) -> None:
+    model = make_model(backbone)
+    good = DataLoader(TensorDataset(torch.zeros(4, 1, 12, 12), torch.tensor([0, 1, 2, 0])))
+    for bad in (
+        DataLoader(TensorDataset(torch.zeros(4, 1, 12, 12), torch.tensor([0, 1, label, 0]))),
+        DataLoader(Unlabelled([0, 1, label, 0])),
+    ):
+        given = {"train": good, "val": good} | {part: bad}
+        with pytest.raises(ValueError, match=rf"{part} labels must be in 0\.\.2, got {label} at index 2"):
+            fit(model, given["train"], given["val"], epochs=1, lr=0.1, run_dir=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_labels_of_a_stream_are_checked_batch_by_batch(backbone: Path) -> None:
+    model = make_model(backbone)
+    with pytest.raises(ValueError, match=r"labels must be in 0\.\.2, got 7 at row 1 of a batch"):
+        fit(model, DataLoader(Stream([0, 7]), batch_size=2), epochs=1, lr=0.1, progress=False)
+    assert len(fit(model, DataLoader(Stream([0, 1]), batch_size=2), epochs=1, lr=0.1, progress=False).history) == 1
+
+
+def test_empty_or_unlabelled_data_is_refused(backbone: Path) -> None:
+    model = make_model(backbone)
+    with pytest.raises(ValueError, match="train must hold at least one image"):
+        fit(model, DataLoader(TensorDataset(torch.zeros(0, 1, 12, 12), torch.zeros(0).long())), epochs=1, lr=0.1)
+    with pytest.raises(ValueError, match=r"train labels must be \(N,\) integers, got shape .* of float32"):
+        fit(model, DataLoader(TensorDataset(torch.zeros(2, 1, 12, 12), torch.zeros(2))), epochs=1, lr=0.1)
+    with pytest.raises(TypeError, match="train must be a torch DataLoader, got list"):
+        fit(model, [], epochs=1, lr=0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must have trainable parameters"):
+        fit(model.requires_grad_(False), loaders(model)[0], epochs=1, lr=0.1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(backbone: Path, tmp_path: Path, value: float) -> None:
+    """The second epoch reads a poisoned image in its second step."""
+
+    class Poisoned(TensorDataset):
+        reads = 0
+
+        def __getitem__(self, index: int) -> Any:
+            Poisoned.reads += 1
+            image, label = super().__getitem__(index)
+            return (image * value if Poisoned.reads == 4 + 3 else image), label
+
+    model = make_model(backbone)
+    images = torch.randn(4, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    train = DataLoader(Poisoned(images, torch.tensor([0, 1, 2, 0])), batch_size=2)
+    with pytest.raises(FloatingPointError, match=r"loss became (nan|inf) at epoch 2, step 2 with lr"):
+        fit(model, train, epochs=3, lr=0.01, run_dir=tmp_path / "r", progress=False)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert len(metrics(tmp_path / "r")) == 1
+    assert all(torch.equal(a, b) for a, b in zip(load_adapter(tmp_path / "r").parameters(), model.parameters()))
+
+
+def test_evaluate_counts_right(backbone: Path) -> None:
+    model = make_model(backbone).train()
+    images = torch.randn(7, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 0, 1, 0, 1, 1, 0])  # class 2 has no image
+    got = evaluate(model, DataLoader(TensorDataset(images, labels), batch_size=3), confusion=True)
+    assert model.training, "the mode must be put back"
+    with torch.no_grad():
+        scores = model.eval()(images).double()
+    predicted = scores.argmax(1)
+    assert got["n"] == 7 and got["accuracy"] == (predicted == labels).double().mean().item()
+    assert got["loss"] == pytest.approx(-scores.log_softmax(1)[torch.arange(7), labels].mean().item(), rel=1e-6)
+    assert got["per_class"][2] is None
+    assert got["per_class"][0] == (predicted[labels == 0] == 0).double().mean().item()
+    expected = [[int(((labels == k) & (predicted == j)).sum()) for j in range(3)] for k in range(3)]
+    assert got["confusion"] == expected
+
+
+def test_evaluate_refuses_what_it_cannot_score(backbone: Path) -> None:
+    model = make_model(backbone)
+    with pytest.raises(ValueError, match="must yield at least one image"):
+        evaluate(model, DataLoader(TensorDataset(torch.zeros(0, 1, 12, 12), torch.zeros(0).long())))
+    with pytest.raises(ValueError, match=r"labels must be in 0\.\.2, got 3 at row 0"):
+        evaluate(model, DataLoader(TensorDataset(torch.zeros(1, 1, 12, 12), torch.tensor([3]))))
+
+
+def test_progress_goes_to_stderr(backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(make_model(backbone), progress=True)
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("val loss") == 4 and "epoch 4/4" in printed.err
