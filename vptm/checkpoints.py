@@ -199,6 +199,8 @@ def load_backbone(
       - a `timm.models.beit.Beit` instance, which is kept, not copied: it is put in eval mode and loses its classifier.
     img_size: pixels, int or (height, width), multiples of the patch; position tables are resized by timm's rule
       (`timm.layers.resize_rel_pos_bias_table`, `resample_abs_pos_embed`). None keeps the source's size.
+      A source that does not state its window (no config, no index buffer) is taken to be square where its position
+      tables can be, as timm does.
     pretrained: for a timm name, load timm's weights; for an instance, says that its weights are trained. Files always
       count as trained.
 
