@@ -221,6 +221,9 @@ def test_fashion_mnist_package_is_read_by_its_idx_layout(monkeypatch: pytest.Mon
     data = load_data("fashion-mnist")
     assert [len(part) for part in (data.train, data.val, data.test)] == [50, 10, 60]
     assert np.asarray(data.test[17][0]).tolist() == pixels[17].tolist() and data.test[17][1] == 7
+    assert data.classes == load_data().classes, (
+        "a run on the shipped subset must evaluate on the full set by label names"
+    )
 
 
 def test_mnist5k_is_read_without_importing_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,455 @@
+"""The `vptm` command: what it prints, the codes it exits with, and what a kill or Ctrl-C leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_data import CLASSES, picture, write_backbone, write_pictures
+
+from vptm.cli import main
+from vptm.data import load_data
+
+TENSORS, METRICS = "adapter_model.safetensors", "metrics.csv"
+Outcome = tuple[int, str, str]
+
+
+class Console:
+    """Runs the command in this process and returns (exit code, stdout, stderr)."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *arguments: Any) -> Outcome:
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        printed = self.capsys.readouterr()
+        return int(end.value.code or 0), printed.out, printed.err
+
+    def refused(self, *arguments: Any) -> tuple[int, str]:
+        """Exit code and the one line on stderr that gives the reason."""
+        code, out, err = self(*arguments)
+        assert out == "", "a refused command must print no result"
+        lines = [line for line in err.splitlines() if line.startswith("vptm: ")]
+        assert len(lines) == 1 and err.endswith(lines[0] + "\n") and "Traceback" not in err, err
+        return code, lines[0]
+
+
+@pytest.fixture
+def vptm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Console:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VPTM_DEBUG", raising=False)
+    return Console(capsys)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone file and a folder of 10 pictures of each of three classes."""
+    root = tmp_path_factory.mktemp("material")
+    write_backbone(root / "backbone.safetensors")
+    write_pictures(root / "pictures", 10)
+    return root
+
+
+# settings under which the tiny random backbone learns the three kinds of pictures
+LEARNS = ["--readout", "mean", "--token-activation", "hidden", "--verbalizer", "linear", "--lr", "0.05", "--no-flip"]
+
+
+def train_arguments(material: Path, out: Path | str, *more: Any, epochs: int = 3) -> list[Any]:
+    start = ["train", "--model", material / "backbone.safetensors", "--data", material / "pictures", "--shots", 4]
+    return [*start, "--epochs", epochs, "--out", out, *LEARNS, *more]
+
+
+@pytest.fixture(scope="module")
+def run(material: Path) -> Path:
+    """A finished run that knows its three classes."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in train_arguments(material, material / "run", epochs=25)])
+    assert not end.value.code
+    return material / "run"
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / METRICS).open(newline="") as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_help_imports_neither_torch_nor_numpy() -> None:
+    """The help must appear at once; importing torch takes seconds."""
+    code = (
+        "import sys, vptm.cli\n"
+        "try:\n    vptm.cli.main(['--help'])\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'numpy', 'timm', 'PIL', 'matplotlib', 'triton', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert "VPTM_DEBUG" in done.stdout and "train" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "inspect", "env"])
+def test_every_command_shows_an_example(vptm: Console, command: str) -> None:
+    code, out, _ = vptm(command, "--help")
+    assert code == 0 and "Example" in out and f"vptm {command}" in out
+
+
+def test_version(vptm: Console) -> None:
+    from vptm import __version__
+
+    assert vptm("--version") == (0, f"vptm {__version__}\n", "")
+
+
+def test_train_ends_with_accuracy_folder_and_next_command(vptm: Console, material: Path, tmp_path: Path) -> None:
+    code, out, err = vptm(*train_arguments(material, tmp_path / "my run", epochs=25))
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].startswith("validation accuracy  100.00%") and lines[1].startswith(
+        "test accuracy        100.00% of 6"
+    )
+    assert str(tmp_path / "my run") in lines[2] and lines[3].endswith(f"vptm predict '{tmp_path / 'my run'}' IMAGE.png")
+    assert err.count("val loss") == 25
+    facts = json.loads((tmp_path / "my run" / "run.json").read_text())
+    assert facts["command"].startswith("vptm train --model ") and facts["result"]["test"]["accuracy"] == 1.0
+    assert facts["data"]["images"] == {"train": 12, "val": 3, "test": 6}
+
+
+def test_train_without_out_takes_the_next_free_folder(vptm: Console, material: Path, tmp_path: Path) -> None:
+    arguments = [a for a in train_arguments(material, "", epochs=1) if a not in ("--out", "")]
+    for number in (1, 2):
+        assert vptm(*arguments)[0] == 0
+        assert (tmp_path / "runs" / f"pictures-{number}" / TENSORS).is_file()
+
+
+def test_train_with_the_builtin_model_on_other_pictures_says_what_it_was_built_for(
+    vptm: Console, material: Path, tmp_path: Path
+) -> None:
+    code, _, err = vptm("train", "--data", material / "pictures", "--shots", 1, "--epochs", 1, "--out", tmp_path / "r")
+    assert code == 0 and "built for 28x28 grey clothing pictures, a demonstration" in err
+
+
+def test_evaluate_repeats_the_test_result(vptm: Console, run: Path) -> None:
+    code, out, _ = vptm("evaluate", run, "--json")
+    got = json.loads(out)
+    stored = json.loads((run / "run.json").read_text())["result"]["test"]
+    assert code == 0 and got["accuracy"] == stored["accuracy"] and got["loss"] == stored["loss"] and got["n"] == 6
+    code, out, _ = vptm("evaluate", run, "--split", "val")
+    assert code == 0 and "val accuracy 100.00% of 3 images" in out
+
+
+def test_evaluate_matches_other_data_by_label_names(vptm: Console, run: Path, tmp_path: Path) -> None:
+    """Two of three labels in another order, as a CSV: numbers would be wrong, names are right."""
+    listed = [f"{kind}.png,{CLASSES[kind]}" for kind in (2, 0)]
+    for kind in (2, 0):
+        picture(kind, 500).save(tmp_path / f"{kind}.png")
+    (tmp_path / "more.csv").write_text("\n".join(["path,label", *listed]))
+    code, out, _ = vptm("evaluate", run, "--data", tmp_path / "more.csv")
+    assert code == 0 and "test accuracy 100.00% of 2 images" in out
+    (tmp_path / "more.csv").write_text("path,label\n2.png,boat\n")
+    assert vptm.refused("evaluate", run, "--data", tmp_path / "more.csv") == (
+        2,
+        "vptm: the data has the label 'boat', the run knows left, right, upper",
+    )
+
+
+def test_evaluate_on_the_same_folder_keeps_to_the_test_images(vptm: Console, run: Path, material: Path) -> None:
+    """Given the training folder by hand, training images must not be counted as test images."""
+    code, out, _ = vptm("evaluate", run, "--data", material / "pictures", "--json")
+    assert code == 0 and json.loads(out)["n"] == 6
+
+
+def test_predict_prints_csv_that_csv_reads(vptm: Console, run: Path, tmp_path: Path) -> None:
+    awkward = tmp_path / 'a "b", c'
+    awkward.mkdir()
+    for kind in range(3):
+        picture(kind, 700).resize((31, 20)).convert("RGBA").save(awkward / f"{kind}.png")
+    picture(1, 701).save(tmp_path / "one.png")
+    code, out, err = vptm("predict", run, tmp_path / "one.png", awkward)
+    table = list(csv.DictReader(io.StringIO(out)))
+    assert code == 0 and err == ""
+    assert [row["path"] for row in table] == [str(tmp_path / "one.png"), *(str(awkward / f"{k}.png") for k in range(3))]
+    assert [row["label"] for row in table] == ["left", *CLASSES]
+    for row in table:
+        top = json.loads(row["top5"])
+        assert sorted(name for name, _ in top) == sorted(CLASSES) and top[0][0] == row["label"]
+        assert float(row["score"]) == top[0][1] >= top[1][1] and sum(score for _, score in top) == pytest.approx(
+            1, abs=1e-5
+        )
+
+
+def test_predict_names_or_skips_broken_images(vptm: Console, run: Path, tmp_path: Path) -> None:
+    picture(0, 1).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    code, line = vptm.refused("predict", run, tmp_path / "good.png", tmp_path / "bad.png")
+    assert code == 1 and "bad.png" in line
+    code, out, err = vptm("predict", run, tmp_path, "--on-bad-image", "skip")
+    assert code == 0 and len(out.splitlines()) == 2 and "good.png" in out and "skipped: cannot read image" in err
+    code, out, _ = vptm("predict", run, tmp_path / "bad.png", "--on-bad-image", "skip")
+    assert code == 1 and out == ""
+
+
+def test_inspect_shows_runs_and_checkpoints(vptm: Console, run: Path, material: Path) -> None:
+    code, out, _ = vptm("inspect", run)
+    assert code == 0 and "sha256:" in out and "left, right, upper" in out and "test accuracy" in out
+    assert "learned prompts.weight" in out and "1x10x16" in out
+    code, out, _ = vptm("inspect", material / "backbone.safetensors")
+    assert code == 0 and "format" in out and "2 blocks, 16 wide" in out
+
+
+def test_env_lists_versions_and_what_every_operation_uses(vptm: Console) -> None:
+    import vptm_kernels
+
+    code, out, _ = vptm("env")
+    assert code == 0 and f"{torch.__version__.split('+')[0]}" in out
+    assert "prompted_attention" in vptm_kernels.__all__ and "prompted_attention" in out
+    if not torch.cuda.is_available():
+        line = next(line for line in out.splitlines() if line.startswith("prompted_attention"))
+        assert "torch for" in line and "on cpu" in line
+
+
+def start(arguments: list[Any], folder: Path) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "vptm", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    give_up = time.monotonic() + 120
+    while not (folder / METRICS).exists() or len((folder / METRICS).read_text().splitlines()) < 4:
+        assert process.poll() is None and time.monotonic() < give_up, process.communicate()[1]
+        time.sleep(0.002)
+    return process
+
+
+LONG = 80
+
+
+@pytest.fixture(scope="module")
+def whole(material: Path) -> Path:
+    with pytest.raises(SystemExit):
+        main([str(argument) for argument in train_arguments(material, material / "whole", epochs=LONG)])
+    return material / "whole"
+
+
+@pytest.mark.parametrize("how", ["kill -9", "Ctrl-C"])
+def test_a_stopped_run_is_usable_and_resumes_bitwise(
+    vptm: Console, material: Path, whole: Path, tmp_path: Path, how: str
+) -> None:
+    out = tmp_path / "stopped"
+    process = start(train_arguments(material, out, epochs=LONG), out)
+    process.send_signal(signal.SIGKILL if how == "kill -9" else signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    if how == "kill -9":
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 1 and printed == "" and "Traceback" not in errors
+        assert errors.splitlines()[-1].endswith(f"continue with: vptm train --resume --out {out}")
+        assert (out / "curves.png").is_file()
+    assert 3 <= len(rows(out)) < LONG, "the run was not stopped in its middle"
+    code, text, _ = vptm("evaluate", out)
+    assert code == 0 and "test accuracy" in text
+    code, text, _ = vptm("train", "--resume", "--out", out)
+    assert code == 0 and "test accuracy" in text
+    assert (out / TENSORS).read_bytes() == (whole / TENSORS).read_bytes() and rows(out) == rows(whole)
+    assert not [path for path in out.iterdir() if path.suffix == ".tmp"]
+
+
+def test_resuming_a_finished_run_repeats_its_result(vptm: Console, run: Path) -> None:
+    before = (run / TENSORS).read_bytes()
+    code, out, err = vptm("train", "--resume", "--out", run)
+    assert code == 0 and "test accuracy        100.00% of 6 images" in out and "epoch " not in err
+    assert (run / TENSORS).read_bytes() == before
+
+
+def test_resuming_with_another_argument_is_refused(vptm: Console, run: Path) -> None:
+    assert vptm.refused("train", "--resume", "--out", run, "--epochs", 9) == (
+        2,
+        "vptm: --epochs 9 differs from the run's 25: leave it out to resume",
+    )
+    assert vptm("train", "--resume", "--out", run, "--epochs", 25)[0] == 0
+
+
+def test_an_existing_run_is_kept_unless_overwritten(vptm: Console, material: Path, tmp_path: Path) -> None:
+    assert vptm(*train_arguments(material, tmp_path / "r", epochs=1))[0] == 0
+    before = (tmp_path / "r" / TENSORS).read_bytes()
+    code, line = vptm.refused(*train_arguments(material, tmp_path / "r", "--seed", 1))
+    assert code == 2 and "exists and is not empty" in line and (tmp_path / "r" / TENSORS).read_bytes() == before
+    assert vptm(*train_arguments(material, tmp_path / "r", "--seed", 1, "--overwrite", epochs=1))[0] == 0
+    assert (tmp_path / "r" / TENSORS).read_bytes() != before
+
+
+def broken(folder: Path, kind: str) -> Path:
+    folder.mkdir()
+    path = folder / "weights.pth"
+    if kind == "truncated":
+        torch.save({"model": {"cls_token": torch.zeros(1, 1, 16)}}, path)
+        path.write_bytes(path.read_bytes()[:-50])
+    elif kind == "code":
+        torch.save({"model": os.system}, path)
+    else:
+        torch.save({"conv1.weight": torch.zeros(8, 3, 3, 3)}, path)
+    return path
+
+
+def refusals(material: Path, tmp: Path) -> dict[str, tuple[list[Any], int, str]]:
+    """Arguments that replace those of a good `vptm train`, the exit code, and a part of the reason."""
+    (tmp / "empty").mkdir()
+    (tmp / "file").write_text("")
+    write_pictures(tmp / "single", 4, ("only",))
+    write_pictures(tmp / "damaged", 10)
+    (tmp / "damaged" / "left" / "3.png").write_bytes(b"no image")
+    (tmp / "labels.csv").write_text("path,label\nmissing.png,a\n")
+    return {
+        "missing folder": (["--data", tmp / "nowhere"], 2, "data not found"),
+        "empty folder": (["--data", tmp / "empty"], 2, "found nothing"),
+        "one class": (["--data", tmp / "single"], 2, "at least two classes, found only 'only'"),
+        "too few images": (["--shots", 9], 2, "class 'left' has 7 training images, 9 were asked for"),
+        "label file": (["--data", tmp / "labels.csv"], 2, "row 2: image not found"),
+        "unreadable image": (["--data", tmp / "damaged", "--shots", "all"], 1, "left/3.png"),
+        "data name": (["--data", "digit"], 2, "did you mean 'digits'"),
+        "model name": (["--model", "beit_base_patch16_22"], 2, "beit_base_patch16_224"),
+        "model file": (["--model", tmp / "none.pth"], 2, "none.pth"),
+        "truncated checkpoint": (["--model", broken(tmp / "1", "truncated")], 2, "weights.pth"),
+        "checkpoint with code": (["--model", broken(tmp / "2", "code")], 2, "weights.pth"),
+        "other architecture": (["--model", broken(tmp / "3", "other")], 2, "weights.pth"),
+        "image size": (["--img-size", 13], 2, "img_size"),
+        "shots": (["--shots", "many"], 2, "--shots must be an integer >= 1 or all, got 'many'"),
+        "epochs": (["--epochs", 0], 2, "epochs must be >= 1"),
+        "batch size": (["--batch-size", 0], 2, "--batch-size must be >= 1"),
+        "lr": (["--lr", -1], 2, "lr must be finite and > 0"),
+        "not a number": (["--epochs", "ten"], 2, "--epochs"),
+        "unknown option": (["--epoch", 3], 2, "--epoch"),
+        "readout": (["--readout", "masc"], 2, "readout must be one of"),
+        "verbalizer": (["--verbalizer", "x"], 2, "verbalizer must be one of"),
+        "optimizer": (["--optimizer", "adamv"], 2, "did you mean 'adam"),
+        "device": (["--device", "gpu"], 2, "--device must be auto, cpu, cuda"),
+        "absent GPU": (["--device", "cuda:63"], 2, "torch sees"),
+        "implementation": (["--impl", "cuda"], 2, "impl must be one of"),
+        "seed": (["--seed", -1], 2, "--seed"),
+        "bad images": (["--on-bad-image", "hide"], 2, "must be one of error, skip"),
+        "unwritable": (["--out", tmp / "file" / "run"], 2, "cannot be written"),
+        "out is a file": (["--out", tmp / "file"], 2, "is a file"),
+        "nothing to resume": (["--resume"], 2, "no run.json"),
+        "both": (["--resume", "--overwrite"], 2, "exclude each other"),
+        "diverges": (["--lr", 1e30, "--optimizer", "sgd", "--epochs", 5], 1, "loss became"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_refusals_are_one_line_with_the_right_code_and_leave_nothing(
+    vptm: Console, material: Path, tmp_path: Path
+) -> None:
+    failures = []
+    for name, (changes, code, reason) in refusals(material, tmp_path).items():
+        before = sorted(tmp_path.rglob("*"))
+        got, line = vptm.refused(*train_arguments(material, tmp_path / "run", *changes))
+        if (got, reason in line) != (code, True):
+            failures.append(f"{name}: exit {got}, {line!r}")
+        if name != "diverges" and sorted(tmp_path.rglob("*")) != before:
+            failures.append(f"{name}: left {set(tmp_path.rglob('*')) - set(before)}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["evaluate", "nowhere"], "adapter folder not found: nowhere"),
+        (["evaluate", "RUN", "--split", "trian"], "--split must be one of"),
+        (["evaluate", "RUN", "--data", "nowhere/x"], "data not found"),
+        (["predict", "RUN", "nowhere.png"], "image not found: nowhere.png"),
+        (["predict", "RUN", "."], "holds no image files"),
+        (["predict", "RUN"], "images"),
+        (["predict", "nowhere", "RUN/curves.png"], "adapter folder not found: nowhere"),
+        (["inspect", "nowhere.pth"], "nowhere.pth"),
+        (["inspect", "RUN/run.json"], "run.json"),
+        (["train", "--resume"], "--resume needs --out"),
+        (["trane"], "trane"),
+    ],
+)
+def test_other_commands_refuse_bad_arguments(vptm: Console, run: Path, arguments: list[str], reason: str) -> None:
+    code, line = vptm.refused(*[argument.replace("RUN", str(run)) for argument in arguments])
+    assert code == 2 and reason in line, line
+
+
+def test_broken_images_are_skipped_by_choice_and_reported(vptm: Console, tmp_path: Path, material: Path) -> None:
+    root = write_pictures(tmp_path / "pictures", 10)
+    (root / "left" / "3.png").write_bytes(b"no image")
+    arguments = train_arguments(material, tmp_path / "r", "--data", root, "--on-bad-image", "skip", epochs=1)
+    code, _, err = vptm(*arguments)
+    assert code == 0 and err.count("skipped: cannot read image") == 1 and "left/3.png" in err
+
+
+def test_debug_shows_the_traceback(vptm: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VPTM_DEBUG", "1")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        main(["evaluate", "nowhere"])
+
+
+def test_test_labels_change_no_learned_number(vptm: Console, material: Path, tmp_path: Path) -> None:
+    """Training that peeked at the test split would learn other tensors when only test labels are permuted."""
+    lines = [
+        f"{material / 'pictures' / name / f'{k}.png'},{name},{split}"
+        for name in CLASSES
+        for k, split in enumerate(["train"] * 4 + ["val"] * 2)
+    ]
+    for folder, shift in (("right", 0), ("wrong", 1)):
+        test = [
+            f"{material / 'pictures' / name / f'{k}.png'},{CLASSES[(c + shift) % 3]},test"
+            for c, name in enumerate(CLASSES)
+            for k in (6, 7, 8)
+        ]
+        (tmp_path / f"{folder}.csv").write_text("\n".join(["path,label,split", *lines, *test]))
+        arguments = train_arguments(material, tmp_path / folder, "--data", tmp_path / f"{folder}.csv", epochs=25)
+        assert vptm(*arguments)[0] == 0
+    one, two = (load_file(tmp_path / folder / TENSORS) for folder in ("right", "wrong"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert [tested(tmp_path / folder) for folder in ("right", "wrong")] == [1.0, 0.0]
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`vptm train` as it is, but for a smaller budget."""
+    folder = tmp_path_factory.mktemp("default")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with pytest.raises(SystemExit) as end:
+            main(["train", "--epochs", "3"])
+    assert not end.value.code
+    return folder / "runs" / "builtin-1"
+
+
+def tested(folder: Path) -> float:
+    return float(json.loads((folder / "run.json").read_text())["result"]["test"]["accuracy"])
+
+
+def test_default_train_uses_builtin_model_and_data(default_run: Path) -> None:
+    facts = json.loads((default_run / "run.json").read_text())
+    assert facts["data"]["images"] == {"train": 160, "val": 320, "test": 1500}
+    config = json.loads((default_run / "adapter_config.json").read_text())
+    assert config["backbone"]["source"] == "builtin"
+    assert config["class_names"] == load_data().classes
+
+
+def test_shuffled_training_labels_give_chance(vptm: Console, default_run: Path, tmp_path: Path) -> None:
+    """A leak of true labels into training would stay well above chance.
+
+    A model trained on shuffled labels can still send a whole class to one label, so the independent trials are the
+    10 classes of each of 2 seeds, not the images: the mean accuracy has a standard deviation of at most
+    sqrt(0.1 * 0.9 / 20) = 0.067, and chance + 4 of them is 0.37. The same budget with true labels must be above that.
+    """
+    for seed in (0, 1):
+        arguments = ["--epochs", 3, "--seed", seed, "--shuffle-labels", "--out", tmp_path / str(seed)]
+        assert vptm("train", *arguments)[0] == 0
+    bound = 0.1 + 4 * (0.1 * 0.9 / 20) ** 0.5
+    shuffled = [tested(tmp_path / str(seed)) for seed in (0, 1)]
+    assert sum(shuffled) / 2 < bound < tested(default_run), (shuffled, tested(default_run))
