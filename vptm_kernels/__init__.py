@@ -4,5 +4,6 @@ Imports with torch alone: no GPU, no Triton and no model library needed.
 """
 
 from .prompted_attention import RelativePositionBias, prompted_attention
+from .prototype_cosine import FoldedHead, fold_head, prototype_cosine, token_gram
 
-__all__ = ["RelativePositionBias", "prompted_attention"]
+__all__ = ["FoldedHead", "RelativePositionBias", "fold_head", "prompted_attention", "prototype_cosine", "token_gram"]

@@ -1,0 +1,437 @@
+"""prototype_cosine against its definition in float64: forward, gradients, plans, invariants, bad input.
+
+The Triton kernels run in the interpreter where there is no GPU, with every access checked for bounds and races.
+"""
+
+import itertools
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from prototype_case import DEVICE, TENSORS, Case, check, converted, gradients, leaves, reference
+from torch.nn import functional as F
+
+from vptm_kernels import FoldedHead, fold_head, prototype_cosine, token_gram
+from vptm_kernels.prototype_cosine import api, plan, torch_impl
+from vptm_kernels.testing import assert_close_to_exact
+
+ACTIVATIONS = ["logits", "softmax", "log_softmax"]
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def force_plan(monkeypatch):
+    """Take one plan whatever the shape, and stream in small tiles so that several are walked."""
+
+    def force(name):
+        def room(batch, width, tokens, dim, activation, squares, has_gram, needs, itemsize, keeping):
+            return {"keep": batch * tokens, "fold": dim * width, "stream": 0}[name] if any(needs) else 0
+
+        monkeypatch.setattr(api, "room_to_keep", room)
+        monkeypatch.setattr(torch_impl, "choose_plan", lambda *arguments: name)
+        # 37 tokens are two full tiles and a ragged one; 3 rows a full slice and a ragged one.
+        monkeypatch.setattr(torch_impl, "_TOKENS", 16)
+        monkeypatch.setattr(torch_impl, "_ROWS", 2)
+
+    return force
+
+
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("head", ["projection", "tokens"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", ["keep", "stream"])
+def test_keep_and_stream_equal_the_definition(name, activation, head, biases, force_plan):
+    """Same function and gradients of all six inputs whichever plan the shape selects."""
+    force_plan(name)
+    check(Case(head=head, activation=activation, biases=biases))
+
+
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("head", ["projection", "gram"])
+def test_fold_equals_the_definition(head, biases, force_plan):
+    force_plan("fold")
+    frozen = ("hidden", "prototypes")
+    check(Case(head=head, biases=biases, grads=TENSORS if head == "projection" else frozen))
+
+
+@pytest.mark.parametrize("head,tasks", [("folded", ()), ("folded", (2, 5, 1)), ("tasks", (3, 3)), ("tasks", (1, 4, 2))])
+def test_folded_heads_equal_the_definition(head, tasks):
+    check(Case(head=head, tasks=tasks, batch=7))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("head", ["projection", "tokens"])
+def test_tasks_equal_the_definition(head, activation):
+    check(Case(head=head, tasks=(2, 5, 1), batch=7, activation=activation))
+
+
+# One image, class, token or dimension; more images than a row slice; more tokens than a tile; none at all.
+SHAPES = [
+    {"batch": 1, "classes": 1},
+    {"dim": 1, "tokens": 1, "width": 1},
+    {"batch": 600, "tokens": 9},
+    {"tokens": 1100, "dim": 3},
+    {"batch": 0},
+    {"width": 40, "tokens": 7, "head": "gram", "grads": ("hidden", "prototypes")},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_shapes(shape, activation):
+    if activation != "logits" and shape.get("head") == "gram":
+        shape = {**shape, "head": "tokens"}
+    check(Case(activation=activation, **shape))
+
+
+@pytest.mark.parametrize("head", ["projection", "tokens", "folded", "tasks"])
+def test_an_empty_batch_of_tasks(head):
+    out = prototype_cosine(**Case(batch=0, head=head, tasks=(2, 5)).inputs())
+    assert out.shape == (0, 5)
+
+
+@pytest.mark.parametrize("layout", ["sliced", "expanded"])
+@pytest.mark.parametrize("activation", ["logits", "softmax"])
+def test_strides(layout, activation):
+    check(Case(layout=layout, activation=activation, grads=("projection", "prototypes")))
+
+
+# 128 images fold, 30 keep; 37 tokens of 24 channels are no multiple of anything.
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("head,batch", [("projection", 30), ("projection", 128), ("tokens", 30)])
+def test_low_precision_stays_within_the_error_of_eager(head, batch, activation, dtype):
+    check(Case(batch=batch, width=24, dim=8, head=head, activation=activation, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", ["keep", "stream", "fold"])
+def test_every_plan_in_low_precision(name, activation, dtype, force_plan):
+    if name == "fold" and activation != "logits":
+        pytest.skip("only logits fold")
+    force_plan(name)
+    check(Case(batch=20, width=24, dim=8, activation=activation, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_folded_heads_in_low_precision(dtype):
+    check(Case(batch=20, width=24, dim=8, head="folded", dtype=dtype))
+    check(Case(batch=20, width=24, dim=8, head="tasks", tasks=(3, 6), dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["keep", "stream"])
+@pytest.mark.parametrize("head", ["projection", "tokens"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_logits_of_ten_thousand(name, head, activation, force_plan):
+    """A softmax that does not subtract its maximum overflows; a sum that is not relative to it cancels."""
+    force_plan(name)
+    check(Case(scale=1e4, head=head, activation=activation), growth=1e4)
+
+
+@pytest.mark.parametrize("name", ["keep", "stream"])
+@pytest.mark.parametrize("head", ["projection", "tokens"])
+def test_log_softmax_of_a_common_offset_keeps_its_digits(name, head, force_plan):
+    """Logits near 1e4 with a spread of 1: sums of the logits themselves would leave 4 digits in float32."""
+    force_plan(name)
+    call = Case(batch=5, activation="log_softmax", head=head, dtype=torch.float32, grads=()).inputs()
+    call["token_bias"] = call["token_bias"] + 1e4
+    exact, eager = reference(converted(call, torch.float64)), reference(call)
+    assert_close_to_exact(name, prototype_cosine(**call), exact, eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW])
+@pytest.mark.parametrize("head", ["projection", "tokens", "gram", "folded"])
+def test_zero_hidden_state_and_zero_prototype(head, dtype):
+    """A zero vector has cosine 0 to everything, not 0 / 0, and no gradient is NaN."""
+    grads = ("hidden", "prototypes", "projection")
+    call = Case(biases=False, head=head, dtype=dtype, grads=grads).inputs()
+    with torch.no_grad():
+        call["hidden"][1] = 0
+        call["prototypes"][2] = 0
+        if head == "folded":
+            call["token_weight"].bias.zero_()
+    out = prototype_cosine(**call)
+    assert bool(out.isfinite().all())
+    assert not out[1].any() and not out[:, 2].any() and bool(out[0, 0] != 0)
+    for name, gradient in gradients(out, call).items():
+        assert not gradient.isnan().any(), name
+
+
+def test_zero_vectors_have_the_gradient_of_the_definition():
+    call = Case(biases=False, grads=("hidden", "prototypes", "projection")).inputs()
+    with torch.no_grad():
+        call["hidden"][1] = 0
+        call["prototypes"][2] = 0
+    wanted = gradients(reference(call), call)
+    for name, gradient in gradients(prototype_cosine(**call), call).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-10, atol=0, msg=name)
+
+
+def test_duplicate_prototypes_score_the_same():
+    call = Case().inputs()
+    with torch.no_grad():
+        call["prototypes"][3] = 2 * call["prototypes"][0]
+    out = prototype_cosine(**call)
+    torch.testing.assert_close(out[:, 3], out[:, 0], rtol=1e-12, atol=0)
+
+
+def test_larger_eps_is_the_bound_of_both_norms():
+    call = Case().inputs()
+    for eps in (1e-3, 2.0, 1e3):
+        assert_close_to_exact("eps", prototype_cosine(**call, eps=eps), reference({**call, "eps": eps}))
+        assert_close_to_exact(
+            "eps, token space",
+            prototype_cosine(**(tokens := Case(head="tokens").inputs()), eps=eps),
+            reference({**tokens, "eps": eps}),
+        )
+
+
+@pytest.mark.parametrize("head", ["projection", "tokens", "gram", "folded", "tasks"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck_of_every_input(head, activation):
+    """Numerical differentiation knows nothing of the formulas that backward is written from."""
+    if activation != "logits" and head not in ("projection", "tokens"):
+        pytest.skip("has no token logits")
+    tasks = (2, 3) if head == "tasks" else ()
+    grads = ("hidden", "prototypes") if head == "gram" else TENSORS
+    call = Case(width=4, tokens=6, dim=3, head=head, activation=activation, tasks=tasks, grads=grads).inputs()
+    names = list(leaves(call))
+
+    def run(*values):
+        changed = dict(call)
+        for name, value in zip(names, values):
+            if name.startswith("head "):
+                changed["token_weight"] = changed["token_weight"]._replace(**{name[5:]: value})
+            else:
+                changed[name] = value
+        out = prototype_cosine(**changed)
+        return out[out.isfinite()]
+
+    assert torch.autograd.gradcheck(run, tuple(leaves(call).values()))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("head", ["projection", "tokens"])
+def test_only_what_asks_gets_a_gradient(head, activation):
+    """Every subset of asking inputs gives the gradients of the whole, and None for the rest."""
+    whole = Case(head=head, activation=activation, grads=("hidden", "token_bias", "prototypes", "projection"))
+    call = whole.inputs()
+    wanted = gradients(prototype_cosine(**call), call)
+    for size in (1, 2):
+        for asking in itertools.combinations(wanted, size):
+            call = whole.but(grads=asking).inputs()
+            found = gradients(prototype_cosine(**call), call)
+            assert set(found) == set(asking)
+            for name, gradient in found.items():
+                torch.testing.assert_close(gradient, wanted[name], rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_are_bitwise_repeatable():
+    for head, activation in itertools.product(("projection", "tokens"), ACTIVATIONS):
+        call = Case(batch=40, head=head, activation=activation, dtype=torch.float32).inputs()
+        first = gradients(prototype_cosine(**call), call)
+        for name, gradient in gradients(prototype_cosine(**call), call).items():
+            assert torch.equal(gradient, first[name]), name
+
+
+def test_fold_head_gives_the_cosines_of_its_parts():
+    call = Case(grads=()).inputs()
+    head = fold_head(call["token_weight"], call["token_bias"], call["projection"], call["projection_bias"])
+    assert head.weight.shape == (5, 10) and head.bias.shape == (5,)
+    assert_close_to_exact("folded", prototype_cosine(call["hidden"], head, None, call["prototypes"]), reference(call))
+
+
+@pytest.mark.parametrize("activation", ["softmax", "log_softmax"])
+def test_folding_would_be_wrong_after_an_activation(activation):
+    """Why no plan folds here: reader @ softmax(W h) is not softmax of anything linear, the cosines differ visibly."""
+    call = Case(grads=(), activation=activation).inputs()
+    head = fold_head(call["token_weight"], call["token_bias"], call["projection"], call["projection_bias"])
+    folded = prototype_cosine(call["hidden"], head, None, call["prototypes"])
+    assert (folded - reference(call)).abs().max() > 0.1
+    assert not plan.can_fold(activation, False, False, [True] * 4)
+    for batch in (1, 100, 10000):
+        shape = (batch, 768, 8192, 128)
+        assert plan.choose_plan(*shape, activation, False, False, [True, False, False, True], 1 << 40, True) != "fold"
+
+
+def test_top_1_of_a_folded_head_needs_no_norm_of_the_embedding():
+    call = Case(batch=200, classes=9, grads=()).inputs()
+    head = fold_head(call["token_weight"], call["token_bias"], call["projection"], call["projection_bias"])
+    classes = F.normalize(call["prototypes"])
+    top = (call["hidden"] @ (classes @ head.weight).T + classes @ head.bias).argmax(1)
+    assert torch.equal(top, reference(call).argmax(1))
+
+
+def test_training_steps_on_the_projection_are_the_same_folded_and_not(force_plan):
+    """A step on a free folded weight moves elsewhere; folding per step must keep the projection's own trajectory."""
+    ends = {}
+    for name in ("keep", "fold"):
+        force_plan(name)
+        call = Case(grads=("projection", "prototypes")).inputs()
+        optimizer = torch.optim.SGD([call["projection"], call["prototypes"]], lr=0.5, momentum=0.9)
+        for _ in range(5):
+            optimizer.zero_grad()
+            F.cross_entropy(prototype_cosine(**call) / 0.1, torch.tensor([0, 1, 2], device=DEVICE)).backward()
+            optimizer.step()
+        ends[name] = call["projection"].detach()
+    torch.testing.assert_close(ends["fold"], ends["keep"], rtol=1e-10, atol=1e-12)
+    assert (ends["fold"] - Case().inputs()["projection"]).abs().max() > 1e-2
+
+
+def test_the_documented_break_even_points():
+    """C = 768, V = 8192, d = 128, gradients for hidden and projection: the figures of the docstring."""
+
+    def chosen(batch, keeping, training=True):
+        needs = [training, False, False, training]
+        return plan.choose_plan(batch, 768, 8192, 128, "logits", False, False, needs, 1 << 40, keeping)
+
+    def first_fold(keeping, training=True):
+        return next(batch for batch in range(1, 1000) if chosen(batch, keeping, training) == "fold")
+
+    assert first_fold(keeping=False) == 75
+    assert first_fold(keeping=True) == 105
+    assert first_fold(keeping=True, training=False) == 112
+    assert chosen(64, True) == "keep" and chosen(64, False) == "stream"
+
+
+def test_logits_above_16_megabytes_are_not_kept():
+    arguments = (768, 8192, 128, "softmax", False, False, [True, False, False, True], 4, True)
+    assert plan.room_to_keep(512, *arguments) == 512 * 8192
+    assert plan.room_to_keep(513, *arguments) == 0
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_token_gram_is_the_norm_of_the_logits(biases):
+    call = Case(biases=biases, grads=()).inputs()
+    factor = token_gram(call["token_weight"], call["token_bias"])
+    augmented = torch.cat([call["hidden"], call["hidden"].new_ones(3, 1)], 1)
+    wanted = F.linear(call["hidden"], call["token_weight"], call["token_bias"]).norm(dim=1)
+    torch.testing.assert_close((augmented @ factor.T).norm(dim=1), wanted, rtol=1e-13, atol=0)
+
+
+def test_token_gram_survives_cancellation(force_plan):
+    """Logits 1e-3 of |W| |h|: from the Gram matrix itself float32 has no digit of a squared norm 1e-6 of its terms."""
+    force_plan("fold")
+    case = Case(batch=8, width=24, tokens=200, head="gram", dtype=torch.float32, grads=())
+    call = case.inputs()
+    hidden = call["hidden"][:1].expand(8, -1)
+    call["hidden"] = (hidden + 1e-3 * call["hidden"]).contiguous()
+    call["token_bias"] = -F.linear(hidden[0].double(), call["token_weight"].double()).float()
+    call["token_gram"] = token_gram(call["token_weight"], call["token_bias"])
+    call.pop("class_offsets", None)
+    exact, eager = reference(converted(call, torch.float64)), reference(call)
+    found = prototype_cosine(**call)
+    assert_close_to_exact("factor", found, exact, eager, factor=3)
+
+    weight = torch.cat([call["token_weight"], call["token_bias"][:, None]], 1)
+    augmented = torch.cat([call["hidden"], torch.ones(8, 1, device=DEVICE)], 1)
+    wanted = F.linear(call["hidden"].double(), call["token_weight"].double(), call["token_bias"].double()).norm(dim=1)
+    from_matrix = (augmented @ (weight.T @ weight) * augmented).sum(1).clamp_min(0).sqrt()
+    from_factor = (augmented @ call["token_gram"].T).norm(dim=1)
+    assert ((from_factor - wanted) / wanted).abs().max() < 1e-3
+    assert ((from_matrix - wanted) / wanted).abs().max() > 1e-2, "the guard is not needed: this input does not cancel"
+
+
+@given(data=st.data())
+def test_any_shape_and_subset_of_gradients(data):
+    """Random shapes, heads, activations and asking inputs against the definition."""
+    head = data.draw(st.sampled_from(["projection", "tokens", "gram", "folded", "tasks"]))
+    activation = data.draw(st.sampled_from(ACTIVATIONS)) if head in ("projection", "tokens") else "logits"
+    tasks = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1 if head == "tasks" else 0, max_size=3)))
+    size = st.integers(1, 20)
+    frozen = ("hidden", "prototypes")
+    case = Case(
+        batch=data.draw(st.integers(1 if tasks else 0, 9)),
+        width=data.draw(size),
+        tokens=data.draw(size),
+        dim=data.draw(size),
+        classes=data.draw(size),
+        head=head,
+        activation=activation,
+        biases=data.draw(st.booleans()),
+        tasks=tasks,
+        grads=frozen if head == "gram" else tuple(data.draw(st.lists(st.sampled_from(TENSORS), unique=True))),
+        seed=data.draw(st.integers(0, 1000)),
+    )
+    # With one token or dimension the cosine is the sign of a number that may be tiny: its gradient is pure rounding.
+    check(case, growth=100)
+
+
+def test_permuting_the_batch_permutes_the_scores():
+    call = Case(batch=9, tasks=(2, 3), activation="softmax").inputs()
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    permuted = {**call, "hidden": call["hidden"][order], "task_ids": call["task_ids"][order]}
+    torch.testing.assert_close(prototype_cosine(**permuted), prototype_cosine(**call)[order], rtol=1e-13, atol=1e-14)
+
+
+BAD = [
+    ({"hidden": torch.zeros(3, 10)}, "dtype of hidden, torch.float32, got torch.float64"),
+    ({"hidden": torch.zeros(10, dtype=torch.float64)}, "hidden must be (B, C) with C >= 1, got (10,)"),
+    ({"hidden": torch.zeros(3, 10, dtype=torch.long)}, "hidden must be float16, bfloat16, float32 or float64"),
+    ({"hidden": torch.zeros(3, 9, dtype=torch.float64)}, "token_weight must be (rows, C) = (any, 9), got (37, 10)"),
+    ({"token_bias": torch.zeros(36, dtype=torch.float64)}, "token_bias must be (rows,) = (37,), got (36,)"),
+    ({"prototypes": torch.zeros(4, 6, dtype=torch.float64)}, "prototypes must be (K, d) = (any, 5), got (4, 6)"),
+    ({"prototypes": torch.zeros(0, 5, dtype=torch.float64)}, "prototypes must have at least one row"),
+    ({"prototypes": [1, 2]}, "prototypes must be a tensor (K, d), got list"),
+    ({"projection": torch.zeros(5, 36, dtype=torch.float64)}, "projection must be (d, V) = (any, 37), got (5, 36)"),
+    ({"projection_bias": torch.zeros(4, dtype=torch.float64)}, "projection_bias must be (d,) = (5,), got (4,)"),
+    ({"projection": None}, "projection_bias must be None without a projection"),
+    ({"activation": "gelu"}, "activation must be one of logits, softmax, log_softmax, got 'gelu'"),
+    ({"eps": 0}, "eps must be > 0, got 0"),
+    ({"impl": "cuda"}, "impl must be one of ('auto', 'triton', 'torch'), got 'cuda'"),
+    ({"task_ids": torch.zeros(3, dtype=torch.long)}, "class_offsets must be given when task_ids is"),
+    ({"class_offsets": [0, 4]}, "task_ids must be given when class_offsets is"),
+    (
+        {"class_offsets": [0, 3], "task_ids": torch.zeros(3, dtype=torch.long)},
+        "to the 4 rows of prototypes, got [0, 3]",
+    ),
+    ({"class_offsets": [0, 0, 4], "task_ids": torch.zeros(3, dtype=torch.long)}, "class_offsets must ascend"),
+    ({"class_offsets": [0, 4], "task_ids": torch.zeros(2, dtype=torch.long)}, "task_ids must be (B,) = (3,), got (2,)"),
+    ({"class_offsets": [0, 4], "task_ids": torch.zeros(3)}, "task_ids must be an int32 or int64 tensor"),
+    ({"class_offsets": [0, 4], "task_ids": torch.tensor([0, 0, 1])}, "lie in 0 .. 0, got 1 for image 2"),
+    ({"class_offsets": [0, 4], "task_ids": torch.tensor([0, -1, 0])}, "lie in 0 .. 0, got -1 for image 1"),
+    ({"token_gram": torch.zeros(11, 11)}, "token_gram must be None with a projection"),
+    ({"token_weight": FoldedHead(torch.zeros(5, 10), torch.zeros(5))}, "token_bias must be None with a FoldedHead"),
+]
+
+
+@pytest.mark.parametrize("change,message", BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_refused_in_one_line(change, message):
+    call = Case(grads=()).inputs()
+    change = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in change.items()}
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)) as error:
+        prototype_cosine(**{**call, **change})
+    assert "\n" not in str(error.value)
+
+
+def test_an_activation_of_a_folded_head_is_refused():
+    call = Case(head="folded", activation="log_softmax").inputs()
+    with pytest.raises(ValueError, match="activation must be 'logits' with a FoldedHead"):
+        prototype_cosine(**call)
+
+
+def test_a_wrong_gram_factor_is_refused():
+    call = Case(head="gram").inputs()
+    with pytest.raises(ValueError, match=re.escape("token_gram must be (min(V, C + 1), C + 1) = (11, 11)")):
+        prototype_cosine(**{**call, "token_gram": call["token_gram"][:, :-1]})
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"projection": torch.zeros(5, 36)}, "projection must be (d, V) with V = 37, got (5, 36)"),
+        ({"token_bias": torch.zeros(36)}, "token_bias must be (V,) with V = 37, got (36,)"),
+        ({"projection_bias": torch.zeros(4)}, "projection_bias must be (d,) with d = 5, got (4,)"),
+        ({"projection": torch.zeros(5)}, "projection must be (d, V) in the dtype of token_weight"),
+        ({"projection": torch.zeros(5, 37, dtype=torch.float64)}, "projection must be (d, V) in the dtype of"),
+        ({"token_weight": None}, "token_weight must be a tensor (V, C), got NoneType"),
+    ],
+    ids=str,
+)
+def test_bad_input_of_fold_head(change, message):
+    parts = {"token_weight": torch.zeros(37, 10), "token_bias": torch.zeros(37), "projection": torch.zeros(5, 37)}
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        fold_head(**{**parts, **change})

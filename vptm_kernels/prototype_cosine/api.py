@@ -1,0 +1,357 @@
+"""The public function: argument checks, autocast, choice of implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._runtime.triton_support import IMPLEMENTATIONS, has_triton, interpreting
+from .cosine import cosine
+from .folding import FoldedHead, accumulator
+from .ops import prototype_similarity_op, task_linear_op, token_readout_op
+from .plan import KEEP_BYTES, can_fold, room_to_keep
+
+ACTIVATIONS = ("logits", "softmax", "log_softmax")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def prototype_cosine(
+    hidden: Tensor,
+    token_weight: Tensor | FoldedHead,
+    token_bias: Tensor | None,
+    prototypes: Tensor,
+    *,
+    projection: Tensor | None = None,
+    projection_bias: Tensor | None = None,
+    activation: str = "logits",
+    token_gram: Tensor | None = None,
+    class_offsets: Sequence[int] | None = None,
+    task_ids: Tensor | None = None,
+    eps: float = 1e-12,
+    impl: str = "auto",
+) -> Tensor:
+    """Cosine of the predicted visual token to class prototypes (ProtoVerb, arXiv 2203.09770; VPTM, arXiv 2303.04998).
+
+    Args:
+        hidden: (B, C), float16, bfloat16, float32 or float64. Any strides with a unit last one.
+        token_weight: (V, C) head of the visual tokens, or a `FoldedHead` in place of it, `token_bias`, `projection` and
+            `projection_bias`: weight (d, C), or (T, d, C) with `task_ids`; `activation` must then be "logits".
+        token_bias: (V,) or None.
+        prototypes: (K, d); with tasks (ΣK, d), the classes of task t in rows class_offsets[t] to class_offsets[t + 1].
+        projection: (d, V), or None for prototypes in token space, d = V.
+        projection_bias: (d,) or None.
+        activation: what is projected: "logits", "softmax" or "log_softmax" of them over V.
+        token_gram: from `vptm_kernels.token_gram(token_weight, token_bias)` for a frozen head; without a projection it
+            gives the norm of the logits in C² instead of V*C products.
+        class_offsets: T + 1 ascending ints from 0 to ΣK. A batch can mix tasks with different class counts.
+        task_ids: (B,) int32 or int64 in 0 .. T - 1, given with class_offsets. A GPU tensor is read back at every call
+            to be checked, unless a graph is being traced or captured.
+        eps: lower bound of both norms, as in `torch.nn.functional.normalize`; in float16 at least 2**-14, so that a
+            zero vector has finite gradients.
+        impl: "auto" is "triton" for GPU tensors of float16, bfloat16 or float32 unless `token_weight` asks for a
+            gradient, and "torch" otherwise. An explicit "triton" or "torch" never falls back.
+
+    Returns:
+        (B, K) in the dtype of `hidden`; with tasks (B, largest K), -inf beyond the classes of a row's task.
+
+    Gradients reach hidden, the projection, both biases, the prototypes and (torch only) token_weight; only those asked
+    for are computed, in a fixed order: equal inputs give bitwise equal gradients. Nothing is differentiable twice.
+    Under autocast all inputs are cast.
+
+    The cheapest exact way is taken, by counting multiply-adds of forward and backward (`prototype_cosine/plan.py`):
+    fold projection @ token_weight once per call (logits only; a full training step from B = 75 against streaming and
+    105 against keeping the logits, at C = 768, V = 8192, d = 128), stream over V and compute the logits again in
+    backward, or on the PyTorch path keep them when they fit 16 MB. Function and gradients are the same. For inference
+    fold beforehand, with `fold_head`. Triton never stores a (B, V) tensor. At B = 128 and K = 1000 the cosines are half
+    a megabyte: what is saved is the V axis, not the K axis.
+
+    Equal to::
+
+        tokens = F.linear(hidden, token_weight, token_bias)            # or its softmax or log_softmax over V
+        embedding = F.linear(tokens, projection, projection_bias)      # or tokens
+        F.linear(F.normalize(embedding, dim=-1, eps=eps), F.normalize(prototypes, dim=-1, eps=eps))
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
+
+    >>> import torch
+    >>> from vptm_kernels import prototype_cosine
+    >>> hidden, head = torch.randn(2, 24), torch.nn.Linear(24, 64).requires_grad_(False)
+    >>> projection, prototypes = torch.randn(8, 64, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    >>> scores = prototype_cosine(hidden, head.weight, head.bias, prototypes, projection=projection)
+    >>> scores.shape
+    torch.Size([2, 5])
+    >>> (scores / 0.1).softmax(-1)[:, 0].sum().backward()
+    >>> projection.grad.shape
+    torch.Size([8, 64])
+    """
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden must be a tensor (B, C), got {type(hidden).__name__}")
+    device = hidden.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device) if hidden.dtype != torch.float64 else torch.float64
+        with torch.autocast(device, enabled=False):
+            return prototype_cosine(
+                *(_cast(t, dtype) for t in (hidden, token_weight, token_bias, prototypes)),
+                projection=_cast(projection, dtype),
+                projection_bias=_cast(projection_bias, dtype),
+                activation=activation,
+                token_gram=token_gram,
+                class_offsets=class_offsets,
+                task_ids=task_ids,
+                eps=eps,
+                impl=impl,
+            )
+    folded = isinstance(token_weight, FoldedHead)
+    weight: Tensor
+    head_bias: Tensor | None
+    weight, head_bias = token_weight if isinstance(token_weight, FoldedHead) else (token_weight, token_bias)
+    if folded:
+        _check_folded(token_bias, projection, projection_bias, token_gram, activation)
+        dim = _check_head(hidden, "token_weight.weight", weight, "token_weight.bias", head_bias, task_ids is not None)
+    else:
+        dim = _check_head(hidden, "token_weight", weight, "token_bias", head_bias, False)
+        dim = _check_projection(hidden, dim, projection, projection_bias)
+        _check_gram(hidden, weight, projection, activation, token_gram)
+    _check("prototypes", prototypes, hidden, (None, dim), "(K, d)")
+    if prototypes.shape[0] < 1:
+        raise ValueError(f"prototypes must have at least one row, got {tuple(prototypes.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if not eps > 0:
+        raise ValueError(f"eps must be > 0, got {eps!r}")
+    offsets, widest = [0, prototypes.shape[0]], prototypes.shape[0]
+    if class_offsets is not None or task_ids is not None:
+        heads = weight.shape[0] if folded and weight.ndim == 3 else None
+        offsets, widest = _check_tasks(hidden, prototypes.shape[0], class_offsets, task_ids, heads)
+    elif weight.ndim == 3:
+        raise ValueError(f"task_ids must be given with (T, d, C) heads, got None with {tuple(weight.shape)}")
+    impl = _choose(impl, hidden, weight)
+    eps = max(float(eps), torch.finfo(hidden.dtype).tiny)
+
+    if not folded and projection is None:
+        scores = _token_space(hidden, weight, head_bias, prototypes, token_gram, activation, eps, impl)
+        return scores if task_ids is None else _own_classes(scores, task_ids, offsets, widest)
+
+    if folded and weight.ndim == 3:
+        assert task_ids is not None and head_bias is not None
+        embedding = task_linear_op(hidden, weight, head_bias, task_ids, impl)
+    elif folded:
+        embedding = torch.nn.functional.linear(hidden, weight, head_bias)
+        embedding = embedding.to(accumulator(hidden.dtype))
+    else:
+        assert projection is not None
+        embedding = _readout(hidden, weight, head_bias, projection, None, activation, False, impl)[0]
+        if projection_bias is not None:
+            embedding = embedding + projection_bias
+    if impl == "torch" and task_ids is None:
+        scores = cosine(embedding, prototypes, eps)
+    else:
+        scores = prototype_similarity_op(embedding, prototypes, task_ids, offsets, widest, eps, impl)
+    return scores.to(hidden.dtype)
+
+
+def _readout(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reader: Tensor,
+    gram: Tensor | None,
+    activation: str,
+    squares: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    asked = torch.is_grad_enabled()
+    needs = [asked and t is not None and t.requires_grad for t in (hidden, weight, bias, reader)]
+    tokens, keeping = weight.shape[0], impl == "torch"
+    if torch.compiler.is_compiling():
+        # One graph serves all batch sizes: room for whichever plan the op takes when it runs.
+        room: int | torch.SymInt = 0
+        if any(needs):
+            if keeping:
+                room = torch.sym_min(hidden.shape[0] * tokens, KEEP_BYTES // hidden.element_size())
+            if can_fold(activation, squares, gram is not None, needs):
+                room = torch.sym_max(room, reader.shape[0] * hidden.shape[1])
+    else:
+        shape = (hidden.shape[0], hidden.shape[1], tokens, reader.shape[0])
+        room = room_to_keep(*shape, activation, squares, gram is not None, needs, hidden.element_size(), keeping)
+    out = token_readout_op(hidden, weight, bias, reader, gram, activation, squares, needs, room, impl)
+    return out[0], out[1]
+
+
+def _token_space(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prototypes: Tensor,
+    gram: Tensor | None,
+    activation: str,
+    eps: float,
+    impl: str,
+) -> Tensor:
+    norms = torch.linalg.vector_norm(prototypes, dim=1, keepdim=True, dtype=accumulator(hidden.dtype)).clamp_min(eps)
+    unit = (prototypes / norms).to(hidden.dtype)
+    products, squared = _readout(hidden, weight, bias, unit, gram, activation, True, impl)
+    # sqrt after the clamp, so that a zero row has gradient 0 through its norm and not 0 * inf.
+    lengths = squared.clamp_min(eps * eps).sqrt()
+    return (products / lengths[:, None]).to(hidden.dtype)
+
+
+def _own_classes(scores: Tensor, task_ids: Tensor, offsets: Sequence[int], widest: int) -> Tensor:
+    """Columns of a row's own task from cosines to the classes of all tasks."""
+    bounds = torch.tensor(offsets, device=scores.device)
+    start, end = bounds[task_ids.long(), None], bounds[task_ids.long() + 1, None]
+    columns = start + torch.arange(widest, device=scores.device)
+    own = scores.gather(1, columns.clamp_max(scores.shape[1] - 1))
+    return own.masked_fill(columns >= end, float("-inf"))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, FoldedHead):
+        return FoldedHead(_cast(value.weight, dtype), _cast(value.bias, dtype))
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _choose(impl: str, hidden: Tensor, weight: Tensor) -> str:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
+    if impl == "torch" or (impl == "auto" and not hidden.is_cuda):
+        return "torch"
+    missing = None
+    if True:
+        missing = "Triton kernels of this op, which are still to come"
+    elif not has_triton():
+        missing = "the triton package, which is not installed"
+    elif not hidden.is_cuda and not (hidden.device.type == "cpu" and interpreting()):
+        missing = f"GPU tensors (or TRITON_INTERPRET=1 on a CPU), got device {hidden.device}"
+    elif hidden.dtype == torch.float64 and hidden.is_cuda:
+        missing = "float16, bfloat16 or float32 tensors on a GPU, got float64"
+    elif torch.is_grad_enabled() and weight.requires_grad:
+        missing = "a frozen token_weight, got one with requires_grad=True"
+    if missing is None:
+        return "triton"
+    if impl == "triton":
+        raise ValueError(f"impl='triton' needs {missing}")
+    return "torch"
+
+
+def _check(name: str, t: object, hidden: Tensor, shape: tuple[int | None, ...], words: str) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor {words}, got {type(t).__name__}")
+    if t.dtype != hidden.dtype:
+        raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {t.dtype}")
+    if t.device != hidden.device:
+        raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {t.device}")
+    if t.ndim != len(shape) or any(want is not None and have != want for have, want in zip(t.shape, shape)):
+        known = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} must be {words} = ({known}{',' * (len(shape) == 1)}), got {tuple(t.shape)}")
+    if t.stride(-1) != 1 and t.shape[-1] > 1:
+        raise ValueError(f"{name} must have a unit last stride, got strides {tuple(t.stride())}")
+
+
+def _check_head(hidden: Tensor, weight_name: str, weight: object, bias_name: str, bias: object, per_task: bool) -> int:
+    """Rows of the head, V or d."""
+    if hidden.dtype not in _DTYPES:
+        raise ValueError(f"hidden must be float16, bfloat16, float32 or float64, got {hidden.dtype}")
+    if hidden.ndim != 2 or hidden.shape[1] < 1:
+        raise ValueError(f"hidden must be (B, C) with C >= 1, got {tuple(hidden.shape)}")
+    if hidden.stride(1) != 1 and hidden.shape[1] > 1:
+        raise ValueError(f"hidden must have a unit last stride, got strides {tuple(hidden.stride())}")
+    width = hidden.shape[1]
+    if per_task and isinstance(weight, Tensor) and weight.ndim == 3:
+        _check(weight_name, weight, hidden, (None, None, width), "(T, d, C)")
+        _check(bias_name, bias, hidden, tuple(weight.shape[:2]), "(T, d)")
+        return int(weight.shape[1])
+    _check(weight_name, weight, hidden, (None, width), "(rows, C)")
+    assert isinstance(weight, Tensor)
+    if bias is not None:
+        _check(bias_name, bias, hidden, (weight.shape[0],), "(rows,)")
+    if weight.shape[0] < 1:
+        raise ValueError(f"{weight_name} must have at least one row, got {tuple(weight.shape)}")
+    return int(weight.shape[0])
+
+
+def _check_folded(
+    token_bias: object, projection: object, projection_bias: object, token_gram: object, activation: str
+) -> None:
+    for name, value in (
+        ("token_bias", token_bias),
+        ("projection", projection),
+        ("projection_bias", projection_bias),
+        ("token_gram", token_gram),
+    ):
+        if value is not None:
+            raise ValueError(f"{name} must be None with a FoldedHead, which contains it, got {type(value).__name__}")
+    if activation != "logits":
+        raise ValueError(
+            f"activation must be 'logits' with a FoldedHead, which has no token logits, got {activation!r}"
+        )
+
+
+def _check_projection(hidden: Tensor, tokens: int, projection: Tensor | None, bias: Tensor | None) -> int:
+    if projection is None:
+        if bias is not None:
+            raise ValueError("projection_bias must be None without a projection, got a tensor")
+        return tokens
+    _check("projection", projection, hidden, (None, tokens), "(d, V)")
+    if projection.shape[0] < 1:
+        raise ValueError(f"projection must have at least one row, got {tuple(projection.shape)}")
+    if bias is not None:
+        _check("projection_bias", bias, hidden, (projection.shape[0],), "(d,)")
+    return int(projection.shape[0])
+
+
+def _check_gram(
+    hidden: Tensor, weight: Tensor, projection: Tensor | None, activation: str, gram: Tensor | None
+) -> None:
+    if gram is None:
+        return
+    if projection is not None or activation != "logits":
+        raise ValueError(
+            "token_gram must be None with a projection or an activation other than 'logits', "
+            f"got it with activation={activation!r}"
+        )
+    columns = hidden.shape[1] + 1
+    wanted = (min(weight.shape[0], columns), columns)
+    if not isinstance(gram, Tensor) or tuple(gram.shape) != wanted or gram.dtype != accumulator(hidden.dtype):
+        found = f"{tuple(gram.shape)} {gram.dtype}" if isinstance(gram, Tensor) else type(gram).__name__
+        raise ValueError(
+            f"token_gram must be (min(V, C + 1), C + 1) = {wanted} {accumulator(hidden.dtype)}, got {found}"
+        )
+
+
+def _check_tasks(
+    hidden: Tensor, classes: int, class_offsets: Sequence[int] | None, task_ids: Tensor | None, heads: int | None
+) -> tuple[list[int], int]:
+    """The offsets as a list and the largest class count."""
+    if class_offsets is None or task_ids is None:
+        missing = "class_offsets" if class_offsets is None else "task_ids"
+        raise ValueError(f"{missing} must be given when {'task_ids' if class_offsets is None else 'class_offsets'} is")
+    if isinstance(class_offsets, Tensor) or not all(isinstance(offset, int) for offset in class_offsets):
+        raise TypeError(f"class_offsets must be a sequence of ints, got {type(class_offsets).__name__}")
+    offsets = list(class_offsets)
+    counts = [end - start for start, end in pairwise(offsets)]
+    if not counts or offsets[0] != 0 or offsets[-1] != classes or min(counts) < 1:
+        raise ValueError(f"class_offsets must ascend from 0 to the {classes} rows of prototypes, got {offsets}")
+    if heads is not None and heads != len(counts):
+        raise ValueError(f"class_offsets must have T + 1 = {heads + 1} entries for {heads} heads, got {len(offsets)}")
+    if not isinstance(task_ids, Tensor) or task_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"task_ids must be an int32 or int64 tensor (B,), got {getattr(task_ids, 'dtype', task_ids)}")
+    if task_ids.ndim != 1 or task_ids.shape[0] != hidden.shape[0]:
+        raise ValueError(f"task_ids must be (B,) = ({hidden.shape[0]},), got {tuple(task_ids.shape)}")
+    if task_ids.device != hidden.device:
+        raise ValueError(f"task_ids must be on the device of hidden, {hidden.device}, got {task_ids.device}")
+    # Values cannot be read while a graph is traced or captured; kernels stay inside the prototypes whatever they are.
+    if torch.compiler.is_compiling() or task_ids.is_meta or type(task_ids) is not Tensor:
+        return offsets, max(counts)
+    if task_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        return offsets, max(counts)
+    wrong = ((task_ids < 0) | (task_ids >= len(counts))).nonzero()
+    if wrong.numel():
+        image = int(wrong[0])
+        raise ValueError(f"task_ids must lie in 0 .. {len(counts) - 1}, got {int(task_ids[image])} for image {image}")
+    return offsets, max(counts)

@@ -1,0 +1,106 @@
+"""From embeddings to cosines with PyTorch ops: one set of prototypes for all rows, or every row its task's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cosine(embedding: Tensor, prototypes: Tensor, eps: float) -> Tensor:
+    """Rows of (B, d) against rows of (K, d), in the dtype of the embedding; differentiable through plain ops.
+
+    Whichever of the prototypes (K, d) and the result (B, K) is smaller is divided by the norms of the prototypes.
+    """
+    prototypes = prototypes.to(embedding.dtype)
+    embedding = embedding / torch.linalg.vector_norm(embedding, dim=1, keepdim=True).clamp_min(eps)
+    norms = torch.linalg.vector_norm(prototypes, dim=1).clamp_min(eps)
+    return F.linear(embedding, prototypes / norms[:, None])
+
+
+def cosine_backward(
+    grad: Tensor, embedding: Tensor, prototypes: Tensor, eps: float, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `cosine` for its two inputs, in the dtype of the embedding."""
+    prototypes, grad = prototypes.to(embedding.dtype), grad.to(embedding.dtype)
+    dembedding = dprototypes = None
+    unit_rows, rows, free_rows = _unit(embedding, eps)
+    unit_classes, classes, free_classes = _unit(prototypes, eps)
+    if needs[0]:
+        d = grad @ unit_classes
+        dembedding = (d - unit_rows * (d * unit_rows).sum(1, keepdim=True) * free_rows) / rows
+    if needs[1]:
+        d = grad.mT @ unit_rows
+        dprototypes = (d - unit_classes * (d * unit_classes).sum(1, keepdim=True) * free_classes) / classes
+    return dembedding, dprototypes
+
+
+def _unit(t: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit rows, their norms clamped at eps, and where the norm is free to change."""
+    norms = torch.linalg.vector_norm(t, dim=1, keepdim=True)
+    clamped = norms.clamp_min(eps)
+    return t / clamped, clamped, norms >= eps
+
+
+def task_cosine(
+    embedding: Tensor, prototypes: Tensor, task_ids: Tensor, offsets: Sequence[int], widest: int, eps: float
+) -> Tensor:
+    out = embedding.new_full((embedding.shape[0], widest), float("-inf"))
+    for task, rows in groups(task_ids):
+        own = slice(offsets[task], offsets[task + 1])
+        out[rows, : own.stop - own.start] = cosine(embedding[rows], prototypes[own], eps)
+    return out
+
+
+def task_cosine_backward(
+    grad: Tensor,
+    embedding: Tensor,
+    prototypes: Tensor,
+    task_ids: Tensor,
+    offsets: Sequence[int],
+    eps: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    dembedding = embedding.new_zeros(embedding.shape) if needs[0] else None
+    dprototypes = embedding.new_zeros(prototypes.shape) if needs[1] else None
+    for task, rows in groups(task_ids):
+        own = slice(offsets[task], offsets[task + 1])
+        part = cosine_backward(grad[rows, : own.stop - own.start], embedding[rows], prototypes[own], eps, needs)
+        if dembedding is not None and part[0] is not None:
+            dembedding[rows] = part[0]
+        if dprototypes is not None and part[1] is not None:
+            dprototypes[own] = part[1]
+    return dembedding, dprototypes
+
+
+def task_linear(hidden: Tensor, weight: Tensor, bias: Tensor, task_ids: Tensor, out: Tensor) -> None:
+    """out[i] = weight[task_ids[i]] @ hidden[i] + bias[task_ids[i]]."""
+    for task, rows in groups(task_ids):
+        out[rows] = F.linear(hidden[rows], weight[task], bias[task]).to(out.dtype)
+
+
+def task_linear_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, task_ids: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dhidden = hidden.new_zeros(hidden.shape) if needs[0] else None
+    dweight = weight.new_zeros(weight.shape) if needs[1] else None
+    dbias = weight.new_zeros(weight.shape[:2]) if needs[2] else None
+    for task, rows in groups(task_ids):
+        part = grad[rows].to(hidden.dtype)
+        if dhidden is not None:
+            dhidden[rows] = part @ weight[task]
+        if dweight is not None:
+            dweight[task] = part.mT @ hidden[rows]
+        if dbias is not None:
+            dbias[task] = grad[rows].sum(0)
+    return dhidden, dweight, dbias
+
+
+def groups(task_ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The rows of every task that occurs, in order."""
+    order = torch.argsort(task_ids, stable=True)
+    tasks, counts = torch.unique_consecutive(task_ids[order], return_counts=True)
+    for task, rows in zip(tasks.tolist(), order.split(counts.tolist())):
+        yield int(task), rows

@@ -1,0 +1,287 @@
+"""The registered ops: schemas, shapes, autograd, and the branch between Triton and PyTorch.
+
+`token_readout` is the long one, from hidden states to reader @ activation(token logits); `task_linear` applies folded
+heads task by task; `prototype_similarity` turns embeddings into cosines. Outputs that were not asked for are empty
+tensors, because an op cannot return None. No output is differentiable twice.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._runtime.triton_support import device_of
+from . import cosine, torch_impl
+from .folding import accumulator
+
+
+def _triton() -> Any:
+    return importlib.import_module(".triton_impl", __package__)
+
+
+@torch.library.custom_op("vptm::token_readout", mutates_args=())
+def token_readout_op(
+    hidden: Tensor,
+    token_weight: Tensor,
+    token_bias: Tensor | None,
+    reader: Tensor,
+    gram: Tensor | None,
+    activation: str,
+    squares: bool,
+    needs: Sequence[bool],
+    room: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """a @ reader.T (B, D), sum of a² (B,), [log-sum-exp, sum of a] (2, B), and `room` elements kept for backward."""
+    args = (hidden, token_weight, token_bias, reader, gram, activation, squares, needs, room)
+    if impl == "torch":
+        return torch_impl.forward(*args)
+    with device_of(hidden):
+        return _triton().forward(*args)
+
+
+@token_readout_op.register_fake
+def _(
+    hidden: Tensor,
+    token_weight: Tensor,
+    token_bias: Tensor | None,
+    reader: Tensor,
+    gram: Tensor | None,
+    activation: str,
+    squares: bool,
+    needs: Sequence[bool],
+    room: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    exact, batch = accumulator(hidden.dtype), hidden.shape[0]
+    return (
+        hidden.new_empty(batch, reader.shape[0], dtype=exact),
+        hidden.new_empty(batch if squares else 0, dtype=exact),
+        hidden.new_empty(2, batch, dtype=exact),
+        hidden.new_empty(room),
+    )
+
+
+@torch.library.custom_op("vptm::token_readout_backward", mutates_args=())
+def token_readout_backward_op(
+    grad_out: Tensor,
+    grad_squared: Tensor | None,
+    hidden: Tensor,
+    token_weight: Tensor,
+    token_bias: Tensor | None,
+    reader: Tensor,
+    gram: Tensor | None,
+    out: Tensor,
+    squared: Tensor,
+    statistics: Tensor,
+    kept: Tensor,
+    activation: str,
+    squares: bool,
+    needs: Sequence[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (hidden, token_weight, token_bias, reader, gram)
+    args = (grad_out, grad_squared, *inputs, out, squared, statistics, kept, activation, squares, needs)
+    if impl == "torch":
+        grads = torch_impl.backward(*args)
+    else:
+            with device_of(hidden):
+            grads = _triton().backward(*args)
+    dhidden, dweight, dbias, dreader = (hidden.new_empty(0) if grad is None else grad for grad in grads)
+    return dhidden, dweight, dbias, dreader
+
+
+@token_readout_backward_op.register_fake
+def _(
+    grad_out: Tensor,
+    grad_squared: Tensor | None,
+    hidden: Tensor,
+    token_weight: Tensor,
+    token_bias: Tensor | None,
+    reader: Tensor,
+    gram: Tensor | None,
+    out: Tensor,
+    squared: Tensor,
+    statistics: Tensor,
+    kept: Tensor,
+    activation: str,
+    squares: bool,
+    needs: Sequence[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, second, third, fourth = (
+        hidden.new_empty(t.shape if needed and t is not None else (0,))
+        for t, needed in zip((hidden, token_weight, token_bias, reader), needs)
+    )
+    return first, second, third, fourth
+
+
+def _readout_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.activation, ctx.squares, ctx.needs, _room, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[2], output[3])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _readout_backward(ctx: Any, grad_out: Tensor | None, grad_squared: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    hidden, token_weight, token_bias, reader, gram, out, squared, statistics, kept = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * 4
+    if grad_out is None and grad_squared is not None:
+        grad_out = torch.zeros_like(out)
+    if grad_out is not None:
+        # The plan was made for ctx.needs; what autograd asks for now can only be less.
+        found = token_readout_backward_op(
+            grad_out,
+            grad_squared if ctx.squares else None,
+            *(hidden, token_weight, token_bias, reader, gram),
+            *(out, squared, statistics, kept),
+            ctx.activation,
+            ctx.squares,
+            ctx.needs,
+            ctx.impl,
+        )
+        asked = (*ctx.needs_input_grad[:4],)
+        grads = [grad if needed and ask else None for grad, needed, ask in zip(found, ctx.needs, asked)]
+    return (*grads, *[None] * 6)
+
+
+@torch.library.custom_op("vptm::task_linear", mutates_args=())
+def task_linear_op(hidden: Tensor, weight: Tensor, bias: Tensor, task_ids: Tensor, impl: str) -> Tensor:
+    out = hidden.new_empty(hidden.shape[0], weight.shape[1], dtype=accumulator(hidden.dtype))
+    if impl == "torch":
+        cosine.task_linear(hidden, weight, bias, task_ids, out)
+        return out
+    with device_of(hidden):
+        _triton().task_linear(hidden, weight, bias, task_ids, out)
+    return out
+
+
+@task_linear_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor, task_ids: Tensor, impl: str) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], weight.shape[1], dtype=accumulator(hidden.dtype))
+
+
+@torch.library.custom_op("vptm::task_linear_backward", mutates_args=())
+def task_linear_backward_op(
+    grad: Tensor, hidden: Tensor, weight: Tensor, task_ids: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = cosine.task_linear_backward(grad, hidden, weight, task_ids, needs)
+    dhidden, dweight, dbias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
+    return dhidden, dweight, dbias
+
+
+@task_linear_backward_op.register_fake
+def _(
+    grad: Tensor, hidden: Tensor, weight: Tensor, task_ids: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape if needs[1] else (0,)),
+        weight.new_empty(weight.shape[:2] if needs[2] else (0,)),
+    )
+
+
+def _task_linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, weight, _bias, task_ids, _impl = inputs
+    ctx.save_for_backward(hidden, weight, task_ids)
+
+
+def _task_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    found = task_linear_backward_op(grad, *ctx.saved_tensors, needs)
+    return (*(g if needed else None for g, needed in zip(found, needs)), None, None)
+
+
+@torch.library.custom_op("vptm::prototype_similarity", mutates_args=())
+def prototype_similarity_op(
+    embedding: Tensor,
+    prototypes: Tensor,
+    task_ids: Tensor | None,
+    offsets: Sequence[int],
+    widest: int,
+    eps: float,
+    impl: str,
+) -> Tensor:
+    """Cosines (B, widest) in the dtype of the embedding, -inf beyond the classes of a row's task."""
+    if impl == "torch":
+        if task_ids is None:
+            return cosine.cosine(embedding, prototypes, eps)
+        return cosine.task_cosine(embedding, prototypes, task_ids, offsets, widest, eps)
+    with device_of(embedding):
+        return _triton().similarity(embedding, prototypes, task_ids, offsets, widest, eps)
+
+
+@prototype_similarity_op.register_fake
+def _(
+    embedding: Tensor,
+    prototypes: Tensor,
+    task_ids: Tensor | None,
+    offsets: Sequence[int],
+    widest: int,
+    eps: float,
+    impl: str,
+) -> Tensor:
+    return embedding.new_empty(embedding.shape[0], widest)
+
+
+@torch.library.custom_op("vptm::prototype_similarity_backward", mutates_args=())
+def prototype_similarity_backward_op(
+    grad: Tensor,
+    embedding: Tensor,
+    prototypes: Tensor,
+    task_ids: Tensor | None,
+    offsets: Sequence[int],
+    eps: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    if task_ids is None:
+        grads = cosine.cosine_backward(grad, embedding, prototypes, eps, needs)
+    else:
+        grads = cosine.task_cosine_backward(grad, embedding, prototypes, task_ids, offsets, eps, needs)
+    dembedding, dprototypes = grads
+    return (
+        embedding.new_empty(0) if dembedding is None else dembedding,
+        prototypes.new_empty(0) if dprototypes is None else dprototypes.to(prototypes.dtype),
+    )
+
+
+@prototype_similarity_backward_op.register_fake
+def _(
+    grad: Tensor,
+    embedding: Tensor,
+    prototypes: Tensor,
+    task_ids: Tensor | None,
+    offsets: Sequence[int],
+    eps: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    return (
+        embedding.new_empty(embedding.shape if needs[0] else (0,)),
+        prototypes.new_empty(prototypes.shape if needs[1] else (0,)),
+    )
+
+
+def _similarity_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    embedding, prototypes, task_ids, ctx.offsets, _widest, ctx.eps, _impl = inputs
+    ctx.save_for_backward(embedding, prototypes, task_ids)
+
+
+def _similarity_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:2])
+    found = prototype_similarity_backward_op(grad, *ctx.saved_tensors, ctx.offsets, ctx.eps, needs)
+    return (*(g if needed else None for g, needed in zip(found, needs)), *[None] * 5)
+
+
+def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError("prototype_cosine is not differentiable twice: do not pass create_graph=True through it")
+
+
+token_readout_op.register_autograd(_readout_backward, setup_context=_readout_context)
+task_linear_op.register_autograd(_task_linear_backward, setup_context=_task_linear_context)
+prototype_similarity_op.register_autograd(_similarity_backward, setup_context=_similarity_context)
+for _op in (token_readout_backward_op, task_linear_backward_op, prototype_similarity_backward_op):
+    _op.register_autograd(_refuse_double_backward)
