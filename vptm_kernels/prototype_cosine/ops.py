@@ -89,7 +89,7 @@ def token_readout_backward_op(
     if impl == "torch":
         grads = torch_impl.backward(*args)
     else:
-            with device_of(hidden):
+        with device_of(hidden):
             grads = _triton().backward(*args)
     dhidden, dweight, dbias, dreader = (hidden.new_empty(0) if grad is None else grad for grad in grads)
     return dhidden, dweight, dbias, dreader
