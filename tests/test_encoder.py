@@ -143,6 +143,13 @@ def test_inference_mode_leaves_nothing_behind_that_training_cannot_use() -> None
     assert torch.allclose(loss, expected)
 
 
+@torch.inference_mode()
+def test_model_made_under_inference_mode_runs() -> None:
+    """Tensors made under inference_mode have no version counter; reading it would raise."""
+    model = build(prompt_mode="deep")
+    assert max(vptm.check(model, images(model), gradients=False).values()) <= 1e-12
+
+
 def test_state_dict_holds_the_original_weights_bitwise() -> None:
     """Folded weights never reach state_dict, a deep copy or timm."""
     model = build(prompt_mode="deep")

@@ -94,6 +94,11 @@ def fold_block(block: Block, dtype: torch.dtype) -> FrozenBlock:
     return FrozenBlock._make([*fixed, *scales, block.norm1.eps, block.norm2.eps, mlp.act])
 
 
+def _state(tensor: Tensor) -> tuple[int, int, torch.dtype]:
+    """What changes when the values of `tensor` do; tensors made under inference_mode have no version to look at."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version, tensor.dtype
+
+
 def _normalise(x: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
@@ -144,7 +149,7 @@ class FrozenEncoder:
             dtype = torch.float64  # autocast leaves fp64 alone
         if torch.compiler.is_compiling() and self._key is not None:
             return
-        key = (dtype, *((p.data_ptr(), p._version, p.dtype) for p in model.backbone.parameters()))
+        key = (dtype, *(_state(parameter) for parameter in model.backbone.parameters()))
         if key == self._key:
             return
         with torch.inference_mode(False), torch.no_grad():
@@ -181,7 +186,7 @@ class FrozenEncoder:
         weight = model.prompts.weight
         keep = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not model.prompts.training
         if keep:
-            key = (weight.data_ptr(), weight._version, weight.dtype)
+            key = _state(weight)
             if key != self._prefix_key:
                 self._prefix_key = key
                 self._prefixes = [self._project_prefix(model, i, batch) for i in range(len(self._blocks))]

@@ -1,0 +1,80 @@
+"""Write the measured results into the README: `python -m bench.report` after a bench run has stored its json.
+
+    pytest bench/bench_model.py --benchmark-only --benchmark-json bench/results/inference_cpu.json
+    python -m bench.report
+
+The text between the result markers of README.md is made here from `bench/results/` and nowhere else; a test fails when
+they differ.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def _inference_table(content: dict[str, Any]) -> list[str]:
+    rows = []
+    for run in content["benchmarks"]:
+        info = run["extra_info"]
+        if info["implementation"] != "vptm":
+            continue
+        prompts = "none" if info["prompt_length"] == 0 else f"{info['mode']}, P = {info['prompt_length']}"
+        ratios = [info[f"speed-up over {peer}"] for peer in ("concatenation", "timm without prompts")]
+        rows.append(f"| {prompts} | {ratios[0]:.2f}x | {ratios[1]:.2f}x |")
+    info = content["benchmarks"][0]["extra_info"]
+    machine = content["machine_info"]
+    where = machine["gpu"] or f"{machine['cpu']['brand_raw']}, {info['threads']} threads"
+    return [
+        f"Inference of BEiT-B/16 at 224, batch {info['batch']}, {info['dtype'].removeprefix('torch.')}, random weights, "
+        f"{where}, torch {machine['versions']['torch']}; ratios of interleaved runs:",
+        "",
+        "| prompts | vptm over concatenated prompts | vptm over timm without any prompt |",
+        "|---|---|---|",
+        *rows,
+    ]
+
+
+def _accuracy_lines(content: dict[str, Any]) -> list[str]:
+    lines = []
+    for setting, found in content["summary"].items():
+        accuracy = found["test_accuracy_percent"]
+        parts = [f"{name} {value['mean']:.1f} %" for name, value in accuracy.items()]
+        seeds = max(value["seeds"] for value in accuracy.values())
+        lines.append(f"Built-in model, {setting}, mean of {seeds} seeds: {'; '.join(parts)}.")
+    return lines
+
+
+def section() -> str:
+    """The README text between the markers, from the json files that are there."""
+    lines: list[str] = []
+    for path in sorted(RESULTS.glob("inference_*.json")):
+        lines += [*_inference_table(json.loads(path.read_text(encoding="utf-8"))), ""]
+    accuracy = RESULTS / "accuracy" / "builtin.json"
+    if accuracy.is_file():
+        lines += [*_accuracy_lines(json.loads(accuracy.read_text(encoding="utf-8"))), ""]
+    return "\n".join(lines)
+
+
+def updated(readme: str) -> str:
+    """`readme` with the text between the markers replaced."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{section()}{END}{after}"
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+    temporary.replace(path)
+    print(f"wrote the result section of {path}")
+
+
+if __name__ == "__main__":
+    main()
