@@ -31,8 +31,8 @@ def _inference_table(content: dict[str, Any]) -> list[str]:
     machine = content["machine_info"]
     where = machine["gpu"] or f"{machine['cpu']['brand_raw']}, {info['threads']} threads"
     return [
-        f"Inference of BEiT-B/16 at 224, batch {info['batch']}, {info['dtype'].removeprefix('torch.')}, random weights, "
-        f"{where}, torch {machine['versions']['torch']}; ratios of interleaved runs:",
+        f"Inference of BEiT-B/16 at 224, batch {info['batch']}, {info['dtype'].removeprefix('torch.')}, random "
+        f"weights, {where}, torch {machine['versions']['torch']}; ratios of interleaved runs:",
         "",
         "| prompts | vptm over concatenated prompts | vptm over timm without any prompt |",
         "|---|---|---|",
