@@ -5,10 +5,11 @@
     python examples/pretrain_builtin.py proxy vptm/assets/builtin.safetensors
 
 Round one predicts k-means codes of gradient-orientation features; round two predicts k-means codes of a middle layer of
-the round-one model, as BEiT v2 (https://arxiv.org/abs/2208.06366) does with its vector-quantised teacher. Every image also
-carries one mask row without a position (zero relative position bias to and from everything), the row that VPTM reads.
-A masked token of unknown place and extent can only be answered with a distribution, so its target is the image's bag of
-visual words: codes of single patches, of 2x2 patches and of the whole image, softly assigned. No label is ever used.
+the round-one model, as BEiT v2 (https://arxiv.org/abs/2208.06366) does with its vector-quantised teacher. Every image
+also carries one mask row without a position (zero relative position bias to and from everything), the row that VPTM
+reads. A masked token of unknown place and extent can only be answered with a distribution, so its target is the image's
+bag of visual words: codes of single patches, of 2x2 patches and of the whole image, softly assigned. No label is used.
+Round two goes on from the weights of round one instead of starting afresh, which saves most of its time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import hashlib
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -103,14 +103,15 @@ class Recipe:
 
 
 def load_fashion_mnist(root: Path = DATA) -> dict[str, np.ndarray]:
-    """The four IDX files: train_images (60000, 28, 28) uint8, train_labels (60000,), test_images (10000, 28, 28), test_labels."""
+    """The four IDX files as uint8: train_images (60000, 28, 28), train_labels (60000,), test_images, test_labels."""
     arrays = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
         for kind, offset in (("images", 16), ("labels", 8)):
             path = Path(root) / f"{prefix}-{kind}-idx{3 if kind == 'images' else 1}-ubyte.gz"
             if not path.is_file():
                 raise FileNotFoundError(
-                    f"data: {path} not found; install it with `apt install dataset-fashion-mnist` or give its folder with --data"
+                    f"data: {path} not found; install it with `apt install dataset-fashion-mnist`, "
+                    "or give the folder of the four IDX files with --data"
                 )
             raw = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=offset)
             arrays[f"{split}_{kind}"] = raw.reshape(-1, 28, 28) if kind == "images" else raw
@@ -146,7 +147,7 @@ def make_subset(
 
 
 def pretraining_split(data: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Indices into the train split: (images to train on, 5000 held out). Copies of any test or held-out image are left out."""
+    """Indices into the train split: (to train on, held out). Copies of a test or held-out image are left out."""
     images = data["train_images"]
     test = {image.tobytes() for image in data["test_images"]}
     order = np.random.default_rng(60000).permutation(len(images))
@@ -193,7 +194,7 @@ class MaskedBeit(nn.Module):
     def rows(
         self, images: Tensor, masked: Tensor | None = None, layer: int | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Final normed rows [CLS | patches | position-less mask row], (B, 1 + N + 1, C), or the raw output of block `layer`.
+        """Normed rows [CLS | patches | position-less mask row], (B, 1 + N + 1, C), or the raw output of block `layer`.
 
         images (B, 1, 28, 28) normalised; masked (B, N) bool: patches replaced by the mask token. The last row has zero
         relative position bias to and from every other.
@@ -343,10 +344,8 @@ def fit_tokenizer(features: Tensor, recipe: Recipe, components: int | None) -> t
     state = {"mean": torch.zeros(width), "basis": torch.eye(width)}
     if components is not None:
         pca = PCA(components, random_state=recipe.seed).fit(flat)
-        state = {
-            "mean": torch.from_numpy(pca.mean_).float(),
-            "basis": torch.from_numpy(pca.components_.T.copy()).float(),
-        }
+        basis = torch.from_numpy(pca.components_.T.copy()).float()
+        state = {"mean": torch.from_numpy(pca.mean_).float(), "basis": basis}
     projected = (features - state["mean"]) @ state["basis"]
     dead, spread = [], []
     for i, size in enumerate((1, 2, grid)):
@@ -373,12 +372,12 @@ def block_mask(grid: int, count: int, rng: np.random.Generator) -> np.ndarray:
         aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
         h, w = (min(grid, max(1, round(math.sqrt(area * r)))) for r in (aspect, 1 / aspect))
         top, column = rng.integers(grid - h + 1), rng.integers(grid - w + 1)
-        new = np.argwhere(~mask[top : top + h, column : column + w]) + (top, column)
+        new = np.argwhere(~mask[top : top + h, column : column + w]) + np.array([top, column])
         mask[tuple(new[:left].T)] = True
     return mask.ravel()
 
 
-def mask_pool(recipe: Recipe, size: int = 8192) -> Tensor:
+def mask_pool(recipe: Recipe, size: int) -> Tensor:
     rng = np.random.default_rng((recipe.seed, 1))
     count = round(recipe.mask_ratio * recipe.grid**2)
     return torch.from_numpy(np.stack([block_mask(recipe.grid, count, rng) for _ in range(size)]))
@@ -411,7 +410,7 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
 
 
 def batches(recipe: Recipe, round_: int, images: int, step: int) -> tuple[Tensor, torch.Generator]:
-    """Image indices of a step and the generator of its other draws: functions of the seed, the round and the step alone."""
+    """Image indices of a step and the generator of its other draws, from the seed, the round and the step alone."""
     per_epoch = max(1, images // recipe.batch)
     epoch, at = divmod(step, per_epoch)
     order = np.random.default_rng((recipe.seed, round_, epoch)).permutation(images)
@@ -479,10 +478,9 @@ def train_round(
     every: int = 500,
     stop_at: int | None = None,
 ) -> MaskedBeit:
-    """One round of masked visual token modelling; returns the averaged weights (EMA). start: backbone weights to go on from.
+    """One round of masked visual token modelling from the weights `start`; returns the moving average of the weights.
 
-    Writes out/checkpoint{round}.pt every `every` steps and goes on from it bitwise when `resume`. stop_at ends early, as
-    a kill after that step would.
+    Writes out/checkpoint{round}.pt every `every` steps and goes on from it bitwise when `resume`. stop_at ends early.
     """
     device = images.device
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
@@ -510,9 +508,11 @@ def train_round(
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
         first, seconds, log, sums = saved["step"], saved["seconds"], saved["log"], saved["sums"]
-    masks = mask_pool(recipe).to(device)
-    bags = in_chunks(lambda x: tokenizer.bag(extract(x)).half(), images) if recipe.bag_of == "original" else None
+    masks = mask_pool(recipe, min(4096, steps * recipe.batch)).to(device)
     last = min(steps, stop_at) if stop_at is not None else steps
+    bags = None
+    if recipe.bag_of == "original" and first < last:
+        bags = in_chunks(lambda x: tokenizer.bag(extract(x)).half(), images)
     began = time.perf_counter() - seconds
 
     def save(step: int) -> None:
@@ -589,7 +589,8 @@ def few_shot_scores(
             # the solution lies in the span of the training rows, so fitting in that basis is the same and much faster
             x = x @ np.linalg.svd(x[train], full_matrices=False)[2].T
             fits = [
-                LogisticRegression(C=c, max_iter=2000, tol=1e-3).fit(x[train], labels[train]) for c in (0.01, 0.1, 1.0, 10.0)
+                LogisticRegression(C=c, max_iter=2000, tol=1e-3).fit(x[train], labels[train])
+                for c in (0.01, 0.1, 1.0, 10.0)
             ]
             scores[name].append(max(fits, key=lambda fit: fit.score(x[val], labels[val])).score(x[test], labels[test]))
     return scores
@@ -622,8 +623,8 @@ def proxy(
 def held_out_report(
     model: MaskedBeit, tokenizer: Tokenizer, extract: Extract, images: Tensor, recipe: Recipe
 ) -> dict[str, Any]:
-    """Masked-token loss and accuracy on images never trained on, beside always guessing the commonest code; codebook use."""
-    masks = mask_pool(recipe)[: len(images)].to(images.device)
+    """Masked-token loss and accuracy on images never trained on, the commonest code's share, and codebook use."""
+    masks = mask_pool(recipe, len(images)).to(images.device)
     totals: dict[str, float] = {}
     codes = in_chunks(lambda x: tokenizer.patch_codes(extract(x)), images)
     with torch.no_grad():
@@ -659,13 +660,14 @@ def loss_curve(log: list[list[Any]], path: Path) -> None:
             rows[:, 1],
             rows[:, 4] - rows[:, 6],
             f"C{round_ - 1}--",
-            label=f"round {round_}: mask row, above the bag's entropy",
+            label=f"round {round_}: mask row, above entropy",
         )
         axes[1].plot(rows[:, 1], rows[:, 5], f"C{round_ - 1}", label=f"round {round_}")
     axes[0].set(xlabel="step", ylabel="cross-entropy [nat]", yscale="log")
     axes[1].set(xlabel="step", ylabel="masked-token accuracy (training)", ylim=(0, None))
     for axis in axes:
-        axis.legend(frameon=False, fontsize=8)
+        if log:
+            axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
@@ -682,7 +684,7 @@ def mask_picture(
     recipe: Recipe,
     path: Path,
 ) -> None:
-    """Held-out images, their masks, the true tokens and the predicted ones, each token drawn as its mean training patch."""
+    """Held-out images, their masks, predicted and true tokens, each token drawn as its mean training patch."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -694,7 +696,7 @@ def mask_picture(
     sums = torch.zeros(tokenizer.sizes[0], p * p, device=train.device).index_add_(0, codes, patches)
     means = sums / torch.bincount(codes, minlength=tokenizer.sizes[0]).clamp(min=1)[:, None]
     pick = torch.tensor([int(np.flatnonzero(labels == c)[0]) for c in range(len(CLASSES))])
-    images, masked = shown[pick.to(shown.device)], mask_pool(recipe)[: len(pick)].to(shown.device)
+    images, masked = shown[pick.to(shown.device)], mask_pool(recipe, len(pick)).to(shown.device)
     with torch.no_grad():
         truth = tokenizer.patch_codes(extract(images))
         predicted = model.logits(model.rows(normalise(images), masked)[:, 1:-1])[..., : tokenizer.sizes[0]].argmax(-1)
@@ -753,13 +755,11 @@ def write_json(value: Any, path: Path) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def pretrain(
-    recipe: Recipe, data: dict[str, np.ndarray], out: Path, resume: bool, stop_at: int | None = None, every: int = 500
-) -> Path:
-    """Both rounds, then out/{builtin.safetensors, report.json, log*.csv, loss.png, masks.png}; returns the weights' path."""
+def pretrain(recipe: Recipe, data: dict[str, np.ndarray], out: Path, resume: bool, every: int = 500) -> dict[str, Any]:
+    """Every round with steps; writes out/{builtin.safetensors, report.json, log*.csv, loss.png, masks.png}."""
     stored = out / "recipe.json"
     if stored.is_file() and not resume:
-        raise ValueError(f"out: {out} holds a run; give --resume to go on with it or another folder")
+        raise ValueError(f"out: {out} holds a run; give --resume to go on with it, or another folder")
     if stored.is_file() and json.loads(stored.read_text()) != json.loads(json.dumps(asdict(recipe))):
         raise ValueError(f"resume: {stored} holds another recipe than the one given")
     out.mkdir(parents=True, exist_ok=True)
@@ -770,36 +770,39 @@ def pretrain(
     images = torch.from_numpy(data["train_images"][chosen]).to(device)
     held_out, labels = torch.from_numpy(data["train_images"][held]).to(device), data["train_labels"][held]
 
-    teacher, dead, log = None, {}, []
-    for round_ in (1, 2):
+    average: MaskedBeit | None = None
+    log: list[list[Any]] = []
+    for round_ in (k for k in (1, 2) if recipe.steps[k - 1]):
+        teacher, start = average, None
+        if teacher is not None:
+            start = {name: t for name, t in teacher.state_dict().items() if not name.startswith("lm_head")}
         extract = feature_extractor(teacher, recipe, dtype)
         path = out / f"tokenizer{round_}.safetensors"
-        if path.is_file():
-            tokenizer = Tokenizer(load_file(path), recipe.grid, recipe.softness)
-        else:
+        if not path.is_file():
             sample = in_chunks(extract, images[: recipe.kmeans_images]).cpu()
-            tokenizer, dead[round_] = fit_tokenizer(sample, recipe, recipe.code_dim if teacher else None)
-            console.print(f"round {round_}: {tokenizer.vocab_size} codes, dead {dead[round_]} of {tokenizer.sizes}")
+            tokenizer, dead = fit_tokenizer(sample, recipe, None if teacher is None else recipe.code_dim)
+            console.print(f"round {round_}: codebooks of {tokenizer.sizes}, of which dead {dead}")
             save_tokenizer(tokenizer, path)
-        tokenizer = tokenizer.to(device)
-        start = {n: t for n, t in teacher.state_dict().items() if not n.startswith("lm_head")} if teacher else None
-        average = train_round(recipe, round_, images, tokenizer, extract, start, out, resume, every, stop_at)
+        tokenizer = Tokenizer(load_file(path), recipe.grid, recipe.softness).to(device)
+        average = train_round(recipe, round_, images, tokenizer, extract, start, out, resume, every)
         with open(out / f"log{round_}.csv", newline="") as file:
             log += list(csv.reader(file))[1:]
-        if round_ == 1:
-            teacher = average
-    weights = out / "builtin.safetensors"
-    save_weights(average, recipe, tokenizer.vocab_size, weights)
-    exported, _ = load_weights(weights)
-    exported.to(device)
+    if average is None:
+        raise ValueError(f"steps: at least one round needs steps, got {recipe.steps}")
+
+    save_weights(average, recipe, tokenizer.vocab_size, out / "builtin.safetensors")
+    exported = load_weights(out / "builtin.safetensors")[0].to(device)
     loss_curve(log, out / "loss.png")
     mask_picture(exported, tokenizer, extract, images, held_out, labels, recipe, out / "masks.png")
-    report: dict[str, Any] = {"recipe": asdict(recipe), "training_images": len(images)}
-    report["seconds"] = [float(rows[-1][-1]) for rows in ([r for r in log if int(r[0]) == k] for k in (1, 2)) if rows]
-    report["held_out"] = held_out_report(exported, tokenizer, extract, held_out, recipe)
-    report["few_shot_proxy"] = proxy(exported, recipe.architecture(), held_out, labels)
+    report = {
+        "recipe": asdict(recipe),
+        "training_images": len(images),
+        "seconds": {row[0]: float(row[-1]) for row in log},
+        "held_out": held_out_report(exported, tokenizer, extract, held_out, recipe),
+        "few_shot_proxy": proxy(exported, recipe.architecture(), held_out, labels),
+    }
     write_json(report, out / "report.json")
-    return weights
+    return report
 
 
 def print_scores(scores: dict[str, list[float]]) -> None:
@@ -831,34 +834,24 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         data = load_fashion_mnist(args.data)
+        chosen, held = pretraining_split(data)
         if args.command == "subset":
+            arrays: dict[str, Any] = make_subset(data)
             with replacing(args.out) as temporary, open(temporary, "wb") as file:
-                np.savez_compressed(file, **make_subset(data))
+                np.savez_compressed(file, **arrays)
             if args.hashes:
-                prefixes = pixel_hashes(data["train_images"][np.concatenate(pretraining_split(data)[:1])])
+                prefixes = sorted(row.tobytes() for row in pixel_hashes(data["train_images"][chosen]))
                 with replacing(args.hashes) as temporary:
-                    temporary.write_bytes(b"".join(sorted(row.tobytes() for row in prefixes)))
+                    temporary.write_bytes(b"".join(prefixes))
         elif args.command == "train":
-            given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
-            recipe = Recipe(**{n: tuple(v) if isinstance(v, list) else v for n, v in given.items()})
-            console.print(shlex.join(["python", *sys.argv]))
-            print_scores(
-                json.loads((pretrain(recipe, data, args.out, args.resume).parent / "report.json").read_text())[
-                    "few_shot_proxy"
-                ]
-            )
+            values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(Recipe)}
+            values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+            recipe = Recipe(**values)
+            print_scores(pretrain(recipe, data, args.out, args.resume)["few_shot_proxy"])
         else:
-            model, meta = load_weights(args.weights)
-            _, held = pretraining_split(data)
-            print_scores(
-                proxy(
-                    model,
-                    meta["architecture"],
-                    torch.from_numpy(data["train_images"][held]),
-                    data["train_labels"][held],
-                    shots=args.shots,
-                )
-            )
+            model, about = load_weights(args.weights)
+            images, labels = torch.from_numpy(data["train_images"][held]), data["train_labels"][held]
+            print_scores(proxy(model, about["architecture"], images, labels, shots=args.shots))
     except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
