@@ -109,8 +109,8 @@ PRETRAINING = {
     # windows of one row or one column of patches
     "window 1 x 4": {"window": (1, 4)},
     "one channel, patch 3": {"chans": 1, "patch": 3},
-    # 49 * (53 / 49) rounds below 53
-    "MLP width that floats round down": {"dim": 49, "heads": 7, "hidden": 53},
+    # int(14 * (61 / 14)) is 60 in floats
+    "MLP width that floats round down": {"dim": 14, "heads": 7, "hidden": 61},
 }
 
 
