@@ -209,14 +209,24 @@ def test_inspect_shows_runs_and_checkpoints(vptm: Console, run: Path, material: 
 
 
 def test_env_lists_versions_and_what_every_operation_uses(vptm: Console) -> None:
-    import vptm_kernels
-
     code, out, _ = vptm("env")
-    assert code == 0 and f"{torch.__version__.split('+')[0]}" in out
-    assert "prompted_attention" in vptm_kernels.__all__ and "prompted_attention" in out
-    if not torch.cuda.is_available():
-        line = next(line for line in out.splitlines() if line.startswith("prompted_attention"))
-        assert "torch for" in line and "on cpu" in line
+    assert code == 0 and torch.__version__.split("+")[0] in out
+    for operation in ("prompted_attention", "prototype_cosine"):
+        line = next(line for line in out.splitlines() if line.startswith(operation))
+        expected = "on cuda:0" if torch.cuda.is_available() else "torch, kernels are for GPUs (float32"
+        assert expected in line
+
+
+def test_env_answers_for_a_gpu_by_running_the_kernel() -> None:
+    """The tensors of the probe must be ones the operation accepts, or every GPU would be told it runs torch."""
+    from vptm.cli import _used
+
+    class Place(str):  # a CPU that says it is none, so the kernel runs in the interpreter
+        type = "cuda"
+
+    for operation in ("prompted_attention", "prototype_cosine"):
+        answer = _used(operation, Place("cpu"), torch.float32)
+        assert answer == "triton" or "impl='triton' needs" in answer, answer
 
 
 def start(arguments: list[Any], folder: Path) -> subprocess.Popen[str]:
@@ -231,7 +241,7 @@ def start(arguments: list[Any], folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-LONG = 80
+LONG = 40
 
 
 @pytest.fixture(scope="module")

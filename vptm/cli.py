@@ -528,12 +528,8 @@ def env() -> None:
       vptm env
     """
     import platform
-    from types import FunctionType
 
     import torch
-
-    import vptm_kernels
-    from vptm_kernels._runtime.triton_support import choose, missing_for_triton
 
     from .training import package_versions
 
@@ -548,21 +544,41 @@ def env() -> None:
         )
     if not devices:
         lines.append(("gpu", "none that torch can use"))
-    for operation in vptm_kernels.__all__:
-        if not isinstance(getattr(vptm_kernels, operation), FunctionType):
-            continue
+    for operation in ("prompted_attention", "prototype_cosine"):
         for device in devices or [torch.device("cpu")]:
-            by_reason: dict[tuple[str, str], list[str]] = {}
+            by_answer: dict[str, list[str]] = {}
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                probe = torch.empty(0, device=device, dtype=dtype)
-                missing = missing_for_triton(probe, 64)
-                reason = choose("auto", probe, 64), "" if missing is None else f": triton needs {missing}"
-                by_reason.setdefault(reason, []).append(str(dtype).removeprefix("torch."))
-            for (chosen, why), dtypes in by_reason.items():
-                lines.append((operation, f"{chosen} for {', '.join(dtypes)} on {device}{why}"))
+                by_answer.setdefault(_used(operation, device, dtype), []).append(str(dtype).removeprefix("torch."))
+            lines += [
+                (operation, f"{answer} ({', '.join(dtypes)} on {device})") for answer, dtypes in by_answer.items()
+            ]
     width = max(len(label) for label, _ in lines)
     for label, value in lines:
         print(f"{label:{width}}  {value}")
+
+
+def _used(operation: str, device: Any, dtype: Any) -> str:
+    """What impl="auto" runs and why; on a GPU the kernel is run once, which is the only sure answer."""
+    if device.type == "cpu":
+        return "torch, kernels are for GPUs"
+    import torch
+
+    import vptm_kernels
+
+    def tensor(*shape: int) -> Any:
+        return torch.zeros(shape, device=device, dtype=dtype)
+
+    try:
+        if operation == "prompted_attention":
+            vptm_kernels.prompted_attention(tensor(1, 4, 3 * 32), tensor(2, 2 * 32), num_heads=1, impl="triton")
+        else:
+            weights = tensor(64, 32), None, tensor(3, 16)
+            vptm_kernels.prototype_cosine(tensor(2, 32), *weights, projection=tensor(16, 64), impl="triton")
+    except ValueError as error:
+        return f"torch, {' '.join(str(error).split())}"
+    except Exception as error:
+        return f"triton, which fails here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return "triton"
 
 
 def _parse_shots(text: str) -> int | None:
