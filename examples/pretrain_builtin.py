@@ -79,6 +79,17 @@ class Recipe:
     kmeans_images: int = 20000
     precision: str = "bf16"
 
+    def __post_init__(self) -> None:
+        if 28 % self.patch or self.patch < 4:
+            raise ValueError(f"patch: must divide 28 and be at least 4, got {self.patch}")
+        if self.dim % self.heads:
+            raise ValueError(f"heads: must divide dim {self.dim}, got {self.heads}")
+        if not 1 <= self.teacher_layer <= self.depth:
+            raise ValueError(f"teacher_layer: must be in 1..depth {self.depth}, got {self.teacher_layer}")
+        for name, allowed in (("precision", ("bf16", "fp32")), ("bag_of", ("original", "augmented"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: must be one of {allowed}, got {getattr(self, name)!r}")
+
     @property
     def grid(self) -> int:
         return 28 // self.patch
@@ -476,11 +487,11 @@ def train_round(
     out: Path,
     resume: bool,
     every: int = 500,
-    stop_at: int | None = None,
 ) -> MaskedBeit:
     """One round of masked visual token modelling from the weights `start`; returns the moving average of the weights.
 
-    Writes out/checkpoint{round}.pt every `every` steps and goes on from it bitwise when `resume`. stop_at ends early.
+    Writes out/checkpoint{round}.pt every `every` steps and goes on from it when `resume`, on a CPU bitwise as if it had
+    never stopped.
     """
     device = images.device
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
@@ -509,9 +520,8 @@ def train_round(
         optimizer.load_state_dict(saved["optimizer"])
         first, seconds, log, sums = saved["step"], saved["seconds"], saved["log"], saved["sums"]
     masks = mask_pool(recipe, min(4096, steps * recipe.batch)).to(device)
-    last = min(steps, stop_at) if stop_at is not None else steps
     bags = None
-    if recipe.bag_of == "original" and first < last:
+    if recipe.bag_of == "original" and first < steps:
         bags = in_chunks(lambda x: tokenizer.bag(extract(x)).half(), images)
     began = time.perf_counter() - seconds
 
@@ -537,7 +547,7 @@ def train_round(
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(f"round {round_}", total=steps, completed=first)
-        for step in range(first, last):
+        for step in range(first, steps):
             index, rng = batches(recipe, round_, len(images), step)
             batch = augment(images[index.to(device)], recipe.shift, rng)
             masked = masks[torch.randint(len(masks), (len(batch),), generator=rng).to(device)]
@@ -563,7 +573,7 @@ def train_round(
                 progress.update(
                     task, description=f"round {round_} token {values[0]:.3f} acc {values[2]:.3f} bag {values[1]:.3f}"
                 )
-            if (step + 1) % every == 0 or step + 1 == last:
+            if (step + 1) % every == 0 or step + 1 == steps:
                 save(step + 1)
             progress.advance(task)
     return average.eval()
@@ -663,7 +673,7 @@ def loss_curve(log: list[list[Any]], path: Path) -> None:
             label=f"round {round_}: mask row, above entropy",
         )
         axes[1].plot(rows[:, 1], rows[:, 5], f"C{round_ - 1}", label=f"round {round_}")
-    axes[0].set(xlabel="step", ylabel="cross-entropy [nat]", yscale="log")
+    axes[0].set(xlabel="step", ylabel="cross-entropy [nat]", ylim=(0, None))
     axes[1].set(xlabel="step", ylabel="masked-token accuracy (training)", ylim=(0, None))
     for axis in axes:
         if log:
@@ -855,6 +865,9 @@ def main(argv: list[str] | None = None) -> int:
     except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
