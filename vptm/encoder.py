@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from vptm_kernels import prompted_attention
 from vptm_kernels.prompted_attention.bias import align_rows
 
-from .reference import canonical_bias, embed
+from .reference import canonical_bias
 
 if TYPE_CHECKING:
     from .prompted_beit import PromptedBEiT
@@ -213,41 +213,56 @@ class FrozenEncoder:
     def _run(self, model: PromptedBEiT, images: Tensor, blocks: int) -> tuple[Tensor, int]:
         """Rows entering block `blocks`, prompt rows last where they are rows, and the number of other rows."""
         self._refresh(model)
-        x = embed(model, images)
-        batch, real = x.shape[:2]
+        prompts = model.prompts
+        real = model.num_rows - prompts.length
+        carried = prompts.mode != "deep" and prompts.length > 0
+        dropped = prompts.training and prompts.dropout > 0
+        x = self._embed(model, images, with_prompts=carried and (dropped or blocks == 0))
         for layer in range(blocks):
-            x = self._attend(model, x, layer, batch, real)
+            x = self._attend(model, x, layer, real)
             x = _mlp(x, self._blocks[layer])
-        if model.prompts.mode != "deep" and model.prompts.length:
-            x = self._enter(model, x, blocks, batch, real)
+            if prompts.mode == "progressive" and carried and layer + 1 < len(self._blocks):
+                own = prompts(layer + 1, len(x), torch.zeros_like(x[:, real:]))
+                # nothing saved these rows yet, so they may change in place
+                x[:, real:] = prompts.alpha * x[:, real:] + own
         return x, real
 
-    def _enter(self, model: PromptedBEiT, x: Tensor, layer: int, batch: int, real: int) -> Tensor:
-        """Rows entering block `layer` for prompts that are rows: appended before block 0, carried or mixed after it."""
-        if layer == 0:
-            return torch.cat([x, model.prompts(0, batch).to(x.dtype)], dim=1)
-        if model.prompts.mode == "progressive" and layer < len(self._blocks):
-            return torch.cat([x[:, :real], model.prompts(layer, batch, x[:, real:]).to(x.dtype)], dim=1)
+    def _embed(self, model: PromptedBEiT, images: Tensor, *, with_prompts: bool) -> Tensor:
+        """Rows `[class | patches | mask? | prompts?]` before block 0, written into one buffer."""
+        backbone = model.backbone
+        patches = backbone.patch_embed(images)
+        position = backbone.pos_embed
+        end = 1 + model.num_patches
+        rows = model.num_rows if with_prompts else model.num_rows - model.prompts.length
+        dtype = torch.promote_types(patches.dtype, backbone.cls_token.dtype)
+        x = patches.new_empty(len(patches), rows, model.num_features, dtype=dtype)
+        x[:, 0] = backbone.cls_token[0]
+        x[:, 1:end] = patches
+        if model.replaced_patch is not None and model.mask_token is not None:
+            x[:, 1 + model.replaced_patch] = model.mask_token[0]
+        if position is not None:
+            x[:, :end] += position
+        if model.has_mask_row and model.mask_token is not None:
+            x[:, end] = model.mask_token[0]
+            if position is not None and model.grid_position is not None:
+                x[:, end] += position[:, 1 + model.grid_position]
+        if with_prompts:
+            x[:, rows - model.prompts.length :] = model.prompts(0, len(patches))
         return x
 
-    def _attend(self, model: PromptedBEiT, x: Tensor, layer: int, batch: int, real: int) -> Tensor:
+    def _attend(self, model: PromptedBEiT, x: Tensor, layer: int, real: int) -> Tensor:
         block = self._blocks[layer]
         prompts = model.prompts
-        heads = model.backbone.blocks[layer].attn.num_heads
         bias = self._bias(model, layer)
-        impl = "auto" if model.impl == "auto" else model.impl
         prefix = prompt_qkv = None
         if prompts.mode == "deep":
-            prefix = self._prefix(model, layer, batch)
+            prefix = self._prefix(model, layer, len(x))
             bias = None if bias is None else bias[:, :real]
-        elif prompts.length:
-            shared = layer == 0 and not (prompts.training and prompts.dropout > 0)
-            if shared:
-                prompt_qkv = F.linear(self._prompt_rows(model, 0, batch), block.qkv_weight, block.qkv_bias)
-            else:
-                x = self._enter(model, x, layer, batch, real)
+        elif prompts.length and x.shape[1] == real:
+            prompt_qkv = F.linear(self._prompt_rows(model, 0, len(x)), block.qkv_weight, block.qkv_bias)
         qkv = F.linear(_normalise(x, block.eps_1), block.qkv_weight, block.qkv_bias)
-        mixed = prompted_attention(qkv, prefix, prompt_qkv=prompt_qkv, num_heads=heads, bias=bias, impl=impl)
+        heads = model.backbone.blocks[layer].attn.num_heads
+        mixed = prompted_attention(qkv, prefix, prompt_qkv=prompt_qkv, num_heads=heads, bias=bias, impl=model.impl)
         update = F.linear(mixed, block.proj_weight, block.proj_bias)
         if prompt_qkv is None:
             return _residual(x, update, block.scale_1)
