@@ -32,8 +32,9 @@ def force_plan(monkeypatch):
         monkeypatch.setattr(api, "room_to_keep", room)
         monkeypatch.setattr(torch_impl, "choose_plan", lambda *arguments: name)
         # 37 tokens are two full tiles and a ragged one; 3 rows a full slice and a ragged one.
-        monkeypatch.setattr(torch_impl, "_TOKENS", 16)
-        monkeypatch.setattr(torch_impl, "_ROWS", 2)
+        monkeypatch.setattr(torch_impl, "_TILE", 16)
+        monkeypatch.setattr(torch_impl, "_FEW_ROWS", 0)
+        monkeypatch.setattr(torch_impl, "_ACTIVATIONS", 2 * 37)
 
     return force
 
@@ -67,7 +68,7 @@ def test_tasks_equal_the_definition(head, activation):
     check(Case(head=head, tasks=(2, 5, 1), batch=7, activation=activation))
 
 
-# One image, class, token or dimension; more images than a row slice; more tokens than a tile; none at all.
+# One image, class, token or dimension; more images or tokens than a tile; none at all.
 SHAPES = [
     {"batch": 1, "classes": 1},
     {"dim": 1, "tokens": 1, "width": 1},

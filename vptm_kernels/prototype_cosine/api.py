@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .._runtime.triton_support import IMPLEMENTATIONS, has_triton, interpreting
-from .cosine import cosine
+from .cosine import cosine, cosine_
 from .folding import FoldedHead, accumulator
 from .ops import prototype_similarity_op, task_linear_op, token_readout_op
 from .plan import KEEP_BYTES, can_fold, room_to_keep
@@ -107,6 +108,15 @@ def prototype_cosine(
                 impl=impl,
             )
     folded = isinstance(token_weight, FoldedHead)
+    # Spelled out: a loop over the arguments takes as long as one of the products below.
+    alone = token_bias is None and projection is None and projection_bias is None and token_gram is None
+    alone = alone and class_offsets is None and task_ids is None and activation == "logits"
+    if alone and _is_plain(hidden, token_weight, prototypes, eps, impl):
+        assert isinstance(token_weight, FoldedHead)
+        embedding = F.linear(hidden, *token_weight)
+        if embedding.requires_grad or (prototypes.requires_grad and torch.is_grad_enabled()):
+            return cosine(embedding, prototypes, eps)
+        return cosine_(embedding, prototypes, eps)
     weight: Tensor
     head_bias: Tensor | None
     weight, head_bias = token_weight if isinstance(token_weight, FoldedHead) else (token_weight, token_bias)
@@ -141,7 +151,7 @@ def prototype_cosine(
         assert task_ids is not None and head_bias is not None
         embedding = task_linear_op(hidden, weight, head_bias, task_ids, impl)
     elif folded:
-        embedding = torch.nn.functional.linear(hidden, weight, head_bias)
+        embedding = F.linear(hidden, weight, head_bias)
         embedding = embedding.to(accumulator(hidden.dtype))
     else:
         assert projection is not None
@@ -153,6 +163,22 @@ def prototype_cosine(
     else:
         scores = prototype_similarity_op(embedding, prototypes, task_ids, offsets, widest, eps, impl)
     return scores.to(hidden.dtype)
+
+
+def _is_plain(hidden: Tensor, head: object, prototypes: Tensor, eps: float, impl: str) -> bool:
+    """Nothing is wrong with one head on a CPU, found in a few microseconds: full checks take as long as the work."""
+    if not isinstance(head, FoldedHead) or not isinstance(prototypes, Tensor):
+        return False
+    weight, bias = head
+    dtype = hidden.dtype
+    if not (dtype is weight.dtype is bias.dtype is prototypes.dtype) or dtype not in (torch.float32, torch.float64):
+        return False
+    if impl not in ("auto", "torch") or not (hidden.is_cpu and weight.is_cpu and bias.is_cpu and prototypes.is_cpu):
+        return False
+    if not hidden.ndim == weight.ndim == prototypes.ndim == 2:
+        return False
+    width, (dim, columns), (classes, depth) = hidden.shape[1], weight.shape, prototypes.shape
+    return width == columns > 0 and depth == dim > 0 and classes > 0 and bias.shape == (dim,) and eps > 0
 
 
 def _readout(

@@ -10,14 +10,21 @@ from torch.nn import functional as F
 
 
 def cosine(embedding: Tensor, prototypes: Tensor, eps: float) -> Tensor:
-    """Rows of (B, d) against rows of (K, d), in the dtype of the embedding; differentiable through plain ops.
-
-    Whichever of the prototypes (K, d) and the result (B, K) is smaller is divided by the norms of the prototypes.
-    """
+    """Rows of (B, d) against rows of (K, d), in the dtype of the embedding; differentiable through plain ops."""
     prototypes = prototypes.to(embedding.dtype)
     embedding = embedding / torch.linalg.vector_norm(embedding, dim=1, keepdim=True).clamp_min(eps)
     norms = torch.linalg.vector_norm(prototypes, dim=1).clamp_min(eps)
     return F.linear(embedding, prototypes / norms[:, None])
+
+
+def cosine_(embedding: Tensor, prototypes: Tensor, eps: float) -> Tensor:
+    """`cosine` without gradients. Overwrites the embedding, divides the smaller of (K, d) and (B, K) by the norms."""
+    prototypes = prototypes.to(embedding.dtype)
+    norms = torch.linalg.vector_norm(prototypes, dim=1).clamp_min_(eps)
+    embedding /= torch.linalg.vector_norm(embedding, dim=1, keepdim=True).clamp_min_(eps)
+    if embedding.shape[0] > embedding.shape[1]:
+        return embedding @ (prototypes / norms[:, None]).mT
+    return (embedding @ prototypes.mT).div_(norms)
 
 
 def cosine_backward(
@@ -50,7 +57,7 @@ def task_cosine(
     out = embedding.new_full((embedding.shape[0], widest), float("-inf"))
     for task, rows in groups(task_ids):
         own = slice(offsets[task], offsets[task + 1])
-        out[rows, : own.stop - own.start] = cosine(embedding[rows], prototypes[own], eps)
+        out[rows, : own.stop - own.start] = cosine_(embedding[rows], prototypes[own], eps)
     return out
 
 

@@ -61,7 +61,7 @@ def _(
     return (
         hidden.new_empty(batch, reader.shape[0], dtype=exact),
         hidden.new_empty(batch if squares else 0, dtype=exact),
-        hidden.new_empty(2, batch, dtype=exact),
+        hidden.new_empty((2, batch) if impl == "triton" else 0, dtype=exact),
         hidden.new_empty(room),
     )
 
