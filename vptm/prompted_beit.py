@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.models import register_model
 from timm.models.beit import Beit
@@ -158,6 +159,14 @@ class PromptedBEiT(nn.Module):
         self.impl = impl
         self.class_names: list[str] | None = None
 
+        if pretrained and isinstance(source, str) and timm.is_model(source):
+            needs = (
+                "a mask token" if readout == "mask" else "a visual-token head" if token_activation != "hidden" else ""
+            )
+            if needs:  # known before anything is downloaded
+                raise ValueError(
+                    f"this read-out needs {needs}, timm's weights of {source} have none: expected {MASKED_MODELLING_WEIGHTS}"
+                )
         loaded = load_backbone(source, img_size=img_size, pretrained=pretrained)
         self.source = None if isinstance(source, Beit) else str(source)
         self.report: LoadReport = loaded.report
