@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vptm_kernels import RelativePositionBias, prompted_attention
+from vptm_kernels._runtime.triton_support import has_triton
 from vptm_kernels.prompted_attention.bias import table_rows
 from vptm_kernels.testing import AttentionCase, assert_close_to_exact
 from vptm_kernels.testing.prompted_attention import BIASES, LAYOUTS, PROMPTS, differentiable, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = ["torch"]
+IMPLS = ["torch", "triton"] if has_triton() else ["torch"]
 # Kernels multiply float64 in the interpreter only.
 EXACT_IMPLS = [impl for impl in IMPLS if impl == "torch" or DEVICE == "cpu"]
 
@@ -412,7 +413,7 @@ def test_ranges_changed_in_place_are_checked_again():
 
 
 def test_triton_is_refused_where_it_cannot_run():
-    with pytest.raises(ValueError, match="impl='triton' needs"):
+    with pytest.raises(ValueError, match="impl='triton' needs a head dimension from 16 to 128, got 8"):
         prompted_attention(torch.randn(1, 3, 48, device=DEVICE), num_heads=2, impl="triton")
 
 

@@ -8,12 +8,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vptm_kernels import RelativePositionBias, prompted_attention
+from vptm_kernels._runtime.triton_support import has_triton
 from vptm_kernels.prompted_attention.ops import prompted_attention_backward_op, prompted_attention_op
 from vptm_kernels.testing import AttentionCase
 from vptm_kernels.testing.prompted_attention import differentiable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = ["torch"]
+IMPLS = ["torch", "triton"] if has_triton() else ["torch"]
 CASES = [
     AttentionCase(tokens=7, dtype=torch.float32),
     AttentionCase(tokens=7, dtype=torch.float32, prompts="none", bias="dense4"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,25 +13,20 @@ from torch import Tensor
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 
 
-@functools.cache
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
-@functools.cache
 def interpreting() -> bool:
-    """True when Triton was first imported under TRITON_INTERPRET=1: kernels then run on CPU tensors, in numpy."""
-    if not has_triton():
-        return False
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    """Whether kernels run on CPU tensors, in numpy. Triton itself looks at this variable when it is first imported."""
+    return _HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def missing_for_triton(t: Tensor, head_dim: int) -> str | None:
     """Why Triton cannot run attention on this tensor, in words that fit after "needs"; None when it can."""
-    if True:
-        return "Triton kernels of this op, which are still to come"
     if not has_triton():
         return "the triton package, which is not installed"
     if not t.is_cuda and not (t.device.type == "cpu" and interpreting()):
@@ -59,3 +55,18 @@ def choose(impl: str, t: Tensor, head_dim: int) -> str:
 def device_of(t: Tensor) -> AbstractContextManager[object]:
     """Launch kernels on the tensor's own GPU, whichever one is current."""
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
+def architecture(device: torch.device) -> str:
+    """ "sm90", "gfx942", ...: what kernels on this device are compiled for."""
+    if device.type != "cuda":
+        return "cpu"
+    return _gpu_architecture(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _gpu_architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return str(properties.gcnArchName).partition(":")[0]
+    return f"sm{properties.major}{properties.minor}"

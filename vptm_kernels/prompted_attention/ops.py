@@ -1,4 +1,4 @@
-"""The registered ops: schemas, shapes, and autograd.
+"""The registered ops: schemas, shapes, autograd, and the branch between Triton and PyTorch.
 
 `bias` is a dense (H, rows, columns) tensor when `window` is empty and a (R, H) table otherwise. `prompts` is prompt_kv,
 or prompt_qkv when `prompt_queries`. Outputs not asked for are empty tensors, because an op cannot return None.
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._runtime.triton_support import device_of
 from . import torch_impl
 
 
@@ -31,7 +32,12 @@ def prompted_attention_op(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     inputs = (qkv, prompts, bias, token_ids, ranges)
-    return torch_impl.forward(*inputs, window, num_heads, prompt_queries, max_prompt_length, scale, with_lse)
+    if impl == "torch":
+        return torch_impl.forward(*inputs, window, num_heads, prompt_queries, max_prompt_length, scale, with_lse)
+    from . import triton_impl
+
+    with device_of(qkv):
+        return triton_impl.forward(*inputs, window, num_heads, prompt_queries, max_prompt_length, scale, with_lse)
 
 
 @prompted_attention_op.register_fake
@@ -80,9 +86,18 @@ def prompted_attention_backward_op(
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     inputs = (qkv, prompts, bias, token_ids, ranges)
-    grads = torch_impl.backward(
-        grad_out, grad_lse, *inputs, window, num_heads, prompt_queries, max_prompt_length, scale, needs
-    )
+    if impl == "torch":
+        grads = torch_impl.backward(
+            grad_out, grad_lse, *inputs, window, num_heads, prompt_queries, max_prompt_length, scale, needs
+        )
+    else:
+        from . import triton_impl
+
+        with device_of(qkv):
+            known = (*inputs, out, lse)
+            grads = triton_impl.backward(
+                grad_out, grad_lse, *known, window, num_heads, prompt_queries, max_prompt_length, scale, needs
+            )
     dqkv, dprompts, dbias = (qkv.new_empty(0) if grad is None else grad for grad in grads)
     return dqkv, dprompts, dbias
 

@@ -1,0 +1,545 @@
+"""Launches of the Triton kernels: pointers, strides, block sizes and the few buffers they need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .._runtime.triton_support import architecture, interpreting
+from .bias import ROW_ALIGNMENT
+from .configs import (
+    Config,
+    bias_grad_config,
+    forward_config,
+    images_per_program,
+    key_grad_config,
+    query_grad_config,
+    tails,
+)
+from .kernels_bwd import (
+    _bias_grad_kernel,
+    _delta_kernel,
+    _key_grad_kernel,
+    _pool_grad_kernel,
+    _query_grad_kernel,
+    _table_grad_kernel,
+)
+from .kernels_fwd import LOG2E, _expand_table_kernel, _forward_kernel
+
+_TRITON_DTYPES = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
+
+
+class _Problem(NamedTuple):
+    """Sizes and flags that every kernel of one call shares."""
+
+    batch: int
+    tokens: int
+    prompts: int  # the bound of the lengths for pooled prompts
+    heads: int
+    head_dim: int
+    rows: int  # query rows of one image
+    pool_size: int
+    pooled: bool
+    prompt_queries: bool
+    image_strides: tuple[int, int]  # of qkv and prompts
+    row_strides: tuple[int, int]
+    aligned: bool
+    int64: bool
+    accumulator: torch.dtype
+    precision: str
+    scale: float
+    arch: str
+    dtype_bits: int
+
+    @property
+    def target(self) -> tuple[str, int, int]:
+        return self.arch, self.dtype_bits, self.head_dim
+
+    def constants(self, tile: _Tile) -> dict[str, Any]:
+        factor = LOG2E.value
+        scale = self.scale
+        # Without a bias the scale joins the factor of the exponent, unless it would turn the maximum into a minimum.
+        if tile.data is None and scale >= 0:
+            scale, factor = 1.0, factor * scale
+        return {
+            "H": self.heads,
+            "D": self.head_dim,
+            "DP": triton.next_power_of_2(self.head_dim),
+            "HAS_PROMPTS": self.prompts > 0,
+            "POOL": self.pooled,
+            "PROMPT_QUERIES": self.prompt_queries,
+            "BIAS": tile.data is not None,
+            "PROMPT_BIAS": tile.prompt_columns,
+            "PARTIAL_BIAS": tile.data is not None and self.prompt_queries and not tile.prompt_rows,
+            "ALIGNED": self.aligned,
+            "INDEX": triton.language.int64 if self.int64 else triton.language.int32,
+            "stride_n": self.row_strides[0],
+            "stride_p": self.row_strides[1],
+            "stride_tn": 0 if tile.data is None else tile.data.stride(1),
+            "SCALE": scale,
+            "FACTOR": factor,
+            "ACC": _TRITON_DTYPES[self.accumulator],
+            "PRECISION": self.precision,
+            "enable_fp_fusion": True,
+        }
+
+    def key_parts(self, block_n: int) -> dict[str, Any]:
+        """How kernels that walk over keys split them into full blocks and tails."""
+        tail_1, tail_2 = tails(self.tokens, self.prompts, block_n, pooled=self.pooled)
+        return {
+            "TAIL_1": tail_1,
+            "TAIL_2": tail_2,
+            "TOKEN_LOOP": self.tokens >= block_n,
+            "PROMPT_LOOP": self.prompts >= block_n,
+        }
+
+
+class _Tile(NamedTuple):
+    """The dense bias as kernels read it: aligned rows, token columns first, prompt columns from a multiple of 16 on."""
+
+    data: Tensor | None
+    prompt_columns: bool = False
+    prompt_rows: bool = False
+    prompt_column: int = 0
+
+    @property
+    def head_stride(self) -> int:
+        return 0 if self.data is None else self.data.stride(0)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _blocks(config: Config) -> dict[str, int]:
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def _problem(
+    qkv: Tensor,
+    prompts: Tensor | None,
+    ranges: Tensor | None,
+    num_heads: int,
+    prompt_queries: bool,
+    max_prompt_length: int,
+    scale: float,
+) -> _Problem:
+    batch, tokens, width = qkv.shape
+    pooled = ranges is not None and prompts is not None
+    length = 0 if prompts is None else max_prompt_length if pooled else prompts.shape[-2]
+    # The stride of a dimension of one element may be anything: take the one it would have.
+    stride_n = qkv.stride(1) if tokens > 1 else width
+    stride_pb = stride_p = 0
+    if prompts is not None:
+        stride_pb = prompts.stride(0) if prompts.ndim == 3 else 0
+        stride_p = prompts.stride(-2) if prompts.shape[-2] > 1 else prompts.shape[-1]
+    element = qkv.element_size()
+    steps = [qkv.data_ptr(), stride_n * element, qkv.stride(0) * element, width // 3 // num_heads * element]
+    if prompts is not None:
+        steps += [prompts.data_ptr(), stride_pb * element, stride_p * element]
+    reach = max(tokens * stride_n, (0 if prompts is None else prompts.shape[-2]) * stride_p)
+    exact = qkv.dtype == torch.float64
+    return _Problem(
+        batch=batch,
+        tokens=tokens,
+        prompts=length,
+        heads=num_heads,
+        head_dim=width // (3 * num_heads),
+        rows=tokens + (length if prompt_queries else 0),
+        pool_size=prompts.shape[0] if pooled and prompts is not None else 0,
+        pooled=pooled,
+        prompt_queries=prompt_queries and length > 0,
+        image_strides=(qkv.stride(0), stride_pb),
+        row_strides=(stride_n, stride_p),
+        aligned=all(step % 16 == 0 for step in steps),
+        int64=reach >= 2**31,
+        accumulator=torch.float64 if exact else torch.float32,
+        precision="ieee",
+        scale=scale,
+        arch=architecture(qkv.device),
+        dtype_bits=element * 8,
+    )
+
+
+def _make_tile(
+    problem: _Problem, bias: Tensor | None, token_ids: Tensor | None, window: Sequence[int], dtype: torch.dtype
+) -> _Tile:
+    if bias is None:
+        return _Tile(None)
+    n = problem.tokens
+    width = _round_up(n, ROW_ALIGNMENT)
+    if window:
+        return _Tile(_expand_table(bias, token_ids, window, problem, width, dtype))
+    if bias.dtype == torch.float64 and dtype != torch.float64:
+        bias = bias.float()
+    heads, rows, columns = bias.shape
+    if columns == n and _has_aligned_rows(bias, width):
+        return _Tile(bias.as_strided((heads, rows, width), bias.stride()))
+    extra = columns - n
+    data = bias.new_empty(heads, rows, width + _round_up(extra, ROW_ALIGNMENT))
+    data[..., :n] = bias[..., :n]
+    data[..., width : width + extra] = bias[..., n:]
+    return _Tile(data, prompt_columns=extra > 0, prompt_rows=rows > n, prompt_column=width)
+
+
+def _has_aligned_rows(bias: Tensor, width: int) -> bool:
+    """Whether rows can be read in place, `width` elements from 16-byte boundaries on, without leaving the buffer."""
+    heads, rows, _ = bias.shape
+    stride_h, stride_n, unit = bias.stride()
+    end = bias.storage_offset() + (heads - 1) * stride_h + (rows - 1) * stride_n + width
+    return bool(
+        unit == 1
+        and stride_n % ROW_ALIGNMENT == 0
+        and stride_h % ROW_ALIGNMENT == 0
+        and bias.data_ptr() % 16 == 0
+        and end * bias.element_size() <= bias.untyped_storage().nbytes()
+    )
+
+
+def _expand_table(
+    table: Tensor, token_ids: Tensor | None, window: Sequence[int], problem: _Problem, width: int, dtype: torch.dtype
+) -> Tensor:
+    sixteen_bit = dtype in (torch.float16, torch.bfloat16)
+    tile_dtype = torch.float16 if sixteen_bit else dtype
+    tile = torch.empty(problem.heads, problem.tokens, width, dtype=tile_dtype, device=table.device)
+    block_m, block_n = (64, 64) if interpreting() else (16, 64)
+    grid = (triton.cdiv(problem.tokens, block_m), triton.cdiv(width, block_n), problem.heads)
+    _expand_table_kernel[grid](
+        table,
+        token_ids,
+        tile,
+        problem.tokens,
+        width,
+        window[0],
+        window[1],
+        table.stride(0),
+        table.stride(1),
+        HAS_IDS=token_ids is not None,
+        SATURATE=sixteen_bit,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=4,
+    )
+    return tile
+
+
+def forward(
+    qkv: Tensor,
+    prompts: Tensor | None,
+    bias: Tensor | None,
+    token_ids: Tensor | None,
+    ranges: Tensor | None,
+    window: Sequence[int],
+    num_heads: int,
+    prompt_queries: bool,
+    max_prompt_length: int,
+    scale: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    if prompts is not None and prompts.shape[-2] == 0:
+        prompts = ranges = None
+    problem = _problem(qkv, prompts, ranges, num_heads, prompt_queries, max_prompt_length, scale)
+    batch, heads, rows = problem.batch, num_heads, problem.rows
+    out = qkv.new_empty(batch, rows, heads * problem.head_dim)
+    lse = qkv.new_empty((batch, heads, rows) if with_lse else (0,), dtype=problem.accumulator)
+    if batch == 0 or rows == 0:
+        return out, lse
+    tile = _make_tile(problem, bias, token_ids, window, qkv.dtype)
+    config = forward_config(*problem.target, problem.tokens, interpreted=interpreting())
+    _forward_kernel[(triton.cdiv(rows, config.block_m) * batch * heads,)](
+        qkv,
+        prompts,
+        ranges,
+        tile.data,
+        out,
+        lse,
+        problem.tokens,
+        problem.prompts,
+        problem.pool_size,
+        tile.prompt_column,
+        *problem.image_strides,
+        tile.head_stride,
+        WITH_LSE=with_lse,
+        **problem.constants(tile),
+        **problem.key_parts(config.block_n),
+        **_blocks(config),
+    )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    qkv: Tensor,
+    prompts: Tensor | None,
+    bias: Tensor | None,
+    token_ids: Tensor | None,
+    ranges: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: Sequence[int],
+    num_heads: int,
+    prompt_queries: bool,
+    max_prompt_length: int,
+    scale: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    used = None if prompts is None or prompts.shape[-2] == 0 else prompts
+    problem = _problem(qkv, used, None if used is None else ranges, num_heads, prompt_queries, max_prompt_length, scale)
+    dqkv = dprompts = dbias = None
+    if problem.batch == 0 or problem.rows == 0:
+        dqkv, dprompts, dbias = (_zeros(t) if needed else None for t, needed in zip((qkv, prompts, bias), needs))
+        return dqkv, dprompts, dbias
+    wants_prompts = needs[1] and used is not None
+    if needs[0] or needs[2] or wants_prompts:
+        tile = _make_tile(problem, bias, token_ids, window, qkv.dtype)
+        run = _Backward(problem, qkv, used, ranges, tile, grad_out.contiguous(), grad_lse, out, lse)
+        dqkv, dprompts, dense = run(needs[0], wants_prompts, None if bias is None or not needs[2] else bias.shape)
+        if dense is not None and bias is not None:
+            dbias = _table_grad(dense, bias, token_ids, window) if window else dense.to(bias.dtype)
+    if needs[1] and used is None:
+        dprompts = _zeros(prompts)
+    return dqkv, dprompts, dbias
+
+
+def _zeros(t: Tensor | None) -> Tensor | None:
+    return None if t is None else torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+
+
+class _Backward:
+    """One backward call: buffers of its kernels and the order in which they run."""
+
+    def __init__(
+        self,
+        problem: _Problem,
+        qkv: Tensor,
+        prompts: Tensor | None,
+        ranges: Tensor | None,
+        tile: _Tile,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        self.problem, self.qkv, self.prompts, self.ranges, self.tile = problem, qkv, prompts, ranges, tile
+        self.grad_out, self.out, self.lse = grad_out, out, lse
+        # Kernels get a pointer they may add offsets to whether there is a gradient of lse or not.
+        self.grad_lse = lse if grad_lse is None else grad_lse.contiguous()
+        self.has_dlse = grad_lse is not None
+        self.constants = problem.constants(tile)
+
+    def __call__(
+        self, wants_qkv: bool, wants_prompts: bool, bias_shape: Sequence[int] | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of qkv, prompts and dense bias, that in the accumulator's dtype; a table counts as (H, N, N)."""
+        problem = self.problem
+        wants_bias = bias_shape is not None
+        # The query kernels store delta for the others. If only prompts are learned no query kernel of tokens runs, and
+        # the prompts' own kernel computes delta as it goes; in the cases left delta takes a pass of its own.
+        fuse_delta = wants_prompts and not wants_qkv and not wants_bias
+        stored = wants_qkv and (wants_prompts or not problem.prompt_queries)
+        delta = self.lse if fuse_delta and not problem.prompt_queries else torch.empty_like(self.lse)
+        if not fuse_delta and not stored:
+            self._delta(delta)
+
+        width = problem.heads * problem.head_dim
+        dqkv = self.qkv.new_empty(self.qkv.shape) if wants_qkv else None
+        partial, images = self._prompt_partials() if wants_prompts else (None, 1)
+        if dqkv is not None:
+            self._queries(dqkv, delta, problem.tokens, problem.batch, 1, of_prompts=False)
+        if partial is not None and problem.prompt_queries:
+            self._queries(partial, delta, problem.prompts, len(partial), images, of_prompts=True)
+        if dqkv is not None:
+            self._keys(dqkv[..., width:], delta, problem.tokens, problem.batch, 1, of_prompts=False, fuse_delta=False)
+        if partial is not None:
+            section = partial[..., width:] if problem.prompt_queries else partial
+            self._keys(section, delta, problem.prompts, len(partial), images, of_prompts=True, fuse_delta=fuse_delta)
+        dprompts = None if partial is None else self._reduce_prompts(partial)
+        dense = self._bias(delta, *self._bias_rows_and_columns(bias_shape)) if bias_shape is not None else None
+        return dqkv, dprompts, dense
+
+    def _delta(self, delta: Tensor) -> None:
+        problem = self.problem
+        block = 16 if interpreting() else 64
+        _delta_kernel[(triton.cdiv(problem.rows, block) * problem.batch * problem.heads,)](
+            self.out,
+            self.grad_out,
+            self.grad_lse,
+            delta,
+            problem.rows,
+            HAS_DLSE=self.has_dlse,
+            BLOCK_M=block,
+            num_warps=4,
+            **{name: self.constants[name] for name in ("H", "D", "DP", "ACC")},
+        )
+
+    def _queries(self, grad: Tensor, delta: Tensor, rows: int, chunks: int, images: int, *, of_prompts: bool) -> None:
+        problem = self.problem
+        config = query_grad_config(*problem.target, problem.tokens, interpreted=interpreting())
+        _query_grad_kernel[(triton.cdiv(rows, config.block_m) * chunks * problem.heads,)](
+            self.qkv,
+            self.prompts,
+            self.ranges,
+            self.tile.data,
+            self.out,
+            self.grad_out,
+            self.lse,
+            self.grad_lse,
+            delta,
+            grad,
+            problem.batch,
+            problem.tokens,
+            problem.prompts,
+            problem.pool_size,
+            self.tile.prompt_column,
+            images,
+            *problem.image_strides,
+            self.tile.head_stride,
+            OF_PROMPTS=of_prompts,
+            HAS_DLSE=self.has_dlse,
+            GRAD_SCALE=problem.scale,
+            **self.constants,
+            **problem.key_parts(config.block_n),
+            **_blocks(config),
+        )
+
+    def _keys(
+        self, grad: Tensor, delta: Tensor, keys: int, chunks: int, images: int, *, of_prompts: bool, fuse_delta: bool
+    ) -> None:
+        problem = self.problem
+        config = key_grad_config(*problem.target, keys, interpreted=interpreting())
+        _key_grad_kernel[(triton.cdiv(keys, config.block_n) * chunks * problem.heads,)](
+            self.qkv,
+            self.prompts,
+            self.ranges,
+            self.tile.data,
+            self.out,
+            self.grad_out,
+            self.lse,
+            self.grad_lse,
+            delta,
+            grad,
+            problem.batch,
+            problem.tokens,
+            problem.prompts,
+            problem.pool_size,
+            self.tile.prompt_column,
+            images,
+            grad.stride(-2),
+            *problem.image_strides,
+            self.tile.head_stride,
+            OF_PROMPTS=of_prompts,
+            HAS_DLSE=self.has_dlse,
+            FUSE_DELTA=fuse_delta,
+            GRAD_SCALE=problem.scale,
+            **self.constants,
+            **_blocks(config),
+        )
+
+    def _prompt_partials(self) -> tuple[Tensor, int]:
+        """(chunks, P, 2*H*D or 3*H*D) sums over so many images each; one image each unless prompts are shared."""
+        problem = self.problem
+        assert self.prompts is not None
+        images = 1
+        if not problem.pooled and self.prompts.ndim == 2:
+            config = key_grad_config(*problem.target, problem.prompts, interpreted=interpreting())
+            blocks = triton.cdiv(problem.prompts, config.block_n)
+            images = images_per_program(problem.batch, problem.heads * blocks)
+        chunks = triton.cdiv(problem.batch, images)
+        final = self.prompts.ndim == 3 or (chunks == 1 and not problem.pooled)
+        dtype = self.prompts.dtype if final else problem.accumulator
+        return self.prompts.new_empty(chunks, problem.prompts, self.prompts.shape[-1], dtype=dtype), images
+
+    def _reduce_prompts(self, partial: Tensor) -> Tensor:
+        problem = self.problem
+        assert self.prompts is not None
+        if self.prompts.ndim == 3:
+            return partial
+        if not problem.pooled:
+            return partial[0] if len(partial) == 1 else partial.sum(0).to(self.prompts.dtype)
+        grad = self.prompts.new_empty(self.prompts.shape)
+        rows, columns = grad.shape
+        _pool_grad_kernel[(triton.cdiv(rows, 16), triton.cdiv(columns, 64))](
+            partial,
+            self.ranges,
+            grad,
+            problem.batch,
+            problem.prompts,
+            rows,
+            columns,
+            ACC=self.constants["ACC"],
+            BLOCK_S=16,
+            BLOCK_C=64,
+            num_warps=4,
+        )
+        return grad
+
+    def _bias_rows_and_columns(self, shape: Sequence[int]) -> tuple[int, int]:
+        return (shape[1], shape[2]) if len(shape) == 3 else (self.problem.tokens, self.problem.tokens)
+
+    def _bias(self, delta: Tensor, rows: int, columns: int) -> Tensor:
+        problem = self.problem
+        config = bias_grad_config(*problem.target, problem.tokens, interpreted=interpreting())
+        blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
+        images = images_per_program(problem.batch, problem.heads * blocks)
+        chunks = triton.cdiv(problem.batch, images)
+        partial = torch.empty(chunks, problem.heads, rows, columns, dtype=problem.accumulator, device=self.qkv.device)
+        names = ["H", "D", "DP", "PROMPT_QUERIES", "PROMPT_BIAS", "ALIGNED", "INDEX"]
+        names += ["stride_n", "stride_p", "stride_tn", "SCALE", "FACTOR", "ACC", "PRECISION"]
+        _bias_grad_kernel[(blocks * chunks * problem.heads,)](
+            self.qkv,
+            self.prompts,
+            self.tile.data,
+            self.grad_out,
+            self.lse,
+            delta,
+            partial,
+            problem.batch,
+            problem.tokens,
+            problem.prompts,
+            self.tile.prompt_column,
+            images,
+            rows,
+            columns,
+            *problem.image_strides,
+            self.tile.head_stride,
+            enable_fp_fusion=True,
+            **{name: self.constants[name] for name in names},
+            **_blocks(config),
+        )
+        return partial[0] if chunks == 1 else partial.sum(0)
+
+
+def _table_grad(dense: Tensor, table: Tensor, token_ids: Tensor | None, window: Sequence[int]) -> Tensor:
+    heads, tokens, _ = dense.shape
+    rows = table.shape[0]
+    grad = table.new_empty(table.shape)
+    # The interpreter's cost is the number of steps, a GPU's the number of registers.
+    block_m, block_n, block_r = (64, 64, 64) if interpreting() else (8, 32, 32)
+    _table_grad_kernel[(triton.cdiv(rows, block_r), heads)](
+        dense,
+        token_ids,
+        grad,
+        tokens,
+        rows,
+        window[0],
+        window[1],
+        H=heads,
+        HAS_IDS=token_ids is not None,
+        ACC=_TRITON_DTYPES[dense.dtype],
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_R=block_r,
+        num_warps=4,
+    )
+    return grad
