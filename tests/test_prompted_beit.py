@@ -356,7 +356,7 @@ def test_pretrained_weights_without_mask_or_head_are_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize("arguments", [{}, {"readout": "cls"}], ids=["mask token", "visual-token head"])
 def test_timms_pretrained_weights_are_refused_before_any_download(arguments: dict) -> None:
-    """timm has classification weights only, so asking for them with a token read-out cannot work and must not download."""
+    """timm has classification weights only: with a token read-out they cannot work, and must not be downloaded."""
     with pytest.raises(ValueError, match=r"timm's weights of beitv2_base_patch16_224 have none: expected .*pt1k.pth"):
         PromptedBEiT("beitv2_base_patch16_224", 5, pretrained=True, **arguments)
 

@@ -165,7 +165,8 @@ class PromptedBEiT(nn.Module):
             )
             if needs:  # known before anything is downloaded
                 raise ValueError(
-                    f"this read-out needs {needs}, timm's weights of {source} have none: expected {MASKED_MODELLING_WEIGHTS}"
+                    f"this read-out needs {needs}, timm's weights of {source} have none: "
+                    f"expected {MASKED_MODELLING_WEIGHTS}"
                 )
         loaded = load_backbone(source, img_size=img_size, pretrained=pretrained)
         self.source = None if isinstance(source, Beit) else str(source)
