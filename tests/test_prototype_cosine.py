@@ -3,6 +3,7 @@
 The Triton kernels run in the interpreter where there is no GPU, with every access checked for bounds and races.
 """
 
+import importlib.util
 import itertools
 import re
 
@@ -12,12 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prototype_case import DEVICE, TENSORS, Case, check, converted, gradients, leaves, reference
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vptm_kernels import FoldedHead, fold_head, prototype_cosine, token_gram
 from vptm_kernels.prototype_cosine import api, plan, torch_impl
 from vptm_kernels.testing import assert_close_to_exact
 
 ACTIVATIONS = ["logits", "softmax", "log_softmax"]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+IMPLS = ["torch", "triton"] if HAS_TRITON else ["torch"]
+# Kernels multiply float64 in the interpreter only.
+EXACT_IMPLS = [impl for impl in IMPLS if impl == "torch" or DEVICE == "cpu"]
+# Triton differentiates everything but the frozen token head.
+TRAINED = {"torch": TENSORS, "triton": tuple(name for name in TENSORS if name != "token_weight")}
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="the triton package is not installed")
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -42,30 +51,38 @@ def force_plan(monkeypatch):
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("head", ["projection", "tokens"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("name", ["keep", "stream"])
-def test_keep_and_stream_equal_the_definition(name, activation, head, biases, force_plan):
-    """Same function and gradients of all six inputs whichever plan the shape selects."""
+@pytest.mark.parametrize("name,impl", [("keep", "torch"), *(("stream", impl) for impl in EXACT_IMPLS)])
+def test_keep_and_stream_equal_the_definition(name, impl, activation, head, biases, force_plan):
+    """Same function and gradients of all inputs whichever plan the shape selects."""
     force_plan(name)
-    check(Case(head=head, activation=activation, biases=biases))
+    # 20 rows and 70 tokens are two blocks of each in the interpreter, the last ones ragged.
+    shape = {} if impl == "torch" else {"batch": 20, "width": 21, "tokens": 70, "dim": 18, "classes": 17}
+    check(Case(head=head, activation=activation, biases=biases, grads=TRAINED[impl], **shape), impl)
 
 
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("head", ["projection", "gram"])
-def test_fold_equals_the_definition(head, biases, force_plan):
+def test_fold_equals_the_definition(head, biases, impl, force_plan):
     force_plan("fold")
     frozen = ("hidden", "prototypes")
-    check(Case(head=head, biases=biases, grads=TENSORS if head == "projection" else frozen))
+    check(Case(head=head, biases=biases, grads=TRAINED[impl] if head == "projection" else frozen), impl)
 
 
-@pytest.mark.parametrize("head,tasks", [("folded", ()), ("folded", (2, 5, 1)), ("tasks", (3, 3)), ("tasks", (1, 4, 2))])
-def test_folded_heads_equal_the_definition(head, tasks):
-    check(Case(head=head, tasks=tasks, batch=7))
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+@pytest.mark.parametrize(
+    "head,tasks", [("folded", ()), ("folded", (2, 5, 1)), ("tasks", (3, 3)), ("tasks", (1, 18, 2))]
+)
+def test_folded_heads_equal_the_definition(head, tasks, impl):
+    # Heads of 18 x 21 and 18 classes: two blocks of each, the last ones ragged.
+    check(Case(head=head, tasks=tasks, batch=7, width=21, dim=18, grads=TRAINED[impl]), impl)
 
 
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("head", ["projection", "tokens"])
-def test_tasks_equal_the_definition(head, activation):
-    check(Case(head=head, tasks=(2, 5, 1), batch=7, activation=activation))
+def test_tasks_equal_the_definition(head, activation, impl):
+    check(Case(head=head, tasks=(2, 5, 1), batch=7, activation=activation, grads=TRAINED[impl]), impl)
 
 
 # One image, class, token or dimension; more images or tokens than a tile; none at all.
@@ -87,16 +104,41 @@ def test_shapes(shape, activation):
     check(Case(activation=activation, **shape))
 
 
+# One below, at and above a block, a single one of everything, and no image.
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cuda", reason="float64 runs in the interpreter only")
+@pytest.mark.parametrize(
+    "batch,width,tokens,dim,classes",
+    [
+        (15, 16, 31, 16, 1),
+        (16, 17, 32, 15, 16),
+        (17, 15, 33, 17, 15),
+        (1, 1, 1, 1, 1),
+        (1, 33, 200, 4, 3),
+        (0, 8, 9, 3, 2),
+    ],
+)
+def test_shapes_in_triton(batch, width, tokens, dim, classes, force_plan):
+    force_plan("stream")
+    shape = {"batch": batch, "width": width, "tokens": tokens, "dim": dim, "classes": classes}
+    check(Case(activation="softmax", grads=TRAINED["triton"], **shape), "triton")
+    check(Case(activation="log_softmax", head="tokens", grads=TRAINED["triton"], **shape), "triton")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("head", ["projection", "tokens", "folded", "tasks"])
-def test_an_empty_batch_of_tasks(head):
-    out = prototype_cosine(**Case(batch=0, head=head, tasks=(2, 5)).inputs())
+def test_an_empty_batch_of_tasks(head, impl):
+    out = prototype_cosine(
+        **Case(batch=0, head=head, tasks=(2, 5), grads=TRAINED[impl], dtype=torch.float32).inputs(), impl=impl
+    )
     assert out.shape == (0, 5)
 
 
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
 @pytest.mark.parametrize("layout", ["sliced", "expanded"])
 @pytest.mark.parametrize("activation", ["logits", "softmax"])
-def test_strides(layout, activation):
-    check(Case(layout=layout, activation=activation, grads=("projection", "prototypes")))
+def test_strides(layout, activation, impl):
+    check(Case(layout=layout, activation=activation, grads=("projection", "prototypes")), impl)
 
 
 # 128 images fold, 30 keep; 37 tokens of 24 channels are no multiple of anything.
@@ -117,36 +159,52 @@ def test_every_plan_in_low_precision(name, activation, dtype, force_plan):
     check(Case(batch=20, width=24, dim=8, activation=activation, dtype=dtype))
 
 
+@needs_triton
 @pytest.mark.parametrize("dtype", LOW)
-def test_folded_heads_in_low_precision(dtype):
-    check(Case(batch=20, width=24, dim=8, head="folded", dtype=dtype))
-    check(Case(batch=20, width=24, dim=8, head="tasks", tasks=(3, 6), dtype=dtype))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("head", ["projection", "tokens"])
+def test_triton_in_low_precision(head, activation, dtype, force_plan):
+    force_plan("stream")
+    case = Case(batch=20, width=24, dim=8, head=head, activation=activation, dtype=dtype, grads=TRAINED["triton"])
+    check(case, "triton")
 
 
-@pytest.mark.parametrize("name", ["keep", "stream"])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", LOW)
+def test_folded_heads_in_low_precision(dtype, impl):
+    check(Case(batch=20, width=24, dim=8, head="folded", dtype=dtype), impl)
+    case = Case(batch=20, width=24, dim=8, head="tasks", tasks=(3, 6), dtype=dtype)
+    check(case.but(grads=TRAINED[impl]), impl)
+
+
+@pytest.mark.parametrize("name,impl", [("keep", "torch"), *(("stream", impl) for impl in EXACT_IMPLS)])
 @pytest.mark.parametrize("head", ["projection", "tokens"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_logits_of_ten_thousand(name, head, activation, force_plan):
+def test_logits_of_ten_thousand(name, impl, head, activation, force_plan):
     """A softmax that does not subtract its maximum overflows; a sum that is not relative to it cancels."""
     force_plan(name)
-    check(Case(scale=1e4, head=head, activation=activation), growth=1e4)
+    case = Case(scale=1e4, tokens=70, head=head, activation=activation, grads=TRAINED[impl])
+    check(case, impl, growth=1e4)
 
 
-@pytest.mark.parametrize("name", ["keep", "stream"])
+@pytest.mark.parametrize("name,impl", [("keep", "torch"), *(("stream", impl) for impl in IMPLS)])
 @pytest.mark.parametrize("head", ["projection", "tokens"])
-def test_log_softmax_of_a_common_offset_keeps_its_digits(name, head, force_plan):
+def test_log_softmax_of_a_common_offset_keeps_its_digits(name, impl, head, force_plan):
     """Logits near 1e4 with a spread of 1: sums of the logits themselves would leave 4 digits in float32."""
     force_plan(name)
     call = Case(batch=5, activation="log_softmax", head=head, dtype=torch.float32, grads=()).inputs()
     call["token_bias"] = call["token_bias"] + 1e4
     exact, eager = reference(converted(call, torch.float64)), reference(call)
-    assert_close_to_exact(name, prototype_cosine(**call), exact, eager)
+    assert_close_to_exact(name, prototype_cosine(**call, impl=impl), exact, eager)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW])
 @pytest.mark.parametrize("head", ["projection", "tokens", "gram", "folded"])
-def test_zero_hidden_state_and_zero_prototype(head, dtype):
+def test_zero_hidden_state_and_zero_prototype(head, dtype, impl):
     """A zero vector has cosine 0 to everything, not 0 / 0, and no gradient is NaN."""
+    if impl not in EXACT_IMPLS and dtype == torch.float64:
+        pytest.skip("float64 runs in the interpreter only")
     grads = ("hidden", "prototypes", "projection")
     call = Case(biases=False, head=head, dtype=dtype, grads=grads).inputs()
     with torch.no_grad():
@@ -154,7 +212,7 @@ def test_zero_hidden_state_and_zero_prototype(head, dtype):
         call["prototypes"][2] = 0
         if head == "folded":
             call["token_weight"].bias.zero_()
-    out = prototype_cosine(**call)
+    out = prototype_cosine(**call, impl=impl)
     assert bool(out.isfinite().all())
     assert not out[1].any() and not out[:, 2].any() and bool(out[0, 0] != 0)
     for name, gradient in gradients(out, call).items():
@@ -190,14 +248,17 @@ def test_larger_eps_is_the_bound_of_both_norms():
         )
 
 
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
 @pytest.mark.parametrize("head", ["projection", "tokens", "gram", "folded", "tasks"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck_of_every_input(head, activation):
+def test_gradcheck_of_every_input(head, activation, impl, force_plan):
     """Numerical differentiation knows nothing of the formulas that backward is written from."""
+    if impl == "triton":
+        force_plan("fold" if head == "gram" else "stream")
     if activation != "logits" and head not in ("projection", "tokens"):
         pytest.skip("has no token logits")
     tasks = (2, 3) if head == "tasks" else ()
-    grads = ("hidden", "prototypes") if head == "gram" else TENSORS
+    grads = ("hidden", "prototypes") if head == "gram" else TRAINED[impl]
     call = Case(width=4, tokens=6, dim=3, head=head, activation=activation, tasks=tasks, grads=grads).inputs()
     names = list(leaves(call))
 
@@ -208,34 +269,97 @@ def test_gradcheck_of_every_input(head, activation):
                 changed["token_weight"] = changed["token_weight"]._replace(**{name[5:]: value})
             else:
                 changed[name] = value
-        out = prototype_cosine(**changed)
+        out = prototype_cosine(**changed, impl=impl)
         return out[out.isfinite()]
 
-    assert torch.autograd.gradcheck(run, tuple(leaves(call).values()))
+    assert torch.autograd.gradcheck(run, tuple(leaves(call).values()), fast_mode=impl == "triton")
 
 
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("head", ["projection", "tokens"])
-def test_only_what_asks_gets_a_gradient(head, activation):
+def test_only_what_asks_gets_a_gradient(head, activation, impl):
     """Every subset of asking inputs gives the gradients of the whole, and None for the rest."""
     whole = Case(head=head, activation=activation, grads=("hidden", "token_bias", "prototypes", "projection"))
     call = whole.inputs()
-    wanted = gradients(prototype_cosine(**call), call)
+    wanted = gradients(prototype_cosine(**call, impl=impl), call)
     for size in (1, 2):
         for asking in itertools.combinations(wanted, size):
             call = whole.but(grads=asking).inputs()
-            found = gradients(prototype_cosine(**call), call)
+            found = gradients(prototype_cosine(**call, impl=impl), call)
             assert set(found) == set(asking)
             for name, gradient in found.items():
                 torch.testing.assert_close(gradient, wanted[name], rtol=1e-12, atol=1e-14)
 
 
-def test_gradients_are_bitwise_repeatable():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_are_bitwise_repeatable(impl):
     for head, activation in itertools.product(("projection", "tokens"), ACTIVATIONS):
-        call = Case(batch=40, head=head, activation=activation, dtype=torch.float32).inputs()
-        first = gradients(prototype_cosine(**call), call)
-        for name, gradient in gradients(prototype_cosine(**call), call).items():
+        case = Case(batch=40, head=head, activation=activation, dtype=torch.float32, grads=TRAINED[impl])
+        call = case.inputs()
+        first = gradients(prototype_cosine(**call, impl=impl), call)
+        for name, gradient in gradients(prototype_cosine(**call, impl=impl), call).items():
             assert torch.equal(gradient, first[name]), name
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest storage that any operation returned."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return out
+
+
+def largest_tensor(impl, activation, head):
+    """Of forward and backward of the op, which would be hidden below the registered op, so its inside is called."""
+    batch, tokens, dim = 33, 400, 5
+    case = Case(batch=batch, tokens=tokens, dim=dim, classes=dim, head=head, activation=activation, dtype=torch.float32)
+    call = case.but(grads=()).inputs()
+    module = torch_impl if impl == "torch" else importlib.import_module("vptm_kernels.prototype_cosine.triton_impl")
+    squares, needs = head == "tokens", [True, False, True, True]
+    inputs = (
+        call["hidden"],
+        call["token_weight"],
+        call["token_bias"],
+        call.get("projection", call["prototypes"]),
+        None,
+    )
+    room = plan.room_to_keep(batch, 10, tokens, dim, activation, squares, False, needs, 4, impl == "torch")
+    with LargestTensor() as largest:
+        outputs = module.forward(*inputs, activation, squares, needs, room)
+        grad_squared = torch.ones(batch, device=DEVICE) if squares else None
+        module.backward(torch.ones_like(outputs[0]), grad_squared, *inputs, *outputs, activation, squares, needs)
+    return largest.bytes, batch * tokens * 4
+
+
+@needs_triton
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("head", ["projection", "tokens"])
+def test_triton_never_holds_a_tensor_as_large_as_the_logits(head, activation, force_plan):
+    """Streaming is the point of the kernel: a (B, V) buffer anywhere, forward or backward, would make it pointless."""
+    force_plan("stream")
+    largest, logits = largest_tensor("triton", activation, head)
+    # The (V, C) head, which the interpreter copies, is 0.3 of the logits here.
+    assert largest < logits // 3
+
+
+def test_the_largest_tensor_is_found(force_plan):
+    """The test above can fail: the PyTorch path does keep the logits of so small a batch."""
+    force_plan("keep")
+    largest, logits = largest_tensor("torch", "softmax", "projection")
+    assert largest == logits
+
+
+@needs_triton
+def test_triton_refuses_a_trained_token_head():
+    call = Case(dtype=torch.float32).inputs()
+    with pytest.raises(ValueError, match="impl='triton' needs a frozen token_weight, got one with requires_grad=True"):
+        prototype_cosine(**call, impl="triton")
 
 
 def test_fold_head_gives_the_cosines_of_its_parts():
@@ -359,6 +483,8 @@ def test_any_shape_and_subset_of_gradients(data):
     )
     # With one token or dimension the cosine is the sign of a number that may be tiny: its gradient is pure rounding.
     check(case, growth=100)
+    if "triton" in EXACT_IMPLS:
+        check(case.but(grads=tuple(name for name in case.grads if name != "token_weight")), "triton", growth=100)
 
 
 def test_permuting_the_batch_permutes_the_scores():

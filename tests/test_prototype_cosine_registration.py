@@ -1,5 +1,7 @@
 """prototype_cosine as registered ops: opcheck, compile, export, autocast, fakes, what is kept for backward."""
 
+import importlib.util
+
 import pytest
 import torch
 from prototype_case import DEVICE, Case, gradients, leaves
@@ -16,7 +18,7 @@ from vptm_kernels.prototype_cosine.ops import (
     token_readout_op,
 )
 
-IMPLS = ["torch"]
+IMPLS = ["torch", "triton"] if importlib.util.find_spec("triton") is not None else ["torch"]
 FROZEN_HEAD = ("hidden", "prototypes", "projection", "projection_bias")
 FLOAT = Case(width=8, dtype=torch.float32, grads=FROZEN_HEAD)
 # Every op and every branch of the public function.

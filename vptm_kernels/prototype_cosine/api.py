@@ -140,7 +140,8 @@ def prototype_cosine(
         offsets, widest = _check_tasks(hidden, prototypes.shape[0], class_offsets, task_ids, heads)
     elif weight.ndim == 3:
         raise ValueError(f"task_ids must be given with (T, d, C) heads, got None with {tuple(weight.shape)}")
-    impl = _choose(impl, hidden, weight)
+    learned_head = not folded and torch.is_grad_enabled() and weight.requires_grad
+    impl = _choose(impl, hidden, learned_head)
     eps = max(float(eps), torch.finfo(hidden.dtype).tiny)
 
     if not folded and projection is None:
@@ -242,21 +243,19 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _choose(impl: str, hidden: Tensor, weight: Tensor) -> str:
+def _choose(impl: str, hidden: Tensor, learned_head: bool) -> str:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "torch" or (impl == "auto" and not hidden.is_cuda):
         return "torch"
     missing = None
-    if True:
-        missing = "Triton kernels of this op, which are still to come"
-    elif not has_triton():
+    if not has_triton():
         missing = "the triton package, which is not installed"
     elif not hidden.is_cuda and not (hidden.device.type == "cpu" and interpreting()):
         missing = f"GPU tensors (or TRITON_INTERPRET=1 on a CPU), got device {hidden.device}"
     elif hidden.dtype == torch.float64 and hidden.is_cuda:
         missing = "float16, bfloat16 or float32 tensors on a GPU, got float64"
-    elif torch.is_grad_enabled() and weight.requires_grad:
+    elif learned_head:
         missing = "a frozen token_weight, got one with requires_grad=True"
     if missing is None:
         return "triton"
