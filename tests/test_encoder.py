@@ -5,11 +5,17 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from beit_factory import randomize, tiny_beit
 from test_prompted_beit import build, images, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vptm
 from vptm.encoder import FrozenEncoder, fold_block
@@ -162,6 +168,66 @@ def test_state_dict_holds_the_original_weights_bitwise() -> None:
     assert relative_error(twin(images(model)), model(images(model))) > 1e-6
 
 
+class _Calls(TorchDispatchMode):
+    """Counts every operator that runs, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("extra_bias", ["zero", "neutral"])
+@pytest.mark.parametrize("prompt_mode", ["shallow", "deep", "progressive"])
+def test_triton_kernels_run_the_blocks(prompt_mode: str, extra_bias: str) -> None:
+    """On the Triton path every block before the read-out is one attention kernel: no cat, SDPA or pad, and right in
+    fp64."""
+    if torch.cuda.is_available():
+        pytest.skip("fp64 Triton needs the interpreter, which runs where there is no GPU")
+    beit = tiny_beit((3, 3), dim=32, depth=3)
+    model = build(beit, prompt_mode=prompt_mode, extra_bias=extra_bias, progressive_alpha=0.3, impl="triton")
+    batch = images(model)
+    errors = vptm.check(model, batch)
+    assert max(errors.values()) <= 1e-10, errors
+    with torch.no_grad(), _Calls() as calls:
+        model(batch)
+    attention = {name: count for name, count in calls.names.items() if "prompted_attention" in name}
+    assert sum(attention.values()) == 2, attention
+    assert not [name for name in calls.names if any(word in name for word in ("cat", "scaled_dot_product", "pad"))]
+
+
+def test_corrupting_the_kernel_changes_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton path really runs the kernel: with its output doubled, `vptm.check` sees it."""
+    from vptm_kernels.prompted_attention import triton_impl
+
+    if torch.cuda.is_available():
+        pytest.skip("fp64 Triton needs the interpreter, which runs where there is no GPU")
+    model = build(tiny_beit((3, 3), dim=32), prompt_mode="deep", impl="triton")
+    forward = triton_impl.forward
+
+    def doubled(*args, **kwargs):
+        out, lse = forward(*args, **kwargs)
+        return out * 2, lse
+
+    monkeypatch.setattr(triton_impl, "forward", doubled)
+    assert vptm.check(model, images(model), gradients=False)["logits"] > 1e-3
+
+
+def test_triton_asked_for_on_a_cpu_is_refused_not_replaced() -> None:
+    """Without a GPU and outside the interpreter, impl="triton" says what is missing."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_prompted_beit import build, images;"
+        "model = build(impl='triton'); model(images(model))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    here = str(Path(__file__).parent)
+    run = subprocess.run([sys.executable, "-c", code, here], capture_output=True, text=True, env=environment)
+    assert run.returncode == 1 and "impl='triton' needs " in run.stderr.splitlines()[-1]
+
+
 def test_unfrozen_backbone_trains_and_is_not_folded() -> None:
     """After unfreeze() the gradients of backbone weights must be those of the reference."""
     model = build(prompt_mode="deep")
@@ -255,3 +321,36 @@ def test_randomised_parameters_are_seen() -> None:
     before = model(batch)
     randomize(model.backbone.blocks[1], seed=77)
     assert relative_error(model(batch), before) > 1e-2
+
+
+@pytest.mark.parametrize("prompt_mode", ["shallow", "deep", "progressive"])
+def test_compiles_as_one_graph_for_every_batch_size(prompt_mode: str) -> None:
+    """fullgraph=True, forward and backward; one compilation serves all batch sizes under dynamic=True."""
+    torch._dynamo.reset()
+    model = build(tiny_beit((3, 3)), prompt_mode=prompt_mode)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for batch_size in (5, 3, 7):  # not 1 or 2: PyTorch gives 1 a graph of its own and would take 2 for the heads
+        batch = images(model, batch_size)
+        expected = torch.autograd.grad(model(batch).square().sum(), model.prompts.weight)[0]
+        found = torch.autograd.grad(compiled(batch).square().sum(), model.prompts.weight)[0]
+        assert relative_error(found, expected) <= 1e-10
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("run_before", [False, True], ids=["fresh", "after a run"])
+def test_exports_for_inference(run_before: bool) -> None:
+    """torch.export takes the model in eval mode, with constants of the weights it has then, and gives the same
+    scores."""
+    model = build(tiny_beit((3, 3)), prompt_mode="deep").eval()
+    batch = images(model)
+    if run_before:
+        model(batch)
+        model.load_state_dict(build(tiny_beit((3, 3), seed=5), prompt_mode="deep").state_dict())
+    exported = torch.export.export(model, (batch,))
+    assert relative_error(exported.module()(batch), model(batch)) <= 1e-12

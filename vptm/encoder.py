@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vptm_kernels import prompted_attention
+from vptm_kernels._runtime.triton_support import choose
 from vptm_kernels.prompted_attention.bias import align_rows
 
 from .reference import canonical_bias
@@ -99,6 +100,14 @@ def _state(tensor: Tensor) -> tuple[int, int, torch.dtype]:
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version, tensor.dtype
 
 
+def _bias_values(bias: Tensor, dtype: torch.dtype, triton: bool) -> Tensor:
+    """The bias in the type its attention reads best: for 16-bit kernels fp16, which keeps three more bits than bf16."""
+    if not triton or dtype not in (torch.float16, torch.bfloat16):
+        return bias.to(dtype)
+    half = bias.half()
+    return half if torch.equal(half.isinf(), bias.isinf()) else bias.float()
+
+
 def _normalise(x: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
@@ -126,6 +135,7 @@ class FrozenEncoder:
         self._key: tuple[object, ...] | None = None
         self._blocks: list[FrozenBlock] = []
         self._biases: list[Tensor | None] = []
+        self._narrow = False
         self._prefix_key: tuple[object, ...] | None = None
         self._prefixes: list[Tensor] = []
 
@@ -147,11 +157,17 @@ class FrozenEncoder:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.dtype
         if dtype != torch.float64 and weights.dtype == torch.float64:
             dtype = torch.float64  # autocast leaves fp64 alone
-        if torch.compiler.is_compiling() and self._key is not None:
+        head_dim = model.num_features // model.backbone.blocks[0].attn.num_heads
+        triton = choose(model.impl, weights.new_empty(0, dtype=dtype), head_dim) == "triton"
+        # a traced graph cannot look at versions: it takes what an eager run left, or derives the constants in the graph
+        compiling = torch.compiler.is_compiling()
+        if compiling and self._key is not None and self._key[:2] == (dtype, triton):
             return
-        key = (dtype, *(_state(parameter) for parameter in model.backbone.parameters()))
-        if key == self._key:
-            return
+        key = None
+        if not compiling:
+            key = (dtype, triton, *(_state(parameter) for parameter in model.backbone.parameters()))
+            if key == self._key:
+                return
         with torch.inference_mode(False), torch.no_grad():
             self._blocks = [fold_block(block, dtype) for block in model.backbone.blocks]
             self._biases = []
@@ -161,7 +177,9 @@ class FrozenEncoder:
                     self._biases.append(self._biases[0])
                     continue
                 bias = canonical_bias(model, layer, learned=False)
-                self._biases.append(None if bias is None else align_rows(bias.to(dtype).contiguous()))
+                self._biases.append(None if bias is None else align_rows(_bias_values(bias, dtype, triton)))
+        # the kernel reads a token-to-token bias in place and takes prompt columns as zero; SDPA wants all columns
+        self._narrow = triton and model.extra_bias.startswith(("zero", "grid"))
         self._key = key
         self._prefix_key = None
 
@@ -257,7 +275,7 @@ class FrozenEncoder:
         prefix = prompt_qkv = None
         if prompts.mode == "deep":
             prefix = self._prefix(model, layer, len(x))
-            bias = None if bias is None else bias[:, :real]
+            bias = None if bias is None else bias[:, :real, : real if self._narrow else None]
         elif prompts.length and x.shape[1] == real:
             prompt_qkv = F.linear(self._prompt_rows(model, 0, len(x)), block.qkv_weight, block.qkv_bias)
         qkv = F.linear(_normalise(x, block.eps_1), block.qkv_weight, block.qkv_bias)
@@ -285,18 +303,22 @@ class FrozenEncoder:
         normed = _normalise(x, block.eps_1).to(block.qkv_weight.dtype)
         query = F.linear(normed[:, row], weight_q, bias_q).unflatten(1, (heads, -1)) * (width // heads) ** -0.5
         absorbed = torch.einsum("bhd,hdc->bhc", query, weight_k.unflatten(0, (heads, -1)))
-        scores = absorbed @ normed.mT
+        tokens = normed.shape[1]
         prompts = None
         if model.prompts.mode == "deep" and model.prompts.length:
             prompts = self._prompt_rows(model, layer, batch).to(normed.dtype)
-            scores = torch.cat([scores, absorbed @ prompts.mT], dim=-1)
+            scores = normed.new_empty(batch, heads, tokens + model.prompts.length)
+            scores[..., :tokens] = absorbed @ normed.mT
+            scores[..., tokens:] = absorbed @ prompts.mT
+        else:
+            scores = absorbed @ normed.mT
         bias = self._bias(model, layer)
         if bias is not None:
             scores = scores + bias[:, row]
         weights = scores.softmax(dim=-1).to(normed.dtype)
-        mixed = weights[..., : normed.shape[1]] @ normed
+        mixed = weights[..., :tokens] @ normed
         if prompts is not None:
-            mixed = mixed + weights[..., normed.shape[1] :] @ prompts
+            mixed = mixed + weights[..., tokens:] @ prompts
         value = torch.einsum("bhc,hdc->bhd", mixed, weight_v.unflatten(0, (heads, -1))).flatten(1) + bias_v
         out = _residual(x[:, row], F.linear(value, block.proj_weight, block.proj_bias), block.scale_1)
         return _mlp(out, block)

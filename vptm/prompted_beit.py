@@ -236,6 +236,7 @@ class PromptedBEiT(nn.Module):
             self.prompt_bias = nn.Parameter(torch.zeros(len(self.backbone.blocks), 2, heads, prompt_length))
         self.verbalizer = self._make_verbalizer(num_classes)
         self._encoder = FrozenEncoder()
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
         self._freeze()
         self._weight_hash = weight_hash(self._frozen_state())
         self.train(self.training)
@@ -319,9 +320,16 @@ class PromptedBEiT(nn.Module):
         self.backbone.requires_grad_(True)
         return self.train(self.training)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> PromptedBEiT:
+        self.refresh()
+        return super()._apply(fn, recurse)
+
     def refresh(self) -> None:
-        """Derive the encoder's folded constants again: needed only after editing a frozen weight through `.data`, which
-        PyTorch does not count as a change. Any other change is noticed."""
+        """Derive the encoder's folded constants again.
+
+        Needed only after an edit PyTorch does not count as a change (through `.data`), or of a compiled model's frozen
+        weights; any other change is noticed.
+        """
         self._encoder = FrozenEncoder()
 
     def _check_images(self, images: Tensor) -> None:
