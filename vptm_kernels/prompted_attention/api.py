@@ -153,7 +153,7 @@ def prompted_attention(
         prompt_qkv is not None,
         max_prompt_length or 0,
         float(scale),
-        return_lse or (needs_grad and impl == "triton"),
+        return_lse or (needs_grad and (impl == "triton" or qkv.device.type == "cpu")),
         impl,
     )
     return (out, lse) if return_lse else out

@@ -35,38 +35,57 @@ def tails(tokens: int, prompts: int, block_n: int, *, pooled: bool = False) -> t
     return one, 0
 
 
+def _interpreted(length: int) -> Config:
+    """The interpreter's cost is the number of steps; blocks are small enough that tests see full blocks and tails."""
+    block = 16 if length <= 20 else 32 if length < 128 else 64
+    return Config(block, block, 4, 1)
+
+
+def _asynchronous_tensor_cores(arch: str) -> bool:
+    """Whether operands (wgmma), or accumulators as well (tcgen05), stay out of registers and leave room for 64 x 64."""
+    return arch in ("sm90", "sm100", "sm103")
+
+
 def forward_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *, interpreted: bool = False) -> Config:
     """arch: "sm80", "sm90", ..., "gfx942"."""
     if interpreted:
-        block = 16 if tokens <= 20 else 32 if tokens < 128 else 64
-        return Config(block, block, 4, 1)
+        return _interpreted(tokens)
     if dtype_bits >= 32:
         return Config(32, 32, 4, 1)
     if head_dim > 64:
         return Config(64, 32, 4, 1)
-    return Config(64, 64, 4, 1)
+    return Config(64, 64, 4, 1) if _asynchronous_tensor_cores(arch) else Config(64, 32, 4, 1)
 
 
 def query_grad_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *, interpreted: bool = False) -> Config:
-    return forward_config(arch, dtype_bits, head_dim, tokens, interpreted=interpreted)
+    if interpreted:
+        return _interpreted(tokens)
+    if dtype_bits >= 32:
+        return Config(32, 32, 4, 1)
+    if head_dim > 64:
+        return Config(64, 32, 4, 1) if _asynchronous_tensor_cores(arch) else Config(32, 32, 4, 1)
+    return Config(64, 64, 4, 1) if _asynchronous_tensor_cores(arch) else Config(64, 32, 4, 1)
 
 
 def key_grad_config(arch: str, dtype_bits: int, head_dim: int, keys: int, *, interpreted: bool = False) -> Config:
     """block_m counts query rows, block_n keys; `keys` are those of one launch, tokens or prompts."""
     if interpreted:
-        block = 16 if keys <= 20 else 32 if keys < 128 else 64
-        return Config(block, block, 4, 1)
+        return _interpreted(keys)
     block_n = min(64, max(16, next_power_of_2(keys)))
     if dtype_bits >= 32:
         return Config(32, min(32, block_n), 4, 1)
-    return Config(32 if head_dim > 64 else 64, block_n, 4, 1)
+    if arch.startswith("gfx") or (head_dim > 64 and not _asynchronous_tensor_cores(arch)):
+        block_n = min(32, block_n)
+    wide = block_n == 16 or _asynchronous_tensor_cores(arch)
+    return Config(64 if wide and head_dim <= 64 else 32, block_n, 4, 1)
 
 
 def bias_grad_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *, interpreted: bool = False) -> Config:
     if interpreted:
-        block = 16 if tokens <= 20 else 32 if tokens < 128 else 64
-        return Config(block, block, 4, 1)
-    return Config(32, 32, 4, 1) if dtype_bits >= 32 or head_dim > 64 else Config(64, 64, 4, 1)
+        return _interpreted(tokens)
+    if dtype_bits >= 32 or head_dim > 64 or not _asynchronous_tensor_cores(arch):
+        return Config(32, 32, 4, 1)
+    return Config(64, 64, 4, 1)
 
 
 def images_per_program(batch: int, programs_per_image: int) -> int:

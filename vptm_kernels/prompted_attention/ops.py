@@ -85,16 +85,15 @@ def prompted_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    inputs = (qkv, prompts, bias, token_ids, ranges)
+    known = (qkv, prompts, bias, token_ids, ranges, out, lse)
     if impl == "torch":
         grads = torch_impl.backward(
-            grad_out, grad_lse, *inputs, window, num_heads, prompt_queries, max_prompt_length, scale, needs
+            grad_out, grad_lse, *known, window, num_heads, prompt_queries, max_prompt_length, scale, needs
         )
     else:
         from . import triton_impl
 
         with device_of(qkv):
-            known = (*inputs, out, lse)
             grads = triton_impl.backward(
                 grad_out, grad_lse, *known, window, num_heads, prompt_queries, max_prompt_length, scale, needs
             )

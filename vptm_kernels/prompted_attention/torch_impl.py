@@ -1,7 +1,8 @@
 """The same algebra with PyTorch ops: the CPU path, and what runs where Triton cannot.
 
-Forward is scaled_dot_product_attention on a bias with aligned rows. Nothing but the inputs is kept for backward, which
-concatenates keys and values again and works on slices of the batch, so that the score matrices stay small.
+Forward is scaled_dot_product_attention on a bias with aligned rows. No concatenated keys and values are kept for
+backward, which builds them again. On a CPU it is that kernel's own backward, given lse; where the bias or lse have
+gradients, and on a GPU, it is written out and works on slices of the batch, so that score matrices stay small.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from .bias import ROW_ALIGNMENT, expand_table, reduce_to_table
 
 # Backward holds about four score matrices of this many elements at a time.
 _SCORES_PER_SLICE = 1 << 22
+
+# What scaled_dot_product_attention runs on a CPU, called by name because only this form returns lse.
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def forward(
@@ -40,11 +45,18 @@ def forward(
     for images, chosen in _groups(batch, prompts, ranges, batch):
         q, k, v = _project(qkv[images], None if prompts is None else prompts[chosen], num_heads, prompt_queries)
         mask = _mask(dense, rows, k.shape[2], q.dtype)
-        with _backends(mask):
-            attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        if with_lse and _has_flash(q):
+            attended, found = _FLASH(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+            if mask is not None:
+                # The kernel gives 0 for rows that are masked as a whole.
+                found = found.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
+            lse[images] = found
+        else:
+            with _backends(mask):
+                attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+            if with_lse:
+                lse[images] = _scores(q, k, dense, scale).logsumexp(-1)
         out[images] = attended.transpose(1, 2).flatten(2)
-        if with_lse:
-            lse[images] = _scores(q, k, dense, scale).logsumexp(-1)
     return out, lse
 
 
@@ -56,6 +68,8 @@ def backward(
     bias: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     window: Sequence[int],
     num_heads: int,
     prompt_queries: bool,
@@ -73,33 +87,46 @@ def backward(
     grad_out = grad_out.unflatten(2, (heads, head_dim)).transpose(1, 2)
 
     keys = tokens + (0 if prompts is None else max_prompt_length if ranges is not None else prompts.shape[-2])
-    slice_size = max(1, _SCORES_PER_SLICE // max(1, heads * keys * keys))
+    flash = lse.numel() > 0 and ddense is None and grad_lse is None and _has_flash(grad_out)
+    slice_size = batch if flash else max(1, _SCORES_PER_SLICE // max(1, heads * keys * keys))
     for images, chosen in _groups(batch, prompts, ranges, slice_size):
         q, k, v = _project(qkv[images], None if prompts is None else prompts[chosen], heads, prompt_queries)
-        scores = _scores(q, k, dense, scale)
-        masked = scores.amax(-1, keepdim=True) == float("-inf")
-        weights = scores.softmax(-1).masked_fill_(masked, 0)
-        q, k, v, dout = (t.to(exact) for t in (q, k, v, grad_out[images]))
-        dweights = dout @ v.mT
-        dscores = dweights - (weights * dweights).sum(-1, keepdim=True)
-        if grad_lse is not None:
-            dscores += grad_lse[images][..., None]
-        dscores *= weights
-        dq, dk, dv = dscores @ k * scale, dscores.mT @ q * scale, weights.mT @ dout
+        if flash:
+            mask = _mask(dense, q.shape[2], k.shape[2], q.dtype)
+            attended = out[images].unflatten(2, (heads, head_dim)).transpose(1, 2)
+            shift = lse[images].masked_fill(lse[images] == float("-inf"), 0)
+            dq, dk, dv = _FLASH_BACKWARD(
+                grad_out[images], q, k, v, attended, shift, 0.0, False, attn_mask=mask, scale=scale
+            )
+        else:
+            scores = _scores(q, k, dense, scale)
+            masked = scores.amax(-1, keepdim=True) == float("-inf")
+            weights = scores.softmax(-1).masked_fill_(masked, 0)
+            q, k, v, dout = (t.to(exact) for t in (q, k, v, grad_out[images]))
+            dweights = dout @ v.mT
+            dscores = dweights - (weights * dweights).sum(-1, keepdim=True)
+            if grad_lse is not None:
+                dscores += grad_lse[images][..., None]
+            dscores *= weights
+            dq, dk, dv = dscores @ k * scale, dscores.mT @ q * scale, weights.mT @ dout
+            if ddense is not None:
+                ddense += dscores[:, :, : ddense.shape[1], : ddense.shape[2]].sum(0)
         if dqkv is not None:
             stacked = torch.stack([dq[:, :, :tokens], dk[:, :, :tokens], dv[:, :, :tokens]], 1)
             dqkv[images] = stacked.permute(0, 3, 1, 2, 4).flatten(2).to(dqkv.dtype)
         if dprompts is not None:
             parts = [dq, dk, dv] if prompt_queries else [dk, dv]
             found = torch.stack([part[:, :, tokens:] for part in parts], 1).permute(0, 3, 1, 2, 4).flatten(2)
-            dprompts[chosen] += found if dprompts.ndim == 3 else found.sum(0)
-        if ddense is not None:
-            ddense += dscores[:, :, : ddense.shape[1], : ddense.shape[2]].sum(0)
+            dprompts[chosen] += found if dprompts.ndim == 3 else found.sum(0, dtype=exact)
 
     dbias = ddense
     if ddense is not None and bias is not None:
         dbias = (reduce_to_table(ddense, (window[0], window[1]), token_ids) if window else ddense).to(bias.dtype)
     return dqkv, None if dprompts is None else dprompts.to(qkv.dtype), dbias
+
+
+def _has_flash(t: Tensor) -> bool:
+    return t.device.type == "cpu" and t.numel() > 0
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
