@@ -36,20 +36,22 @@ from vptm.data import ImageData, ImageDataset
 VPT = {"readout": "cls", "verbalizer": "linear", "token_activation": "hidden"}
 PROMPTED: dict[str, dict[str, Any]] = {
     "vptm": {},
+    "mask row, hidden state": {"token_activation": "hidden"},
     "cls row, token head": {"readout": "cls"},
     "vpt": VPT,
     "fine-tuning": {**VPT, "prompt_length": 0},
 }
 METHODS = (*PROMPTED, *(f"{name}, random weights" for name in PROMPTED), "linear probe", "pixels")
 # one recipe for everything prompted; full fine-tuning needs a smaller step
-RECIPE = {"epochs": 40, "lr": 5e-3, "weight_decay": 1e-2}
-FINE_TUNING = {**RECIPE, "lr": 1e-3}
+RECIPE = {"epochs": 40, "lr": 2e-3, "weight_decay": 0.1}
+FINE_TUNING = {**RECIPE, "lr": 5e-4}
 COMPARISONS = [
     ("vptm", "vptm, random weights"),
     ("vptm", "pixels"),
     ("vptm", "vpt"),
     ("vptm", "cls row, token head"),
     ("vptm", "linear probe"),
+    ("mask row, hidden state", "pixels"),
     ("vpt", "vpt, random weights"),
     ("cls row, token head", "cls row, token head, random weights"),
 ]
