@@ -1,0 +1,119 @@
+"""Kernels compiled for GPUs that are not there: what the binaries prove, and that a fault in them would be seen."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+pytest.importorskip("triton")
+
+from vptm_kernels import aot
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return aot.run(list(aot.CI_TARGETS), pattern="prompted_attention", ci=True)
+
+
+def of(reports, target, kernel=None):
+    found = [r for r in reports if r.target == target and kernel in (None, r.kernel)]
+    assert found, f"nothing compiled for {target} {kernel or ''}"
+    return found
+
+
+@pytest.mark.parametrize("target", aot.CI_TARGETS)
+def test_no_spills_no_serialised_tensor_cores_and_matrix_instructions_everywhere(reports, target):
+    for report in of(reports, target):
+        assert not report.problems, report.row()
+
+
+@pytest.mark.parametrize("target,kind", [("sm80", "mma"), ("sm90", "wgmma"), ("sm100", "tcgen05"), ("gfx942", "mfma")])
+def test_the_tensor_core_of_the_architecture_is_used(reports, target, kind):
+    """Short tails and narrow prompt blocks may use any; blocks of 64 must use the architecture's own."""
+    for kernel in ("forward", "query_grad"):
+        for report in of(reports, target, kernel):
+            assert report.tensor_core_kind == kind, report.row()
+
+
+@pytest.mark.parametrize("target", ["sm80", "sm90", "sm100"])
+def test_no_two_byte_loads_of_aligned_inputs(reports, target):
+    for report in of(reports, target):
+        assert not report.loads.get("16") and not report.loads.get("8"), report.row()
+        assert report.loads.get("128", 0) + report.loads.get("async", 0) > 0, report.row()
+
+
+@pytest.mark.parametrize("target", ["sm80", "sm90"])
+def test_softmax_is_computed_once(reports, target):
+    """Twice as many exponentials as scores would mean that the scores exist in two layouts."""
+    for report in of(reports, target, "forward"):
+        scores = report.constants["BLOCK_M"] * report.constants["BLOCK_N"] / (report.num_warps * 32)
+        loop = report.main_loop
+        assert loop["MUFU"] <= 1.15 * scores + 2, report.row()
+        assert loop["FMNMX"] <= 1.35 * scores + 4, report.row()
+
+
+def test_size_of_the_forward_main_loop_on_sm90(reports):
+    """Instructions per 64 x 64 tile; compilers differ by a few."""
+    for report in of(reports, "sm90", "forward"):
+        assert (report.constants["BLOCK_M"], report.constants["BLOCK_N"], report.num_warps) == (64, 64, 4)
+        assert report.main_loop["total"] <= (350 if report.constants["BIAS"] else 280), report.row()
+
+
+@pytest.mark.parametrize(
+    "registers,shared,tensor_memory,target,blocks",
+    [(125, 49152, 0, "sm90", 4), (64, 1024, 0, "sm90", 8), (255, 16384, 0, "sm80", 2), (86, 26624, 128, "sm100", 4)],
+)
+def test_occupancy_follows_the_cuda_rules(registers, shared, tensor_memory, target, blocks):
+    assert aot.occupancy(registers, shared, 4, target, tensor_memory)[0] == blocks
+
+
+def test_faults_are_seen(tmp_path):
+    """A kernel given too few registers spills, and one that reads rows at odd places reads 2 bytes at a time."""
+    script = tmp_path / "faulty.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import json
+            import torch, triton, triton.language as tl
+            from dataclasses import asdict
+            from vptm_kernels.aot import Case, compile_case
+
+            @triton.jit
+            def _product_kernel(x, y, stride, N: tl.constexpr):
+                i = tl.arange(0, N)
+                a = tl.load(x + i[:, None] * stride + i[None, :])
+                tl.store(y + i[:, None] * N + i[None, :], tl.dot(a, tl.dot(a, a).to(tl.float16)))
+
+            def run(stride, **options):
+                x = torch.empty(64 * 200, dtype=torch.float16)
+                _product_kernel[(1,)](x, torch.empty(64, 64), stride, N=64, **options)
+
+            cases = [Case("good", lambda t: run(128)), Case("narrow", lambda t: run(131))]
+            cases.append(Case("spill", lambda t: run(128, maxnreg=40)))
+            print(json.dumps([asdict(r) for case in cases for r in compile_case(case, "sm80")]))
+            """
+        )
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    good, narrow, spill = (aot.Report(**values) for values in json.loads(done.stdout))
+    assert not good.problems and good.tensor_core_kind == "mma" and not good.loads.get("16"), good.row()
+    assert narrow.loads.get("16"), narrow.row()
+    assert spill.problems and ("spills" in spill.problems[0] or spill.error), spill.row()
+
+
+def test_a_kernel_without_its_tensor_core_or_with_a_warning_is_a_problem():
+    assert aot.Report("c", "k", "sm90", dots=2).problems == ["no tensor-core instruction"]
+    assert aot.Report("c", "k", "sm90", dots=2, tensor_core=4, warnings=["C7515"]).problems == ["ptxas C7515"]
+
+
+@pytest.mark.parametrize("arguments", [["--targets", "sm42"], ["--cases", "no such kernel", "--targets", "sm90"]])
+def test_a_selection_of_nothing_is_an_error(arguments):
+    with pytest.raises(SystemExit) as caught:
+        aot.main(arguments)
+    assert caught.value.code == 2

@@ -1,0 +1,460 @@
+"""Compile every kernel for GPUs that are not there, and read from the binaries what they will cost.
+
+    python -m vptm_kernels.aot                         # every case, every target
+    python -m vptm_kernels.aot --ci                    # the cases and targets that matter, as the tests run it
+    python -m vptm_kernels.aot --targets sm90 --cases forward --json
+
+An op takes part with a module `aot_cases.py` whose `cases()` yields `Case`s: functions that call its launchers with
+CPU tensors. Launches are intercepted after Triton has bound and specialised the arguments, so that what is compiled
+is what a GPU would run; nothing is executed. Every target runs in a process of its own, without TRITON_INTERPRET, and
+a case of an AMD target in a fork with a time limit, because that compiler can abort the process.
+
+The exit status is 1 if a kernel spills registers, lacks tensor-core instructions though it multiplies matrices, draws a
+ptxas warning about serialised tensor-core instructions (C75xx), or does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+TARGETS = ("sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950")
+CI_TARGETS = ("sm80", "sm90", "sm100", "gfx942")
+SECONDS_PER_CASE = 120
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call to compile. `run` gets the target's name, to pick the configuration of that architecture."""
+
+    name: str
+    run: Callable[[str], None]
+    ci: bool = False
+
+
+@dataclass
+class Report:
+    """What one compiled kernel costs. Bytes for spills and shared memory; counts are static instructions per thread."""
+
+    case: str
+    kernel: str
+    target: str
+    num_warps: int = 0
+    num_stages: int = 0
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    tensor_memory: int = 0
+    blocks_per_sm: int = 0
+    occupancy: float = 0.0
+    limiter: str = ""
+    dots: int = 0
+    tensor_core: int = 0
+    tensor_core_kind: str = ""
+    loads: dict[str, int] = field(default_factory=dict)
+    instructions: int = 0
+    loops: list[dict[str, int]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    constants: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def problems(self) -> list[str]:
+        if self.error:
+            return [self.error]
+        found = []
+        if self.spills:
+            found.append(f"spills {self.spills} bytes")
+        if self.dots and not self.tensor_core:
+            found.append("no tensor-core instruction")
+        return found + [f"ptxas {warning}" for warning in self.warnings]
+
+    @property
+    def main_loop(self) -> dict[str, int]:
+        """The loop with the most instructions; empty if there is none."""
+        return max(self.loops, key=lambda loop: loop["total"], default={})
+
+    def row(self) -> str:
+        if self.error:
+            return f"{self.target:7s} {self.case:34s} {self.kernel:22s} FAILED {self.error}"
+        loads = " ".join(f"{width}:{count}" for width, count in self.loads.items() if count)
+        loop = self.main_loop
+        return (
+            f"{self.target:7s} {self.case:34s} {self.kernel:22s} w{self.num_warps} s{self.num_stages} "
+            f"regs {self.registers:3d} spills {self.spills:3d} shared {self.shared:6d} "
+            f"blocks/SM {self.blocks_per_sm:2d} ({self.occupancy:.0%}, {self.limiter}) "
+            f"{self.tensor_core_kind or 'no tensor cores'} {self.tensor_core:3d} loads [{loads}] "
+            f"instructions {self.instructions} loop {loop.get('total', 0)} "
+            f"(mufu {loop.get('MUFU', 0)}, max {loop.get('FMNMX', 0)}) {' '.join(self.problems)}"
+        )
+
+
+# ------------------------------------------------------------------ occupancy
+
+
+@dataclass(frozen=True)
+class _Multiprocessor:
+    warps: int
+    blocks: int
+    shared: int
+    shared_per_block: int
+
+
+_MULTIPROCESSORS = {
+    "sm80": _Multiprocessor(64, 32, 167936, 166912),
+    "sm90": _Multiprocessor(64, 32, 233472, 232448),
+    "sm100": _Multiprocessor(64, 32, 233472, 232448),
+    "sm120": _Multiprocessor(48, 24, 102400, 101376),
+}
+
+
+def occupancy(
+    registers: int, shared: int, num_warps: int, target: str, tensor_memory: int = 0
+) -> tuple[int, float, str]:
+    """(blocks per multiprocessor, share of its warps, what limits it) of an NVIDIA target, by the CUDA rules.
+
+    Registers are given to a warp in units of 256 and to warps in groups of four; a block's shared memory is rounded up
+    to 128 bytes and 1 KiB of it belongs to the system; sm100 has 512 columns of tensor memory.
+    """
+    limits = _MULTIPROCESSORS[target]
+    per_warp = math.ceil(max(registers, 16) * 32 / 256) * 256
+    rounded = math.ceil((shared + 1024) / 128) * 128
+    by = {
+        "warps": limits.warps // num_warps,
+        "blocks": limits.blocks,
+        "registers": 65536 // 4 // per_warp * 4 // num_warps,
+        "shared memory": limits.shared // rounded if shared <= limits.shared_per_block else 0,
+    }
+    if tensor_memory:
+        by["tensor memory"] = 512 // tensor_memory
+    blocks = min(by.values())
+    return blocks, blocks * num_warps / limits.warps, " and ".join(name for name, n in by.items() if n == blocks)
+
+
+# ------------------------------------------------------------------ reading binaries
+
+_GROUPS = {
+    "HGMMA": r"HGMMA|QGMMA|WGMMA",
+    "UTCMMA": r"UTC\w*MMA",
+    "HMMA": r"HMMA|QMMA|IMMA|DMMA",
+    "MUFU": r"MUFU",
+    "FMNMX": r"FMNMX",
+    "FFMA": r"FFMA",
+    "FMUL": r"FMUL",
+    "FADD": r"FADD",
+    "convert": r"F2F|F2FP|I2F|F2I|HADD2\.F32|PRMT",
+    "integer": r"IMAD|IADD|LEA|VIADD|VIMNMX|IMNMX|LOP3|SHF|ISETP|SEL",
+    "select": r"FSEL|FSETP",
+    "shared": r"LDS|STS|LDSM|STSM",
+    "barrier": r"BAR|WARPSYNC|BSYNC|SYNCS",
+    "shuffle": r"SHFL",
+}
+
+
+def _load_width(opcode: str) -> str | None:
+    if opcode.startswith("LDGSTS"):
+        return "async"
+    if opcode.startswith(("UTMALDG", "UBLKCP")):
+        return "tma"
+    if not opcode.startswith("LDG"):
+        return None
+    width = re.search(r"\.(128|64|U16|S16|U8|S8)\b", opcode)
+    return {"U16": "16", "S16": "16", "U8": "8", "S8": "8"}.get(width[1], width[1]) if width else "32"
+
+
+def _count(opcodes: list[str]) -> dict[str, int]:
+    counts = Counter({"total": len(opcodes)})
+    for opcode in opcodes:
+        for group, pattern in _GROUPS.items():
+            if re.match(pattern, opcode):
+                counts[group] += 1
+                break
+    return dict(counts)
+
+
+def _disassemble(cubin: bytes) -> list[tuple[str | None, str, str]]:
+    """(label, opcode, operands) of every instruction."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    lines, label = [], None
+    for line in text.splitlines():
+        if found := re.match(r"^\s*(\.L_x_\d+):", line):
+            label = found[1]
+        elif found := re.match(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", line):
+            lines.append((label, found[1], found[2]))
+            label = None
+    return lines
+
+
+def _innermost_loops(lines: list[tuple[str | None, str, str]]) -> list[tuple[int, int]]:
+    """Spans of backward branches that hold no other backward branch's span."""
+    at = {label: i for i, (label, _, _) in enumerate(lines) if label}
+    spans = []
+    for i, (_, opcode, operands) in enumerate(lines):
+        found = re.search(r"\.L_x_\d+", operands) if opcode.startswith("BRA") else None
+        if found and at.get(found[0], i) < i:
+            spans.append((at[found[0]], i))
+    return [s for s in spans if not any(o != s and o[0] >= s[0] and o[1] <= s[1] for o in spans)]
+
+
+def _read_nvidia(report: Report, compiled: Any) -> None:
+    from triton.backends.nvidia import compiler
+
+    capability = int(report.target[2:])
+    ptxas = compiler.get_ptxas(capability)
+    suffix = "a" if capability >= 90 else ""
+    source = Path(compiler.__file__).read_text()
+    flags = ["--regAllocOptLevel=2"] if "--regAllocOptLevel" in source else []
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.ptx")
+        Path(path).write_text(compiled.asm["ptx"])
+        command = [ptxas.path, "-lineinfo", "-v", *flags, f"--gpu-name=sm_{capability}{suffix}", path]
+        log = subprocess.run([*command, "-o", path + ".cubin"], capture_output=True, text=True, check=True).stderr
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, log)
+        return int(found[1]) if found else 0
+
+    report.registers = number(r"Used (\d+) registers")
+    report.spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+    report.warnings = sorted(set(re.findall(r"C75\d\d", log)))
+    lines = _disassemble(compiled.asm["cubin"])
+    opcodes = [opcode for _, opcode, _ in lines]
+    counts = _count(opcodes)
+    for kind, name in (("UTCMMA", "tcgen05"), ("HGMMA", "wgmma"), ("HMMA", "mma")):
+        if counts.get(kind):
+            report.tensor_core_kind, report.tensor_core = name, counts[kind]
+            break
+    report.loads = dict(Counter(width for opcode in opcodes if (width := _load_width(opcode))))
+    report.instructions = counts["total"]
+    report.loops = [_count(opcodes[first : last + 1]) for first, last in _innermost_loops(lines)]
+    report.blocks_per_sm, report.occupancy, report.limiter = occupancy(
+        report.registers, report.shared, report.num_warps, report.target, report.tensor_memory
+    )
+
+
+def _read_amd(report: Report, compiled: Any) -> None:
+    asm = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", asm)
+        return int(found[1]) if found else 0
+
+    opcodes = [line.split()[0] for line in asm.splitlines() if re.match(r"^\s+[a-z]+_\w+", line)]
+    report.registers = number("vgpr_count")
+    report.spills = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    report.tensor_core = sum(opcode.startswith(("v_mfma", "v_wmma")) for opcode in opcodes)
+    report.tensor_core_kind = "mfma" if report.tensor_core else ""
+    widths = {"128": r"dwordx4", "64": r"dwordx2", "32": r"dword$", "16": r"ushort|short"}
+    report.loads = {
+        width: sum(bool(re.match(rf"(global|buffer)_load_({end})", opcode)) for opcode in opcodes)
+        for width, end in widths.items()
+    }
+    report.instructions = len(opcodes)
+    report.limiter = "not modelled"
+
+
+# ------------------------------------------------------------------ compiling
+
+
+class _Driver:
+    """Enough of a Triton driver to bind and specialise arguments; it never launches."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+def _gpu_target(name: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", int(name[2:]), 32) if name.startswith("sm") else GPUTarget("hip", name, 64)
+
+
+@contextlib.contextmanager
+def intercept(target: str, case: str) -> Iterator[list[Report]]:
+    """Inside, `kernel[grid](...)` compiles for `target` instead of launching, and the list fills with reports."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    reports: list[Report] = []
+    launch, touched = JITFunction.run, []
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        # Compiled kernels are cached by device number, and every target here is device 0.
+        self.device_caches.clear()
+        touched.append(self)
+        compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        bound = dict(zip(self.arg_names, args)) | kwargs
+        constants = {name: value for name, value in bound.items() if isinstance(value, (bool, int, float, str))}
+        metadata = compiled.metadata
+        report = Report(
+            case=case,
+            kernel=self.fn.__name__.strip("_").removesuffix("_kernel"),
+            target=target,
+            num_warps=metadata.num_warps,
+            num_stages=metadata.num_stages,
+            shared=metadata.shared,
+            tensor_memory=getattr(metadata, "tmem_size", 0) or 0,
+            # Products of float32 at full precision have no tensor-core instruction on NVIDIA GPUs.
+            dots=len(re.findall(r"tt\.dot .*: tensor<\d+x\d+x(?:f16|bf16)>", compiled.asm["ttir"])),
+            constants=constants,
+        )
+        (_read_nvidia if target.startswith("sm") else _read_amd)(report, compiled)
+        reports.append(report)
+        return compiled
+
+    driver = triton.runtime.driver
+    driver.set_active(_Driver(_gpu_target(target)))
+    JITFunction.run = compile_only
+    try:
+        yield reports
+    finally:
+        JITFunction.run = launch
+        driver._active = None
+        for kernel in touched:
+            kernel.device_caches.clear()
+
+
+def compile_case(case: Case, target: str) -> list[Report]:
+    try:
+        with intercept(target, case.name) as reports:
+            case.run(target)
+        return reports
+    except Exception as error:  # every compiler failure is a result here, the next case still runs
+        first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+        return [Report(case.name, "", target, error=first_line[:200])]
+
+
+def _compile_in_fork(case: Case, target: str) -> list[Report]:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send([asdict(r) for r in compile_case(case, target)]))
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(SECONDS_PER_CASE):
+            return [Report(**report) for report in receiver.recv()]
+        error = f"no result within {SECONDS_PER_CASE} s"
+    except EOFError:
+        error = "the compiler ended the process"
+    finally:
+        process.kill()
+        process.join()
+    return [Report(case.name, "", target, error=error)]
+
+
+def all_cases() -> list[Case]:
+    """The cases of every op: `cases()` of the `aot_cases` module in each subpackage that has one."""
+    import vptm_kernels
+
+    found: list[Case] = []
+    for module in pkgutil.iter_modules(vptm_kernels.__path__, "vptm_kernels."):
+        name = f"{module.name}.aot_cases"
+        if module.ispkg and importlib.util.find_spec(name) is not None:
+            found += importlib.import_module(name).cases()
+    return found
+
+
+def _chosen(pattern: str, ci: bool) -> list[Case]:
+    return [case for case in all_cases() if (case.ci or not ci) and re.search(pattern, case.name)]
+
+
+def _work(target: str, pattern: str, ci: bool) -> None:
+    """Print one json list of reports per case, as they come."""
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    compile_one = compile_case if target.startswith("sm") else _compile_in_fork
+    for case in _chosen(pattern, ci):
+        print(json.dumps([asdict(report) for report in compile_one(case, target)]), flush=True)
+
+
+def run(
+    targets: list[str], pattern: str = "", ci: bool = False, on_report: Callable[[Report], None] | None = None
+) -> list[Report]:
+    """Reports of all chosen cases and targets, from one child process per target."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    reports = []
+    for target in targets:
+        command = [sys.executable, "-m", "vptm_kernels.aot", "--worker", target, "--cases", pattern]
+        with subprocess.Popen(
+            command + ["--ci"] * ci, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as child:
+            assert child.stdout is not None and child.stderr is not None
+            for line in child.stdout:
+                for values in json.loads(line):
+                    report = Report(**values)
+                    reports.append(report)
+                    if on_report is not None:
+                        on_report(report)
+            message = child.stderr.read().strip()
+        if child.returncode:
+            last = message.splitlines()[-1] if message else f"exit status {child.returncode}"
+            reports.append(Report("", "", target, error=f"the compiling process failed: {last}"))
+            if on_report is not None:
+                on_report(reports[-1])
+    return reports
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vptm_kernels.aot", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--targets", help=f"comma separated, of {', '.join(TARGETS)} (default: all)")
+    parser.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name matches")
+    parser.add_argument(
+        "--ci", action="store_true", help=f"only cases that matter most; targets {', '.join(CI_TARGETS)}"
+    )
+    parser.add_argument("--json", action="store_true", help="print one json list instead of a table")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if importlib.util.find_spec("triton") is None:
+        parser.error("compiling kernels needs the triton package, which is not installed")
+    if options.worker:
+        _work(options.worker, options.cases, options.ci)
+        return 0
+    targets = options.targets.split(",") if options.targets else list(CI_TARGETS if options.ci else TARGETS)
+    if unknown := set(targets) - set(TARGETS):
+        parser.error(f"--targets must be of {', '.join(TARGETS)}, got {', '.join(sorted(unknown))}")
+    if options.list:
+        print(*(case.name for case in _chosen(options.cases, options.ci)), sep="\n")
+        return 0
+    show = None if options.json else lambda report: print(report.row(), flush=True)
+    reports = run(targets, options.cases, options.ci, show)
+    if options.json:
+        print(json.dumps([asdict(report) for report in reports], indent=1))
+    if not reports:
+        parser.error(f"--cases must match a case, got {options.cases!r}")
+    return int(any(report.problems for report in reports))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The variants of the prompted_attention kernels that are compiled ahead of time, as models call them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from ..aot import Case
+from .bias import table_rows
+
+
+def _run(
+    target: str,
+    *,
+    passes: str,
+    dtype: torch.dtype = torch.bfloat16,
+    tokens: int = 197,
+    prompts: int = 10,
+    head_dim: int = 64,
+    kind: str = "shared",
+    bias: str = "aligned",
+    heads: int = 12,
+    learned: str = "qkv prompts",
+) -> None:
+    from . import triton_impl
+
+    batch, width, window = 8, heads * head_dim, (14, 14)
+    qkv = torch.empty(batch, tokens, 3 * width, dtype=dtype)
+    sections = 3 if kind == "queries" else 2
+    shape = {"none": None, "image": (batch, prompts, 2 * width), "pool": (4 * prompts, 2 * width)}
+    prompt_shape = shape.get(kind, (prompts, sections * width))
+    given = None if prompt_shape is None or prompts == 0 else torch.empty(*prompt_shape, dtype=dtype)
+    ranges = torch.zeros(batch, 2, dtype=torch.int32) if kind == "pool" else None
+    data, ids = None, None
+    if bias == "table":
+        data, ids = torch.empty(table_rows(window), heads), torch.zeros(tokens, dtype=torch.int32)
+    elif bias == "aligned":
+        # Frozen tables as models hold them: expanded once, in fp16.
+        bias_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+        data = torch.empty(heads, tokens, -(-tokens // 16) * 16, dtype=bias_dtype)[..., :tokens]
+    elif bias == "columns":
+        data = torch.empty(heads, tokens, tokens + prompts, dtype=torch.float32)
+    inputs: tuple[Any, ...] = (qkv, given, data, ids, ranges)
+    options: tuple[Any, ...] = (window if bias == "table" else (), heads, kind == "queries")
+    options += (prompts if ranges is not None else 0, head_dim**-0.5)
+    with patch.object(triton_impl, "architecture", lambda device: target):
+        if passes == "forward":
+            triton_impl.forward(*inputs, *(*options, True))
+            return
+        rows = tokens + (prompts if kind == "queries" else 0)
+        out = torch.empty(batch, rows, width, dtype=dtype)
+        lse = torch.empty(batch, heads, rows)
+        needs = ["qkv" in learned, "prompts" in learned and given is not None, "bias" in learned]
+        triton_impl.backward(*(out, None, *inputs, out, lse, *options, needs))
+
+
+def cases() -> Iterator[Case]:
+    def case(name: str, ci: bool = False, **variant: Any) -> Case:
+        return Case(f"prompted_attention/{name}", lambda target: _run(target, **variant), ci)
+
+    half, single = torch.float16, torch.float32
+    for passes in ("forward", "backward"):
+        yield case(f"{passes}-bf16-P10", True, passes=passes)
+        yield case(f"{passes}-fp16-P10", True, passes=passes, dtype=half)
+        yield case(f"{passes}-bf16-P0", True, passes=passes, prompts=0)
+        yield case(f"{passes}-bf16-P50", True, passes=passes, prompts=50)
+        yield case(f"{passes}-bf16-no-bias", True, passes=passes, bias="none")
+        yield case(f"{passes}-bf16-P200", passes=passes, prompts=200)
+        yield case(f"{passes}-bf16-queries", passes=passes, kind="queries")
+        yield case(f"{passes}-bf16-pool", passes=passes, kind="pool", prompts=50)
+        yield case(f"{passes}-bf16-image", passes=passes, kind="image")
+        yield case(f"{passes}-bf16-prompt-columns", passes=passes, bias="columns")
+        yield case(f"{passes}-bf16-N577", passes=passes, tokens=577)
+        yield case(f"{passes}-fp32", passes=passes, dtype=single)
+        for head_dim in (16, 32, 48, 80, 96, 128):
+            yield case(f"{passes}-bf16-D{head_dim}", passes=passes, head_dim=head_dim)
+    yield case("backward-prompts-only", True, passes="backward", learned="prompts")
+    yield case("backward-table", passes="backward", bias="table", learned="qkv prompts bias")
+    yield case("backward-dense-bias", passes="backward", learned="qkv prompts bias")
+    yield case("forward-table", passes="forward", bias="table")
