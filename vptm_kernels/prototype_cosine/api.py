@@ -114,9 +114,10 @@ def prototype_cosine(
     if alone and _is_plain(hidden, token_weight, prototypes, eps, impl):
         assert isinstance(token_weight, FoldedHead)
         embedding = F.linear(hidden, *token_weight)
-        if embedding.requires_grad or (prototypes.requires_grad and torch.is_grad_enabled()):
-            return cosine(embedding, prototypes, eps)
-        return cosine_(embedding, prototypes, eps)
+        learned = embedding.requires_grad or (prototypes.requires_grad and torch.is_grad_enabled())
+        # cosine_ compares the batch with d, which would tie a graph to batches on one side of it.
+        pure = learned or torch.compiler.is_compiling()
+        return (cosine if pure else cosine_)(embedding, prototypes, eps)
     weight: Tensor
     head_bias: Tensor | None
     weight, head_bias = token_weight if isinstance(token_weight, FoldedHead) else (token_weight, token_bias)

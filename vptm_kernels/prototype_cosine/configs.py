@@ -26,31 +26,42 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def forward_config(arch: str, dtype_bits: int, batch: int, dim: int) -> Config:
+def forward_config(arch: str, dtype_bits: int, batch: int, dim: int, aligned: bool) -> Config:
+    """aligned: every row starts at a multiple of 16 bytes. Other rows are read an element at a time, and the addresses
+    of a full tile would not fit the registers.
+    """
     if arch == "cpu":
         return Config(16, 32, 16, 16, 4, 1)
-    rows = 16 if batch <= 16 else 32 if batch <= 32 or dtype_bits >= 32 else 64
-    dims = min(max(16, next_power_of_2(dim)), 64 if dtype_bits >= 32 else 128)
     stages = 1 if arch.startswith("gfx") else 2
-    return Config(rows, 32 if dtype_bits >= 32 else 64, 32 if dtype_bits >= 32 else 64, dims, 4, stages)
+    dims = min(max(16, next_power_of_2(dim)), 128)
+    if dtype_bits >= 32 or not aligned:
+        rows = 16 if batch <= 16 or (arch.startswith("gfx") and not aligned) else 32
+        return Config(rows, 32, 32, min(dims, 64), 4, stages)
+    if batch <= 16:
+        return Config(16, 64, 64, dims, 4, stages)
+    return Config(64, 64, 64, dims, 8, stages)
 
 
-def reader_grad_config(arch: str, dtype_bits: int, batch: int, dim: int) -> Config:
-    return forward_config(arch, dtype_bits, batch, dim)
+def reader_grad_config(arch: str, dtype_bits: int, batch: int, dim: int, aligned: bool) -> Config:
+    return forward_config(arch, dtype_bits, batch, dim, aligned)
 
 
-def hidden_grad_config(arch: str, dtype_bits: int, batch: int, dim: int) -> Config:
-    """dims: rows of the reader that one product takes. The channels of the result stand in `channels`."""
-    return forward_config(arch, dtype_bits, batch, dim)._replace(
-        dims=16 if arch == "cpu" else 64 if dtype_bits < 32 else 32
-    )
+def hidden_grad_config(arch: str, dtype_bits: int, batch: int, dim: int, aligned: bool, recompute: bool) -> Config:
+    """dims: rows of the reader that one product takes. The channels of the result stand in `channels`.
+
+    recompute: whether logits are needed again. Where they are not the loop is so short that pipelining it makes ptxas
+    serialise the tensor-core instructions (C7514).
+    """
+    config = forward_config(arch, dtype_bits, batch, dim, aligned)
+    dims = 16 if arch == "cpu" else 32 if dtype_bits >= 32 or not aligned else 64
+    return config._replace(dims=dims, num_stages=config.num_stages if recompute else 1)
 
 
-def channels(arch: str, dtype_bits: int, width: int) -> int:
+def channels(arch: str, dtype_bits: int, width: int, aligned: bool) -> int:
     """Channels of the hidden gradient that one program sums."""
     if arch == "cpu":
         return 16
-    return min(max(16, next_power_of_2(width)), 64 if dtype_bits >= 32 else 128)
+    return min(max(16, next_power_of_2(width)), 64 if dtype_bits >= 32 or not aligned else 128)
 
 
 def tokens_per_split(arch: str, tokens: int, other_programs: int, block: int) -> int:

@@ -60,11 +60,13 @@ def _hidden_grad_kernel(hidden, weight, bias, reader, grad, saved, subtract, twi
     last = tl.minimum(rows, B - 1).to(tl.int64)
     first, stop = split * per_split, tl.minimum(split * per_split + per_split, V)
     acc = tl.zeros((BLOCK_B, BLOCK_O), ACC)
+    tl.assume(stop > first)
     for start in range(first, stop, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         token_ok = v < stop
         token = tl.minimum(v, V - 1).to(tl.int64)
         dt = tl.zeros((BLOCK_B, BLOCK_V), ACC)
+        tl.assume(D > 0)
         for first_dim in range(0, D, BLOCK_D):
             d = first_dim + tl.arange(0, BLOCK_D)
             g = tl.load(grad + last[:, None] * D + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0)

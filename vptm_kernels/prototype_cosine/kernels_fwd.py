@@ -32,6 +32,8 @@ def token_logits(hidden_rows, weight, bias, v, C, V, stride_w,
     last = tl.minimum(v, V - 1)
     columns = weight + last.to(tl.int64)[None, :] * stride_w
     t = tl.zeros((BLOCK_B, BLOCK_V), ACC)
+    # Without a path of no trips the tensor-core instructions of neighbouring loops need not be serialised.
+    tl.assume(C > 0)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         h = tl.load(hidden_rows[:, None] + c[None, :], mask=(c < C)[None, :], other=0.0)
@@ -62,6 +64,7 @@ def _readout_kernel(hidden, weight, bias, reader, part, seen_part, statistics,
     s1 = tl.zeros((BLOCK_B,), ACC)
     s2 = tl.zeros((BLOCK_B,), ACC)
     seen = tl.zeros((BLOCK_D,), ACC)
+    tl.assume(stop > first)
     for start in range(first, stop, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         t = token_logits(hidden_rows, weight, bias, v, C, V, stride_w,

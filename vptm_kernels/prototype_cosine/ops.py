@@ -36,7 +36,7 @@ def token_readout_op(
     room: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a @ reader.T (B, D), sum of a² (B,), [log-sum-exp, sum of a] (2, B), and `room` elements kept for backward."""
+    """a @ reader.T (B, D), sum of a² (B,), Triton's softmax statistics (2, B), `room` elements kept for backward."""
     args = (hidden, token_weight, token_bias, reader, gram, activation, squares, needs, room)
     if impl == "torch":
         return torch_impl.forward(*args)
@@ -61,7 +61,7 @@ def _(
     return (
         hidden.new_empty(batch, reader.shape[0], dtype=exact),
         hidden.new_empty(batch if squares else 0, dtype=exact),
-        hidden.new_empty((2, batch) if impl == "triton" else 0, dtype=exact),
+        hidden.new_empty((2, batch) if impl == "triton" and activation != "logits" else (0,), dtype=exact),
         hidden.new_empty(room),
     )
 

@@ -36,6 +36,10 @@ def _blocks(config: Config) -> dict[str, int]:
     return {"BLOCK_B": config.rows, "BLOCK_V": config.tokens, "BLOCK_C": config.width, "BLOCK_D": config.dims}
 
 
+def _aligned(*matrices: Tensor) -> bool:
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in matrices)
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -60,7 +64,7 @@ def forward(
     exact = accumulator(hidden.dtype)
     out = hidden.new_empty(batch, dim, dtype=exact)
     squared = hidden.new_empty(batch if squares else 0, dtype=exact)
-    saved = hidden.new_empty(2, batch, dtype=exact)
+    saved = hidden.new_empty((2, batch) if activation != "logits" else (0,), dtype=exact)
     kept = hidden.new_empty(room)
     if batch == 0:
         return out, squared, saved, kept
@@ -70,7 +74,7 @@ def forward(
         return out, squared, saved, kept
 
     arch = architecture(hidden.device)
-    config = forward_config(arch, 8 * hidden.element_size(), batch, dim)
+    config = forward_config(arch, 8 * hidden.element_size(), batch, dim, _aligned(hidden, token_weight, reader))
     row_blocks, dim_blocks = _cdiv(batch, config.rows), _cdiv(dim, config.dims)
     per_split = tokens_per_split(arch, tokens, row_blocks * dim_blocks, config.tokens)
     splits = _cdiv(tokens, per_split)
@@ -132,6 +136,7 @@ def backward(
         return torch_impl.fold_backward(grad_out, grad_squared, *inputs, kept, needs)
 
     exact, arch, bits = grad_out.dtype, architecture(hidden.device), 8 * hidden.element_size()
+    aligned = _aligned(hidden, token_weight, reader)
     grad = grad_out.to(hidden.dtype).contiguous()
     shared = {
         "ACTIVATION": _ACTIVATIONS[activation],
@@ -142,7 +147,7 @@ def backward(
     dhidden = dbias = dreader = None
     if needs[3]:
         dreader = reader.new_empty(reader.shape)
-        config = reader_grad_config(arch, bits, batch, dim)
+        config = reader_grad_config(arch, bits, batch, dim, aligned)
         _reader_grad_kernel[(_cdiv(tokens, config.tokens), _cdiv(dim, config.dims))](
             *(hidden, token_weight, token_bias, grad, saved, dreader),
             *(batch, width, tokens, dim, hidden.stride(0), token_weight.stride(0)),
@@ -159,8 +164,9 @@ def backward(
             subtract = grad_out @ reader.sum(1, dtype=exact)
         if activation != "logits" and grad_squared is not None:
             subtract += twice * (squared if activation == "softmax" else saved[1])
-        config = hidden_grad_config(arch, bits, batch, dim)
-        block = channels(arch, bits, width)
+        recompute = activation != "logits" or grad_squared is not None
+        config = hidden_grad_config(arch, bits, batch, dim, aligned, recompute)
+        block = channels(arch, bits, width, aligned)
         row_blocks, channel_blocks = _cdiv(batch, config.rows), _cdiv(width, block) if needs[0] else 1
         per_split = tokens_per_split(arch, tokens, row_blocks * channel_blocks, config.tokens)
         splits = _cdiv(tokens, per_split)
