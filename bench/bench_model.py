@@ -24,10 +24,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from timm.models.beit import Beit
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vptm import PromptedBEiT
 from vptm.prompted_beit import _sdpa
-from vptm.reference import reference_features
+from vptm.reference import block_forward
 
 CUDA = torch.cuda.is_available()
 BATCH, DEVICE, DTYPE = (64, "cuda", torch.bfloat16) if CUDA else (4, "cpu", torch.float32)
@@ -76,9 +77,23 @@ def _implementations(mode: str, length: int) -> dict[str, Callable[[], Tensor]]:
     plain = copy.deepcopy(_backbone()).to(DEVICE, DTYPE)
     return {
         "timm without prompts": lambda: plain(images),
-        "concatenation": lambda: model.forward_head(reference_features(model, images, _sdpa), pre_logits=True),
+        "concatenation": lambda: _concatenate(model, images),
         "vptm": lambda: model.forward_hidden(images),
     }
+
+
+def _concatenate(model: PromptedBEiT, images: Tensor) -> Tensor:
+    """What a careful user of timm writes: prompts after the patches, the bias of each block padded with zeros, SDPA."""
+    backbone, prompts = model.backbone, model.prompts
+    x = backbone.patch_embed(images)
+    x = torch.cat([backbone.cls_token.expand(len(x), -1, -1), x], dim=1)
+    tokens, length = x.shape[1], prompts.length
+    for layer, block in enumerate(backbone.blocks):
+        if length and (layer == 0 or prompts.mode == "deep"):
+            x = torch.cat([x[:, :tokens], prompts.weight[layer].expand(len(x), -1, -1)], dim=1)
+        bias = F.pad(block.attn._get_rel_pos_bias(), (0, length, 0, length))
+        x = block_forward(block, x, bias, _sdpa)
+    return backbone.norm(x)[:, 0]
 
 
 def _timed(run: Callable[[], Tensor]) -> float:
