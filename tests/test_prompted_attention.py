@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vptm_kernels import RelativePositionBias, prompted_attention
+from vptm_kernels._runtime import triton_support
 from vptm_kernels._runtime.triton_support import has_triton
 from vptm_kernels.prompted_attention.bias import table_rows
 from vptm_kernels.testing import AttentionCase, assert_close_to_exact
@@ -415,6 +417,72 @@ def test_ranges_changed_in_place_are_checked_again():
 def test_triton_is_refused_where_it_cannot_run():
     with pytest.raises(ValueError, match="impl='triton' needs a head dimension from 16 to 128, got 8"):
         prompted_attention(torch.randn(1, 3, 48, device=DEVICE), num_heads=2, impl="triton")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs tensors that Triton cannot use")
+def test_triton_names_what_is_missing(monkeypatch):
+    call = shared_call(impl="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(triton_support, "_HAS_TRITON", True)
+    with pytest.raises(ValueError, match=r"impl='triton' needs GPU tensors .*, got device cpu"):
+        prompted_attention(**call)
+    monkeypatch.setattr(triton_support, "_HAS_TRITON", False)
+    with pytest.raises(ValueError, match="impl='triton' needs the triton package, which is not installed"):
+        prompted_attention(**call)
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")
+@pytest.mark.parametrize("prompts", ["shared", "queries", "pool"])
+def test_offsets_of_64_bits_give_the_same_result(prompts, monkeypatch):
+    """Rows beyond 2**31 elements use 64-bit offsets: the same kernels, forced here on a small input."""
+    from vptm_kernels.prompted_attention import triton_impl
+
+    case = AttentionCase(tokens=17, prompts=prompts, bias="dense", dtype=torch.float32)
+    results, problem = [], triton_impl._problem
+    for wide in (False, True):
+        if wide:
+            monkeypatch.setattr(triton_impl, "_problem", lambda *args: problem(*args)._replace(int64=True))
+        call = case.inputs(DEVICE, requires_grad=True)
+        out = prompted_attention(**call, impl="triton")
+        results.append([out, *torch.autograd.grad(out.sin().sum(), list(differentiable(call).values()))])
+    for narrow, wide in zip(*results):
+        assert torch.equal(narrow, wide)
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")
+def test_nothing_is_allocated_but_results(monkeypatch):
+    """Forward: out and lse. Backward: delta, dqkv and the prompts' partial sums. Nothing is concatenated or padded."""
+
+    class Allocations(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.shapes, self.ops = [], set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            self.ops.add(func.overloadpacket.__name__)
+            if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like):
+                self.shapes += [tuple(result.shape)] * (result.numel() > 0)
+            return result
+
+    from vptm_kernels.prompted_attention import triton_impl
+
+    call = AttentionCase(tokens=17, prompt_length=5, bias="aligned", dtype=torch.float32).inputs(DEVICE)
+    inputs = (call["qkv"], call["prompt_kv"], call["bias"], None, None)
+    options = ([], 2, False, 0, 0.25)
+    with Allocations() as forward:
+        out, lse = triton_impl.forward(*inputs, *options, True)
+    assert sorted(forward.shapes) == [(2, 2, 17), (2, 17, 32)]
+    with Allocations() as backward:
+        triton_impl.backward(torch.ones_like(out), None, *inputs, out, lse, *options, [True, True, False])
+    assert sorted(backward.shapes) == [(2, 2, 17), (2, 5, 64), (2, 17, 96)]
+    assert not (forward.ops | backward.ops) & {
+        "cat",
+        "constant_pad_nd",
+        "scaled_dot_product_attention",
+        "clone",
+        "copy_",
+    }
 
 
 def test_double_backward_is_a_clear_error():

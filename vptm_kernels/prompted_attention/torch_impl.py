@@ -112,12 +112,15 @@ def backward(
             if ddense is not None:
                 ddense += dscores[:, :, : ddense.shape[1], : ddense.shape[2]].sum(0)
         if dqkv is not None:
-            stacked = torch.stack([dq[:, :, :tokens], dk[:, :, :tokens], dv[:, :, :tokens]], 1)
-            dqkv[images] = stacked.permute(0, 3, 1, 2, 4).flatten(2).to(dqkv.dtype)
+            sections = dqkv.unflatten(2, (3, heads, head_dim))
+            for i, part in enumerate((dq, dk, dv)):
+                sections[images, :, i] = part[:, :, :tokens].transpose(1, 2).to(dqkv.dtype)
         if dprompts is not None:
             parts = [dq, dk, dv] if prompt_queries else [dk, dv]
-            found = torch.stack([part[:, :, tokens:] for part in parts], 1).permute(0, 3, 1, 2, 4).flatten(2)
-            dprompts[chosen] += found if dprompts.ndim == 3 else found.sum(0, dtype=exact)
+            sections = dprompts[chosen].unflatten(-1, (len(parts), heads, head_dim))
+            for i, part in enumerate(parts):
+                rows = part[:, :, tokens:].transpose(1, 2)
+                sections[..., i, :, :] += rows if dprompts.ndim == 3 else rows.sum(0, dtype=exact)
 
     dbias = ddense
     if ddense is not None and bias is not None:
