@@ -388,12 +388,17 @@ class PromptedBEiT(nn.Module):
         row = self._readout_row()
         pooled = features[:, 1 : 1 + self.num_patches].mean(dim=1) if row is None else features[:, row]
         hidden = self.backbone.fc_norm(pooled)
-        return hidden if pre_logits else self.verbalizer(hidden, self.lm_head)
+        return hidden if pre_logits else self._scores(hidden)
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores (B, K), cosine / temperature with the prototypical verbalizer, for normalised images (B,
         channels, H, W)."""
-        return self.verbalizer(self.forward_hidden(images), self.lm_head)
+        return self._scores(self.forward_hidden(images))
+
+    def _scores(self, hidden: Tensor) -> Tensor:
+        if isinstance(self.verbalizer, PrototypicalVerbalizer):
+            return self.verbalizer(hidden, self.lm_head, self.impl)
+        return self.verbalizer(hidden, self.lm_head)
 
     def predict_tokens(self, images: Tensor) -> Tensor:
         """Visual-token logits (B, V) at the read-out row."""

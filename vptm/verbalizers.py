@@ -4,10 +4,17 @@ it."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vptm_kernels import prototype_cosine
+
+if TYPE_CHECKING:
+    from .prompted_beit import PromptedBEiT
 
 TOKEN_ACTIVATIONS = ("hidden", "logits", "softmax", "log_softmax")
 
@@ -107,15 +114,73 @@ class PrototypicalVerbalizer(nn.Module):
         """The temperature that divides the cosines, a 0-d tensor."""
         return self.log_temperature.exp()
 
-    def cosine(self, hidden: Tensor, lm_head: nn.Linear | None = None) -> Tensor:
-        """Cosine similarities (B, K) of the read-out rows (B, C) to the prototypes, in [-1, 1]."""
+    def embed(self, hidden: Tensor, lm_head: nn.Linear | None = None) -> Tensor:
+        """What is compared to the prototypes: (B, d) projections of what is read from the rows (B, C)."""
         read = read_tokens(hidden, lm_head, self.token_activation)
-        embedding = read if self.projection is None else self.projection(read)
-        return F.linear(F.normalize(embedding, dim=-1), F.normalize(self.prototypes, dim=-1))
+        return read if self.projection is None else self.projection(read)
 
-    def forward(self, hidden: Tensor, lm_head: nn.Linear | None = None) -> Tensor:
-        """Class scores (B, K) = cosine / temperature."""
-        return self.cosine(hidden, lm_head) / self.temperature
+    @torch.no_grad()
+    def init_prototypes(self, model: PromptedBEiT, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Start every prototype at the mean embedding of its class, under the model's present prompts and projection.
+
+        Args:
+            model: the model this verbalizer belongs to; it is in eval mode meanwhile.
+            loader: the support set as (images, labels) batches, labels (B,) integers in 0 .. K - 1.
+
+        Raises:
+            ValueError: a label outside 0 .. K - 1, embeddings that are not finite, or a class without an image. The
+                prototypes are then unchanged.
+        """
+        device, classes = self.prototypes.device, self.prototypes.shape[0]
+        sums = torch.zeros(self.prototypes.shape, dtype=torch.float64, device=device)
+        counts = torch.zeros(classes, dtype=torch.long, device=device)
+        seen, training = 0, model.training
+        model.eval()
+        try:
+            for images, labels in loader:
+                labels = labels.to(device)
+                outside = ((labels < 0) | (labels >= classes)).nonzero()
+                if outside.numel():
+                    index = int(outside[0])
+                    raise ValueError(
+                        f"labels must lie in 0 .. {classes - 1}, got {int(labels[index])} for image {seen + index}"
+                    )
+                embedding = self.embed(model.forward_hidden(images.to(device)), model.lm_head).double()
+                if not bool(embedding.isfinite().all()):
+                    raise ValueError(f"embeddings must be finite, got NaN or inf in the batch from image {seen} on")
+                sums.index_add_(0, labels, embedding)
+                counts += torch.bincount(labels, minlength=classes)
+                seen += len(labels)
+        finally:
+            model.train(training)
+        empty = (counts == 0).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"every class must have an image in the support set, got none for class {empty[0]}")
+        self.prototypes.copy_(sums / counts[:, None])
+
+    def cosine(self, hidden: Tensor, lm_head: nn.Linear | None = None, impl: str = "auto") -> Tensor:
+        """Cosine similarities (B, K) of the read-out rows (B, C) to the prototypes, in [-1, 1].
+
+        What reads tokens runs in `vptm_kernels.prototype_cosine`, with its `impl`, and stores token logits only where
+        that is cheapest; "reference" always stores them.
+        """
+        if lm_head is None or self.token_activation == "hidden" or impl == "reference":
+            embedding = self.embed(hidden, lm_head)
+            return F.linear(F.normalize(embedding, dim=-1), F.normalize(self.prototypes, dim=-1))
+        return prototype_cosine(
+            hidden,
+            lm_head.weight,
+            lm_head.bias,
+            self.prototypes,
+            projection=None if self.projection is None else self.projection.weight,
+            projection_bias=None if self.projection is None else self.projection.bias,
+            activation=self.token_activation,
+            impl=impl,
+        )
+
+    def forward(self, hidden: Tensor, lm_head: nn.Linear | None = None, impl: str = "auto") -> Tensor:
+        """Class scores (B, K) = cosine / temperature; `impl` as in `cosine`."""
+        return self.cosine(hidden, lm_head, impl) / self.temperature
 
 
 class LinearVerbalizer(nn.Module):
