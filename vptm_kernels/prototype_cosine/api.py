@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._runtime.triton_support import IMPLEMENTATIONS, has_triton, interpreting
+from . import torch_impl
 from .cosine import cosine, cosine_
 from .folding import FoldedHead, accumulator
 from .ops import prototype_similarity_op, task_linear_op, token_readout_op
@@ -207,7 +208,12 @@ def _readout(
     else:
         shape = (hidden.shape[0], hidden.shape[1], tokens, reader.shape[0])
         room = room_to_keep(*shape, activation, squares, gram is not None, needs, hidden.element_size(), keeping)
-    out = token_readout_op(hidden, weight, bias, reader, gram, activation, squares, needs, room, impl)
+    args = (hidden, weight, bias, reader, gram, activation, squares, needs)
+    if impl == "torch" and not any(needs) and not torch.compiler.is_compiling() and type(hidden) is Tensor:
+        # Nothing to differentiate or to trace: the registered op would cost one image a few percent of its time.
+        out = torch_impl.forward(*args, 0)
+    else:
+        out = token_readout_op(*args, room, impl)
     return out[0], out[1]
 
 

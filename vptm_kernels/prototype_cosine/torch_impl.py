@@ -15,8 +15,9 @@ from torch import Tensor
 from .folding import accumulator
 from .plan import choose_plan
 
-# Logits alone are streamed in tiles of 1 MB of float32, inside the cache of one core; activations need whole rows.
-_TILE, _ACTIVATIONS = 512, 1 << 19
+# Logits alone are streamed in tiles of 1 MB of float32, inside the cache of one core. Activations need whole rows, and
+# few slices of rows, since every slice reads the token head again: 16 MB of float32.
+_TILE, _ACTIVATIONS = 512, 1 << 22
 # Below so many rows the loop over tiles costs more than the logits are worth.
 _FEW_ROWS = 16
 
