@@ -53,7 +53,7 @@ def forward_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *, in
     if dtype_bits >= 32:
         return Config(32, 32, 4, 1)
     if head_dim > 64:
-        return Config(64, 32, 4, 1)
+        return Config(64, 32, 4, 1) if _asynchronous_tensor_cores(arch) else Config(32, 32, 4, 1)
     return Config(64, 64, 4, 1) if _asynchronous_tensor_cores(arch) else Config(64, 32, 4, 1)
 
 
@@ -61,13 +61,13 @@ def query_grad_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *,
     if interpreted:
         return _interpreted(tokens)
     if dtype_bits >= 32:
-        return Config(32, 32, 4, 1)
+        return Config(16, 32, 4, 1)
     if head_dim > 64:
         return Config(64, 32, 4, 1) if _asynchronous_tensor_cores(arch) else Config(32, 32, 4, 1)
     if _asynchronous_tensor_cores(arch):
         return Config(64, 64, 4, 1)
-    # ptxas for sm120 aims at three blocks and spills a few registers of the taller tile.
-    return Config(32, 32, 4, 1) if arch == "sm120" else Config(64, 32, 4, 1)
+    # The taller tile spills a few registers on sm120 and, with prompts that attend, on gfx942.
+    return Config(64, 32, 4, 1) if arch == "sm80" else Config(32, 32, 4, 1)
 
 
 def key_grad_config(arch: str, dtype_bits: int, head_dim: int, keys: int, *, interpreted: bool = False) -> Config:
@@ -79,6 +79,8 @@ def key_grad_config(arch: str, dtype_bits: int, head_dim: int, keys: int, *, int
         return Config(32, min(32, block_n), 4, 1)
     if arch.startswith("gfx") or (head_dim > 64 and not _asynchronous_tensor_cores(arch)):
         block_n = min(32, block_n)
+    if head_dim > 64 and not _asynchronous_tensor_cores(arch):
+        return Config(32, block_n, 8 if block_n > 16 else 4, 1)
     wide = block_n == 16 or _asynchronous_tensor_cores(arch)
     return Config(64 if wide and head_dim <= 64 else 32, block_n, 4, 1)
 
