@@ -1067,3 +1067,18 @@ def test_report_lines_say_what_was_dropped_missing_and_resized(tmp_path: Path) -
     assert "blocks.*.attn.relative_position_bias_table (28, 3) to (84, 3)" in rows["resized"]
     assert any(label == "note" and "window 3 x 3 resized to 5 x 5" in text for label, text in lines)
     assert all("\n" not in text for _, text in lines)
+
+
+def test_plain_pickle_with_code_is_named_and_not_run(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """A pickle written without torch is refused by what it would call, in one line and without a warning."""
+    marker = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {marker}",)
+
+    path = tmp_path / "code.pth"
+    path.write_bytes(pickle.dumps({"model": Bomb()}))
+    with pytest.raises(ValueError, match=r"is a plain pickle that calls \w+\.system; nothing was run") as refusal:
+        load_backbone(path)
+    assert "\n" not in str(refusal.value) and not marker.exists() and not recwarn.list

@@ -256,9 +256,27 @@ def test_a_broken_image_is_named_or_skipped(tmp_path: Path, kind: str) -> None:
 
 def test_skipping_may_not_empty_a_class(tmp_path: Path) -> None:
     write_pictures(tmp_path, 4, ("a", "b"))
-    bad_file(tmp_path / "c" / "0.png")
+    for name in range(4):
+        bad_file(tmp_path / "c" / f"{name}.png")
     with pytest.raises(ValueError, match="class 'c' has no readable"):
         load_data(tmp_path, on_bad_image="skip")
+
+
+def test_broken_files_do_not_move_the_division(tmp_path: Path) -> None:
+    """A run that skipped broken files and an evaluation that does not must agree on which images are held out."""
+    write_pictures(tmp_path, 12, ("a", "b"))
+    bad_file(tmp_path / "a" / "broken-1.png")
+    bad_file(tmp_path / "b" / "broken-2.png")
+    strict, lenient = load_data(tmp_path), load_data(tmp_path, on_bad_image="skip")
+    for split in ("train", "val", "test"):
+        kept = [key for key in getattr(strict, split).keys if "broken" not in key]
+        assert getattr(lenient, split).keys == kept
+
+
+@pytest.mark.parametrize("source", [3, None])
+def test_data_must_be_a_name_or_a_path(source: object) -> None:
+    with pytest.raises(TypeError, match="data must be a name or a path, got"):
+        load_data(source)  # type: ignore[arg-type]
 
 
 def test_on_bad_image_must_be_known() -> None:

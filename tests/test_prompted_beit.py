@@ -383,6 +383,9 @@ def test_timms_pretrained_weights_are_refused_before_any_download(arguments: dic
         ({"extra_bias": "grid:0,0", "readout": "cls"}, "needs readout='mask', got readout='cls'"),
         ({"train_mask_token": True, "readout": "cls"}, "train_mask_token=True needs readout='mask'"),
         ({"train_lm_head": True, "token_activation": "hidden"}, "train_lm_head=True needs a token_activation"),
+        ({"prompt_mode": "deap"}, "did you mean 'deep'"),
+        ({"token_activation": "logit"}, "did you mean 'logits'"),
+        ({"extra_bias": "nutral"}, "did you mean 'neutral'"),
         ({"impl": "cuda"}, "impl must be one of auto, triton, torch, reference, got 'cuda'"),
     ],
 )
@@ -390,6 +393,22 @@ def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
     """One line that names the argument, what was required and what was given."""
     with pytest.raises(ValueError, match=message):
         build(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"temperature": "a"}, {"prompt_dropout": "a"}, {"progressive_alpha": "a"}, {"train_mask_token": "no"}]
+)
+def test_values_of_another_type_are_named(arguments: dict) -> None:
+    """A string where a number belongs is refused by the argument's name, not by what Python trips over first."""
+    with pytest.raises(TypeError, match=rf"{next(iter(arguments))} must be (a number|True or False), got "):
+        build(**arguments)
+
+
+def test_an_instance_is_named_not_printed() -> None:
+    """The refusal of a trained instance without a mask token is one line."""
+    with pytest.raises(ValueError, match="timm Beit instance has none") as refusal:
+        PromptedBEiT(tiny_beit(), 5, pretrained=True)
+    assert "\n" not in str(refusal.value)
 
 
 def test_bias_modes_that_read_a_table_need_one() -> None:

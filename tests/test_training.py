@@ -414,6 +414,26 @@ def test_empty_or_unlabelled_data_is_refused(backbone: Path) -> None:
         fit(model.requires_grad_(False), loaders(model)[0], epochs=1, lr=0.1)
 
 
+def test_images_that_do_not_fit_touch_no_run_folder(backbone: Path, tmp_path: Path) -> None:
+    """Wrong channels or sizes are refused before a folder is made, or a good run in it is replaced."""
+    model = make_model(backbone)
+    wrong = DataLoader(TensorDataset(torch.zeros(3, 3, 12, 12), torch.tensor([0, 1, 2])))
+    with pytest.raises(ValueError, match=r"images must be \(B, 1, 12, 12\), got \(1, 3, 12, 12\)"):
+        fit(model, wrong, epochs=1, lr=0.01, run_dir=tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()
+    train, _ = loaders(model)
+    fit(model, train, epochs=1, lr=0.01, run_dir=tmp_path / "good", progress=False)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "good").iterdir()}
+    with pytest.raises(ValueError, match="images must be"):
+        fit(model, wrong, epochs=1, lr=0.01, run_dir=tmp_path / "good", overwrite=True, progress=False)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "good").iterdir()} == before
+
+
+def test_evaluate_names_a_wrong_loader(backbone: Path) -> None:
+    with pytest.raises(TypeError, match="loader must be a torch DataLoader, got list"):
+        evaluate(make_model(backbone), [1])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(backbone: Path, tmp_path: Path, value: float) -> None:
     """The second epoch reads a poisoned image in its second step."""
@@ -424,7 +444,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(backbone: Path, tmp_
         def __getitem__(self, index: int) -> Any:
             Poisoned.reads += 1
             image, label = super().__getitem__(index)
-            return (image * value if Poisoned.reads == 4 + 3 else image), label
+            return (image * value if Poisoned.reads == 1 + 4 + 3 else image), label  # one is read before the run starts
 
     model = make_model(backbone)
     images = torch.randn(4, 1, 12, 12, generator=torch.Generator().manual_seed(0))

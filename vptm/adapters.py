@@ -45,7 +45,7 @@ def save_adapter(model: PromptedBEiT, folder: str | Path, *, extra: Mapping[str,
         extra: JSON-able facts to keep with the adapter.
 
     Raises:
-        OSError: the folder cannot be written.
+        ValueError: the folder cannot be written.
         TypeError: `extra` is not JSON-able; nothing is written then.
 
     Example:
@@ -75,9 +75,12 @@ def save_adapter(model: PromptedBEiT, folder: str | Path, *, extra: Mapping[str,
     text = json.dumps(config, indent=2) + "\n"
     # inside the tensor file, so one rename replaces both; one entry, because safetensors writes several in random order
     tensors = save(learned, metadata={"vptm_hash": weight_hash(learned)})
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG_FILE, text.encode())
-    write_atomically(folder / TENSORS_FILE, tensors)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG_FILE, text.encode())
+        write_atomically(folder / TENSORS_FILE, tensors)
+    except OSError as error:
+        raise ValueError(f"adapter folder {folder} cannot be written: {error.strerror}") from error
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:

@@ -19,7 +19,9 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -473,11 +475,19 @@ def _read_torch(path: Path, label: str) -> Mapping[str, Any]:
     _check_readable(path, label)
     try:
         # unilm stores its command-line arguments; a Namespace only holds values, and they must be plain themselves
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # torch describes foreign pickles at length; the error below says it in a line
             # mapping the file leaves the optimizer state of a training checkpoint on disk
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
+        if found is None and (code := _pickled_code(path)):
+            raise ValueError(
+                f"{label}: required tensors in a torch checkpoint, {path.name} is a plain pickle that calls {code}; "
+                "nothing was run"
+            ) from error
         if found is None:
             raise ValueError(
                 f"{label}: required a whole torch checkpoint, {path.name} is truncated or damaged"
@@ -490,6 +500,22 @@ def _read_torch(path: Path, label: str) -> Mapping[str, Any]:
     if not isinstance(state, Mapping):
         raise ValueError(f"{label}: required a mapping of names to tensors, {path.name} holds a {type(state).__name__}")
     return state
+
+
+def _pickled_code(path: Path) -> str | None:
+    """What a plain pickle would import, read from its opcodes without running one; None where it is not a pickle."""
+    strings: list[str] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(path.read_bytes()):
+            if opcode.name == "GLOBAL":
+                return str(argument).replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(strings[-2:])
+            if isinstance(argument, str):
+                strings.append(argument)
+    except Exception:  # not a pickle, or a cut one: the caller says "damaged"
+        return None
+    return None
 
 
 def _read_json(path: Path, label: str) -> dict[str, Any]:
@@ -943,15 +969,17 @@ def _resize(
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     if old == new:
         return resized
-    for key, value in state.items():
-        # tensors that do not belong to the old window stay as they are, for the shape check to name
-        if key.endswith("relative_position_bias_table") and value.shape[:1] == (_offsets(old),) and value.ndim == 2:
-            state[key] = resize_rel_pos_bias_table(value, new, (_offsets(new), value.shape[1]), old_window_size=old)
-        elif key == "pos_embed" and value.ndim == 3:
-            state[key] = resample_abs_pos_embed(value, list(new), list(old), num_prefix_tokens=1)
-        else:
-            continue
-        resized[key] = (tuple(value.shape), tuple(state[key].shape))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm's interpolation warns of its own use of torch
+        for key, value in state.items():
+            # tensors that do not belong to the old window stay as they are, for the shape check to name
+            if key.endswith("relative_position_bias_table") and value.shape[:1] == (_offsets(old),) and value.ndim == 2:
+                state[key] = resize_rel_pos_bias_table(value, new, (_offsets(new), value.shape[1]), old_window_size=old)
+            elif key == "pos_embed" and value.ndim == 3:
+                state[key] = resample_abs_pos_embed(value, list(new), list(old), num_prefix_tokens=1)
+            else:
+                continue
+            resized[key] = (tuple(value.shape), tuple(state[key].shape))
     return resized
 
 

@@ -121,7 +121,10 @@ def _vptm(
 
 
 OnBadImage = Annotated[
-    str, typer.Option(help="Broken image files: error (stop, naming the file) or skip (report and go on).")
+    str,
+    typer.Option(
+        help="Broken image files among those that are read: error (stop, naming the file) or skip (report and go on)."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is a GPU where there is one.")]
 Impl = Annotated[str, typer.Option(help="auto, triton, torch or reference.")]
@@ -289,11 +292,6 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
         val_loader = _loader(val_set.with_transform(prepare), EVALUATION_BATCH, settings["workers"], place)
     folder = _free_folder(data.name) if out is None else out
     again = f"vptm train --resume --out {shlex.quote(str(folder))}"
-    _say(
-        f"training {sum(p.numel() for p in model.trainable_parameters()):,} of "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters on {len(train_set)} images of "
-        f"{len(data.classes)} classes, {place}"
-    )
     counts = {split: len(part) for split, part in (("train", train_set), ("val", val_set), ("test", test_set)) if part}
     result = fit(
         model,
@@ -362,11 +360,11 @@ def evaluate(
     import json
 
     from .adapters import load_adapter
+    from .choices import one_of
     from .data import load_data, transforms
     from .training import evaluate as measure
 
-    if split not in ("test", "val", "train"):
-        raise ValueError(f"--split must be one of test, val, train, got {split!r}")
+    one_of("--split", split, ("test", "val", "train"))
     if batch_size < 1:
         raise ValueError(f"--batch-size must be >= 1, got {batch_size}")
     place = _device(device)

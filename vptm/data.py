@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
 
+from .choices import one_of
+
 SOURCES = ("builtin", "fashion-mnist", "digits", "mnist5k")
 ON_BAD_IMAGE = ("error", "skip")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -201,12 +203,11 @@ def load_data(
         >>> len(data.classes), data.train[0][0].size
         (10, (8, 8))
     """
-    if on_bad_image not in ON_BAD_IMAGE:
-        raise ValueError(f"on_bad_image must be one of {', '.join(ON_BAD_IMAGE)}, got {on_bad_image!r}")
+    one_of("on_bad_image", on_bad_image, ON_BAD_IMAGE)
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"data must be a name or a path, got {type(source).__name__}")
     notes: list[str] = []
     parts, name, flip = _read_source(source, notes)
-    if on_bad_image == "skip":
-        parts = {split: _drop_unreadable(part, notes) for split, part in parts.items()}
     if list(parts) == ["all"]:
         whole = parts["all"]
         if holdout:
@@ -225,6 +226,11 @@ def load_data(
         notes += [f"no {split} images" for split in ("val", "test") if split not in parts]
     elif holdout:
         raise ValueError(f"{name}: training needs a train split, found only {', '.join(parts)}")
+    if on_bad_image == "skip":
+        # after the division, which so is the same whether broken files are dropped or not
+        parts = {split: _drop_unreadable(part, notes) for split, part in parts.items()}
+        if "train" in parts:
+            _check_classes(parts["train"], name)
     first = next(iter(parts.values()))
     train = parts.get("train", first.subset([]))
     test_transform = {split: parts[split].with_transform(transform) for split in ("val", "test") if split in parts}

@@ -14,6 +14,8 @@ import torch
 from timm.models.beit import gen_relative_position_index
 from torch import Tensor
 
+from .choices import one_of
+
 EXTRA_BIAS_MODES = ("zero", "cls", "neutral", "grid:y,x", "learned")
 
 
@@ -31,7 +33,8 @@ def parse_extra_bias(extra_bias: str, window: tuple[int, int]) -> tuple[str, tup
                     f"extra_bias grid position must lie in the {window[0]}x{window[1]} window, got {extra_bias!r}"
                 )
             return "grid", (y, x)
-    raise ValueError(f"extra_bias must be one of {', '.join(EXTRA_BIAS_MODES)}, got {extra_bias!r}")
+    one_of("extra_bias", extra_bias, EXTRA_BIAS_MODES)
+    raise ValueError(f"extra_bias must give numbers for y and x, as grid:7,7, got {extra_bias!r}")
 
 
 def extended_index(

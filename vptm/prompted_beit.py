@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checkpoints import LoadReport, load_backbone, weight_hash
+from .choices import one_of
 from .encoder import FrozenEncoder
 from .position_bias import extended_index, parse_extra_bias
 from .prompts import PromptBank
@@ -30,11 +31,6 @@ MASKED_MODELLING_WEIGHTS = (
     "masked-modelling weights such as beitv2_base_patch16_224_pt1k.pth "
     "or the Hugging Face id microsoft/beit-base-patch16-224-pt22k"
 )
-
-
-def _one_of(argument: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
@@ -119,13 +115,16 @@ class PromptedBEiT(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        _one_of("prompt_location", prompt_location, PROMPT_LOCATIONS)
-        _one_of("readout", readout, READOUTS)
-        _one_of("mask_mode", mask_mode, MASK_MODES)
-        _one_of("verbalizer", verbalizer, VERBALIZERS)
-        _one_of("impl", impl, IMPLEMENTATIONS)
+        one_of("prompt_location", prompt_location, PROMPT_LOCATIONS)
+        one_of("readout", readout, READOUTS)
+        one_of("mask_mode", mask_mode, MASK_MODES)
+        one_of("verbalizer", verbalizer, VERBALIZERS)
+        one_of("impl", impl, IMPLEMENTATIONS)
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
             raise ValueError(f"vocab_size must be an integer >= 1, got {vocab_size!r}")
+        for argument, flag in (("train_mask_token", train_mask_token), ("train_lm_head", train_lm_head)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{argument} must be True or False, got {flag!r}")
         if train_mask_token and readout != "mask":
             raise ValueError(f"train_mask_token=True needs readout='mask', got readout={readout!r}")
         if train_lm_head and token_activation == "hidden":
@@ -159,10 +158,12 @@ class PromptedBEiT(nn.Module):
         self.impl = impl
         self.class_names: list[str] | None = None
 
-        if pretrained and isinstance(source, str) and timm.is_model(source):
-            needs = (
-                "a mask token" if readout == "mask" else "a visual-token head" if token_activation != "hidden" else ""
-            )
+        if pretrained and isinstance(source, str) and source in timm.list_models(module="beit"):
+            needs = ""
+            if readout == "mask":
+                needs = "a mask token"
+            elif token_activation != "hidden":
+                needs = "a visual-token head"
             if needs:  # known before anything is downloaded
                 raise ValueError(
                     f"this read-out needs {needs}, timm's weights of {source} have none: "
@@ -181,14 +182,15 @@ class PromptedBEiT(nn.Module):
         if readout == "mask" and mask_token is None:
             if loaded.pretrained:
                 raise ValueError(
-                    f"readout='mask' needs a mask token, {source} has none: expected {MASKED_MODELLING_WEIGHTS}"
+                    f"readout='mask' needs a mask token, {self.report.source} has none: "
+                    f"expected {MASKED_MODELLING_WEIGHTS}"
                 )
             mask_token = nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02)
             fresh.append("mask token")
         if token_activation != "hidden" and lm_head is None:
             if loaded.pretrained:
                 raise ValueError(
-                    f"token_activation={token_activation!r} needs a visual-token head, {source} has none: "
+                    f"token_activation={token_activation!r} needs a visual-token head, {self.report.source} has none: "
                     f"expected {MASKED_MODELLING_WEIGHTS}"
                 )
             lm_head = nn.Linear(width, vocab_size)
@@ -332,7 +334,9 @@ class PromptedBEiT(nn.Module):
         """
         self._encoder = FrozenEncoder()
 
-    def _check_images(self, images: Tensor) -> None:
+    def check_images(self, images: Tensor) -> None:
+        """Raise ValueError or TypeError unless `images` is (B, channels, height, width) floating point of this model's
+        size."""
         height, width = self.backbone.patch_embed.img_size
         channels = self.backbone.patch_embed.proj.in_channels
         if images.ndim != 4 or tuple(images.shape[1:]) != (channels, height, width):
@@ -350,7 +354,7 @@ class PromptedBEiT(nn.Module):
             (B, 1 + N, C), and one more row at the end where a mask row is inserted. With `prompt_length=0` and the CLS
             read-out this equals `timm.models.beit.Beit.forward_features`.
         """
-        self._check_images(images)
+        self.check_images(images)
         if self.impl != "reference" and FrozenEncoder.supports(self):
             return self._encoder.features(self, images)
         return self._plain_features(images)
@@ -373,7 +377,7 @@ class PromptedBEiT(nn.Module):
 
     def forward_hidden(self, images: Tensor) -> Tensor:
         """The normalised read-out row (B, C), equal to `forward_head(forward_features(images), pre_logits=True)`."""
-        self._check_images(images)
+        self.check_images(images)
         row = self._readout_row()
         if row is None or self.impl == "reference" or not FrozenEncoder.supports(self):
             return self.forward_head(self.forward_features(images), pre_logits=True)

@@ -9,6 +9,8 @@ from einops import repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .choices import number, one_of
+
 PROMPT_MODES = ("shallow", "deep", "progressive")
 
 
@@ -57,13 +59,12 @@ class PromptBank(nn.Module):
         alpha: float = 0.01,
     ) -> None:
         super().__init__()
-        if mode not in PROMPT_MODES:
-            raise ValueError(f"prompt_mode must be one of {', '.join(PROMPT_MODES)}, got {mode!r}")
+        one_of("prompt_mode", mode, PROMPT_MODES)
         if isinstance(length, bool) or not isinstance(length, int) or length < 0:
             raise ValueError(f"prompt_length must be an integer >= 0, got {length!r}")
-        if not 0.0 <= dropout < 1.0:
+        if not 0.0 <= number("prompt_dropout", dropout) < 1.0:
             raise ValueError(f"prompt_dropout must be in [0, 1), got {dropout!r}")
-        if not 0.0 <= alpha <= 1.0:
+        if not 0.0 <= number("progressive_alpha", alpha) <= 1.0:
             raise ValueError(f"progressive_alpha must be in [0, 1], got {alpha!r}")
         self.mode = mode
         self.length = length

@@ -123,8 +123,10 @@ def fit(
     parameters = list(model.trainable_parameters())
     if not parameters:
         raise ValueError("model must have trainable parameters, all of them are frozen")
+    _check_sample(model, train)
     labels = _check_labels(train, model.num_classes, "train")
     if val is not None:
+        _check_sample(model, val)
         _check_labels(val, model.num_classes, "val")
     settings = {
         "epochs": epochs,
@@ -173,6 +175,16 @@ def fit(
         run.write()
 
     result = FitResult(run_dir=folder)
+    if progress:
+        trained = sum(parameter.numel() for parameter in parameters)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        place = next(model.parameters()).device
+        print(
+            f"training {trained:,} of {total:,} parameters, {model.num_classes} classes, "
+            f"{len(train)} batches an epoch, on {place}",
+            file=sys.stderr,
+            flush=True,
+        )
     with _generators_kept(train, val), _Progress(progress, epochs, run.epoch, len(train)) as bar:
         try:
             for epoch in range(run.epoch + 1, epochs + 1):
@@ -228,6 +240,8 @@ def evaluate(
     Raises:
         ValueError: no images, or a label outside 0..K-1.
     """
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"loader must be a torch DataLoader, got {type(loader).__name__}")
     if device is not None:
         model.to(device)
     place = next(model.parameters()).device
@@ -501,6 +515,17 @@ def _check_arguments(
             near = difflib.get_close_matches(str(choice), names, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{argument} must be {among}, got {choice!r}{hint}")
+
+
+def _check_sample(model: PromptedBEiT, loader: DataLoader[Any]) -> None:
+    """Refuse images the model does not take before a run folder is touched; streams are seen when they are read."""
+    dataset: Any = loader.dataset
+    if isinstance(dataset, IterableDataset) or len(dataset) == 0:
+        return
+    with _generators_kept(loader, None):  # reading an image may draw augmentation
+        image = dataset[0][0]
+    if isinstance(image, Tensor):
+        model.check_images(image[None])
 
 
 def _check_labels(loader: DataLoader[Any], classes: int, name: str) -> np.ndarray | None:

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from vptm_kernels import prototype_cosine
 
+from .choices import number, one_of
+
 if TYPE_CHECKING:
     from .prompted_beit import PromptedBEiT
 
@@ -40,11 +42,6 @@ def read_tokens(hidden: Tensor, lm_head: nn.Linear | None, token_activation: str
     if token_activation == "log_softmax":
         return logits.log_softmax(dim=-1)
     return logits
-
-
-def _check_token_activation(token_activation: str) -> None:
-    if token_activation not in TOKEN_ACTIVATIONS:
-        raise ValueError(f"token_activation must be one of {', '.join(TOKEN_ACTIVATIONS)}, got {token_activation!r}")
 
 
 def _check_num_classes(num_classes: int) -> None:
@@ -90,12 +87,12 @@ class PrototypicalVerbalizer(nn.Module):
     ) -> None:
         super().__init__()
         _check_num_classes(num_classes)
-        _check_token_activation(token_activation)
+        one_of("token_activation", token_activation, TOKEN_ACTIVATIONS)
         if prototype_dim is not None and (
             isinstance(prototype_dim, bool) or not isinstance(prototype_dim, int) or prototype_dim < 1
         ):
             raise ValueError(f"prototype_dim must be an integer >= 1 or None, got {prototype_dim!r}")
-        if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
+        if temperature is not None and not 0 < number("temperature", temperature) < math.inf:
             raise ValueError(f"temperature must be finite and > 0, or None to learn it, got {temperature!r}")
         self.token_activation = token_activation
         self.projection = None
@@ -198,7 +195,7 @@ class LinearVerbalizer(nn.Module):
     def __init__(self, in_features: int, num_classes: int, *, token_activation: str = "hidden") -> None:
         super().__init__()
         _check_num_classes(num_classes)
-        _check_token_activation(token_activation)
+        one_of("token_activation", token_activation, TOKEN_ACTIVATIONS)
         self.token_activation = token_activation
         self.head = nn.Linear(in_features, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)

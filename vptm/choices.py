@@ -1,0 +1,28 @@
+"""One message for every argument that takes one of a few names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+
+def one_of(argument: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is in `allowed`, naming the argument, what it takes, and the nearest name.
+
+    Example:
+        >>> one_of("impl", "tritn", ("auto", "triton"))
+        Traceback (most recent call last):
+        ValueError: impl must be one of auto, triton, got 'tritn', did you mean 'triton'?
+    """
+    if value in allowed:
+        return
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}{hint}")
+
+
+def number(argument: str, value: object) -> float:
+    """`value` as a float; TypeError naming the argument where it is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} must be a number, got {value!r}")
+    return float(value)
