@@ -111,9 +111,6 @@ class Recipe:
         }
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
-
-
 def load_fashion_mnist(root: Path = DATA) -> dict[str, np.ndarray]:
     """The four IDX files as uint8: train_images (60000, 28, 28), train_labels (60000,), test_images, test_labels."""
     arrays = {}
@@ -180,9 +177,6 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-# --------------------------------------------------------------------------------------------------------------- model
 
 
 def scaled_linear(x: Tensor, linear: nn.Linear, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -268,9 +262,6 @@ def load_weights(path: Path) -> tuple[MaskedBeit, dict[str, Any]]:
     model = MaskedBeit(meta["architecture"], meta["vocab_size"])
     model.load_exported(load_file(path))
     return model.eval(), meta
-
-
-# ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
 def orientation_features(images: Tensor, patch: int) -> Tensor:
@@ -373,9 +364,6 @@ def fit_tokenizer(features: Tensor, recipe: Recipe, components: int | None) -> t
     return Tokenizer(state, grid, recipe.softness), dead
 
 
-# ------------------------------------------------------------------------------------------------- masks, augmentation
-
-
 def block_mask(grid: int, count: int, rng: np.random.Generator) -> np.ndarray:
     """Exactly `count` of grid x grid patches, in rectangles of aspect 0.3 to 1/0.3 (BEiT's block-wise masking)."""
     mask = np.zeros((grid, grid), bool)
@@ -408,9 +396,6 @@ def augment(images: Tensor, shift: int, rng: torch.Generator) -> Tensor:
     rows = torch.arange(len(images))[:, None, None]
     device = images.device
     return padded[rows.to(device), y_index[:, :, None].to(device), x_index[:, None].to(device)]
-
-
-# ------------------------------------------------------------------------------------------------------------ training
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
@@ -581,9 +566,6 @@ def train_round(
     return average.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluation
-
-
 def few_shot_scores(
     features: dict[str, np.ndarray], labels: np.ndarray, shots: int = 16, seeds: int = 5
 ) -> dict[str, list[float]]:
@@ -736,9 +718,6 @@ def mask_picture(
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=75, format="png")
     plt.close(figure)
-
-
-# ------------------------------------------------------------------------------------------------------------ commands
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:

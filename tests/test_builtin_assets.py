@@ -72,9 +72,6 @@ def tiny_tokenizer(images, recipe=TINY):
     return script.fit_tokenizer(features, recipe, None)[0]
 
 
-# ------------------------------------------------------------------------------------------------------ shipped weights
-
-
 def test_weights_are_small_half_precision_and_finite(weights):
     """Breaks when the wheel grows past its budget or a diverged run is shipped."""
     _, tensors = weights
@@ -144,9 +141,6 @@ def test_a_hidden_patch_changes_the_weights_answer(subset):
     assert (logits[0] - logits[1]).abs().max() > 0.5
 
 
-# -------------------------------------------------------------------------------------------------------- shipped data
-
-
 def test_subset_is_small_balanced_and_named(subset):
     """Breaks when the default data set loses a class, its balance or its size budget."""
     assert (ASSETS / "fashion_mnist_subset.npz").stat().st_size <= 1_200_000
@@ -183,9 +177,6 @@ def test_licence_and_card_are_shipped():
     card = (ASSETS / "builtin.md").read_text()
     assert "built for 28x28 grey clothing pictures, a demonstration" in card
     assert (ASSETS / "builtin_masks.png").stat().st_size <= 200_000
-
-
-# ------------------------------------------------------------------------------------------------- pieces of the script
 
 
 def test_missing_data_names_the_package_and_returns_1(tmp_path, capsys):
