@@ -14,11 +14,14 @@ def one_of(argument: str, value: object, allowed: Sequence[str]) -> None:
         Traceback (most recent call last):
         ValueError: impl must be one of auto, triton, got 'tritn', did you mean 'triton'?
     """
-    if value in allowed:
-        return
+    if value not in allowed:
+        raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}{hint(value, allowed)}")
+
+
+def hint(value: object, allowed: Sequence[str]) -> str:
+    """The end of a message about an unknown name: ", did you mean 'x'?", or nothing where no name is near."""
     near = difflib.get_close_matches(str(value), allowed, n=1)
-    hint = f", did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}{hint}")
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def number(argument: str, value: object) -> float:

@@ -417,10 +417,10 @@ def predict(
     import torch
 
     from .adapters import load_adapter
+    from .choices import one_of
     from .data import ON_BAD_IMAGE, BadImageError, image_files, read_image, transforms
 
-    if on_bad_image not in ON_BAD_IMAGE:
-        raise ValueError(f"--on-bad-image must be one of {', '.join(ON_BAD_IMAGE)}, got {on_bad_image!r}")
+    one_of("--on-bad-image", on_bad_image, ON_BAD_IMAGE)
     if batch_size < 1:
         raise ValueError(f"--batch-size must be >= 1, got {batch_size}")
     place = _device(device)

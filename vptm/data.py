@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import hashlib
 from collections import Counter
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
 
-from .choices import one_of
+from .choices import hint, one_of
 
 SOURCES = ("builtin", "fashion-mnist", "digits", "mnist5k")
 ON_BAD_IMAGE = ("error", "skip")
@@ -263,9 +262,9 @@ def _read_source(source: str | Path, notes: list[str]) -> tuple[dict[str, ImageD
         return _csv_file(path, notes), path.stem, True
     text = str(source)
     if len(path.parts) == 1 and not path.suffix:
-        near = difflib.get_close_matches(text, SOURCES, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"data must be one of {', '.join(SOURCES)}, a folder or a .csv file, got {text!r}{hint}")
+        raise ValueError(
+            f"data must be one of {', '.join(SOURCES)}, a folder or a .csv file, got {text!r}{hint(text, SOURCES)}"
+        )
     raise FileNotFoundError(f"data not found: no folder or file at {text}")
 
 

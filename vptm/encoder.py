@@ -240,9 +240,8 @@ class FrozenEncoder:
             x = self._attend(model, x, layer, real)
             x = _mlp(x, self._blocks[layer])
             if prompts.mode == "progressive" and carried and layer + 1 < len(self._blocks):
-                own = prompts(layer + 1, len(x), torch.zeros_like(x[:, real:]))
                 # nothing saved these rows yet, so they may change in place
-                x[:, real:] = prompts.alpha * x[:, real:] + own
+                x[:, real:] = prompts(layer + 1, len(x), x[:, real:])
         return x, real
 
     def _embed(self, model: PromptedBEiT, images: Tensor, *, with_prompts: bool) -> Tensor:

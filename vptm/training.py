@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import io
 import json
@@ -29,6 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from . import __version__
 from .adapters import CONFIG_FILE, TENSORS_FILE, save_adapter, write_atomically
+from .choices import hint, one_of
 from .data import dataset_labels
 from .prompted_beit import PromptedBEiT
 
@@ -506,15 +506,12 @@ def _check_arguments(
         raise ValueError(f"weight_decay must be finite and >= 0, got {weight_decay}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    known: list[str] = [str(name) for name in list_optimizers()]
-    for argument, choice, names, among in (
-        ("schedule", schedule, list(SCHEDULES), f"one of {', '.join(SCHEDULES)}"),
-        ("optimizer", optimizer, known, "one of timm.optim.list_optimizers()"),
-    ):
-        if choice not in names:
-            near = difflib.get_close_matches(str(choice), names, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{argument} must be {among}, got {choice!r}{hint}")
+    one_of("schedule", schedule, SCHEDULES)
+    known = [str(name) for name in list_optimizers()]
+    if optimizer not in known:
+        raise ValueError(
+            f"optimizer must be one of timm.optim.list_optimizers(), got {optimizer!r}{hint(optimizer, known)}"
+        )
 
 
 def _check_sample(model: PromptedBEiT, loader: DataLoader[Any]) -> None:
