@@ -1,0 +1,111 @@
+"""Losses beside the cross-entropy of the class scores."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .choices import number
+
+
+def instance_contrast(embeddings: Tensor, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """ProtoVerb's instance contrast (arXiv:2203.09770): embeddings of one class closer to each other than to the rest.
+
+    With s_ij the cosine of embeddings i and j over the temperature, the sum over all ordered pairs (i, j) of one class,
+    i = j included, divided by N²::
+
+        -log( exp(s_ij) / (exp(s_ij) + sum_{t of other classes} exp(s_tj)) )
+
+    For a support set with equally many images of every class this is what OpenPrompt's ProtoVerb trains; other sets
+    weigh a class by the square of its size. It holds (N, N) cosines.
+
+    Args:
+        embeddings: (N, d) floating point, of any length.
+        labels: (N,) integers.
+        temperature: divides the cosines, > 0; ProtoVerb has 1.
+
+    Returns:
+        A 0-d tensor; 0 where all labels are equal.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+
+    Example:
+        >>> embeddings = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0]])
+        >>> round(instance_contrast(embeddings, torch.tensor([0, 0, 1])).item(), 4)  # (4 log(1 + e⁻²) + log(1 + 2 e⁻²)) / 9
+        0.083
+    """
+    _check(embeddings, labels, temperature)
+    unit = F.normalize(embeddings, dim=-1)
+    scores = unit @ unit.mT / temperature
+    same = labels[:, None] == labels
+    others = scores.masked_fill(same, -math.inf).logsumexp(0)
+    return ((torch.logaddexp(scores, others) - scores) * same).sum() / len(labels) ** 2
+
+
+def prototype_contrast(embeddings: Tensor, prototypes: Tensor, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """ProtoVerb's prototype contrast (arXiv:2203.09770): each embedding closest to the prototype of its class.
+
+    `F.cross_entropy(cosines / temperature, labels) / K`: the division by K is OpenPrompt's.
+
+    Args:
+        embeddings: (N, d) floating point, of any length.
+        prototypes: (K, d), of any length.
+        labels: (N,) integers in 0 .. K - 1.
+        temperature: divides the cosines, > 0; ProtoVerb has 1.
+
+    Returns:
+        A 0-d tensor.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+
+    Example:
+        >>> embeddings, prototypes = torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> round(prototype_contrast(embeddings, prototypes, torch.tensor([0])).item(), 4)  # log(1 + e⁻¹) / 2
+        0.1566
+    """
+    _check(embeddings, labels, temperature)
+    if prototypes.ndim != 2 or prototypes.shape[1] != embeddings.shape[1] or len(prototypes) < 1:
+        raise ValueError(f"prototypes must be (K, {embeddings.shape[1]}) with K >= 1, got {tuple(prototypes.shape)}")
+    check_labels(labels, len(prototypes))
+    cosines = F.linear(F.normalize(embeddings, dim=-1), F.normalize(prototypes, dim=-1))
+    return F.cross_entropy(cosines / temperature, labels.long()) / len(prototypes)
+
+
+def protoverb_loss(embeddings: Tensor, prototypes: Tensor, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """`instance_contrast` + `prototype_contrast`, the loss ProtoVerb trains its projection and prototypes by.
+
+    Example:
+        >>> embeddings, prototypes = torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> round(protoverb_loss(embeddings, prototypes, torch.tensor([0])).item(), 4)
+        0.1566
+    """
+    loss = prototype_contrast(embeddings, prototypes, labels, temperature=temperature)
+    return loss + instance_contrast(embeddings, labels, temperature=temperature)
+
+
+def check_labels(labels: Tensor, classes: int, first: int = 0, what: str = "image") -> None:
+    """Raise ValueError unless all labels lie in 0 .. classes - 1, naming the first that does not; it is number `first`
+    + its index."""
+    outside = ((labels < 0) | (labels >= classes)).nonzero()
+    if outside.numel():
+        index = int(outside[0])
+        raise ValueError(f"labels must lie in 0 .. {classes - 1}, got {int(labels[index])} for {what} {first + index}")
+
+
+def _check(embeddings: Tensor, labels: Tensor, temperature: float) -> None:
+    if embeddings.ndim != 2 or len(embeddings) < 1 or not embeddings.is_floating_point():
+        raise ValueError(
+            f"embeddings must be (N, d) floating point with N >= 1, got {tuple(embeddings.shape)} {embeddings.dtype}"
+        )
+    if labels.shape != embeddings.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels must be ({len(embeddings)},) integers, one for each embedding, "
+            f"got {tuple(labels.shape)} {labels.dtype}"
+        )
+    if not 0 < number("temperature", temperature) < math.inf:
+        raise ValueError(f"temperature must be finite and > 0, got {temperature!r}")
