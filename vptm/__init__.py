@@ -27,6 +27,7 @@ _HOME = {
     "transforms": "data",
     "fit": "training",
     "evaluate": "training",
+    "init_prompts": "prompt_init",
 }
 __all__ = [
     "LinearVerbalizer",
@@ -38,6 +39,7 @@ __all__ = [
     "evaluate",
     "few_shot",
     "fit",
+    "init_prompts",
     "load_adapter",
     "load_backbone",
     "load_data",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from .checkpoints import load_backbone, weight_hash
     from .data import few_shot, load_data, transforms
     from .equality import check
+    from .prompt_init import init_prompts
     from .prompted_beit import PromptedBEiT
     from .prompts import PromptBank
     from .training import evaluate, fit

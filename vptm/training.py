@@ -185,11 +185,11 @@ def fit(
             file=sys.stderr,
             flush=True,
         )
-    with _generators_kept(train, val), _Progress(progress, epochs, run.epoch, len(train)) as bar:
+    with generators_kept(train, val), _Progress(progress, epochs, run.epoch, len(train)) as bar:
         try:
             for epoch in range(run.epoch + 1, epochs + 1):
                 started = time.perf_counter()
-                _seed_everything(seed, epoch, train, val)
+                seed_everything(seed, epoch, train, val)
                 train_loss, train_accuracy = _train_epoch(
                     model, train, optimiser, scheduler, label_smoothing, epoch, bar
                 )
@@ -519,7 +519,7 @@ def _check_sample(model: PromptedBEiT, loader: DataLoader[Any]) -> None:
     dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset) or len(dataset) == 0:
         return
-    with _generators_kept(loader, None):  # reading an image may draw augmentation
+    with generators_kept(loader, None):  # reading an image may draw augmentation
         image = dataset[0][0]
     if isinstance(image, Tensor):
         model.check_images(image[None])
@@ -559,7 +559,8 @@ def _loader_generators(*loaders: DataLoader[Any] | None) -> list[torch.Generator
     return found
 
 
-def _seed_everything(seed: int, epoch: int, train: DataLoader[Any], val: DataLoader[Any] | None) -> None:
+def seed_everything(seed: int, epoch: int, train: DataLoader[Any], val: DataLoader[Any] | None) -> None:
+    """Seed torch's, numpy's and Python's global generators, and those of the loaders, from (seed, epoch)."""
     mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)
@@ -571,8 +572,8 @@ def _seed_everything(seed: int, epoch: int, train: DataLoader[Any], val: DataLoa
 
 
 @contextmanager
-def _generators_kept(train: DataLoader[Any], val: DataLoader[Any] | None) -> Iterator[None]:
-    """Put every generator that `_seed_everything` seeds back as it was."""
+def generators_kept(train: DataLoader[Any], val: DataLoader[Any] | None) -> Iterator[None]:
+    """Put every generator that `seed_everything` seeds back as it was."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     own = [(generator, generator.get_state()) for generator in _loader_generators(train, val)]
