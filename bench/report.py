@@ -40,15 +40,39 @@ def _inference_table(content: dict[str, Any]) -> list[str]:
     ]
 
 
+TWIN = ", random weights"
+
+
 def _accuracy_lines(content: dict[str, Any]) -> list[str]:
-    lines = []
-    for setting, found in content["summary"].items():
-        accuracy = found["test_accuracy_percent"]
-        seeds = max(value["seeds"] for value in accuracy.values())
-        # a method that has not run all the seeds yet is no fair neighbour of one that has
-        parts = [f"{name} {value['mean']:.1f} %" for name, value in accuracy.items() if value["seeds"] == seeds]
-        lines.append(f"Built-in model, {setting}, mean of {seeds} seeds: {'; '.join(parts)}.")
-    return lines
+    """Methods by settings, each twin of random weights in brackets, and the paired differences at the first setting."""
+    summary = content["summary"]
+    found = {setting: values["test_accuracy_percent"] for setting, values in summary.items()}
+    # a method that has not run all the seeds yet is no fair neighbour of one that has
+    seeds = max(value["seeds"] for accuracy in found.values() for value in accuracy.values())
+    complete = {s: {m: v["mean"] for m, v in accuracy.items() if v["seeds"] == seeds} for s, accuracy in found.items()}
+    methods = list(dict.fromkeys(m for accuracy in complete.values() for m in accuracy if not m.endswith(TWIN)))
+    rows = []
+    for method in methods:
+        cells = []
+        for accuracy in complete.values():
+            twin = f" ({accuracy[method + TWIN]:.1f})" if method + TWIN in accuracy else ""
+            cells.append(f"{accuracy[method]:.1f}{twin}" if method in accuracy else "")
+        rows.append(f"| {method} | {' | '.join(cells)} |")
+    setting = "fashion-mnist, 16 shots"
+    differences = "; ".join(
+        f"{names} {value['mean']:+.1f} [{value['low']:.1f}, {value['high']:.1f}]"
+        for names, value in summary[setting]["paired_difference_points"].items()
+        if value["low"] is not None and value["seeds"] == seeds and names.startswith("vptm - ")
+    )
+    return [
+        f"Built-in model, test accuracy in %, mean of {seeds} seeds; in brackets the same method on random weights:",
+        "",
+        f"| method | {' | '.join(complete)} |",
+        "|---" * (1 + len(complete)) + "|",
+        *rows,
+        "",
+        f"Paired differences in points with 95 % intervals, {setting}: {differences}.",
+    ]
 
 
 def section() -> str:
