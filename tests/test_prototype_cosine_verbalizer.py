@@ -1,5 +1,7 @@
 """PrototypicalVerbalizer on prototype_cosine: the same scores as its textbook path, and prototypes from class means."""
 
+import copy
+import math
 import re
 import warnings
 
@@ -7,7 +9,8 @@ import pytest
 import torch
 from beit_factory import randomize, tiny_beit
 
-from vptm import PromptedBEiT
+from vptm import PromptedBEiT, fit_prototypes, save_adapter
+from vptm.losses import protoverb_loss
 from vptm.verbalizers import PrototypicalVerbalizer
 
 
@@ -93,6 +96,103 @@ def test_images_with_nan_change_nothing():
     before = model.verbalizer.prototypes.detach().clone()
     loader = support([0, 1, 2])
     loader[1][0][0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="embeddings must be finite, got NaN or inf in the batch from image 2 on"):
+    with pytest.raises(ValueError, match="read-out rows must be finite, got NaN or inf for image 2"):
         model.verbalizer.init_prototypes(model, loader)
     assert torch.equal(model.verbalizer.prototypes, before)
+
+
+def learned(model):
+    return {name: tensor.clone() for name, tensor in model.learned_state_dict().items()}
+
+
+def unchanged(model, before):
+    return all(torch.equal(tensor, before[name]) for name, tensor in model.learned_state_dict().items())
+
+
+@pytest.mark.parametrize("prototype_dim", [4, None])
+@pytest.mark.parametrize("activation", ["hidden", "logits", "softmax", "log_softmax"])
+def test_post_hoc_training_is_adam_on_projection_and_prototypes_alone(activation, prototype_dim):
+    """The same three steps written out with stored token logits; prompts, token head and temperature must not move."""
+    model = build(token_activation=activation, prototype_dim=prototype_dim, projection_bias=prototype_dim is not None)
+    loader, labels = support([0, 2, 1, 0, 2]), torch.tensor([0, 2, 1, 0, 2])
+    before = learned(model)
+    with torch.no_grad():
+        hidden = torch.cat([model.eval().forward_hidden(images) for images, _ in loader])
+        head, verbalizer = model.lm_head, model.verbalizer
+        read = hidden if activation == "hidden" else head(hidden)
+        read = {"softmax": read.softmax(-1), "log_softmax": read.log_softmax(-1)}.get(activation, read)
+    names = [name for name in before if name.startswith("verbalizer.pro")]
+    parts = {name: before[name].clone().requires_grad_() for name in names}
+    adam = torch.optim.Adam(parts.values(), lr=0.01)
+    losses = []
+    for _ in range(4):
+        embedding = read
+        if prototype_dim is not None:
+            embedding = read @ parts["verbalizer.projection.weight"].T + parts["verbalizer.projection.bias"]
+        loss = protoverb_loss(embedding, parts["verbalizer.prototypes"], labels, temperature=0.5)
+        losses.append(loss.item())
+        if len(losses) <= 3:
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+    model.train()
+    found = fit_prototypes(model, loader, steps=3, lr=0.01, temperature=0.5)
+    assert verbalizer.training and verbalizer.prototypes.grad is None
+    assert found == pytest.approx(losses, rel=1e-9) and found[-1] < found[0]
+    for name, tensor in learned(model).items():
+        torch.testing.assert_close(tensor, parts.get(name, before[name]), rtol=1e-7, atol=1e-9)
+        assert torch.equal(tensor, before[name]) == (name not in parts), name
+
+
+def test_post_hoc_training_can_start_at_class_means():
+    model = build()
+    other, loader = copy.deepcopy(model), support([0, 2, 1, 0, 2])
+    other.verbalizer.init_prototypes(other, loader)
+    assert fit_prototypes(model, loader, start="class_means") == fit_prototypes(other, loader)
+    assert torch.equal(model.verbalizer.prototypes, other.verbalizer.prototypes)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"labels": [0, 1, 0]}, "every class must have an image in the support set, got none for class 2"),
+        ({"labels": [0, 1, 3]}, "labels must lie in 0 .. 2, got 3 for image 2"),
+        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
+        ({"lr": -1.0}, "lr must be finite and > 0, got -1.0"),
+        ({"lr": 1e308}, "loss became nan at step"),
+        ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
+        ({"start": "class_mean"}, "start must be one of present, class_means, got 'class_mean', did you mean"),
+    ],
+)
+def test_post_hoc_training_that_cannot_be_done_changes_nothing(changes, message):
+    model = build()
+    before = learned(model)
+    loader = support(changes.pop("labels", [0, 1, 2]))
+    with pytest.raises((ValueError, FloatingPointError), match=re.escape(message)):
+        fit_prototypes(model, loader, **changes)
+    assert unchanged(model, before)
+
+
+def test_post_hoc_training_needs_prototypes_that_may_move():
+    with pytest.raises(TypeError, match="model must have a PrototypicalVerbalizer, got LinearVerbalizer"):
+        fit_prototypes(build(verbalizer="linear"), support([0, 1, 2]))
+    model = build()
+    model.verbalizer.prototypes.requires_grad_(False)
+    with pytest.raises(ValueError, match=re.escape("verbalizer.prototypes must be trainable")):
+        fit_prototypes(model, support([0, 1, 2]))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_prototypes_that_are_not_finite_are_neither_trained_nor_written(value, frozen, tmp_path):
+    model = build()
+    with torch.no_grad():
+        model.verbalizer.prototypes[1, 3] = value
+    model.verbalizer.prototypes.requires_grad_(not frozen)
+    message = re.escape(f"verbalizer.prototypes must be finite, got {value} at [1, 3]")
+    if not frozen:
+        with pytest.raises(ValueError, match=message):
+            fit_prototypes(model, support([0, 1, 2]))
+    with pytest.raises(ValueError, match=message):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

@@ -22,6 +22,7 @@ import vptm.training
 from vptm import PromptedBEiT, evaluate, fit, load_adapter, transforms
 from vptm.adapters import CONFIG_FILE, TENSORS_FILE
 from vptm.data import ImageDataset
+from vptm.losses import protoverb_loss
 from vptm.training import CURVES_FILE, METRICS_FILE, RUN_FILE, STATE_FILE
 
 LEARNS = {"readout": "mean", "token_activation": "hidden", "verbalizer": "linear", "prompt_length": 3}
@@ -113,6 +114,54 @@ def test_train_metrics_are_those_of_the_steps(backbone: Path) -> None:
     expected = evaluate(model, fixed)
     assert row["train_accuracy"] == expected["accuracy"]
     assert row["train_loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_train_loss_is_smoothed_and_contrasted(backbone: Path) -> None:
+    """Label smoothing e is (1 - e) -log p_y plus e times the mean -log p; ProtoVerb's losses come on top of it."""
+    model = make_model(backbone)
+    images, labels = next(iter(DataLoader(pictures(12).with_transform(transforms(model)), batch_size=12)))
+    data = DataLoader(TensorDataset(images, labels), batch_size=12)
+
+    def train_loss(**options: Any) -> float:
+        return float(fit(model, data, epochs=1, lr=1e-30, progress=False, **options).history[0]["train_loss"])
+
+    with torch.no_grad():
+        hidden = model.forward_hidden(images)
+        logs = -model(images).log_softmax(1)
+        contrast = protoverb_loss(model.verbalizer.embed(hidden, model.lm_head), model.verbalizer.prototypes, labels)
+    smoothed = (0.7 * logs[torch.arange(12), labels] + 0.3 * logs.mean(1)).mean().item()
+    assert train_loss(label_smoothing=0.3) == pytest.approx(smoothed, rel=1e-5)
+    both = train_loss(label_smoothing=0.3, protoverb_weight=2.0)
+    assert both == pytest.approx(smoothed + 2 * contrast.item(), rel=1e-5)
+
+
+def test_protoverb_losses_train_everything(backbone: Path) -> None:
+    """The contrast reaches prompts, projection and prototypes, and falls."""
+    model = make_model(backbone)
+    before = {name: tensor.clone() for name, tensor in model.learned_state_dict().items()}
+    result = run(model, epochs=3, protoverb_weight=1.0)
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in model.learned_state_dict().items())
+
+
+def test_what_is_not_finite_is_refused_before_a_folder_is_made(backbone: Path, tmp_path: Path) -> None:
+    model = make_model(backbone)
+    with torch.no_grad():
+        model.get_parameter("verbalizer.prototypes")[2, 1] = math.nan
+    with pytest.raises(ValueError, match=r"verbalizer\.prototypes must be finite, got nan at \[2, 1\]"):
+        run(model, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_images_of_another_number_of_classes_are_refused(backbone: Path, tmp_path: Path, classes: int) -> None:
+    """Also where every label happens to fit."""
+    model = make_model(backbone)
+    names = ["a", "b", "c", "d"][:classes]
+    wrong = ImageDataset(np.zeros((2, 12, 12), np.uint8), np.array([0, 1]), names, keys=["0", "1"])
+    with pytest.raises(ValueError, match=f"train images must have the model's 3 classes, got {classes}"):
+        fit(model, DataLoader(wrong.with_transform(transforms(model))), epochs=1, lr=0.1, run_dir=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 
 def test_learning_rate_warms_up_and_falls_to_nothing(backbone: Path) -> None:
@@ -344,6 +393,7 @@ def test_folders_that_cannot_hold_a_run_are_refused_before_training(backbone: Pa
         ({"lr": math.nan}, ValueError, "lr must be finite and > 0, got nan"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay must be finite and >= 0"),
         ({"label_smoothing": 1.0}, ValueError, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"protoverb_weight": -1.0}, ValueError, "protoverb_weight must be finite and >= 0, got -1.0"),
         ({"schedule": "cosin"}, ValueError, "schedule must be one of .*, did you mean 'cosine'"),
         ({"optimizer": "adamww"}, ValueError, "optimizer must be .*, did you mean 'adamw'"),
     ],

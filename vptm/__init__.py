@@ -26,6 +26,7 @@ _HOME = {
     "few_shot": "data",
     "transforms": "data",
     "fit": "training",
+    "fit_prototypes": "verbalizers",
     "evaluate": "training",
     "init_prompts": "prompt_init",
 }
@@ -39,6 +40,7 @@ __all__ = [
     "evaluate",
     "few_shot",
     "fit",
+    "fit_prototypes",
     "init_prompts",
     "load_adapter",
     "load_backbone",
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
     from .prompted_beit import PromptedBEiT
     from .prompts import PromptBank
     from .training import evaluate, fit
-    from .verbalizers import LinearVerbalizer, PrototypicalVerbalizer
+    from .verbalizers import LinearVerbalizer, PrototypicalVerbalizer, fit_prototypes
 
 
 def __getattr__(name: str) -> Any:

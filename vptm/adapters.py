@@ -16,6 +16,7 @@ from torch import Tensor
 from . import __version__
 from .checkpoints import weight_hash
 from .prompted_beit import PromptedBEiT
+from .verbalizers import check_finite
 
 SCHEMA_VERSION = 1
 TENSORS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -45,7 +46,7 @@ def save_adapter(model: PromptedBEiT, folder: str | Path, *, extra: Mapping[str,
         extra: JSON-able facts to keep with the adapter.
 
     Raises:
-        ValueError: the folder cannot be written.
+        ValueError: the folder cannot be written, or a learned value is NaN or infinite; nothing is written then.
         TypeError: `extra` is not JSON-able; nothing is written then.
 
     Example:
@@ -53,6 +54,7 @@ def save_adapter(model: PromptedBEiT, folder: str | Path, *, extra: Mapping[str,
         >>> load_adapter("clothes").num_classes
         10
     """
+    check_finite(model)
     folder = Path(folder)
     learned = {name: tensor.cpu().contiguous() for name, tensor in model.learned_state_dict().items()}
     source = model.source

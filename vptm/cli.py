@@ -36,7 +36,17 @@ _MODEL_ARGUMENTS = (
     "extra_bias",
     "img_size",
 )
-_FIT_ARGUMENTS = ("epochs", "lr", "weight_decay", "optimizer", "schedule", "warmup_epochs", "label_smoothing", "seed")
+_FIT_ARGUMENTS = (
+    "epochs",
+    "lr",
+    "weight_decay",
+    "optimizer",
+    "schedule",
+    "warmup_epochs",
+    "label_smoothing",
+    "protoverb_weight",
+    "seed",
+)
 
 app = typer.Typer(
     name="vptm",
@@ -154,6 +164,11 @@ def train(
     schedule: Annotated[str, typer.Option(help="cosine, tanh or none.")] = "cosine",
     warmup_epochs: Annotated[int, typer.Option(help="Epochs of linear warm-up, part of --epochs.")] = 0,
     label_smoothing: Annotated[float, typer.Option(help="In [0, 1).")] = 0.0,
+    protoverb_weight: Annotated[float, typer.Option(help="Of ProtoVerb's contrast losses in every step.")] = 0.0,
+    prototype_steps: Annotated[
+        int, typer.Option(help="Steps on projection and prototypes alone after training, by ProtoVerb's losses.")
+    ] = 0,
+    prototype_lr: Annotated[float, typer.Option(help="Learning rate of --prototype-steps.")] = 1e-3,
     augment: Annotated[bool, typer.Option(help="Random shift or crop, and mirror, of training images.")] = True,
     flip: Annotated[
         bool | None, typer.Option(help="Mirror training images; by default not for digits.", show_default=False)
@@ -249,16 +264,22 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     import numpy as np
     import torch
 
+    from .adapters import save_adapter
     from .data import few_shot, load_data, transforms
     from .prompted_beit import PromptedBEiT
     from .training import RUN_FILE, evaluate, fit, update_run_file
+    from .verbalizers import fit_prototypes
 
     shots = _parse_shots(settings["shots"])
-    for name in ("batch_size", "workers"):
+    for name in ("batch_size", "workers", "prototype_steps"):
         if settings[name] < (lowest := 1 if name == "batch_size" else 0):
             raise ValueError(f"--{name.replace('_', '-')} must be >= {lowest}, got {settings[name]}")
     if not 0 <= settings["seed"] < 2**32:
         raise ValueError(f"--seed must be in 0..2^32-1, got {settings['seed']}")
+    if settings["prototype_steps"] and settings["verbalizer"] != "prototypical":
+        raise ValueError(f"--prototype-steps needs --verbalizer prototypical, got {settings['verbalizer']}")
+    if not 0 < settings["prototype_lr"] < float("inf"):
+        raise ValueError(f"--prototype-lr must be finite and > 0, got {settings['prototype_lr']}")
     place = _device(settings["device"])
     data = load_data(settings["data"], on_bad_image=settings["on_bad_image"])
     _report(data)
@@ -312,21 +333,28 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
         _say(f"vptm: interrupted after epoch {len(result.history)} of {settings['epochs']}, continue with: {again}")
         raise typer.Exit(1)
     known = _read_run(folder).get("result", {})
-    test = known.get("test")
-    if test is None and test_set is not None:
-        try:
-            test = evaluate(
-                model, _loader(test_set.with_transform(prepare), EVALUATION_BATCH, settings["workers"], place)
-            )
-        except KeyboardInterrupt:
-            _say(f"vptm: interrupted before the test, continue with: {again}")
-            raise typer.Exit(1) from None
-        test["per_class"] = dict(zip(data.classes, test["per_class"]))
-    update_run_file(
-        folder, result={"best_epoch": result.best_epoch, "val_accuracy": result.best_val_accuracy, "test": test}
-    )
+    test, accuracy = known.get("test"), result.best_val_accuracy
+    contrast: list[float] = []
+    try:
+        if steps := settings["prototype_steps"]:
+            support = _loader(train_set.with_transform(prepare), EVALUATION_BATCH, settings["workers"], place)
+            contrast = fit_prototypes(model, support, steps=steps, lr=settings["prototype_lr"])
+            accuracy = None if val_loader is None else evaluate(model, val_loader)["accuracy"]
+            extra = {"epoch": result.best_epoch, "val_accuracy": accuracy, "prototype_steps": steps}
+            save_adapter(model, folder, extra=extra)
+        if test is None and test_set is not None:
+            test_loader = _loader(test_set.with_transform(prepare), EVALUATION_BATCH, settings["workers"], place)
+            test = evaluate(model, test_loader)
+            test["per_class"] = dict(zip(data.classes, test["per_class"]))
+    except KeyboardInterrupt:
+        _say(f"vptm: interrupted before the test, continue with: {again}")
+        raise typer.Exit(1) from None
+    update_run_file(folder, result={"best_epoch": result.best_epoch, "val_accuracy": accuracy, "test": test})
     if result.best_val_accuracy is not None:
         print(f"validation accuracy  {result.best_val_accuracy:.2%} at epoch {result.best_epoch}")
+    if contrast:
+        after = "" if accuracy is None else f", validation accuracy then {accuracy:.2%}"
+        print(f"prototypes           ProtoVerb loss {contrast[0]:.4f}, after {steps} steps {contrast[-1]:.4f}{after}")
     if test is not None:
         print(f"test accuracy        {test['accuracy']:.2%} of {test['n']} images, loss {test['loss']:.4f}")
     print(f"run folder           {folder} (adapter, {RUN_FILE}, metrics.csv, curves.png)")

@@ -35,7 +35,7 @@ def instance_contrast(embeddings: Tensor, labels: Tensor, *, temperature: float 
 
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0]])
-        >>> round(instance_contrast(embeddings, torch.tensor([0, 0, 1])).item(), 4)  # (4 log(1 + e⁻²) + log(1 + 2 e⁻²)) / 9
+        >>> round(instance_contrast(embeddings, torch.tensor([0, 0, 1])).item(), 4)
         0.083
     """
     _check(embeddings, labels, temperature)
@@ -88,13 +88,12 @@ def protoverb_loss(embeddings: Tensor, prototypes: Tensor, labels: Tensor, *, te
     return loss + instance_contrast(embeddings, labels, temperature=temperature)
 
 
-def check_labels(labels: Tensor, classes: int, first: int = 0, what: str = "image") -> None:
-    """Raise ValueError unless all labels lie in 0 .. classes - 1, naming the first that does not; it is number `first`
-    + its index."""
+def check_labels(labels: Tensor, classes: int, first: int = 0) -> None:
+    """Raise ValueError naming the first label outside 0 .. classes - 1 and its image, counted from `first`."""
     outside = ((labels < 0) | (labels >= classes)).nonzero()
     if outside.numel():
         index = int(outside[0])
-        raise ValueError(f"labels must lie in 0 .. {classes - 1}, got {int(labels[index])} for {what} {first + index}")
+        raise ValueError(f"labels must lie in 0 .. {classes - 1}, got {int(labels[index])} for image {first + index}")
 
 
 def _check(embeddings: Tensor, labels: Tensor, temperature: float) -> None:

@@ -21,18 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from . import __version__
 from .adapters import CONFIG_FILE, TENSORS_FILE, save_adapter, write_atomically
-from .choices import hint, one_of
-from .data import dataset_labels
+from .choices import hint, number, one_of
+from .data import ImageDataset, dataset_labels
+from .losses import protoverb_loss
+from .optimization import SCHEDULES, decay_groups, make_schedule
 from .prompted_beit import PromptedBEiT
+from .verbalizers import PrototypicalVerbalizer, check_finite
 
-SCHEDULES = ("cosine", "tanh", "none")
 STATE_FILE, METRICS_FILE, CURVES_FILE, RUN_FILE = "state.pt", "metrics.csv", "curves.png", "run.json"
 RUN_FILES = (TENSORS_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, CURVES_FILE, RUN_FILE)
 METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
@@ -66,6 +67,9 @@ def fit(
     schedule: str = "cosine",
     warmup_epochs: int = 0,
     label_smoothing: float = 0.0,
+    protoverb_weight: float = 0.0,
+    prompt_weight_decay: float | None = None,
+    head_weight_decay: float | None = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -91,9 +95,14 @@ def fit(
         lr: peak learning rate.
         weight_decay: for matrices; vectors and `no_weight_decay()` have none.
         optimizer: a timm optimiser name.
-        schedule: "cosine", "tanh" or "none".
-        warmup_epochs: linear warm-up from 1 % of `lr`, part of `epochs`.
+        schedule: "cosine", "tanh", "none", or a published one: "vpt", "spt", "provp", see
+            `vptm.optimization.published_rate`.
+        warmup_epochs: part of `epochs`; linear from 1 % of `lr` unless a published schedule says otherwise.
         label_smoothing: of the cross-entropy, in [0, 1).
+        protoverb_weight: of `vptm.losses.protoverb_loss` of a batch, added to its cross-entropy (and to the reported
+            train loss); needs the prototypical verbalizer. `vptm.fit_prototypes` trains by that loss alone, afterwards.
+        prompt_weight_decay: of prompts, None for none.
+        head_weight_decay: of the verbalizer's matrices, None for `weight_decay`.
         run_dir: folder for the adapter, `metrics.csv`, `curves.png`, `run.json` and the state to resume from; every
             file is replaced by a rename at the end of an epoch. None writes nothing.
         resume: continue the run in `run_dir`; every argument that changes the result must be as it was.
@@ -118,11 +127,16 @@ def fit(
         1
     """
     _check_arguments(train, val, epochs, lr, weight_decay, optimizer, schedule, warmup_epochs, label_smoothing)
+    if not 0 <= number("protoverb_weight", protoverb_weight) < float("inf"):
+        raise ValueError(f"protoverb_weight must be finite and >= 0, got {protoverb_weight!r}")
+    if protoverb_weight and not isinstance(model.verbalizer, PrototypicalVerbalizer):
+        raise ValueError(f"protoverb_weight needs verbalizer='prototypical', got {type(model.verbalizer).__name__}")
     if device is not None:
         model.to(device)
     parameters = list(model.trainable_parameters())
     if not parameters:
         raise ValueError("model must have trainable parameters, all of them are frozen")
+    check_finite(model)
     _check_sample(model, train)
     labels = _check_labels(train, model.num_classes, "train")
     if val is not None:
@@ -136,6 +150,9 @@ def fit(
         "schedule": schedule,
         "warmup_epochs": warmup_epochs,
         "label_smoothing": label_smoothing,
+        "prompt_weight_decay": prompt_weight_decay,
+        "head_weight_decay": head_weight_decay,
+        "protoverb_weight": protoverb_weight,
         "seed": seed,
     }
     identity = {
@@ -146,16 +163,10 @@ def fit(
         "batch_size": train.batch_size or 0,
         "train labels": hashlib.sha256(labels.tobytes()).hexdigest() if labels is not None else "unknown",
     }
-    optimiser = create_optimizer_v2(model, opt=optimizer, lr=lr, weight_decay=weight_decay)
-    scheduler, _ = create_scheduler_v2(
-        optimiser,
-        sched=schedule,
-        num_epochs=epochs,
-        warmup_epochs=warmup_epochs,
-        warmup_lr=lr / 100,
-        min_lr=0.0,
-        step_on_epochs=False,
-        updates_per_epoch=len(train),
+    groups = decay_groups(model, weight_decay, prompts=prompt_weight_decay, head=head_weight_decay)
+    optimiser = create_optimizer_v2(groups, opt=optimizer, lr=lr, weight_decay=weight_decay)
+    scheduler = make_schedule(
+        schedule, optimiser, lr=lr, epochs=epochs, warmup_epochs=warmup_epochs, steps=len(train)
     )
 
     folder = None if run_dir is None else Path(run_dir)
@@ -191,7 +202,7 @@ def fit(
                 started = time.perf_counter()
                 seed_everything(seed, epoch, train, val)
                 train_loss, train_accuracy = _train_epoch(
-                    model, train, optimiser, scheduler, label_smoothing, epoch, bar
+                    model, train, optimiser, scheduler, label_smoothing, protoverb_weight, epoch, bar
                 )
                 scores = None if val is None else evaluate(model, val)
                 run.finish_epoch(
@@ -275,6 +286,7 @@ def _train_epoch(
     optimiser: torch.optim.Optimizer,
     scheduler: Any,
     label_smoothing: float,
+    protoverb_weight: float,
     epoch: int,
     bar: _Progress,
 ) -> tuple[float, float]:
@@ -289,8 +301,10 @@ def _train_epoch(
         images, labels = images.to(place), labels.to(place).long()
         if scheduler is not None:
             scheduler.step_update((epoch - 1) * len(loader) + step)
-        scores = model(images)
+        scores, contrast = _scores_and_contrast(model, images, labels, protoverb_weight)
         loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
+        if contrast is not None:
+            loss = loss + contrast
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -313,6 +327,17 @@ def _train_epoch(
     if seen == 0:
         raise ValueError("train must yield at least one batch, it is empty")
     return summed / seen, int(correct) / seen
+
+
+def _scores_and_contrast(
+    model: PromptedBEiT, images: Tensor, labels: Tensor, protoverb_weight: float
+) -> tuple[Tensor, Tensor | None]:
+    if not protoverb_weight:
+        return model(images), None
+    verbalizer: Any = model.verbalizer
+    embedding = verbalizer.embed(model.forward_hidden(images), model.lm_head)
+    contrast = protoverb_loss(embedding, verbalizer.prototypes, labels)
+    return verbalizer.compare(embedding) / verbalizer.temperature, protoverb_weight * contrast
 
 
 class _Run:
@@ -530,6 +555,8 @@ def _check_labels(loader: DataLoader[Any], classes: int, name: str) -> np.ndarra
     dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset):
         return None
+    if isinstance(dataset, ImageDataset) and len(dataset.classes) != classes:
+        raise ValueError(f"{name} images must have the model's {classes} classes, got {len(dataset.classes)}")
     labels = dataset_labels(dataset)
     if labels is None:
         labels = np.array([int(dataset[index][1]) for index in range(len(dataset))], dtype=np.int64)

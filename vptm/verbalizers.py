@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vptm_kernels import prototype_cosine
+from vptm_kernels import fold_head, prototype_cosine
 
 from .choices import number, one_of
+from .losses import check_labels, protoverb_loss
 
 if TYPE_CHECKING:
     from .prompted_beit import PromptedBEiT
 
 TOKEN_ACTIVATIONS = ("hidden", "logits", "softmax", "log_softmax")
+PROTOTYPE_STARTS = ("present", "class_means")
+_ROWS_AT_ONCE = 256
 
 
 def read_tokens(hidden: Tensor, lm_head: nn.Linear | None, token_activation: str) -> Tensor:
@@ -116,6 +119,13 @@ class PrototypicalVerbalizer(nn.Module):
         read = read_tokens(hidden, lm_head, self.token_activation)
         return read if self.projection is None else self.projection(read)
 
+    def _embed_support(self, hidden: Tensor, lm_head: nn.Linear | None) -> Tensor:
+        """`embed` for many rows at once: where that is exact, without the V token logits of each."""
+        if self.token_activation == "logits" and self.projection is not None and lm_head is not None:
+            head = fold_head(lm_head.weight, lm_head.bias, self.projection.weight, self.projection.bias)
+            return F.linear(hidden, *head)
+        return self.embed(hidden, lm_head)
+
     @torch.no_grad()
     def init_prototypes(self, model: PromptedBEiT, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Start every prototype at the mean embedding of its class, under the model's present prompts and projection.
@@ -125,35 +135,24 @@ class PrototypicalVerbalizer(nn.Module):
             loader: the support set as (images, labels) batches, labels (B,) integers in 0 .. K - 1.
 
         Raises:
-            ValueError: a label outside 0 .. K - 1, embeddings that are not finite, or a class without an image. The
-                prototypes are then unchanged.
+            ValueError: a label outside 0 .. K - 1, read-out rows or embeddings that are not finite, or a class without
+                an image. The prototypes are then unchanged.
         """
-        device, classes = self.prototypes.device, self.prototypes.shape[0]
-        sums = torch.zeros(self.prototypes.shape, dtype=torch.float64, device=device)
-        counts = torch.zeros(classes, dtype=torch.long, device=device)
-        seen, training = 0, model.training
-        model.eval()
-        try:
-            for images, labels in loader:
-                labels = labels.to(device)
-                outside = ((labels < 0) | (labels >= classes)).nonzero()
-                if outside.numel():
-                    index = int(outside[0])
-                    raise ValueError(
-                        f"labels must lie in 0 .. {classes - 1}, got {int(labels[index])} for image {seen + index}"
-                    )
-                embedding = self.embed(model.forward_hidden(images.to(device)), model.lm_head).double()
-                if not bool(embedding.isfinite().all()):
-                    raise ValueError(f"embeddings must be finite, got NaN or inf in the batch from image {seen} on")
-                sums.index_add_(0, labels, embedding)
-                counts += torch.bincount(labels, minlength=classes)
-                seen += len(labels)
-        finally:
-            model.train(training)
-        empty = (counts == 0).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(f"every class must have an image in the support set, got none for class {empty[0]}")
-        self.prototypes.copy_(sums / counts[:, None])
+        self._to_class_means(*support_rows(model, loader, len(self.prototypes)), model.lm_head)
+
+    @torch.no_grad()
+    def _to_class_means(self, hidden: Tensor, labels: Tensor, lm_head: nn.Linear | None) -> None:
+        sums = torch.zeros(self.prototypes.shape, dtype=torch.float64, device=hidden.device)
+        for rows, own in zip(hidden.split(_ROWS_AT_ONCE), labels.split(_ROWS_AT_ONCE)):
+            sums.index_add_(0, own, self._embed_support(rows, lm_head).double())
+        means = sums / torch.bincount(labels, minlength=len(sums))[:, None]
+        if not bool(means.isfinite().all()):
+            raise ValueError("embeddings of the support set must be finite, got NaN or inf: look at the projection")
+        self.prototypes.copy_(means)
+
+    def compare(self, embedding: Tensor) -> Tensor:
+        """Cosine similarities (B, K) of embeddings (B, d), as `embed` makes them, to the prototypes."""
+        return F.linear(F.normalize(embedding, dim=-1), F.normalize(self.prototypes, dim=-1))
 
     def cosine(self, hidden: Tensor, lm_head: nn.Linear | None = None, impl: str = "auto") -> Tensor:
         """Cosine similarities (B, K) of the read-out rows (B, C) to the prototypes, in [-1, 1].
@@ -162,8 +161,7 @@ class PrototypicalVerbalizer(nn.Module):
         that is cheapest; "reference" always stores them.
         """
         if lm_head is None or self.token_activation == "hidden" or impl == "reference":
-            embedding = self.embed(hidden, lm_head)
-            return F.linear(F.normalize(embedding, dim=-1), F.normalize(self.prototypes, dim=-1))
+            return self.compare(self.embed(hidden, lm_head))
         return prototype_cosine(
             hidden,
             lm_head.weight,
@@ -204,3 +202,126 @@ class LinearVerbalizer(nn.Module):
     def forward(self, hidden: Tensor, lm_head: nn.Linear | None = None) -> Tensor:
         """Class scores (B, K)."""
         return self.head(read_tokens(hidden, lm_head, self.token_activation))
+
+
+@torch.no_grad()
+def support_rows(model: PromptedBEiT, loader: Iterable[tuple[Tensor, Tensor]], classes: int) -> tuple[Tensor, Tensor]:
+    """Read-out rows (N, C) of a whole support set and its labels (N,), by `model` in eval mode.
+
+    Raises:
+        ValueError: a label outside 0 .. classes - 1, a row that is not finite, or a class without an image.
+    """
+    device, training = next(model.parameters()).device, model.training
+    rows: list[Tensor] = []
+    found: list[Tensor] = []
+    seen = 0
+    model.eval()
+    try:
+        for images, labels in loader:
+            check_labels(labels, classes, seen)
+            hidden = model.forward_hidden(images.to(device))
+            broken = (~hidden.isfinite().all(dim=1)).nonzero()
+            if broken.numel():
+                raise ValueError(f"read-out rows must be finite, got NaN or inf for image {seen + int(broken[0])}")
+            rows.append(hidden)
+            found.append(labels.to(device).long())
+            seen += len(labels)
+    finally:
+        model.train(training)
+    counts = torch.bincount(torch.cat(found), minlength=classes) if found else torch.zeros(classes)
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"every class must have an image in the support set, got none for class {empty[0]}")
+    return torch.cat(rows), torch.cat(found)
+
+
+def fit_prototypes(
+    model: PromptedBEiT,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    start: str = "present",
+    steps: int = 5,
+    lr: float = 1e-3,
+    temperature: float = 1.0,
+) -> list[float]:
+    """ProtoVerb's post-hoc training (arXiv:2203.09770): projection and prototypes learn, the prompts stay.
+
+    The read-out rows of the support set are computed once, in eval mode; then Adam takes `steps` full-batch steps on
+    `vptm.losses.protoverb_loss` of their embeddings. The temperature of the verbalizer stays too. Defaults are
+    OpenPrompt's. It holds (N, N) cosines.
+
+    Args:
+        model: with a prototypical verbalizer, of which what requires a gradient is trained in place.
+        loader: the support set as (images, labels) batches, labels (B,) integers in 0 .. K - 1; without augmentation
+            unless that is wanted frozen too.
+        start: where the prototypes start: "present" values, or "class_means" of the support set.
+        steps: of Adam, >= 1.
+        lr: learning rate.
+        temperature: of the cosines inside the loss, not the verbalizer's.
+
+    Returns:
+        The loss before every step and after the last: `steps` + 1 numbers.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, another verbalizer, frozen prototypes or such that are not
+            finite, a label outside 0 .. K - 1, a class without an image. Nothing has changed then.
+        FloatingPointError: the loss became NaN or infinite; the model is as it was.
+
+    Example:
+        >>> import vptm
+        >>> model = vptm.PromptedBEiT("builtin", num_classes=2, prototype_dim=8)
+        >>> losses = vptm.fit_prototypes(model, [(torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 0, 1]))], lr=0.01)
+        >>> losses[-1] < losses[0]
+        True
+    """
+    verbalizer = model.verbalizer
+    if not isinstance(verbalizer, PrototypicalVerbalizer):
+        raise TypeError(f"model must have a PrototypicalVerbalizer, got {type(verbalizer).__name__}")
+    one_of("start", start, PROTOTYPE_STARTS)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an integer >= 1, got {steps!r}")
+    if not 0 < number("lr", lr) < math.inf:
+        raise ValueError(f"lr must be finite and > 0, got {lr!r}")
+    if not 0 < number("temperature", temperature) < math.inf:
+        raise ValueError(f"temperature must be finite and > 0, got {temperature!r}")
+    parts = [verbalizer.prototypes, *(verbalizer.projection.parameters() if verbalizer.projection else ())]
+    learned = [parameter for parameter in parts if parameter.requires_grad]
+    if not verbalizer.prototypes.requires_grad:
+        raise ValueError("verbalizer.prototypes must be trainable, got requires_grad=False")
+    check_finite(model)
+    hidden, labels = support_rows(model, loader, len(verbalizer.prototypes))
+    before = [parameter.detach().clone() for parameter in learned]
+    optimiser = torch.optim.Adam(learned, lr=lr)
+    losses: list[float] = []
+    try:
+        if start == "class_means":
+            verbalizer._to_class_means(hidden, labels, model.lm_head)
+        for step in range(steps + 1):
+            with torch.set_grad_enabled(step < steps):
+                embedding = verbalizer._embed_support(hidden, model.lm_head)
+                loss = protoverb_loss(embedding, verbalizer.prototypes, labels, temperature=temperature)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"loss became {losses[-1]} at step {step} with lr {lr:.3g}: use a lower lr")
+            if step < steps:
+                for parameter, gradient in zip(learned, torch.autograd.grad(loss, learned)):
+                    parameter.grad = gradient
+                optimiser.step()
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in zip(learned, before):
+                parameter.copy_(value)
+        raise
+    finally:
+        optimiser.zero_grad(set_to_none=True)
+    return losses
+
+
+def check_finite(model: PromptedBEiT) -> None:
+    """Raise ValueError where something learned, or a frozen verbalizer, holds NaN or infinite values."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or name.startswith("verbalizer."):
+            wrong = (~parameter.detach().isfinite()).nonzero()
+            if len(wrong):
+                index = wrong[0].tolist()
+                raise ValueError(f"{name} must be finite, got {float(parameter.detach()[tuple(index)])} at {index}")
