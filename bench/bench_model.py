@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vptm import PromptedBEiT
-from vptm.prompted_beit import _sdpa
-from vptm.reference import block_forward
+from vptm.reference import block_forward, sdpa
+
 
 CUDA = torch.cuda.is_available()
 BATCH, DEVICE, DTYPE = (64, "cuda", torch.bfloat16) if CUDA else (4, "cpu", torch.float32)
@@ -92,7 +92,7 @@ def _concatenate(model: PromptedBEiT, images: Tensor) -> Tensor:
         if length and (layer == 0 or prompts.mode == "deep"):
             x = torch.cat([x[:, :tokens], prompts.weight[layer].expand(len(x), -1, -1)], dim=1)
         bias = F.pad(block.attn._get_rel_pos_bias(), (0, length, 0, length))
-        x = block_forward(block, x, bias, _sdpa)
+        x = block_forward(block, x, bias, sdpa)
     return backbone.norm(x)[:, 0]
 
 

@@ -2,35 +2,36 @@
 
 - Deep prompts are a key/value prefix: projected once per step for the whole batch, never given queries, an MLP or a
   norm.
-- The last block computes the one row that is read, and projects no key or value of any token.
+- The last block computes the one row that is read, and projects no key or value of any token; where rows are averaged,
+  it computes those rows alone, and averages before its last linear where no norm stands between.
 - LayerNorm weights and LayerScale are folded into the frozen linears, the position bias is expanded, both once.
 
-Each is exact in real arithmetic and used only where it is. A backbone that trains, or whose blocks are not plain BEiT
-blocks, runs through `vptm.reference` with fused attention instead.
+Each is exact in real arithmetic and used only where it is. A backbone that trains, or whose blocks are not plain
+pre-norm blocks of timm's BEiT or ViT, runs through `vptm.reference` with fused attention instead.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import copy
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from timm.layers import Mlp
-from timm.models.beit import Block
+from timm.layers import LayerScale, Mlp
+from timm.models import beit, vision_transformer
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from vptm_kernels import prompted_attention
 from vptm_kernels._runtime.triton_support import choose
 from vptm_kernels.prompted_attention.bias import align_rows
 
-from .reference import canonical_bias
-
 if TYPE_CHECKING:
-    from .prompted_beit import PromptedBEiT
+    from .prompted_model import PromptedModel
 
 
 class FrozenBlock(NamedTuple):
-    """One BEiT block with constants folded: `qkv(normalise(x))`, `x + scale_1 * proj(...)`, `x + scale_2 *
+    """One pre-norm block with constants folded: `qkv(normalise(x))`, `x + scale_1 * proj(...)`, `x + scale_2 *
     fc2(act(fc1(normalise(x))))`."""
 
     qkv_weight: Tensor
@@ -48,51 +49,85 @@ class FrozenBlock(NamedTuple):
     activation: nn.Module
 
 
-def can_fold(block: Block) -> bool:
+def can_fold(block: Any) -> bool:
     """Whether a block is norm, attention, LayerScale, norm, two-layer MLP, LayerScale, and nothing else."""
+    if type(block) is beit.Block:
+        plain = type(block.attn) is beit.Attention
+    elif type(block) is vision_transformer.Block:
+        attn = block.attn
+        plain = type(attn) is vision_transformer.Attention and attn.gate is None
+        plain = plain and all(type(part) is nn.Identity for part in (attn.q_norm, attn.k_norm, attn.norm))
+        plain = plain and all(type(part) in (nn.Identity, LayerScale) for part in (block.ls1, block.ls2))
+    else:
+        return False
     return (
-        isinstance(block.mlp, Mlp)
+        plain
+        and type(block.mlp) is Mlp
         and isinstance(block.mlp.norm, nn.Identity)
         and isinstance(block.norm1, nn.LayerNorm)
         and isinstance(block.norm2, nn.LayerNorm)
+        # an adapter library may have put its own module in place of a linear
+        and all(type(linear) is nn.Linear for linear in _linears(block))
+        and block.attn.qkv.out_features == 3 * block.attn.qkv.in_features
     )
 
 
-def fold_block(block: Block, dtype: torch.dtype) -> FrozenBlock:
+def _linears(block: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    return block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
+
+
+def _qkv_bias(attn: Any) -> Tensor | None:
+    if isinstance(attn, vision_transformer.Attention):
+        return attn.qkv.bias
+    return None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+
+
+def _layer_scales(block: Any) -> tuple[Tensor | None, Tensor | None]:
+    if isinstance(block, beit.Block):
+        return block.gamma_1, block.gamma_2
+    first, second = (scale.gamma if isinstance(scale, LayerScale) else None for scale in (block.ls1, block.ls2))
+    return first, second
+
+
+def fold_block(block: Any, dtype: torch.dtype) -> FrozenBlock:
     """Fold norm weights into the linear after them and LayerScale into the one before, in fp64, rounded once to
     `dtype`.
 
     The key part of the bias is left out: it adds the same number to every score of a query, which the softmax does not
     see. In fp16 the LayerScale stays apart, where `gamma * weight` would be subnormal (gamma starts at 1e-5 in BEiT-L).
     """
-    attn, mlp = block.attn, block.mlp
     fold_scale = dtype != torch.float16
 
-    def after_norm(weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        wide = weight.double()
-        shift = wide @ norm.bias.double()
-        return wide * norm.weight.double(), shift if bias is None else shift + bias.double()
+    def after_norm(linear: nn.Linear, bias: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        weight = linear.weight.double()
+        shift = weight.new_zeros(len(weight)) if bias is None else bias.double()
+        if norm.bias is not None:
+            shift = shift + weight @ norm.bias.double()
+        return weight if norm.weight is None else weight * norm.weight.double(), shift
 
     def before_scale(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
-        weight, bias = linear.weight.double(), linear.bias.double()
+        weight = linear.weight.double()
+        bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.double()
         if gamma is None or not fold_scale:
             return weight, bias
         return gamma.double()[:, None] * weight, gamma.double() * bias
 
-    bias = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-    qkv_weight, qkv_bias = after_norm(attn.qkv.weight, bias, block.norm1)
+    qkv, proj, fc1, fc2 = _linears(block)
+    gammas = _layer_scales(block)
+    qkv_weight, qkv_bias = after_norm(qkv, _qkv_bias(block.attn), block.norm1)
+    qkv_bias = qkv_bias.clone()
     width = qkv_bias.numel() // 3
     qkv_bias[width : 2 * width] = 0
     tensors = [
         qkv_weight,
         qkv_bias,
-        *before_scale(attn.proj, block.gamma_1),
-        *after_norm(mlp.fc1.weight, mlp.fc1.bias, block.norm2),
-        *before_scale(mlp.fc2, block.gamma_2),
+        *before_scale(proj, gammas[0]),
+        *after_norm(fc1, fc1.bias, block.norm2),
+        *before_scale(fc2, gammas[1]),
     ]
-    scales = [None if fold_scale or gamma is None else gamma.to(dtype) for gamma in (block.gamma_1, block.gamma_2)]
+    scales = [None if fold_scale or gamma is None else gamma.to(dtype) for gamma in gammas]
     fixed = [tensor.to(dtype) for tensor in tensors]
-    return FrozenBlock._make([*fixed, *scales, block.norm1.eps, block.norm2.eps, mlp.act])
+    return FrozenBlock._make([*fixed, *scales, block.norm1.eps, block.norm2.eps, block.mlp.act])
 
 
 def _state(tensor: Tensor) -> tuple[int, int, torch.dtype]:
@@ -119,39 +154,48 @@ def _residual(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
     return update.add_(x) if update.dtype == x.dtype else x + update
 
 
+def _mlp_inner(x: Tensor, block: FrozenBlock) -> Tensor:
+    return block.activation(F.linear(_normalise(x, block.eps_2), block.fc1_weight, block.fc1_bias))
+
+
 def _mlp(x: Tensor, block: FrozenBlock) -> Tensor:
-    inner = block.activation(F.linear(_normalise(x, block.eps_2), block.fc1_weight, block.fc1_bias))
-    return _residual(x, F.linear(inner, block.fc2_weight, block.fc2_bias), block.scale_2)
+    return _residual(x, F.linear(_mlp_inner(x, block), block.fc2_weight, block.fc2_bias), block.scale_2)
 
 
 class FrozenEncoder:
-    """Runs the frozen blocks of a `PromptedBEiT`; holds what is derived from its frozen weights, and derives it again
+    """Runs the frozen blocks of a `PromptedModel`; holds what is derived from its frozen weights, and derives it again
     when they change.
 
-    The originals stay in `model.backbone`: `state_dict()` never sees a folded weight.
+    The originals stay in `model.backbone`: `state_dict()` never sees a folded weight. Once `sealed`, they are gone, and
+    what is here is all there is.
     """
 
     def __init__(self) -> None:
         self._key: tuple[object, ...] | None = None
         self._blocks: list[FrozenBlock] = []
         self._biases: list[Tensor | None] = []
+        self._patch_state: dict[str, Tensor] = {}
         self._narrow = False
+        self.sealed = False
         self._prefix_key: tuple[object, ...] | None = None
         self._prefixes: list[Tensor] = []
 
     def __deepcopy__(self, memo: dict[int, object]) -> FrozenEncoder:
-        return FrozenEncoder()
+        twin = FrozenEncoder()
+        twin.__dict__ |= copy.deepcopy(self.__getstate__(), memo)
+        return twin
 
     def __getstate__(self) -> dict[str, object]:
-        return FrozenEncoder().__dict__
+        derived = self.__dict__ if self.sealed else FrozenEncoder().__dict__
+        return derived | {"_prefix_key": None, "_prefixes": []}
 
     @staticmethod
-    def supports(model: PromptedBEiT) -> bool:
+    def supports(model: PromptedModel) -> bool:
         """Whether the backbone is frozen and made of blocks that fold."""
         frozen = not any(parameter.requires_grad for parameter in model.backbone.parameters())
         return frozen and all(can_fold(block) for block in model.backbone.blocks)
 
-    def _refresh(self, model: PromptedBEiT) -> None:
+    def _refresh(self, model: PromptedModel) -> None:
         weights = model.backbone.patch_embed.proj.weight
         device = weights.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.dtype
@@ -159,6 +203,13 @@ class FrozenEncoder:
             dtype = torch.float64  # autocast leaves fp64 alone
         head_dim = model.num_features // model.backbone.blocks[0].attn.num_heads
         triton = choose(model.impl, weights.new_empty(0, dtype=dtype), head_dim) == "triton"
+        if self.sealed:
+            if self._key is None or self._key[:2] != (dtype, triton):
+                raise RuntimeError(
+                    f"freeze_for_inference dropped the weights that {dtype} with impl={model.impl!r} needs: "
+                    "call it where the model will run"
+                )
+            return
         # a traced graph cannot look at versions: it takes what an eager run left, or derives the constants in the graph
         compiling = torch.compiler.is_compiling()
         if compiling and self._key is not None and self._key[:2] == (dtype, triton):
@@ -170,25 +221,28 @@ class FrozenEncoder:
                 return
         with torch.inference_mode(False), torch.no_grad():
             self._blocks = [fold_block(block, dtype) for block in model.backbone.blocks]
+            self._patch_state = {}
+            if dtype != weights.dtype:
+                named = model.backbone.patch_embed.named_parameters()
+                self._patch_state = {name: parameter.to(dtype) for name, parameter in named}
             self._biases = []
-            per_block = model.backbone.blocks[0].attn.relative_position_bias_table is not None
             for layer in range(len(self._blocks)):
-                if layer and not per_block:
+                if layer and model.bias_is_shared:
                     self._biases.append(self._biases[0])
                     continue
-                bias = canonical_bias(model, layer, learned=False)
+                bias = model.position_bias(layer, learned=False)
                 self._biases.append(None if bias is None else align_rows(_bias_values(bias, dtype, triton)))
         # the kernel reads a token-to-token bias in place and takes prompt columns as zero; SDPA wants all columns
         self._narrow = triton and model.extra_bias.startswith(("zero", "grid"))
         self._key = key
         self._prefix_key = None
 
-    def _bias(self, model: PromptedBEiT, layer: int) -> Tensor | None:
+    def _bias(self, model: PromptedModel, layer: int) -> Tensor | None:
         if model.prompt_bias is None:
             return self._biases[layer]
-        return canonical_bias(model, layer)
+        return model.position_bias(layer)
 
-    def _prompt_rows(self, model: PromptedBEiT, layer: int, batch: int) -> Tensor:
+    def _prompt_rows(self, model: PromptedModel, layer: int, batch: int) -> Tensor:
         """Normalised prompts of `layer`: (P, C), or (B, P, C) where dropout draws a mask per sample."""
         prompts = model.prompts
         if prompts.training and prompts.dropout > 0:
@@ -197,7 +251,7 @@ class FrozenEncoder:
             rows = prompts.weight[layer]
         return _normalise(rows, self._blocks[layer].eps_1)
 
-    def _prefix(self, model: PromptedBEiT, layer: int, batch: int) -> Tensor | None:
+    def _prefix(self, model: PromptedModel, layer: int, batch: int) -> Tensor | None:
         """Keys and values of deep prompts, (P, 2C) or (B, P, 2C); kept between calls while nothing is trained."""
         if model.prompts.length == 0:
             return None
@@ -211,72 +265,83 @@ class FrozenEncoder:
             return self._prefixes[layer]
         return self._project_prefix(model, layer, batch)
 
-    def _project_prefix(self, model: PromptedBEiT, layer: int, batch: int) -> Tensor:
+    def _project_prefix(self, model: PromptedModel, layer: int, batch: int) -> Tensor:
         block = self._blocks[layer]
         width = model.num_features
         rows = self._prompt_rows(model, layer, batch)
         return F.linear(rows, block.qkv_weight[width:], block.qkv_bias[width:])
 
-    def features(self, model: PromptedBEiT, images: Tensor) -> Tensor:
-        """Rows `[class | patches | mask?]` after the final norm, (B, 1 + N (+ 1), C)."""
-        x, real = self._run(model, images, len(model.backbone.blocks))
-        return model.backbone.norm(x[:, :real])
+    def prepare(self, model: PromptedModel) -> None:
+        """Derive the constants now."""
+        self._refresh(model)
 
-    def row(self, model: PromptedBEiT, images: Tensor, row: int) -> Tensor:
+    def patches(self, model: PromptedModel, images: Tensor) -> Tensor:
+        """Patch embeddings; under autocast by weights that were cast once."""
+        if self._patch_state:
+            return functional_call(model.backbone.patch_embed, self._patch_state, (images,))
+        return model.backbone.patch_embed(images)
+
+    def features(self, model: PromptedModel, images: Tensor) -> Tensor:
+        """Rows `[prefix | patches | mask?]` after the final norm, (B, T, C); prompts last where the read-out averages
+        them."""
+        x, real = self._run(model, images, len(model.backbone.blocks))
+        return model.backbone.norm(x if model.pools_prompts else x[:, :real])
+
+    def row(self, model: PromptedModel, images: Tensor, row: int) -> Tensor:
         """One of those rows, (B, C), with the last block computed for it alone."""
         last = len(model.backbone.blocks) - 1
         x, real = self._run(model, images, last)
-        return model.backbone.norm(self._last_block(model, x, real, row, last))
+        return model.backbone.norm(model.run_block(self._fixed(model)._last_block, model, x, real, row, last))
 
-    def _run(self, model: PromptedBEiT, images: Tensor, blocks: int) -> tuple[Tensor, int]:
+    def mean(self, model: PromptedModel, images: Tensor) -> Tensor:
+        """The mean (B, C) of the rows a mean read-out takes, with the last block computed for those rows alone."""
+        last = len(model.backbone.blocks) - 1
+        x, real = self._run(model, images, last)
+        return model.run_block(self._fixed(model)._mean_block, model, x, real, last)
+
+    def _fixed(self, model: PromptedModel) -> FrozenEncoder:
+        """An encoder that keeps the constants of now, where backward recomputes blocks after whatever runs between."""
+        if not model.grad_checkpointing or torch.compiler.is_compiling():
+            return self
+        fixed = FrozenEncoder()
+        fixed.__dict__ |= self.__dict__
+        return fixed
+
+    def _run(self, model: PromptedModel, images: Tensor, blocks: int) -> tuple[Tensor, int]:
         """Rows entering block `blocks`, prompt rows last where they are rows, and the number of other rows."""
         self._refresh(model)
         prompts = model.prompts
         real = model.num_rows - prompts.length
         carried = prompts.mode != "deep" and prompts.length > 0
-        dropped = prompts.training and prompts.dropout > 0
-        x = self._embed(model, images, with_prompts=carried and (dropped or blocks == 0))
+        if carried and (blocks == 0 or (prompts.training and prompts.dropout > 0)):
+            x = model.embed(images, prompts.length)
+            x[:, real:] = prompts(0, len(x))
+        else:
+            x = model.embed(images)
+        fixed = self._fixed(model)
         for layer in range(blocks):
-            x = self._attend(model, x, layer, real)
-            x = _mlp(x, self._blocks[layer])
+            x = model.run_block(fixed._block, model, x, layer, real)
             if prompts.mode == "progressive" and carried and layer + 1 < len(self._blocks):
                 # nothing saved these rows yet, so they may change in place
                 x[:, real:] = prompts(layer + 1, len(x), x[:, real:])
         return x, real
 
-    def _embed(self, model: PromptedBEiT, images: Tensor, *, with_prompts: bool) -> Tensor:
-        """Rows `[class | patches | mask? | prompts?]` before block 0, written into one buffer."""
-        backbone = model.backbone
-        patches = backbone.patch_embed(images)
-        position = backbone.pos_embed
-        end = 1 + model.num_patches
-        rows = model.num_rows if with_prompts else model.num_rows - model.prompts.length
-        dtype = torch.promote_types(patches.dtype, backbone.cls_token.dtype)
-        x = patches.new_empty(len(patches), rows, model.num_features, dtype=dtype)
-        x[:, 0] = backbone.cls_token[0]
-        x[:, 1:end] = patches
-        if model.replaced_patch is not None and model.mask_token is not None:
-            x[:, 1 + model.replaced_patch] = model.mask_token[0]
-        if position is not None:
-            x[:, :end] += position
-        if model.has_mask_row and model.mask_token is not None:
-            x[:, end] = model.mask_token[0]
-            if position is not None and model.grid_position is not None:
-                x[:, end] += position[:, 1 + model.grid_position]
-        if with_prompts:
-            x[:, rows - model.prompts.length :] = model.prompts(0, len(patches))
-        return x
+    def _block(self, model: PromptedModel, x: Tensor, layer: int, real: int) -> Tensor:
+        return _mlp(self._attend(model, x, layer, real), self._blocks[layer])
 
-    def _attend(self, model: PromptedBEiT, x: Tensor, layer: int, real: int) -> Tensor:
+    def _attend(self, model: PromptedModel, x: Tensor, layer: int, real: int) -> Tensor:
         block = self._blocks[layer]
         prompts = model.prompts
         bias = self._bias(model, layer)
         prefix = prompt_qkv = None
-        if prompts.mode == "deep":
-            prefix = self._prefix(model, layer, len(x))
-            bias = None if bias is None else bias[:, :real, : real if self._narrow else None]
-        elif prompts.length and x.shape[1] == real:
-            prompt_qkv = F.linear(self._prompt_rows(model, 0, len(x)), block.qkv_weight, block.qkv_bias)
+        if prompts.length and x.shape[1] == real:
+            if prompts.mode == "deep" and not (model.pools_prompts and layer + 1 == len(self._blocks)):
+                prefix = self._prefix(model, layer, len(x))
+                bias = None if bias is None else bias[:, :real, : real if self._narrow else None]
+            elif prompts.training and prompts.dropout > 0:
+                x = torch.cat([x, prompts(layer, len(x)).to(x.dtype)], dim=1)
+            else:
+                prompt_qkv = F.linear(self._prompt_rows(model, layer, len(x)), block.qkv_weight, block.qkv_bias)
         qkv = F.linear(_normalise(x, block.eps_1), block.qkv_weight, block.qkv_bias)
         heads = model.backbone.blocks[layer].attn.num_heads
         mixed = prompted_attention(qkv, prefix, prompt_qkv=prompt_qkv, num_heads=heads, bias=bias, impl=model.impl)
@@ -287,10 +352,44 @@ class FrozenEncoder:
             update = update * block.scale_1
         update = update.to(torch.promote_types(update.dtype, x.dtype))
         update[:, :real] += x
-        update[:, real:] += prompts.weight[0]
+        update[:, real:] += prompts.weight[layer]
         return update
 
-    def _last_block(self, model: PromptedBEiT, x: Tensor, real: int, row: int, layer: int) -> Tensor:
+    def _attend_from(self, model: PromptedModel, x: Tensor, layer: int, real: int, rows: slice) -> Tensor:
+        """Attention and residual of some rows, (B, rows, C); no prompt row attends."""
+        block = self._blocks[layer]
+        bias = self._bias(model, layer)
+        qkv_weight, qkv_bias, width = block.qkv_weight, block.qkv_bias, model.num_features
+        prompts = None
+        if x.shape[1] > real:  # prompts that were rows until here
+            prompts = F.linear(_normalise(x[:, real:], block.eps_1), qkv_weight[width:], qkv_bias[width:])
+            x = x[:, :real]
+        elif model.prompts.length:
+            prompts = self._prefix(model, layer, len(x))
+        if prompts is not None and bias is not None:
+            bias = bias[:, :real, : real if self._narrow else None]
+        qkv = F.linear(_normalise(x, block.eps_1), qkv_weight, qkv_bias)
+        heads = model.backbone.blocks[layer].attn.num_heads
+        mixed = prompted_attention(qkv, prompts, num_heads=heads, bias=bias, impl=model.impl)[:, rows]
+        return _residual(x[:, rows], F.linear(mixed, block.proj_weight, block.proj_bias), block.scale_1)
+
+    def _mean_block(self, model: PromptedModel, x: Tensor, real: int, layer: int) -> Tensor:
+        """The last block and the final norm for the rows that are averaged, (B, C).
+
+        Without a norm before the mean, fc2 comes after it: `mean(W a_t + b) = W mean(a_t) + b`.
+        """
+        norm, rows = model.backbone.norm, model.mean_rows()
+        block = self._blocks[layer]
+        if model.pools_prompts:
+            x = self._attend(model, x, layer, real)[:, rows]
+        else:
+            x = self._attend_from(model, x, layer, real, rows)
+        if not isinstance(norm, nn.Identity):
+            return norm(_mlp(x, block)).mean(dim=1)
+        inner = _mlp_inner(x, block).mean(dim=1)
+        return _residual(x.mean(dim=1), F.linear(inner, block.fc2_weight, block.fc2_bias), block.scale_2)
+
+    def _last_block(self, model: PromptedModel, x: Tensor, real: int, row: int, layer: int) -> Tensor:
         """The block for one query row (B, C): scores `normalise(x_j) . (W_k q)`, output `W_v sum_j a_j normalise(x_j) +
         b_v`."""
         block = self._blocks[layer]

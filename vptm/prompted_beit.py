@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +11,24 @@ import torch
 from timm.models import register_model
 from timm.models.beit import Beit
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .checkpoints import LoadReport, load_backbone, weight_hash
+from .checkpoints import load_backbone
 from .choices import one_of
-from .encoder import FrozenEncoder
 from .position_bias import extended_index, parse_extra_bias
+from .prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
 from .prompts import PromptBank
-from .reference import reference_features, softmax_attention
-from .verbalizers import LinearVerbalizer, PrototypicalVerbalizer
+from .reference import AttentionFunction, block_forward, canonical_bias, embed
 
 PROMPT_LOCATIONS = ("after_cls", "after_mask", "before_mask", "end")
 READOUTS = ("mask", "cls", "mean")
 MASK_MODES = ("insert", "replace")
-VERBALIZERS = ("prototypical", "linear")
-IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 MASKED_MODELLING_WEIGHTS = (
     "masked-modelling weights such as beitv2_base_patch16_224_pt1k.pth "
     "or the Hugging Face id microsoft/beit-base-patch16-224-pt22k"
 )
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=None if bias is None else bias.to(query.dtype))
-
-
-class PromptedBEiT(nn.Module):
+class PromptedBEiT(PromptedModel):
     """A frozen BEiT with learned prompts, read at a mask token, and a verbalizer from visual tokens to labels.
 
     VPTM (arXiv:2303.04998): prompts and a mask token join the patches, the model predicts the visual token at the mask
@@ -85,7 +76,6 @@ class PromptedBEiT(nn.Module):
         torch.Size([2, 10])
     """
 
-    prompts: PromptBank
     bias_index: Tensor
     row_order: Tensor
 
@@ -129,7 +119,7 @@ class PromptedBEiT(nn.Module):
             raise ValueError(f"train_mask_token=True needs readout='mask', got readout={readout!r}")
         if train_lm_head and token_activation == "hidden":
             raise ValueError("train_lm_head=True needs a token_activation that reads the token head, got 'hidden'")
-        self.config: dict[str, Any] = {
+        self.config = {
             "num_classes": num_classes,
             "prompt_length": prompt_length,
             "prompt_mode": prompt_mode,
@@ -156,7 +146,6 @@ class PromptedBEiT(nn.Module):
         self.prompt_location = prompt_location
         self.extra_bias = extra_bias
         self.impl = impl
-        self.class_names: list[str] | None = None
 
         if pretrained and isinstance(source, str) and source in timm.list_models(module="beit"):
             needs = ""
@@ -171,11 +160,10 @@ class PromptedBEiT(nn.Module):
                 )
         loaded = load_backbone(source, img_size=img_size, pretrained=pretrained)
         self.source = None if isinstance(source, Beit) else str(source)
-        self.report: LoadReport = loaded.report
-        self.default_cfg: dict[str, Any] = loaded.default_cfg
+        self.report = loaded.report
+        self.default_cfg = loaded.default_cfg
         self.backbone = loaded.backbone
         self.num_features = width = self.backbone.embed_dim
-        self._frozen = True
 
         mask_token, lm_head = loaded.mask_token, loaded.lm_head
         fresh = []
@@ -207,7 +195,7 @@ class PromptedBEiT(nn.Module):
         self.mask_token = None if mask_token is None else nn.Parameter(mask_token.detach().clone())
         self.lm_head = lm_head
 
-        self.num_patches: int = self.backbone.patch_embed.num_patches
+        self.num_patches = self.backbone.patch_embed.num_patches
         window = tuple(self.backbone.patch_embed.grid_size)
         bias_mode, grid = parse_extra_bias(extra_bias, window)
         self.has_mask_row = readout == "mask" and mask_mode == "insert"
@@ -232,16 +220,12 @@ class PromptedBEiT(nn.Module):
         index = extended_index(window, prompts=prompt_length, mask=self.has_mask_row, mode=bias_mode, grid=grid)
         self.register_buffer("bias_index", index, persistent=False)
         self.register_buffer("row_order", self._row_order(), persistent=False)
-        self.prompt_bias: nn.Parameter | None = None
+        self.prompt_bias = None
         if bias_mode == "learned":
             heads = self.backbone.blocks[0].attn.num_heads
             self.prompt_bias = nn.Parameter(torch.zeros(len(self.backbone.blocks), 2, heads, prompt_length))
         self.verbalizer = self._make_verbalizer(num_classes)
-        self._encoder = FrozenEncoder()
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
-        self._freeze()
-        self._weight_hash = weight_hash(self._frozen_state())
-        self.train(self.training)
+        self._finish()
 
     def _check_bias_source(self, mode: str) -> None:
         backbone = self.backbone
@@ -280,92 +264,47 @@ class PromptedBEiT(nn.Module):
         }[self.prompt_location]
         return torch.cat([segments[name] for name in order])
 
-    def _make_verbalizer(self, num_classes: int) -> PrototypicalVerbalizer | LinearVerbalizer:
-        activation = self.config["token_activation"]
-        in_features = self.num_features if activation == "hidden" or self.lm_head is None else self.lm_head.out_features
-        if self.config["verbalizer"] == "linear":
-            return LinearVerbalizer(in_features, num_classes, token_activation=activation)
-        return PrototypicalVerbalizer(
-            in_features,
-            num_classes,
-            prototype_dim=self.config["prototype_dim"],
-            token_activation=activation,
-            projection_bias=self.config["projection_bias"],
-            temperature=self.config["temperature"],
-        )
+    def embed(self, images: Tensor, spare: int = 0) -> Tensor:
+        """Rows `[class | patches | mask?]` and `spare` more, written into one buffer."""
+        backbone = self.backbone
+        patches = self._encoder.patches(self, images)
+        position = backbone.pos_embed
+        end = 1 + self.num_patches
+        real = end + int(self.has_mask_row)
+        dtype = torch.promote_types(patches.dtype, backbone.cls_token.dtype)
+        x = patches.new_empty(len(patches), real + spare, self.num_features, dtype=dtype)
+        x[:, 0] = backbone.cls_token[0]
+        x[:, 1:end] = patches
+        if self.replaced_patch is not None and self.mask_token is not None:
+            x[:, 1 + self.replaced_patch] = self.mask_token[0]
+        if position is not None:
+            x[:, :end] += position
+        if self.has_mask_row and self.mask_token is not None:
+            x[:, end] = self.mask_token[0]
+            if position is not None and self.grid_position is not None:
+                x[:, end] += position[:, 1 + self.grid_position]
+        return x
 
-    def _freeze(self) -> None:
-        self.backbone.requires_grad_(False)
-        if self.mask_token is not None:
-            self.mask_token.requires_grad_(self.config["train_mask_token"])
-        if self.lm_head is not None:
-            self.lm_head.requires_grad_(self.config["train_lm_head"])
+    def reference_embed(self, images: Tensor) -> Tensor:
+        """Rows `[class | patches | mask?]`, concatenated."""
+        return embed(self, images)
 
-    def _frozen_state(self) -> dict[str, Tensor]:
-        learned = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return {
-            name: tensor
-            for name, tensor in self.state_dict().items()
-            if name not in learned and not name.startswith("verbalizer.")
-        }
+    def reference_block(self, layer: int, rows: Tensor, attention: AttentionFunction) -> Tensor:
+        """Block `layer` on the rows in the order of `prompt_location`."""
+        order = self.row_order
+        bias = canonical_bias(self, layer)
+        if bias is not None:
+            bias = bias[:, order][:, :, order].unsqueeze(0)
+        return block_forward(self.backbone.blocks[layer], rows[:, order], bias, attention)[:, order.argsort()]
 
-    def train(self, mode: bool = True) -> PromptedBEiT:
-        """Training mode for prompts and verbalizer; a frozen backbone stays in eval mode."""
-        super().train(mode)
-        if self._frozen:
-            self.backbone.eval()
-        return self
+    def position_bias(self, layer: int, *, learned: bool = True) -> Tensor | None:
+        """The table's entries for every pair of rows, with `prompt_bias` where it is learned and asked for."""
+        return canonical_bias(self, layer, learned=learned)
 
-    def unfreeze(self) -> PromptedBEiT:
-        """Make the backbone trainable too (full fine-tuning), and let it follow `train()`."""
-        self._frozen = False
-        self.backbone.requires_grad_(True)
-        return self.train(self.training)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> PromptedBEiT:
-        self.refresh()
-        return super()._apply(fn, recurse)
-
-    def refresh(self) -> None:
-        """Derive the encoder's folded constants again.
-
-        Needed only after an edit PyTorch does not count as a change (through `.data`), or of a compiled model's frozen
-        weights; any other change is noticed.
-        """
-        self._encoder = FrozenEncoder()
-
-    def check_images(self, images: Tensor) -> None:
-        """Raise ValueError or TypeError unless `images` is (B, channels, height, width) floating point of this model's
-        size."""
-        height, width = self.backbone.patch_embed.img_size
-        channels = self.backbone.patch_embed.proj.in_channels
-        if images.ndim != 4 or tuple(images.shape[1:]) != (channels, height, width):
-            raise ValueError(f"images must be (B, {channels}, {height}, {width}), got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise TypeError(f"images must be floating point, normalised as vptm.transforms does, got {images.dtype}")
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Rows `[class | patches | mask?]` after the backbone's final norm; prompts never enter what is returned.
-
-        Args:
-            images: (B, channels, height, width), normalised.
-
-        Returns:
-            (B, 1 + N, C), and one more row at the end where a mask row is inserted. With `prompt_length=0` and the CLS
-            read-out this equals `timm.models.beit.Beit.forward_features`.
-        """
-        self.check_images(images)
-        if self.impl != "reference" and FrozenEncoder.supports(self):
-            return self._encoder.features(self, images)
-        return self._plain_features(images)
-
-    def _plain_features(self, images: Tensor) -> Tensor:
-        if self.impl == "triton":
-            found = f"{type(self.backbone.blocks[0].mlp).__name__} blocks" if self._frozen else "a trainable one"
-            raise ValueError(
-                f"impl='triton' needs a frozen backbone of plain BEiT blocks with a two-layer MLP, got {found}"
-            )
-        return reference_features(self, images, softmax_attention if self.impl == "reference" else _sdpa)
+    @property
+    def bias_is_shared(self) -> bool:
+        """Whether all blocks add the same position bias."""
+        return self.backbone.blocks[0].attn.relative_position_bias_table is None
 
     def _readout_row(self) -> int | None:
         """Row of `forward_features` that is read, None where patch rows are averaged."""
@@ -375,35 +314,6 @@ class PromptedBEiT(nn.Module):
             return 0
         return 1 + (self.num_patches if self.replaced_patch is None else self.replaced_patch)
 
-    def forward_hidden(self, images: Tensor) -> Tensor:
-        """The normalised read-out row (B, C), equal to `forward_head(forward_features(images), pre_logits=True)`."""
-        self.check_images(images)
-        row = self._readout_row()
-        if row is None or self.impl == "reference" or not FrozenEncoder.supports(self):
-            return self.forward_head(self.forward_features(images), pre_logits=True)
-        return self.backbone.fc_norm(self._encoder.row(self, images, row))
-
-    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Class scores (B, K) from `forward_features`; with `pre_logits` the normalised read-out row (B, C).
-
-        Weights that were fine-tuned with mean pooling keep their norm after the pooling (`fc_norm`); it is then used on
-        the row that is read, whichever it is.
-        """
-        row = self._readout_row()
-        pooled = features[:, 1 : 1 + self.num_patches].mean(dim=1) if row is None else features[:, row]
-        hidden = self.backbone.fc_norm(pooled)
-        return hidden if pre_logits else self._scores(hidden)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Class scores (B, K), cosine / temperature with the prototypical verbalizer, for normalised images (B,
-        channels, H, W)."""
-        return self._scores(self.forward_hidden(images))
-
-    def _scores(self, hidden: Tensor) -> Tensor:
-        if isinstance(self.verbalizer, PrototypicalVerbalizer):
-            return self.verbalizer(hidden, self.lm_head, self.impl)
-        return self.verbalizer(hidden, self.lm_head)
-
     def predict_tokens(self, images: Tensor) -> Tensor:
         """Visual-token logits (B, V) at the read-out row."""
         if self.lm_head is None:
@@ -412,91 +322,6 @@ class PromptedBEiT(nn.Module):
                 f"expected {MASKED_MODELLING_WEIGHTS}"
             )
         return self.lm_head(self.forward_hidden(images))
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that training changes."""
-        return (parameter for parameter in self.parameters() if parameter.requires_grad)
-
-    def print_trainable_parameters(self) -> None:
-        """Print every trained tensor, and the trained share of all parameters."""
-        total = sum(parameter.numel() for parameter in self.parameters())
-        trained = 0
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                trained += parameter.numel()
-                print(f"{name:40s} {tuple(parameter.shape)!s:20s} {parameter.numel():>12,}")
-        print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.3f} %)")
-
-    def weight_hash(self) -> str:
-        """Hash of the frozen weights as they were loaded: an adapter fits this model only where the hashes agree."""
-        return self._weight_hash
-
-    def learned_state_dict(self) -> dict[str, Tensor]:
-        """Exactly the tensors that training changes, detached, under their `state_dict` names."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def load_learned_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy tensors saved from `learned_state_dict`; names and shapes must be those of this model.
-
-        Raises:
-            ValueError: a missing, unknown, wrongly shaped or non-finite tensor; nothing is copied then.
-        """
-        own = self.learned_state_dict()
-        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        if missing or unknown:
-            raise ValueError(
-                f"learned tensors must be {sorted(own)}, got {sorted(state)}: missing {missing}, unknown {unknown}"
-            )
-        for name, tensor in own.items():
-            if state[name].shape != tensor.shape:
-                raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
-            if not torch.isfinite(state[name]).all():
-                raise ValueError(f"{name} must be finite, got NaN or infinite values")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(state[name])
-
-    def get_classifier(self) -> nn.Module:
-        """The verbalizer."""
-        return self.verbalizer
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the verbalizer by a fresh one for `num_classes`; the read-out is a constructor argument and stays."""
-        if global_pool is not None:
-            raise ValueError(
-                "global_pool must be None, the read-out is fixed at construction "
-                f"(readout={self.readout!r}), got {global_pool!r}"
-            )
-        reference = self.prompts.weight
-        self.verbalizer = self._make_verbalizer(num_classes).to(device=reference.device, dtype=reference.dtype)
-        self.num_classes = self.config["num_classes"] = num_classes
-        self.class_names = None
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameter names exempt from weight decay: timm's for the backbone, the mask token, prompts and their bias."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()} | {
-            "mask_token",
-            "prompts.weight",
-            "prompt_bias",
-        }
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layer groups for timm's layer-wise learning-rate decay: embeddings, mask token and prompts, blocks, then the
-        head."""
-        return {
-            "stem": r"^backbone\.(?:cls_token|pos_embed|patch_embed|rel_pos_bias)|^mask_token|^prompts\.|^prompt_bias",
-            "blocks": [(r"^backbone\.blocks\.(\d+)", None), (r"^backbone\.norm", (99999,))],
-        }
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Refused until blocks are checkpointed; timm calls this name."""
-        if enable:
-            raise ValueError(
-                "gradient checkpointing is not offered by PromptedBEiT, call set_grad_checkpointing(False)"
-            )
 
 
 def _from_registry(architecture: str, pretrained: bool, arguments: dict[str, Any]) -> PromptedBEiT:

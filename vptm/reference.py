@@ -1,4 +1,4 @@
-"""The definition of a prompted BEiT: concatenate every row, run every row through every block, store every score.
+"""The definition of a prompted transformer: concatenate every row, run every row through every block, store all scores.
 
 Slow and plain on purpose. All faster paths are tested against this file, and `vptm.check` compares with it on a user's
 own model.
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from .prompted_beit import PromptedBEiT
+    from .prompted_model import PromptedModel
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -27,6 +28,11 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | 
     if bias is not None:
         scores = scores + bias
     return scores.softmax(dim=-1) @ value
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """The same through `scaled_dot_product_attention`, which stores no scores."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=None if bias is None else bias.to(query.dtype))
 
 
 def block_forward(block: Block, x: Tensor, bias: Tensor | None, attention: AttentionFunction) -> Tensor:
@@ -89,19 +95,16 @@ def embed(model: PromptedBEiT, images: Tensor) -> Tensor:
     return backbone.pos_drop(torch.cat(rows, dim=1))
 
 
-def reference_features(model: PromptedBEiT, images: Tensor, attention: AttentionFunction = softmax_attention) -> Tensor:
-    """Rows `[class | patches | mask?]` after the last block and the backbone's final norm, (B, 1 + N (+ 1), C)."""
-    x = embed(model, images)
+def reference_features(
+    model: PromptedModel, images: Tensor, attention: AttentionFunction = softmax_attention
+) -> Tensor:
+    """Rows `[prefix | patches | mask?]` after the last block and the backbone's final norm, (B, T, C); with the prompts
+    last where the read-out averages them too."""
+    x = rows = model.reference_embed(images)
     batch, real = x.shape[:2]
-    prompts = model.prompts
-    order = model.row_order
-    original = order.argsort()
     carried = None
-    for layer, block in enumerate(model.backbone.blocks):
-        rows = torch.cat([x, prompts(layer, batch, carried).to(x.dtype)], dim=1)
-        bias = canonical_bias(model, layer)
-        if bias is not None:
-            bias = bias[:, order][:, :, order].unsqueeze(0)
-        rows = block_forward(block, rows[:, order], bias, attention)[:, original]
+    for layer in range(len(model.backbone.blocks)):
+        rows = torch.cat([x, model.prompts(layer, batch, carried).to(x.dtype)], dim=1)
+        rows = model.run_block(model.reference_block, layer, rows, attention)
         x, carried = rows[:, :real], rows[:, real:]
-    return model.backbone.norm(x)
+    return model.backbone.norm(rows if model.pools_prompts else x)

@@ -1,0 +1,377 @@
+"""What every prompted model shares: which path it runs on, what is trained, and what leaves the model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .checkpoints import LoadReport, weight_hash
+from .encoder import FrozenEncoder
+from .prompts import PromptBank
+from .reference import AttentionFunction, reference_features, sdpa, softmax_attention
+from .verbalizers import LinearVerbalizer, PrototypicalVerbalizer
+
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+VERBALIZERS = ("prototypical", "linear")
+
+
+class PromptedModel(nn.Module):
+    """A frozen transformer with learned prompts and a verbalizer; `PromptedBEiT` and `PromptedViT` say what rows it
+    has.
+
+    Rows stand as `[prefix | patches | mask? | prompts]` wherever they are kept: the prefix is the class token and what
+    comes with it. A subclass builds `backbone`, `prompts` and `verbalizer`, calls `_finish`, and defines the methods
+    that raise NotImplementedError here.
+    """
+
+    backbone: Any
+    prompts: PromptBank
+    verbalizer: PrototypicalVerbalizer | LinearVerbalizer
+    config: dict[str, Any]
+    default_cfg: dict[str, Any]
+    report: LoadReport
+    source: str | None
+    num_classes: int
+    num_features: int
+    num_patches: int
+    num_rows: int
+    readout: str
+    impl: str
+    mask_token: nn.Parameter | None
+    lm_head: nn.Linear | None
+    prompt_bias: nn.Parameter | None
+    extra_bias = "zero"
+
+    def _finish(self) -> None:
+        """The end of every constructor: freeze, remember what was frozen, and be ready to run."""
+        self.class_names: list[str] | None = None
+        self.grad_checkpointing = False
+        self._frozen = True
+        self._encoder = FrozenEncoder()
+        self.register_load_state_dict_pre_hook(_refuse_loading)
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+        self._freeze()
+        self._weight_hash = weight_hash(self._frozen_state())
+        self.train(self.training)
+
+    @abstractmethod
+    def embed(self, images: Tensor, spare: int = 0) -> Tensor:
+        """Rows `[prefix | patches | mask?]` before block 0, and `spare` rows at the end for the caller to fill."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def reference_block(self, layer: int, rows: Tensor, attention: AttentionFunction) -> Tensor:
+        """Block `layer` on all rows (B, T, C), prompts last, in eager PyTorch."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def _readout_row(self) -> int | None:
+        """Row of `forward_features` that is read, None where rows are averaged."""
+        raise NotImplementedError
+
+    def reference_embed(self, images: Tensor) -> Tensor:
+        """`embed` as the textbook writes it."""
+        return self.embed(images)
+
+    def position_bias(self, layer: int, *, learned: bool = True) -> Tensor | None:
+        """Bias (H, T, T) that block `layer` adds to its scores, None where it adds nothing."""
+        return None
+
+    @property
+    def bias_is_shared(self) -> bool:
+        """Whether all blocks add the same position bias."""
+        return True
+
+    def mean_rows(self) -> slice:
+        """Rows that a mean read-out averages."""
+        return slice(1, 1 + self.num_patches)
+
+    @property
+    def pools_prompts(self) -> bool:
+        """Whether the read-out averages prompt rows too, so that the last block has to compute them."""
+        return False
+
+    def _make_verbalizer(self, num_classes: int) -> PrototypicalVerbalizer | LinearVerbalizer:
+        activation = self.config["token_activation"]
+        in_features = self.num_features if activation == "hidden" or self.lm_head is None else self.lm_head.out_features
+        if self.config["verbalizer"] == "linear":
+            return LinearVerbalizer(in_features, num_classes, token_activation=activation)
+        return PrototypicalVerbalizer(
+            in_features,
+            num_classes,
+            prototype_dim=self.config["prototype_dim"],
+            token_activation=activation,
+            projection_bias=self.config["projection_bias"],
+            temperature=self.config["temperature"],
+        )
+
+    def _freeze(self) -> None:
+        self.backbone.requires_grad_(False)
+        if self.mask_token is not None:
+            self.mask_token.requires_grad_(self.config["train_mask_token"])
+        if self.lm_head is not None:
+            self.lm_head.requires_grad_(self.config["train_lm_head"])
+
+    def _frozen_state(self) -> dict[str, Tensor]:
+        learned = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if name not in learned and not name.startswith("verbalizer.")
+        }
+
+    def train(self, mode: bool = True) -> PromptedModel:
+        """Training mode for prompts and verbalizer; a frozen backbone stays in eval mode."""
+        if mode:
+            self._refuse_dropped("train()")
+        super().train(mode)
+        if self._frozen:
+            self.backbone.eval()
+        return self
+
+    def unfreeze(self) -> PromptedModel:
+        """Make the backbone trainable too (full fine-tuning), and let it follow `train()`."""
+        self._refuse_dropped("unfreeze()")
+        self._frozen = False
+        self.backbone.requires_grad_(True)
+        return self.train(self.training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PromptedModel:
+        self._refuse_dropped("moving or casting the model")
+        self.refresh()
+        return super()._apply(fn, recurse)
+
+    def refresh(self) -> None:
+        """Derive the encoder's folded constants again.
+
+        Needed only after an edit PyTorch does not count as a change (through `.data`), or of a compiled model's frozen
+        weights; any other change is noticed.
+        """
+        self._refuse_dropped("refresh()")
+        self._encoder = FrozenEncoder()
+
+    def freeze_for_inference(self, keep_originals: bool = False) -> PromptedModel:
+        """Fold the frozen weights now and, by default, drop the originals, which halves the memory the model holds.
+
+        Until this is called every block has its weights twice: the originals in `backbone`, which `state_dict()` gives
+        and training can unfreeze, and folded copies in the encoder, which run. Afterwards the block's four linear
+        weights in `backbone` are without values (on the meta device): the model is for inference as it stands, on its
+        device and in its dtype. `state_dict`, `load_state_dict`, `train`, `unfreeze`, `refresh`, `.to` and the
+        reference path then raise RuntimeError. `learned_state_dict`, `vptm.save_adapter` and `weight_hash` go on
+        working.
+
+        Args:
+            keep_originals: only fold now, before the first image; everything stays possible.
+
+        Raises:
+            ValueError: a trainable backbone, blocks that do not fold, or impl="reference".
+
+        Example:
+            >>> model = vptm.PromptedBEiT("builtin", num_classes=10).freeze_for_inference()
+            >>> model(torch.zeros(2, 1, 28, 28)).shape
+            torch.Size([2, 10])
+        """
+        if self.impl == "reference" or not FrozenEncoder.supports(self):
+            raise ValueError(f"freeze_for_inference needs a model that runs folded, got {self._unfolded()}")
+        if self._encoder.sealed:
+            return self
+        self.eval()
+        self._encoder.prepare(self)
+        if not keep_originals:
+            for block in self.backbone.blocks:
+                for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                    linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
+            self._encoder.sealed = True
+        return self
+
+    def _refuse_dropped(self, action: str) -> None:
+        encoder = self.__dict__.get("_encoder")
+        if encoder is not None and encoder.sealed:
+            raise RuntimeError(
+                f"{action} needs the original weights, freeze_for_inference dropped them: "
+                "load the model again, or call freeze_for_inference(keep_originals=True)"
+            )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original, unfolded weights, bitwise, with what was learned."""
+        self._refuse_dropped("state_dict()")
+        return super().state_dict(*args, **kwargs)
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise ValueError or TypeError unless `images` is (B, channels, height, width) floating point of this model's
+        size, on its device and, outside autocast, in its dtype."""
+        height, width = self.backbone.patch_embed.img_size
+        weight = self.backbone.patch_embed.proj.weight
+        channels = self.default_cfg["input_size"][0]
+        if images.ndim != 4 or tuple(images.shape[1:]) != (channels, height, width):
+            raise ValueError(f"images must be (B, {channels}, {height}, {width}), got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating point, normalised as vptm.transforms does, got {images.dtype}")
+        if images.device != weight.device:
+            raise ValueError(f"images must be on the device of the model, {weight.device}, got {images.device}")
+        if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise TypeError(f"images must have the dtype of the model, {weight.dtype}, got {images.dtype}")
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Rows `[prefix | patches | mask?]` after the backbone's final norm; prompts do not enter what is returned,
+        unless the read-out averages them: then they are its last rows.
+
+        Args:
+            images: (B, channels, height, width), normalised.
+
+        Returns:
+            (B, prefix + N, C), and one more row at the end where a mask row is inserted. With `prompt_length=0` and the
+            CLS or mean read-out this equals `backbone.forward_features`.
+        """
+        self.check_images(images)
+        if self.impl != "reference" and FrozenEncoder.supports(self):
+            return self._encoder.features(self, images)
+        return self._plain_features(images)
+
+    def _plain_features(self, images: Tensor) -> Tensor:
+        self._refuse_dropped("the reference path")
+        if self.impl == "triton":
+            raise ValueError(
+                "impl='triton' needs a frozen backbone of plain pre-norm blocks with a two-layer MLP, "
+                f"got {self._unfolded()}"
+            )
+        return reference_features(self, images, softmax_attention if self.impl == "reference" else sdpa)
+
+    def _unfolded(self) -> str:
+        """What keeps this model from the folded path."""
+        if any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            return "a trainable one"
+        if self.impl == "reference":
+            return "impl='reference'"
+        return f"{type(self.backbone.blocks[0].mlp).__name__} blocks"
+
+    def run_block(self, function: Any, *args: Any) -> Tensor:
+        """`function(*args)`, its activations recomputed in backward where `set_grad_checkpointing` asked for it."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    def forward_hidden(self, images: Tensor) -> Tensor:
+        """The normalised read-out row (B, C), equal to `forward_head(forward_features(images), pre_logits=True)`."""
+        self.check_images(images)
+        if self.impl == "reference" or not FrozenEncoder.supports(self):
+            return self.forward_head(self._plain_features(images), pre_logits=True)
+        row = self._readout_row()
+        pooled = self._encoder.mean(self, images) if row is None else self._encoder.row(self, images, row)
+        return self.backbone.fc_norm(pooled)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Class scores (B, K) from `forward_features`; with `pre_logits` the normalised read-out row (B, C).
+
+        Weights that were trained with mean pooling keep their norm after the pooling (`fc_norm`); it is then used on
+        the row that is read, whichever it is.
+        """
+        row = self._readout_row()
+        pooled = features[:, self.mean_rows()].mean(dim=1) if row is None else features[:, row]
+        hidden = self.backbone.fc_norm(pooled)
+        return hidden if pre_logits else self._scores(hidden)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores (B, K), cosine / temperature with the prototypical verbalizer, for normalised images (B,
+        channels, H, W)."""
+        return self._scores(self.forward_hidden(images))
+
+    def _scores(self, hidden: Tensor) -> Tensor:
+        if isinstance(self.verbalizer, PrototypicalVerbalizer):
+            return self.verbalizer(hidden, self.lm_head, self.impl)
+        return self.verbalizer(hidden, self.lm_head)
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that training changes."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def print_trainable_parameters(self) -> None:
+        """Print every trained tensor, and the trained share of all parameters."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        trained = 0
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                trained += parameter.numel()
+                print(f"{name:40s} {tuple(parameter.shape)!s:20s} {parameter.numel():>12,}")
+        print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.3f} %)")
+
+    def weight_hash(self) -> str:
+        """Hash of the frozen weights as they were loaded: an adapter fits this model only where the hashes agree."""
+        return self._weight_hash
+
+    def learned_state_dict(self) -> dict[str, Tensor]:
+        """Exactly the tensors that training changes, detached, under their `state_dict` names."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def load_learned_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy tensors saved from `learned_state_dict`; names and shapes must be those of this model.
+
+        Raises:
+            ValueError: a missing, unknown, wrongly shaped or non-finite tensor; nothing is copied then.
+        """
+        own = self.learned_state_dict()
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"learned tensors must be {sorted(own)}, got {sorted(state)}: missing {missing}, unknown {unknown}"
+            )
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
+            if not torch.isfinite(state[name]).all():
+                raise ValueError(f"{name} must be finite, got NaN or infinite values")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    def get_classifier(self) -> nn.Module:
+        """The verbalizer."""
+        return self.verbalizer
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the verbalizer by a fresh one for `num_classes`; the read-out is a constructor argument and stays."""
+        if global_pool is not None:
+            raise ValueError(
+                "global_pool must be None, the read-out is fixed at construction "
+                f"(readout={self.readout!r}), got {global_pool!r}"
+            )
+        reference = self.prompts.weight
+        self.verbalizer = self._make_verbalizer(num_classes).to(device=reference.device, dtype=reference.dtype)
+        self.num_classes = self.config["num_classes"] = num_classes
+        self.class_names = None
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameter names exempt from weight decay: timm's for the backbone, the mask token, prompts and their bias."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()} | {
+            "mask_token",
+            "prompts.weight",
+            "prompt_bias",
+        }
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups for timm's layer-wise learning-rate decay: embeddings, mask token and prompts, blocks, then the
+        head."""
+        stem = "cls_token|reg_token|pos_embed|patch_embed|norm_pre|rel_pos_bias"
+        return {
+            "stem": rf"^backbone\.(?:{stem})|^mask_token|^prompts\.|^prompt_bias",
+            "blocks": [(r"^backbone\.blocks\.(\d+)", None), (r"^backbone\.norm", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the input of every block for backward and compute the rest again there (timm's name).
+
+        Outputs and gradients are bitwise the same; a training step takes about a third longer.
+        """
+        self.grad_checkpointing = enable
+
+
+def _refuse_loading(module: Any, *_: Any) -> None:
+    module._refuse_dropped("load_state_dict()")
