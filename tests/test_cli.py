@@ -126,6 +126,23 @@ def test_train_ends_with_accuracy_folder_and_next_command(vptm: Console, materia
     assert facts["data"]["images"] == {"train": 12, "val": 3, "test": 6}
 
 
+def test_train_can_fit_the_prototypes_afterwards(vptm: Console, material: Path, tmp_path: Path) -> None:
+    """The adapter holds what ProtoVerb's steps left, and a finished run that is resumed ends the same."""
+    options = ["--verbalizer", "prototypical", "--prototype-dim", 8, "--protoverb-weight", 0.5]
+    assert vptm(*train_arguments(material, tmp_path / "plain", *options))[0] == 0
+    code, out, _ = vptm(*train_arguments(material, tmp_path / "r", *options, "--prototype-steps", 4))
+    assert code == 0 and "prototypes           ProtoVerb loss " in out and "after 4 steps" in out
+    plain, fitted = (load_file(folder / TENSORS) for folder in (tmp_path / "plain", tmp_path / "r"))
+    changed = {name for name, tensor in fitted.items() if not torch.equal(tensor, plain[name])}
+    assert changed == {"verbalizer.prototypes", "verbalizer.projection.weight"}
+    code, again, _ = vptm("train", "--resume", "--out", tmp_path / "r")
+    assert code == 0 and again == out
+    for name, tensor in load_file(tmp_path / "r" / TENSORS).items():
+        assert torch.equal(tensor, fitted[name]), name
+    code, measured, _ = vptm("evaluate", tmp_path / "r")
+    assert measured.splitlines()[-1].split()[2] == out.splitlines()[-3].split()[2]
+
+
 def test_train_without_out_takes_the_next_free_folder(vptm: Console, material: Path, tmp_path: Path) -> None:
     arguments = [a for a in train_arguments(material, "", epochs=1) if a not in ("--out", "")]
     for number in (1, 2):
@@ -346,6 +363,9 @@ def refusals(material: Path, tmp: Path) -> dict[str, tuple[list[Any], int, str]]
         "absent GPU": (["--device", "cuda:63"], 2, "torch sees"),
         "implementation": (["--impl", "cuda"], 2, "impl must be one of"),
         "seed": (["--seed", -1], 2, "--seed"),
+        "prototype steps": (["--prototype-steps", -1], 2, "--prototype-steps must be >= 0"),
+        "no prototypes": (["--prototype-steps", 2], 2, "--prototype-steps needs --verbalizer prototypical, got linear"),
+        "no contrast": (["--protoverb-weight", 1], 2, "protoverb_weight needs verbalizer='prototypical'"),
         "bad images": (["--on-bad-image", "hide"], 2, "must be one of error, skip"),
         "unwritable": (["--out", tmp / "file" / "run"], 2, "cannot be written"),
         "out is a file": (["--out", tmp / "file"], 2, "is a file"),
