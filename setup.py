@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["vptm", "vptm.*", "vptm_kernels", "vptm_kernels.*"]),
-    package_data={"vptm": ["py.typed", "assets/*"], "vptm_kernels": ["py.typed"]},
+    package_data={"vptm": ["py.typed", "assets/*", "recipes/*.yaml"], "vptm_kernels": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
@@ -20,6 +20,7 @@ setup(
         "timm>=1.0.31",
         "einops>=0.8",
         "numpy",
+        "pyyaml",
         "safetensors>=0.4",
         "scikit-learn>=1.4",
         "matplotlib>=3.8",

@@ -44,6 +44,8 @@ _FIT_ARGUMENTS = (
     "schedule",
     "warmup_epochs",
     "label_smoothing",
+    "prompt_weight_decay",
+    "head_weight_decay",
     "protoverb_weight",
     "seed",
 )
@@ -155,14 +157,28 @@ def train(
             help="builtin, fashion-mnist, digits, mnist5k, a folder of class folders, or a .csv of path,label[,split]."
         ),
     ] = "builtin",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings of a published method, by name (any unknown name lists them) or from a .yaml file; "
+            "options given here go before it.",
+            show_default=False,
+        ),
+    ] = None,
     shots: Annotated[str, typer.Option(help="Training images per class, or all.")] = "16",
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 40,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 32,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of matrices.")] = 0.1,
     optimizer: Annotated[str, typer.Option(help="A timm optimiser.")] = "adamw",
-    schedule: Annotated[str, typer.Option(help="cosine, tanh or none.")] = "cosine",
+    schedule: Annotated[str, typer.Option(help="cosine, tanh, none, vpt, spt or provp.")] = "cosine",
     warmup_epochs: Annotated[int, typer.Option(help="Epochs of linear warm-up, part of --epochs.")] = 0,
+    prompt_weight_decay: Annotated[
+        float | None, typer.Option(help="Weight decay of prompts; none by default.", show_default=False)
+    ] = None,
+    head_weight_decay: Annotated[
+        float | None, typer.Option(help="Of the verbalizer's matrices; --weight-decay by default.", show_default=False)
+    ] = None,
     label_smoothing: Annotated[float, typer.Option(help="In [0, 1).")] = 0.0,
     protoverb_weight: Annotated[float, typer.Option(help="Of ProtoVerb's contrast losses in every step.")] = 0.0,
     prototype_steps: Annotated[
@@ -175,6 +191,15 @@ def train(
     ] = None,
     prompt_length: Annotated[int, typer.Option(help="Prompts per layer.")] = 10,
     prompt_mode: Annotated[str, typer.Option(help="shallow, deep or progressive.")] = "shallow",
+    prompt_init: Annotated[
+        str,
+        typer.Option(help="uniform, or from tokens of the frozen model (SPT): random, mean, max or kmeans."),
+    ] = "uniform",
+    init_images: Annotated[
+        int | None,
+        typer.Option(help="Images such tokens are drawn from; all training images by default.", show_default=False),
+    ] = None,
+    finetune: Annotated[bool, typer.Option("--finetune", help="Also train every weight of the backbone.")] = False,
     prompt_location: Annotated[str, typer.Option(help="after_cls, after_mask, before_mask or end.")] = "after_cls",
     prompt_dropout: Annotated[float, typer.Option(help="Dropout of prompts.")] = 0.0,
     progressive_alpha: Annotated[float, typer.Option(help="Alpha of progressive prompts.")] = 0.01,
@@ -232,7 +257,37 @@ def train(
         raise ValueError("--resume and --overwrite exclude each other")
     if out is not None and resume:
         settings = _resumed_settings(out, settings, given)
+    elif recipe is not None:
+        settings |= {name: value for name, value in _recipe_settings(recipe).items() if name not in given}
     _train(settings, out, resume, overwrite)
+
+
+def _recipe_settings(name: str) -> dict[str, Any]:
+    """A recipe's settings, with the types of the options they stand for."""
+    from contextlib import suppress
+    from typing import get_args, get_type_hints
+
+    from .choices import hint
+    from .recipes import read_recipe
+
+    options = {key: get_args(kind) or (kind,) for key, kind in get_type_hints(train).items()}
+    for key in ("ctx", "recipe", "return", *_FREE_ON_RESUME):
+        options.pop(key, None)
+    settings = {}
+    for key, value in read_recipe(name).settings.items():
+        if key not in options:
+            raise ValueError(f"recipe {name}: unknown setting {key!r}{hint(key, list(options))}")
+        kinds = options[key]
+        if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
+            with suppress(ValueError):
+                value = float(value)  # YAML reads 5e-2 as text
+        elif str in kinds and isinstance(value, (int, float)):
+            value = str(value)
+        if type(value) not in kinds:
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"recipe {name}: {key} must be {wanted}, got {value!r}")
+        settings[key] = value
+    return settings
 
 
 def _located(source: str) -> str:
@@ -265,9 +320,11 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     import torch
 
     from .adapters import save_adapter
+    from .choices import one_of
     from .data import few_shot, load_data, transforms
+    from .prompt_init import INIT_METHODS, init_prompts
     from .prompted_beit import PromptedBEiT
-    from .training import RUN_FILE, evaluate, fit, update_run_file
+    from .training import RUN_FILE, STATE_FILE, evaluate, fit, peak_memory, update_run_file
     from .verbalizers import fit_prototypes
 
     shots = _parse_shots(settings["shots"])
@@ -280,6 +337,7 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
         raise ValueError(f"--prototype-steps needs --verbalizer prototypical, got {settings['verbalizer']}")
     if not 0 < settings["prototype_lr"] < float("inf"):
         raise ValueError(f"--prototype-lr must be finite and > 0, got {settings['prototype_lr']}")
+    one_of("--prompt-init", settings["prompt_init"], ("uniform", *INIT_METHODS))
     place = _device(settings["device"])
     data = load_data(settings["data"], on_bad_image=settings["on_bad_image"])
     _report(data)
@@ -311,7 +369,12 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     val_loader = None
     if val_set is not None:
         val_loader = _loader(val_set.with_transform(prepare), EVALUATION_BATCH, settings["workers"], place)
+    if settings["finetune"]:
+        model.unfreeze()
     folder = _free_folder(data.name) if out is None else out
+    if settings["prompt_init"] != "uniform" and not (resume and (folder / STATE_FILE).is_file()):
+        model.to(place)
+        init_prompts(model, loader, settings["prompt_init"], images=settings["init_images"], seed=settings["seed"])
     again = f"vptm train --resume --out {shlex.quote(str(folder))}"
     counts = {split: len(part) for split, part in (("train", train_set), ("val", val_set), ("test", test_set)) if part}
     result = fit(
@@ -349,7 +412,8 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     except KeyboardInterrupt:
         _say(f"vptm: interrupted before the test, continue with: {again}")
         raise typer.Exit(1) from None
-    update_run_file(folder, result={"best_epoch": result.best_epoch, "val_accuracy": accuracy, "test": test})
+    outcome = {"best_epoch": result.best_epoch, "val_accuracy": accuracy, "test": test}
+    update_run_file(folder, result=outcome, cost=_cost(model, result.history, len(train_set), peak_memory(place)))
     if result.best_val_accuracy is not None:
         print(f"validation accuracy  {result.best_val_accuracy:.2%} at epoch {result.best_epoch}")
     if contrast:
@@ -359,6 +423,14 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
         print(f"test accuracy        {test['accuracy']:.2%} of {test['n']} images, loss {test['loss']:.4f}")
     print(f"run folder           {folder} (adapter, {RUN_FILE}, metrics.csv, curves.png)")
     print(f"next                 vptm predict {shlex.quote(str(folder))} IMAGE.png")
+
+
+def _cost(model: PromptedBEiT, history: list[dict[str, Any]], images: int, memory: int) -> dict[str, Any]:
+    """What training took: parameters, training images a second with validation, peak memory in bytes."""
+    trained = sum(parameter.numel() for parameter in model.trainable_parameters())
+    seconds = sum(row["seconds"] for row in history)
+    speed = images * len(history) / seconds if seconds else None
+    return {"trainable_parameters": trained, "images_per_second": speed, "peak_memory": memory}
 
 
 @app.command()

@@ -165,9 +165,7 @@ def fit(
     }
     groups = decay_groups(model, weight_decay, prompts=prompt_weight_decay, head=head_weight_decay)
     optimiser = create_optimizer_v2(groups, opt=optimizer, lr=lr, weight_decay=weight_decay)
-    scheduler = make_schedule(
-        schedule, optimiser, lr=lr, epochs=epochs, warmup_epochs=warmup_epochs, steps=len(train)
-    )
+    scheduler = make_schedule(schedule, optimiser, lr=lr, epochs=epochs, warmup_epochs=warmup_epochs, steps=len(train))
 
     folder = None if run_dir is None else Path(run_dir)
     state = None
@@ -487,6 +485,19 @@ def update_run_file(folder: Path, **facts: Any) -> None:
 
 def _write_run_file(folder: Path, content: dict[str, Any]) -> None:
     write_atomically(folder / RUN_FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes this process held at most: allocated by torch on a GPU, resident on a CPU (0 where the system says
+    nothing)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return 0
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
 
 
 def package_versions() -> dict[str, str | None]:

@@ -1,0 +1,104 @@
+"""Recipes: every shipped one trains, says what its paper says, and goes behind the command line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+from test_cli import Console, material, vptm  # noqa: F401
+
+from vptm import cli
+from vptm.adapters import load_adapter
+from vptm.optimization import SCHEDULES
+from vptm.recipes import read_recipe, recipe_names
+
+FAST = ["--epochs", 2, "--warmup-epochs", 1, "--prompt-length", 2, "--shots", 2, "--batch-size", 3]
+
+
+def train(vptm: Console, material: Path, recipe: str, *more: object) -> tuple[dict, str]:  # noqa: F811
+    arguments = ["train", "--model", material / "backbone.safetensors", "--data", material / "pictures"]
+    code, out, err = vptm(*arguments, "--recipe", recipe, "--out", "run", "--overwrite", *FAST, *more)
+    assert code == 0, err
+    return json.loads(Path("run/run.json").read_text()), out
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_trains(vptm: Console, material: Path, name: str) -> None:  # noqa: F811
+    """A recipe whose settings contradict each other, or that the model refuses, fails here; its values are the run's
+    where the command line says nothing."""
+    run, out = train(vptm, material, name)
+    given = {str(option)[2:].replace("-", "_") for option in FAST if str(option).startswith("--")}
+    for key, value in read_recipe(name).settings.items():
+        assert key in given or run["settings"][key] == value, key
+    assert run["settings"]["recipe"] == name and run["settings"]["epochs"] == 2
+    assert "test accuracy" in out and load_adapter("run", source=material / "backbone.safetensors").num_classes == 3
+    assert run["cost"]["trainable_parameters"] > 0 and run["cost"]["images_per_second"] > 0
+    assert run["cost"]["peak_memory"] > 1e6
+
+
+def test_settings_of_the_papers() -> None:
+    """Values that identify a method: changing one silently would train another."""
+    recipes = {name: read_recipe(name).settings for name in recipe_names()}
+    assert {"vptm", "vpt-shallow", "vpt-deep", "spt-shallow", "spt-deep", "linear", "finetune"} <= recipes.keys()
+    vpt, spt = recipes["vpt-deep"], recipes["spt-deep"]
+    assert (vpt["optimizer"], vpt["schedule"], vpt["warmup_epochs"], vpt["epochs"]) == ("momentum", "vpt", 10, 100)
+    assert vpt["prompt_weight_decay"] == vpt["weight_decay"] and vpt["prompt_dropout"] == 0.1
+    assert (spt["prompt_length"], spt["prompt_init"], spt["head_weight_decay"], spt["lr"]) == (20, "random", 0.5, 0.05)
+    assert recipes["spt-shallow"]["prompt_length"] == 100
+    assert all(settings["schedule"] in SCHEDULES for settings in recipes.values())
+
+
+def test_search_values_are_options_of_train() -> None:
+    """`vptm compare --search` would fail late on a misspelt option."""
+    options = inspect.signature(cli.train).parameters.keys()
+    for name in recipe_names():
+        recipe = read_recipe(name)
+        assert recipe.search.keys() <= options and recipe.search.keys() <= recipe.settings.keys()
+        assert all(recipe.settings[key] in values for key, values in recipe.search.items())
+
+
+def test_own_recipe_and_command_line(vptm: Console, material: Path) -> None:  # noqa: F811
+    """A file of one's own works like a shipped one, and an option on the command line goes before it."""
+    Path("mine.yaml").write_text(
+        "summary: mine\nsettings: {readout: mean, token_activation: hidden, lr: 1e-3, seed: 4, temperature: null}\n"
+    )
+    run, _ = train(vptm, material, "mine.yaml", "--lr", 0.02)
+    assert (run["settings"]["readout"], run["settings"]["seed"], run["settings"]["lr"]) == ("mean", 4, 0.02)
+
+
+def test_prompts_start_from_tokens_and_survive_a_resume(vptm: Console, material: Path) -> None:  # noqa: F811
+    """`--prompt-init` changes where training starts, alike for one seed; a finished run resumed is unchanged."""
+    arguments = ["train", "--model", material / "backbone.safetensors", "--data", material / "pictures"]
+    arguments += ["--readout", "cls", "--token-activation", "hidden", *FAST, "--lr", 1e-12, "--seed", 5]
+    weights = {}
+    for out, method in (("a", "random"), ("b", "random"), ("c", "uniform"), ("d", "kmeans")):
+        code, _, err = vptm(*arguments, "--prompt-init", method, "--out", out)
+        assert code == 0, err
+        weights[out] = Path(out, "adapter_model.safetensors").read_bytes()
+    assert weights["a"] == weights["b"] and len(set(weights.values())) == 3
+    assert vptm("train", "--resume", "--out", "a")[0] == 0
+    assert Path("a", "adapter_model.safetensors").read_bytes() == weights["a"]
+
+
+def test_bad_recipes_are_refused(vptm: Console, material: Path) -> None:  # noqa: F811
+    """One line that lists the known names, suggests the nearest, or names the wrong entry; nothing is trained."""
+    for name, text, message in (
+        ("spt-depe", None, "one of finetune, linear,"),
+        ("spt-depe", None, "did you mean 'spt-deep'?"),
+        ("none.yaml", None, "recipe not found: none.yaml"),
+        ("x.yaml", "settings: {}", "must have summary, settings and optionally search, got settings"),
+        ("x.yaml", "- 1", "got list"),
+        ("x.yaml", "a: [", "must be YAML"),
+        ("x.yaml", "summary: x\nsettings: {lrr: 1}", "unknown setting 'lrr', did you mean 'lr'?"),
+        ("x.yaml", "summary: x\nsettings: {out: y}", "unknown setting 'out'"),
+        ("x.yaml", "summary: x\nsettings: {epochs: 2.5}", "epochs must be int, got 2.5"),
+        ("x.yaml", "summary: x\nsettings: {}\nsearch: {lr: 1}", "search.lr must be a list"),
+    ):
+        if text is not None:
+            Path(name).write_text(text)
+        code, line = vptm.refused("train", "--data", material / "pictures", "--recipe", name)
+        assert code == 2 and message in line, line
+    code, line = vptm.refused("train", "--data", material / "pictures", "--prompt-init", "k-means")
+    assert code == 2 and "did you mean 'kmeans'" in line
