@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "PromptedBEiT": "prompted_beit",
+    "PromptedViT": "prompted_vit",
     "check": "equality",
     "load_backbone": "checkpoints",
     "weight_hash": "checkpoints",
@@ -34,6 +35,7 @@ __all__ = [
     "LinearVerbalizer",
     "PromptBank",
     "PromptedBEiT",
+    "PromptedViT",
     "PrototypicalVerbalizer",
     "__version__",
     "check",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from .equality import check
     from .prompt_init import init_prompts
     from .prompted_beit import PromptedBEiT
+    from .prompted_vit import PromptedViT
     from .prompts import PromptBank
     from .training import evaluate, fit
     from .verbalizers import LinearVerbalizer, PrototypicalVerbalizer, fit_prototypes

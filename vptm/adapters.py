@@ -15,10 +15,14 @@ from torch import Tensor
 
 from . import __version__
 from .checkpoints import weight_hash
+from .choices import one_of
 from .prompted_beit import PromptedBEiT
+from .prompted_model import PromptedModel
+from .prompted_vit import PromptedViT
 from .verbalizers import check_finite
 
 SCHEMA_VERSION = 1
+MODEL_CLASSES: dict[str, type[PromptedModel]] = {"PromptedBEiT": PromptedBEiT, "PromptedViT": PromptedViT}
 TENSORS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -37,7 +41,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def save_adapter(model: PromptedBEiT, folder: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
+def save_adapter(model: PromptedModel, folder: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
     """Write the trained tensors of `model` and how to rebuild it; frozen weights are never written.
 
     Args:
@@ -63,9 +67,10 @@ def save_adapter(model: PromptedBEiT, folder: str | Path, *, extra: Mapping[str,
     config = {
         "schema_version": SCHEMA_VERSION,
         "vptm_version": __version__,
+        "model_class": type(model).__name__,
         "backbone": {
             "source": source,
-            "architecture": dict(model.report.architecture),
+            "architecture": dict(model.architecture),
             "weight_hash": model.weight_hash(),
             "unfrozen": any(name.startswith("backbone.") for name in learned),
         },
@@ -125,12 +130,12 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def load_adapter(folder: str | Path, *, source: Any = None, impl: str = "auto") -> PromptedBEiT:
+def load_adapter(folder: str | Path, *, source: Any = None, impl: str = "auto") -> PromptedModel:
     """Rebuild the model an adapter was trained on and load what was learned.
 
     Args:
         folder: written by `save_adapter`, or a run folder of `vptm train`.
-        source: backbone to use in place of the recorded one (as in `PromptedBEiT`); its weights must be the same.
+        source: backbone to use in place of the recorded one (as in the model's class); its weights must be the same.
         impl: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -148,10 +153,12 @@ def load_adapter(folder: str | Path, *, source: Any = None, impl: str = "auto") 
             raise ValueError(f"{folder} was trained on a model object, not a file: pass the backbone as source=")
         source = recorded
     learned, metadata = read_tensors(folder / TENSORS_FILE)
+    kind = config.get("model_class", "PromptedBEiT")
+    one_of(f"model_class in {folder / CONFIG_FILE}", kind, tuple(MODEL_CLASSES))
     try:
-        model = PromptedBEiT(source, **{**config["model"], "img_size": _img_size(config["model"])}, impl=impl)
+        model = MODEL_CLASSES[kind](source, **{**config["model"], "img_size": _img_size(config["model"])}, impl=impl)
     except TypeError as error:
-        raise ValueError(f"{folder / CONFIG_FILE} does not fit PromptedBEiT: {error}") from None
+        raise ValueError(f"{folder / CONFIG_FILE} does not fit {kind}: {error}") from None
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error}; the adapter was trained on {recorded}: pass the backbone as source="

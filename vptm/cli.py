@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from .data import ImageData, ImageDataset
-    from .prompted_beit import PromptedBEiT
+    from .prompted_model import PromptedModel
 
 DEMONSTRATION = "built for 28x28 grey clothing pictures, a demonstration"
 EVALUATION_BATCH = 256
@@ -425,7 +425,7 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     print(f"next                 vptm predict {shlex.quote(str(folder))} IMAGE.png")
 
 
-def _cost(model: PromptedBEiT, history: list[dict[str, Any]], images: int, memory: int) -> dict[str, Any]:
+def _cost(model: PromptedModel, history: list[dict[str, Any]], images: int, memory: int) -> dict[str, Any]:
     """What training took: parameters, training images a second with validation, peak memory in bytes."""
     trained = sum(parameter.numel() for parameter in model.trainable_parameters())
     seconds = sum(row["seconds"] for row in history)
@@ -759,7 +759,7 @@ def _own_data(folder: Path) -> str | None:
     return (_read_run(folder).get("settings") or {}).get("data")
 
 
-def _with_labels_of(model: PromptedBEiT, part: ImageDataset) -> ImageDataset:
+def _with_labels_of(model: PromptedModel, part: ImageDataset) -> ImageDataset:
     """`part` with its labels renumbered by name to the model's classes."""
     import numpy as np
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .prompted_beit import PromptedBEiT
+    from .prompted_model import PromptedModel
 
 
-def _outputs(model: PromptedBEiT, images: Tensor, impl: str, gradients: bool) -> dict[str, Tensor]:
+def _outputs(model: PromptedModel, images: Tensor, impl: str, gradients: bool) -> dict[str, Tensor]:
     own = model.impl
     model.impl = impl
     try:
@@ -36,11 +36,11 @@ def _outputs(model: PromptedBEiT, images: Tensor, impl: str, gradients: bool) ->
     return {name: tensor.detach().double() for name, tensor in tensors.items()}
 
 
-def check(model: PromptedBEiT, images: Tensor, *, gradients: bool = True) -> dict[str, float]:
+def check(model: PromptedModel, images: Tensor, *, gradients: bool = True) -> dict[str, float]:
     """Largest error of the path `model.impl` runs on against the reference path, per tensor.
 
     Args:
-        model: any `PromptedBEiT`; it is compared in eval mode and left in the mode it was in.
+        model: any `PromptedBEiT` or `PromptedViT`; it is compared in eval mode and left in the mode it was in.
         images: (B, channels, height, width) as `model` takes them.
         gradients: also compare the gradients of everything that is trained.
 

@@ -13,7 +13,7 @@ from torch import nn
 from .choices import number, one_of
 
 if TYPE_CHECKING:
-    from .prompted_beit import PromptedBEiT
+    from .prompted_model import PromptedModel
 
 SCHEDULES = ("cosine", "tanh", "none", "vpt", "spt", "provp")
 _SPT_FLOOR, _PROVP_START = 1e-8, 1e-5
@@ -87,7 +87,7 @@ def make_schedule(
 
 
 def decay_groups(
-    model: PromptedBEiT, weight_decay: float, *, prompts: float | None = None, head: float | None = None
+    model: PromptedModel, weight_decay: float, *, prompts: float | None = None, head: float | None = None
 ) -> list[dict[str, Any]]:
     """Parameter groups of what `model` trains, one per weight decay.
 

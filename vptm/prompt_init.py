@@ -20,13 +20,13 @@ from .choices import one_of
 from .training import generators_kept, seed_everything
 
 if TYPE_CHECKING:
-    from .prompted_beit import PromptedBEiT
+    from .prompted_model import PromptedModel
 
 INIT_METHODS = ("random", "mean", "max", "kmeans")
 _IMAGES_PER_STEP = 16  # tokens of 12 layers of ViT-B for 16 images are 115 MB
 
 
-def layer_tokens(model: PromptedBEiT, images: Tensor, layers: list[int]) -> list[Tensor]:
+def layer_tokens(model: PromptedModel, images: Tensor, layers: list[int]) -> list[Tensor]:
     """What the un-prompted frozen backbone feeds each of `layers`, class token excluded, un-normalised.
 
     Args:
@@ -68,7 +68,7 @@ def pooling_windows(tokens: int, slots: int) -> list[slice]:
 
 @torch.no_grad()
 def init_prompts(
-    model: PromptedBEiT,
+    model: PromptedModel,
     loader: DataLoader[Any],
     method: str = "random",
     *,
@@ -151,12 +151,12 @@ def init_prompts(
     return forwarded
 
 
-def _layers(model: PromptedBEiT) -> list[int]:
+def _layers(model: PromptedModel) -> list[int]:
     return list(range(len(model.prompts.weight)))
 
 
 def _sampled(
-    model: PromptedBEiT,
+    model: PromptedModel,
     loader: DataLoader[Any],
     drawn: np.ndarray,
     windows: list[slice] | None,
@@ -189,7 +189,7 @@ def _sampled(
 
 
 def _centres(
-    model: PromptedBEiT, loader: DataLoader[Any], drawn: np.ndarray, seed: int, bar: _Bar
+    model: PromptedModel, loader: DataLoader[Any], drawn: np.ndarray, seed: int, bar: _Bar
 ) -> tuple[Tensor, int]:
     """Cluster centres (layers, P, C) of the tokens of each layer, one pass over the images."""
     from sklearn.cluster import MiniBatchKMeans
@@ -217,7 +217,7 @@ def _batches(loader: DataLoader[Any], indices: np.ndarray, size: int = _IMAGES_P
 
 
 @contextmanager
-def _eval(model: PromptedBEiT) -> Iterator[None]:
+def _eval(model: PromptedModel) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     model.backbone.eval()

@@ -12,7 +12,7 @@ from timm.models import register_model
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from .checkpoints import load_backbone
+from .checkpoints import LoadReport, load_backbone
 from .choices import one_of
 from .position_bias import extended_index, parse_extra_bias
 from .prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
@@ -160,7 +160,8 @@ class PromptedBEiT(PromptedModel):
                 )
         loaded = load_backbone(source, img_size=img_size, pretrained=pretrained)
         self.source = None if isinstance(source, Beit) else str(source)
-        self.report = loaded.report
+        self.report: LoadReport = loaded.report
+        self.architecture = loaded.report.architecture
         self.default_cfg = loaded.default_cfg
         self.backbone = loaded.backbone
         self.num_features = width = self.backbone.embed_dim

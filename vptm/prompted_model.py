@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoints import LoadReport, weight_hash
-from .encoder import FrozenEncoder
+from .checkpoints import weight_hash
+from .encoder import FrozenEncoder, can_fold
 from .prompts import PromptBank
 from .reference import AttentionFunction, reference_features, sdpa, softmax_attention
 from .verbalizers import LinearVerbalizer, PrototypicalVerbalizer
@@ -34,7 +35,7 @@ class PromptedModel(nn.Module):
     verbalizer: PrototypicalVerbalizer | LinearVerbalizer
     config: dict[str, Any]
     default_cfg: dict[str, Any]
-    report: LoadReport
+    architecture: dict[str, Any]
     source: str | None
     num_classes: int
     num_features: int
@@ -248,7 +249,11 @@ class PromptedModel(nn.Module):
             return "a trainable one"
         if self.impl == "reference":
             return "impl='reference'"
-        return f"{type(self.backbone.blocks[0].mlp).__name__} blocks"
+        block = next(block for block in self.backbone.blocks if not can_fold(block))
+        mlp = getattr(block, "mlp", None)
+        if mlp is not None and type(mlp) is not Mlp:
+            return f"{type(mlp).__name__} blocks"
+        return f"{type(block).__name__} blocks with other parts"
 
     def run_block(self, function: Any, *args: Any) -> Tensor:
         """`function(*args)`, its activations recomputed in backward where `set_grad_checkpointing` asked for it."""

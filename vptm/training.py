@@ -31,7 +31,7 @@ from .choices import hint, number, one_of
 from .data import ImageDataset, dataset_labels
 from .losses import protoverb_loss
 from .optimization import SCHEDULES, decay_groups, make_schedule
-from .prompted_beit import PromptedBEiT
+from .prompted_model import PromptedModel
 from .verbalizers import PrototypicalVerbalizer, check_finite
 
 STATE_FILE, METRICS_FILE, CURVES_FILE, RUN_FILE = "state.pt", "metrics.csv", "curves.png", "run.json"
@@ -56,7 +56,7 @@ class FitResult:
 
 
 def fit(
-    model: PromptedBEiT,
+    model: PromptedModel,
     train: DataLoader[Any],
     val: DataLoader[Any] | None = None,
     *,
@@ -232,7 +232,7 @@ def fit(
 
 @torch.no_grad()
 def evaluate(
-    model: PromptedBEiT, loader: DataLoader[Any], *, device: str | torch.device | None = None, confusion: bool = False
+    model: PromptedModel, loader: DataLoader[Any], *, device: str | torch.device | None = None, confusion: bool = False
 ) -> dict[str, Any]:
     """Accuracy and mean cross-entropy of `model` on `loader`, in eval mode; the model's mode is put back.
 
@@ -279,7 +279,7 @@ def evaluate(
 
 
 def _train_epoch(
-    model: PromptedBEiT,
+    model: PromptedModel,
     loader: DataLoader[Any],
     optimiser: torch.optim.Optimizer,
     scheduler: Any,
@@ -328,7 +328,7 @@ def _train_epoch(
 
 
 def _scores_and_contrast(
-    model: PromptedBEiT, images: Tensor, labels: Tensor, protoverb_weight: float
+    model: PromptedModel, images: Tensor, labels: Tensor, protoverb_weight: float
 ) -> tuple[Tensor, Tensor | None]:
     if not protoverb_weight:
         return model(images), None
@@ -343,7 +343,7 @@ class _Run:
 
     def __init__(
         self,
-        model: PromptedBEiT,
+        model: PromptedModel,
         optimiser: torch.optim.Optimizer,
         identity: dict[str, Any],
         folder: Path | None,
@@ -550,7 +550,7 @@ def _check_arguments(
         )
 
 
-def _check_sample(model: PromptedBEiT, loader: DataLoader[Any]) -> None:
+def _check_sample(model: PromptedModel, loader: DataLoader[Any]) -> None:
     """Refuse images the model does not take before a run folder is touched; streams are seen when they are read."""
     dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset) or len(dataset) == 0:

@@ -17,7 +17,7 @@ from .choices import number, one_of
 from .losses import check_labels, protoverb_loss
 
 if TYPE_CHECKING:
-    from .prompted_beit import PromptedBEiT
+    from .prompted_model import PromptedModel
 
 TOKEN_ACTIVATIONS = ("hidden", "logits", "softmax", "log_softmax")
 PROTOTYPE_STARTS = ("present", "class_means")
@@ -127,7 +127,7 @@ class PrototypicalVerbalizer(nn.Module):
         return self.embed(hidden, lm_head)
 
     @torch.no_grad()
-    def init_prototypes(self, model: PromptedBEiT, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def init_prototypes(self, model: PromptedModel, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Start every prototype at the mean embedding of its class, under the model's present prompts and projection.
 
         Args:
@@ -205,7 +205,7 @@ class LinearVerbalizer(nn.Module):
 
 
 @torch.no_grad()
-def support_rows(model: PromptedBEiT, loader: Iterable[tuple[Tensor, Tensor]], classes: int) -> tuple[Tensor, Tensor]:
+def support_rows(model: PromptedModel, loader: Iterable[tuple[Tensor, Tensor]], classes: int) -> tuple[Tensor, Tensor]:
     """Read-out rows (N, C) of a whole support set and its labels (N,), by `model` in eval mode.
 
     Raises:
@@ -236,7 +236,7 @@ def support_rows(model: PromptedBEiT, loader: Iterable[tuple[Tensor, Tensor]], c
 
 
 def fit_prototypes(
-    model: PromptedBEiT,
+    model: PromptedModel,
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
     start: str = "present",
@@ -317,7 +317,7 @@ def fit_prototypes(
     return losses
 
 
-def check_finite(model: PromptedBEiT) -> None:
+def check_finite(model: PromptedModel) -> None:
     """Raise ValueError where something learned, or a frozen verbalizer, holds NaN or infinite values."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or name.startswith("verbalizer."):

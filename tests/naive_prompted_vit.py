@@ -1,0 +1,87 @@
+"""A second, independent prompted ViT: prompts after the prefix rows, every row through every block, plain formulas.
+
+It reads tensors by their state_dict names and knows no module of timm but its constants.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vptm import PromptedViT
+
+
+def norm(x: Tensor, state: dict[str, Tensor], name: str, eps: float) -> Tensor:
+    if f"{name}.weight" not in state:
+        return x
+    centred = x - x.mean(-1, keepdim=True)
+    return (
+        centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * state[f"{name}.weight"]
+        + state[f"{name}.bias"]
+    )
+
+
+def linear(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
+    y = x @ state[f"{name}.weight"].T
+    return y + state[f"{name}.bias"] if f"{name}.bias" in state else y
+
+
+def gelu(x: Tensor, kind: str) -> Tensor:
+    if kind == "quick":
+        return x / (1 + (-1.702 * x).exp())
+    return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+
+
+def block(x: Tensor, state: dict[str, Tensor], name: str, heads: int, eps: float, kind: str) -> Tensor:
+    batch, rows, width = x.shape
+    qkv = linear(norm(x, state, f"{name}.norm1", eps), state, f"{name}.attn.qkv").view(batch, rows, 3, heads, -1)
+    mixed = x.new_zeros(batch, rows, heads, width // heads)
+    for h in range(heads):
+        query, key, value = qkv[:, :, 0, h], qkv[:, :, 1, h], qkv[:, :, 2, h]
+        scores = (query @ key.mT / (width // heads) ** 0.5).exp()
+        mixed[:, :, h] = scores / scores.sum(-1, keepdim=True) @ value
+    update = linear(mixed.flatten(2), state, f"{name}.attn.proj")
+    x = x + update * state.get(f"{name}.ls1.gamma", 1.0)
+    inner = gelu(linear(norm(x, state, f"{name}.norm2", eps), state, f"{name}.mlp.fc1"), kind)
+    return x + linear(inner, state, f"{name}.mlp.fc2") * state.get(f"{name}.ls2.gamma", 1.0)
+
+
+def naive_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: float = 1e-6, kind: str = "erf") -> Tensor:
+    """The read-out row (B, C) that `model` should give for images (B, channels, height, width)."""
+    state = dict(model.backbone.state_dict())
+    config, prompts = model.config, model.prompts.weight
+    weight = state["patch_embed.proj.weight"]
+    side = weight.shape[-1]
+    patches = images.unfold(2, side, side).unfold(3, side, side)  # (B, channels, rows, columns, side, side)
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2) @ weight.flatten(1).T
+    if "patch_embed.proj.bias" in state:
+        patches = patches + state["patch_embed.proj.bias"]
+    batch = len(images)
+    prefix = [state[name].expand(batch, -1, -1) for name in ("cls_token", "dist_token", "reg_token") if name in state]
+    prefix = torch.cat(prefix, 1) if prefix else patches[:, :0]
+    first = prefix.shape[1]
+    if "pos_embed" in state:
+        position = state["pos_embed"]
+        if position.shape[1] == patches.shape[1]:
+            patches = patches + position
+        else:
+            prefix, patches = prefix + position[:, :first], patches + position[:, first:]
+    prefix, patches = (norm(x, state, "norm_pre", eps) for x in (prefix, patches))
+    length = config["prompt_length"]
+    x = torch.cat([prefix, prompts[0].expand(batch, -1, -1), patches], 1)
+    for layer in range(len(model.backbone.blocks)):
+        if layer and config["prompt_mode"] != "shallow":
+            alpha = config["progressive_alpha"] if config["prompt_mode"] == "progressive" else 0.0
+            rows = alpha * x[:, first : first + length] + (1 - alpha) * prompts[layer]
+            x = torch.cat([x[:, :first], rows, x[:, first + length :]], 1)
+        x = block(x, state, f"blocks.{layer}", heads, eps, kind)
+    x = norm(x, state, "norm", eps)
+    if config["readout"] == "cls":
+        read = x[:, 0]
+    else:
+        start = 0 if model.backbone.pool_include_prefix else first
+        picked = [x[:, start:first], x[:, first + length :]]
+        if config["readout"] == "mean_with_prompts":
+            picked.append(x[:, first : first + length])
+        read = torch.cat(picked, 1).mean(1)
+    return norm(read, state, "fc_norm", eps)
