@@ -25,20 +25,21 @@ def interpreting() -> bool:
     return _HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def missing_for_triton(t: Tensor, head_dim: int) -> str | None:
-    """Why Triton cannot run attention on this tensor, in words that fit after "needs"; None when it can."""
+def missing_for_triton(t: Tensor, head_dim: int | None = None) -> str | None:
+    """Why Triton cannot run on this tensor, in words that fit after "needs"; None when it can. Kernels that hold no
+    head as a whole take any head dimension."""
     if not has_triton():
         return "the triton package, which is not installed"
     if not t.is_cuda and not (t.device.type == "cpu" and interpreting()):
         return f"GPU tensors (or TRITON_INTERPRET=1 on a CPU), got device {t.device}"
     if t.dtype == torch.float64 and t.is_cuda:
         return "float16, bfloat16 or float32 tensors on a GPU, got float64"
-    if not 16 <= head_dim <= 128:
+    if head_dim is not None and not 16 <= head_dim <= 128:
         return f"a head dimension from 16 to 128, got {head_dim}"
     return None
 
 
-def choose(impl: str, t: Tensor, head_dim: int) -> str:
+def choose(impl: str, t: Tensor, head_dim: int | None = None) -> str:
     """The implementation to run: "auto" is Triton for GPU tensors it supports; an explicit request never falls back."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")

@@ -1,0 +1,202 @@
+"""The public function: argument checks, autocast, choice of implementation, and the products with the weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._runtime.triton_support import choose
+from .ops import readout_attention_op
+
+MAX_HEADS = 64  # of the kernels, which hold all heads at once
+
+
+def readout_attention(
+    x: Tensor,
+    q: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    *,
+    num_heads: int,
+    prompt_kv: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention of one query row per image to all its tokens, without a key or a value of any token.
+
+    The last block of a vision transformer whose output is one row (class or mask token) needs `q_h . (W_k,h n_j)` and
+    `sum_j a_hj W_v,h n_j` only, with n_j the normalised token j. Multiplied in the other order, `(q_h W_k,h) . n_j` and
+    `W_v,h (sum_j a_hj n_j)`, both cost one product with a weight per image instead of one per token.
+
+    Args:
+        x: (B, N, C), tokens before the block's LayerNorm; float16, bfloat16, float32 or float64. Any strides with a
+            unit last one.
+        q: (B, H*D), the projected query row, heads then channels; its dtype is the one of everything but x, the norm
+            and the bias. x may be float32 with 16-bit q, as the residual stream is under autocast.
+        norm_weight, norm_bias: (C,) of the LayerNorm before the projections; None where folded into the weights.
+        eps: of the LayerNorm.
+        k_weight: (H*D, C). The key bias is left out: it adds the same number to every score of a query.
+        v_weight: (H*D, C).
+        v_bias: (H*D,) or None.
+        num_heads: H.
+        prompt_kv: projected keys and values of prompts, which are attended to as well: (P, 2*H*D) shared by the batch
+            or (B, P, 2*H*D) per image. Their values include the value bias.
+        bias: (H, N) or (H, N+P), prompts last, added to the scaled scores. Any floating dtype.
+        scale: factor of the scores, default `D ** -0.5`. The bias is not scaled.
+        impl: "auto" is "triton" for GPU tensors of float16, bfloat16 or float32 with at most 64 heads, else "torch". An
+            explicit "triton" or "torch" never falls back.
+
+    Returns:
+        (B, H*D) in the dtype of `q`. A head whose scores are all -inf attends to nothing and gives zeros.
+
+    Gradients reach every tensor. Only those asked for are computed, in a fixed order: equal inputs give bitwise equal
+    gradients. There is no second derivative. Beside its inputs the backward pass keeps tensors of H*(N+P) or H*C + 2*N
+    elements per image, and computes normalised tokens again. Under autocast everything but x, the norm and the bias is
+    cast.
+
+    Equal to::
+
+        n = layer_norm(x, (C,), norm_weight, norm_bias, eps)
+        k, v = n @ k_weight.T, n @ v_weight.T + v_bias                  # (B, N, H*D), then split into heads
+        k, v = cat([k, prompt_k], 1), cat([v, prompt_v], 1)
+        out = softmax(q @ k.mT * scale + bias) @ v                      # (B, H, 1, D), then heads joined
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
+
+    >>> import torch
+    >>> from vptm_kernels import readout_attention
+    >>> x = torch.randn(2, 197, 96)
+    >>> weight = torch.randn(3, 64, 96) / 10
+    >>> q = torch.nn.functional.layer_norm(x[:, 0], (96,)) @ weight[0].T
+    >>> prompts = torch.randn(10, 128, requires_grad=True)
+    >>> out = readout_attention(x, q, None, None, 1e-6, weight[1], weight[2], None, num_heads=4, prompt_kv=prompts)
+    >>> out.shape
+    torch.Size([2, 64])
+    >>> out.sum().backward()
+    >>> prompts.grad.shape
+    torch.Size([10, 128])
+    """
+    named = {"x": x, "q": q, "k_weight": k_weight, "v_weight": v_weight}
+    optional = {"v_bias": v_bias, "prompt_kv": prompt_kv, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    named |= {name: t for name, t in (*optional.items(), ("bias", bias)) if t is not None}
+    for name, t in named.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        q, k_weight, v_weight = q.to(dtype), k_weight.to(dtype), v_weight.to(dtype)
+        v_bias = None if v_bias is None else v_bias.to(dtype)
+        prompt_kv = None if prompt_kv is None else prompt_kv.to(dtype)
+        named |= {"q": q, "k_weight": k_weight, "v_weight": v_weight}
+        named |= {name: t for name, t in (("v_bias", v_bias), ("prompt_kv", prompt_kv)) if t is not None}
+        # 16 bits other than those of autocast would be a third type.
+        x = named["x"] = x if x.dtype in (dtype, torch.float32) else x.to(dtype)
+    head_dim = _check(named, num_heads, eps)
+    if scale is None:
+        scale = head_dim**-0.5
+    elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    impl = _choose(impl, q, num_heads)
+    if x.shape[1] == 0:
+        impl = "torch"  # the kernels walk over tokens, and only prompts are left
+
+    query = q.unflatten(1, (num_heads, head_dim))
+    absorbed = torch.einsum("bhd,hdc->bhc", query, k_weight.unflatten(0, (num_heads, head_dim)))
+    prompt_scores = prompt_v = None
+    one_batch = "" if prompt_kv is None or prompt_kv.ndim == 2 else "b"
+    if prompt_kv is not None and prompt_kv.shape[-2]:
+        prompt_k, prompt_v = prompt_kv.unflatten(-1, (2, num_heads, head_dim)).unbind(-3)
+        prompt_scores = torch.einsum(f"bhd,{one_batch}phd->bhp", query, prompt_k)
+        if norm_bias is not None:
+            # The norm's shift adds one number to the scores of all tokens, so the prompts may have its negative.
+            shift = (absorbed * norm_bias).sum(-1, keepdim=True)
+            prompt_scores = (prompt_scores - shift).to(q.dtype)
+    if norm_weight is not None:
+        absorbed = (absorbed * norm_weight).to(q.dtype)
+
+    keep = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, absorbed, prompt_scores, bias)
+    )
+    mixed, prompt_weights, mass, _, _ = readout_attention_op(
+        x, absorbed, prompt_scores, bias, float(eps), float(scale), keep, impl
+    )
+    if norm_weight is not None:
+        mixed = mixed * norm_weight
+    if norm_bias is not None:
+        mixed = mixed + mass[..., None] * norm_bias
+    out = torch.einsum("bhc,hdc->bhd", mixed.to(q.dtype), v_weight.unflatten(0, (num_heads, head_dim)))
+    if prompt_v is not None:
+        out = out + torch.einsum(f"bhp,{one_batch}phd->bhd", prompt_weights, prompt_v)
+    if v_bias is not None:
+        out = torch.addcmul(out, mass[..., None], v_bias.unflatten(0, (num_heads, head_dim)))
+    return out.flatten(1)
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def _check(named: dict[str, Tensor], num_heads: int, eps: float) -> int:
+    """The head dimension, if the tensors fit each other."""
+    x, q = named["x"], named["q"]
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads must be a positive int, got {num_heads!r}")
+    if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be a finite non-negative number, got {eps!r}")
+    if x.ndim != 3 or x.shape[2] == 0:
+        raise ValueError(f"x must be (B, N, C), got {_shape(x)}")
+    batch, tokens, width = x.shape
+    if q.ndim != 2 or q.shape[0] != batch or q.shape[1] == 0 or q.shape[1] % num_heads:
+        raise ValueError(f"q must be (B, H*D) with B = {batch}, H = num_heads = {num_heads}, got {_shape(q)}")
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    if x.dtype not in (q.dtype, torch.float32 if q.element_size() == 2 else q.dtype):
+        wider = ", or float32 with 16-bit q" if q.element_size() == 2 else ""
+        raise ValueError(f"x must have the dtype of q, {q.dtype}{wider}, got {x.dtype}")
+    if x.stride(2) != 1:
+        raise ValueError(f"x must have a unit last stride, got strides {tuple(x.stride())}")
+    inner = q.shape[1]
+    shapes: dict[str, tuple[int, ...]] = {"norm_weight": (width,), "norm_bias": (width,), "v_bias": (inner,)}
+    shapes |= {"k_weight": (inner, width), "v_weight": (inner, width)}
+    for name, t in named.items():
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+        if name in shapes and _shape(t) != shapes[name]:
+            raise ValueError(f"{name} must be {shapes[name]}, got {_shape(t)}")
+        if name in ("k_weight", "v_weight", "v_bias", "prompt_kv") and t.dtype != q.dtype:
+            raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {t.dtype}")
+        if not t.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {t.dtype}")
+    prompts = 0
+    if "prompt_kv" in named:
+        prompt_kv = named["prompt_kv"]
+        per_image = prompt_kv.ndim == 3 and prompt_kv.shape[0] == batch
+        if not (prompt_kv.ndim == 2 or per_image) or prompt_kv.shape[-1] != 2 * inner:
+            raise ValueError(
+                f"prompt_kv must be (P, 2*H*D) or (B, P, 2*H*D) with B = {batch}, 2*H*D = {2 * inner}, "
+                f"got {_shape(prompt_kv)}"
+            )
+        prompts = prompt_kv.shape[-2]
+    if "bias" in named:
+        allowed = [(num_heads, tokens), (num_heads, tokens + prompts)]
+        if _shape(named["bias"]) not in allowed:
+            wanted = " or ".join(map(str, dict.fromkeys(allowed)))
+            raise ValueError(f"bias must be {wanted} (H, N or N+P), got {_shape(named['bias'])}")
+    return inner // num_heads
+
+
+def _choose(impl: str, q: Tensor, num_heads: int) -> str:
+    chosen = choose(impl, q)
+    if chosen == "triton" and num_heads > MAX_HEADS:
+        if impl == "triton":
+            raise ValueError(f"impl='triton' needs at most {MAX_HEADS} heads, got {num_heads}")
+        return "torch"
+    return chosen
