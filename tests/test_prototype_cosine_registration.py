@@ -212,7 +212,8 @@ def test_activation_checkpointing(impl):
 
 
 def test_double_backward_is_refused():
-    call = FLOAT.inputs()
+    """400 images fold: what the op computes must not be taken for differentiable a second time."""
+    call = FLOAT.but(batch=400, tokens=64).inputs()
     (grad,) = torch.autograd.grad(prototype_cosine(**call).sin().sum(), [call["hidden"]], create_graph=True)
     with pytest.raises(RuntimeError, match="not differentiable twice"):
         grad.sum().backward()

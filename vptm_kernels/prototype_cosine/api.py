@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._runtime.triton_support import IMPLEMENTATIONS, has_triton, interpreting
-from . import torch_impl
 from .cosine import cosine, cosine_
 from .folding import FoldedHead, accumulator
-from .ops import prototype_similarity_op, task_linear_op, token_readout_op
+from .ops import nothing_traces, prototype_similarity_op, readout, task_linear_op
 from .plan import KEEP_BYTES, can_fold, room_to_keep
 
 ACTIVATIONS = ("logits", "softmax", "log_softmax")
@@ -61,8 +60,8 @@ def prototype_cosine(
         (B, K) in the dtype of `hidden`; with tasks (B, largest K), -inf beyond the classes of a row's task.
 
     Gradients reach hidden, the projection, both biases, the prototypes and (torch only) token_weight; only those asked
-    for are computed, in a fixed order: equal inputs give bitwise equal gradients. Nothing is differentiable twice.
-    Under autocast all inputs are cast.
+    for are computed, in a fixed order: equal inputs give bitwise equal gradients. Under autocast all inputs are cast.
+    A second derivative exists where autograd keeps the logits itself, and is refused elsewhere.
 
     The cheapest exact way is taken, by counting multiply-adds of forward and backward (`prototype_cosine/plan.py`):
     fold projection @ token_weight once per call (logits only; a full training step from B = 75 against streaming and
@@ -91,6 +90,12 @@ def prototype_cosine(
     >>> projection.grad.shape
     torch.Size([8, 64])
     """
+    # Spelled out: a loop over the arguments takes as long as one of the products below.
+    alone = token_bias is None and projection is None and projection_bias is None and token_gram is None
+    alone = alone and class_offsets is None and task_ids is None and activation == "logits"
+    if alone and _is_plain(hidden, token_weight, prototypes, eps, impl):
+        assert isinstance(token_weight, FoldedHead)
+        return _cosine(F.linear(hidden, *token_weight), prototypes, eps)
     if not isinstance(hidden, Tensor):
         raise TypeError(f"hidden must be a tensor (B, C), got {type(hidden).__name__}")
     device = hidden.device.type
@@ -109,16 +114,6 @@ def prototype_cosine(
                 impl=impl,
             )
     folded = isinstance(token_weight, FoldedHead)
-    # Spelled out: a loop over the arguments takes as long as one of the products below.
-    alone = token_bias is None and projection is None and projection_bias is None and token_gram is None
-    alone = alone and class_offsets is None and task_ids is None and activation == "logits"
-    if alone and _is_plain(hidden, token_weight, prototypes, eps, impl):
-        assert isinstance(token_weight, FoldedHead)
-        embedding = F.linear(hidden, *token_weight)
-        learned = embedding.requires_grad or (prototypes.requires_grad and torch.is_grad_enabled())
-        # cosine_ compares the batch with d, which would tie a graph to batches on one side of it.
-        pure = learned or torch.compiler.is_compiling()
-        return (cosine if pure else cosine_)(embedding, prototypes, eps)
     weight: Tensor
     head_bias: Tensor | None
     weight, head_bias = token_weight if isinstance(token_weight, FoldedHead) else (token_weight, token_bias)
@@ -162,7 +157,7 @@ def prototype_cosine(
         if projection_bias is not None:
             embedding = embedding + projection_bias
     if impl == "torch" and task_ids is None:
-        scores = cosine(embedding, prototypes, eps)
+        scores = _cosine(embedding, prototypes, eps)
     else:
         scores = prototype_similarity_op(embedding, prototypes, task_ids, offsets, widest, eps, impl)
     return scores.to(hidden.dtype)
@@ -170,7 +165,7 @@ def prototype_cosine(
 
 def _is_plain(hidden: Tensor, head: object, prototypes: Tensor, eps: float, impl: str) -> bool:
     """Nothing is wrong with one head on a CPU, found in a few microseconds: full checks take as long as the work."""
-    if not isinstance(head, FoldedHead) or not isinstance(prototypes, Tensor):
+    if not (isinstance(head, FoldedHead) and isinstance(hidden, Tensor) and isinstance(prototypes, Tensor)):
         return False
     weight, bias = head
     dtype = hidden.dtype
@@ -178,10 +173,18 @@ def _is_plain(hidden: Tensor, head: object, prototypes: Tensor, eps: float, impl
         return False
     if impl not in ("auto", "torch") or not (hidden.is_cpu and weight.is_cpu and bias.is_cpu and prototypes.is_cpu):
         return False
-    if not hidden.ndim == weight.ndim == prototypes.ndim == 2:
+    if not hidden.ndim == weight.ndim == prototypes.ndim == 2 or torch.is_autocast_enabled("cpu"):
         return False
     width, (dim, columns), (classes, depth) = hidden.shape[1], weight.shape, prototypes.shape
     return width == columns > 0 and depth == dim > 0 and classes > 0 and bias.shape == (dim,) and eps > 0
+
+
+def _cosine(embedding: Tensor, prototypes: Tensor, eps: float) -> Tensor:
+    """Rows against rows; overwrites the embedding where nothing is learned."""
+    learned = torch.is_grad_enabled() and (embedding.requires_grad or prototypes.requires_grad)
+    # cosine_ compares the batch with d, which would tie a graph to batches on one side of it.
+    pure = learned or torch.compiler.is_compiling()
+    return (cosine if pure else cosine_)(embedding, prototypes, eps)
 
 
 def _readout(
@@ -208,13 +211,30 @@ def _readout(
     else:
         shape = (hidden.shape[0], hidden.shape[1], tokens, reader.shape[0])
         room = room_to_keep(*shape, activation, squares, gram is not None, needs, hidden.element_size(), keeping)
-    args = (hidden, weight, bias, reader, gram, activation, squares, needs)
-    if impl == "torch" and not any(needs) and not torch.compiler.is_compiling() and type(hidden) is Tensor:
-        # Nothing to differentiate or to trace: the registered op would cost one image a few percent of its time.
-        out = torch_impl.forward(*args, 0)
-    else:
-        out = token_readout_op(*args, room, impl)
+    if any(needs) and impl == "torch" and _autograd_keeps(hidden, tokens, room):
+        return _by_autograd(hidden, weight, bias, reader, activation, squares)
+    out = readout(hidden, weight, bias, reader, gram, activation, squares, needs, room, impl)
     return out[0], out[1]
+
+
+def _autograd_keeps(hidden: Tensor, tokens: int, room: int | torch.SymInt) -> bool:
+    """Whether the logits are kept, in a dtype that sums need not leave, by a call that nothing traces."""
+    if not nothing_traces(hidden) or hidden.dtype != accumulator(hidden.dtype):
+        return False
+    return bool(room == hidden.shape[0] * tokens)
+
+
+def _by_autograd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, reader: Tensor, activation: str, squares: bool
+) -> tuple[Tensor, Tensor]:
+    """The "keep" plan as autograd runs it: for one image, whose gradients take 1.6 ms on a CPU, an op of our own would
+    spend 0.2 ms in Python."""
+    a = F.linear(hidden, weight, bias)
+    if activation == "softmax":
+        a = a.softmax(-1)
+    elif activation == "log_softmax":
+        a = a.log_softmax(-1)
+    return a @ reader.mT, a.square().sum(1) if squares else a
 
 
 def _token_space(

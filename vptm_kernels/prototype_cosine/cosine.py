@@ -13,8 +13,7 @@ def cosine(embedding: Tensor, prototypes: Tensor, eps: float) -> Tensor:
     """Rows of (B, d) against rows of (K, d), in the dtype of the embedding; differentiable through plain ops."""
     prototypes = prototypes.to(embedding.dtype)
     embedding = embedding / torch.linalg.vector_norm(embedding, dim=1, keepdim=True).clamp_min(eps)
-    norms = torch.linalg.vector_norm(prototypes, dim=1).clamp_min(eps)
-    return F.linear(embedding, prototypes / norms[:, None])
+    return F.linear(embedding, prototypes / torch.linalg.vector_norm(prototypes, dim=1, keepdim=True).clamp_min(eps))
 
 
 def cosine_(embedding: Tensor, prototypes: Tensor, eps: float) -> Tensor:

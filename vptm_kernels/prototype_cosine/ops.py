@@ -3,6 +3,9 @@
 `token_readout` is the long one, from hidden states to reader @ activation(token logits); `task_linear` applies folded
 heads task by task; `prototype_similarity` turns embeddings into cosines. Outputs that were not asked for are empty
 tensors, because an op cannot return None. No output is differentiable twice.
+
+Where nothing is traced, `readout` takes `token_readout` past the dispatcher: its schema and alias checks take 0.4 ms
+of the 2 ms that a training step on one image takes on a CPU.
 """
 
 from __future__ import annotations
@@ -37,11 +40,14 @@ def token_readout_op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a @ reader.T (B, D), sum of a² (B,), Triton's softmax statistics (2, B), `room` elements kept for backward."""
-    args = (hidden, token_weight, token_bias, reader, gram, activation, squares, needs, room)
-    if impl == "torch":
-        return torch_impl.forward(*args)
-    with device_of(hidden):
-        return _triton().forward(*args)
+    return _run_readout(hidden, token_weight, token_bias, reader, gram, activation, squares, needs, room, impl)
+
+
+def _run_readout(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if args[-1] == "torch":
+        return torch_impl.forward(*args[:-1])
+    with device_of(args[0]):
+        return _triton().forward(*args[:-1])
 
 
 @token_readout_op.register_fake
@@ -85,14 +91,16 @@ def token_readout_backward_op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (hidden, token_weight, token_bias, reader, gram)
-    args = (grad_out, grad_squared, *inputs, out, squared, statistics, kept, activation, squares, needs)
-    if impl == "torch":
-        grads = torch_impl.backward(*args)
-    else:
-        with device_of(hidden):
-            grads = _triton().backward(*args)
-    dhidden, dweight, dbias, dreader = (hidden.new_empty(0) if grad is None else grad for grad in grads)
+    args = (grad_out, grad_squared, *inputs, out, squared, statistics, kept, activation, squares, needs, impl)
+    dhidden, dweight, dbias, dreader = (hidden.new_empty(0) if g is None else g for g in _run_readout_backward(*args))
     return dhidden, dweight, dbias, dreader
+
+
+def _run_readout_backward(*args: Any) -> tuple[Tensor | None, ...]:
+    if args[-1] == "torch":
+        return torch_impl.backward(*args[:-1])
+    with device_of(args[0]):
+        return _triton().backward(*args[:-1])
 
 
 @token_readout_backward_op.register_fake
@@ -133,8 +141,10 @@ def _readout_backward(ctx: Any, grad_out: Tensor | None, grad_squared: Tensor | 
     if grad_out is None and grad_squared is not None:
         grad_out = torch.zeros_like(out)
     if grad_out is not None:
+        # With create_graph the registered op is needed: it refuses to be differentiated.
+        direct = not torch.is_grad_enabled() and nothing_traces(grad_out)
         # The plan was made for ctx.needs; what autograd asks for now can only be less.
-        found = token_readout_backward_op(
+        found = (_run_readout_backward if direct else token_readout_backward_op)(
             grad_out,
             grad_squared if ctx.squares else None,
             *(hidden, token_weight, token_bias, reader, gram),
@@ -147,6 +157,34 @@ def _readout_backward(ctx: Any, grad_out: Tensor | None, grad_squared: Tensor | 
         asked = (*ctx.needs_input_grad[:4],)
         grads = [grad if needed and ask else None for grad, needed, ask in zip(found, ctx.needs, asked)]
     return (*grads, *[None] * 6)
+
+
+class _TokenReadout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _run_readout(*inputs)
+        _readout_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_readout_backward)
+
+
+def readout(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`token_readout` by the shortest way; arguments as there."""
+    if not nothing_traces(hidden):
+        return token_readout_op(hidden, *args)
+    needs = args[-3]
+    return _TokenReadout.apply(hidden, *args) if any(needs) else _run_readout(hidden, *args)
+
+
+def nothing_traces(t: Tensor) -> bool:
+    """Whether a call on `t` runs now and for itself: no graph, no fake tensors, no mode, no transform is listening."""
+    return (
+        type(t) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._functorch.peek_interpreter_stack()
+    )
 
 
 @torch.library.custom_op("vptm::task_linear", mutates_args=())

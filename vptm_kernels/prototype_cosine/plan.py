@@ -23,6 +23,30 @@ def can_fold(activation: str, squares: bool, has_gram: bool, needs: Sequence[boo
     return activation == "logits" and (not squares or (has_gram and not needs[1] and not needs[2]))
 
 
+def multiply_adds(
+    plan: str,
+    batch: int,
+    width: int,
+    tokens: int,
+    dim: int,
+    activation: str,
+    squares: bool,
+    needs: Sequence[bool],
+) -> tuple[int, int]:
+    """What a plan costs forward, and backward for the gradients in `needs`."""
+    if plan == "fold":
+        fold, apply = dim * tokens * width, batch * dim * width
+        norm = batch * width * width if squares else 0
+        backward = fold * (needs[1] + needs[3]) + apply * (needs[0] + (needs[1] or needs[3])) + norm * needs[0]
+        return fold + apply + norm, backward
+    logits = batch * tokens * width
+    for_hidden = needs[0] or needs[1] or needs[2]
+    backward = batch * tokens * (for_hidden * dim + (needs[0] + needs[1]) * width + needs[3] * dim)
+    if plan == "stream" and (needs[3] or (for_hidden and (squares or activation != "logits"))):
+        backward += logits
+    return logits + batch * tokens * dim, backward
+
+
 def choose_plan(
     batch: int,
     width: int,
@@ -37,20 +61,13 @@ def choose_plan(
 ) -> str:
     """ "keep", "stream" or "fold". room: elements that may be kept for backward."""
     training = any(needs)
-    for_hidden = needs[0] or needs[1] or needs[2]
-    logits = batch * tokens * width
-    forward = logits + batch * tokens * dim
-    backward = batch * tokens * (for_hidden * dim + (needs[0] + needs[1]) * width + needs[3] * dim)
-    again = logits if needs[3] or (for_hidden and (squares or activation != "logits")) else 0
-    costs = {"stream": forward + backward + again}
+    plans = ["stream"]
     if training and keeping and batch * tokens <= room:
-        costs["keep"] = forward + backward
+        plans.append("keep")
     if can_fold(activation, squares, has_gram, needs) and (not training or dim * width <= room):
-        fold, apply = dim * tokens * width, batch * dim * width
-        norm = batch * width * width if squares else 0
-        costs["fold"] = fold * (1 + needs[1] + needs[3]) + apply * (1 + needs[0] + (needs[1] or needs[3]))
-        costs["fold"] += norm * (1 + needs[0])
-    return min(costs, key=lambda plan: costs[plan])
+        plans.append("fold")
+    shape = (batch, width, tokens, dim, activation, squares, needs)
+    return min(plans, key=lambda plan: sum(multiply_adds(plan, *shape)))
 
 
 def room_to_keep(

@@ -18,6 +18,10 @@ from .plan import choose_plan
 # Logits alone are streamed in tiles of 1 MB of float32, inside the cache of one core. Activations need whole rows, and
 # few slices of rows, since every slice reads the token head again: 16 MB of float32.
 _TILE, _ACTIVATIONS = 512, 1 << 22
+_FUSED = {
+    "softmax": torch.ops.aten._softmax_backward_data.default,
+    "log_softmax": torch.ops.aten._log_softmax_backward_data.default,
+}
 # Below so many rows the loop over tiles costs more than the logits are worth.
 _FEW_ROWS = 16
 
@@ -62,7 +66,10 @@ def forward(
         logits = kept[: hidden.shape[0] * tokens].view(-1, tokens) if plan == "keep" else None
         for rows in _row_slices(hidden.shape[0], tokens, plan):
             a = _activations(hidden[rows], token_weight, token_bias, activation, logits)
-            out[rows] = a @ reader.mT
+            if a.dtype == exact:
+                torch.mm(a, reader.mT, out=out[rows])
+            else:
+                out[rows] = a @ reader.mT
             if squares:
                 torch.linalg.vector_norm(a, dim=1, dtype=exact, out=squared[rows])
         squared.square_()
@@ -146,7 +153,9 @@ def backward(
     logits = kept[: hidden.shape[0] * tokens].view(-1, tokens) if plan == "keep" else None
     dhidden = hidden.new_empty(hidden.shape) if needs[0] else None
     dweight = dbias = dreader = None
-    reader_sums = reader.sum(1, dtype=grad_out.dtype) if activation == "log_softmax" else None
+    # eager's own fused gradients, where they lose no digits to 16 bits and no norm joins in
+    fused = _FUSED.get(activation) if grad_squared is None and hidden.dtype == grad_out.dtype else None
+    reader_sums = reader.sum(1, dtype=grad_out.dtype) if activation == "log_softmax" and fused is None else None
     for rows in _row_slices(hidden.shape[0], tokens, plan):
         h, grad = hidden[rows], grad_out[rows]
         low, twice = grad.to(hidden.dtype), None if grad_squared is None else 2 * grad_squared[rows, None]
@@ -158,7 +167,9 @@ def backward(
         if not (needs[0] or needs[1] or needs[2]):
             continue
         da = low @ reader
-        if a is not None and (activation != "logits" or twice is not None):
+        if fused is not None and a is not None:
+            da = fused(da, a, -1, a.dtype)
+        elif a is not None and (activation != "logits" or twice is not None):
             # What softmax subtracts in every row, from the outputs alone: sum_v a da, or sum_v da for log-softmax.
             subtract = (grad * out[rows]).sum(1, keepdim=True)
             if reader_sums is not None:
@@ -225,7 +236,10 @@ def _stream_logits(
         bias = None if token_bias is None else token_bias[v]
         for rows in _slices(hidden.shape[0], _TILE):
             t = _activations(hidden[rows], token_weight[v], bias, "logits", None)
-            out[rows] += t @ reader[:, v].mT
+            if t.dtype == out.dtype:
+                out[rows].addmm_(t, reader[:, v].mT)
+            else:
+                out[rows] += t @ reader[:, v].mT
             if squared.numel():
                 squared[rows] += torch.linalg.vector_norm(t, dim=1, dtype=out.dtype).square_()
 
