@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .._runtime.triton_support import device_of
 from . import torch_impl
@@ -150,3 +151,59 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
 
 prompted_attention_op.register_autograd(_backward, setup_context=_setup_context)
 prompted_attention_backward_op.register_autograd(_refuse_double_backward)
+
+Shape = tuple[int, ...]
+
+
+def _counts(qkv: Shape, prompts: Shape | None, ranges: Shape | None, prompt_queries: bool, longest: int) -> Shape:
+    """Batch, query rows, keys, prompts and width H*D; a pool counts as if every image had the longest range."""
+    batch, tokens, width = qkv
+    length = 0 if prompts is None else longest if ranges is not None else prompts[-2]
+    return batch, tokens + (length if prompt_queries else 0), tokens + length, length, width // 3
+
+
+@register_flop_formula(torch.ops.vptm.prompted_attention)
+def _forward_flops(
+    qkv: Shape,
+    prompts: Shape | None,
+    bias: Shape | None,
+    token_ids: Shape | None,
+    ranges: Shape | None,
+    window: Sequence[int],
+    num_heads: int,
+    prompt_queries: bool,
+    max_prompt_length: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """q k^T and weights v, two FLOPs a multiply-add."""
+    batch, rows, keys, _length, width = _counts(qkv, prompts, ranges, prompt_queries, max_prompt_length)
+    return 4 * batch * rows * keys * width
+
+
+@register_flop_formula(torch.ops.vptm.prompted_attention_backward)
+def _backward_flops(
+    grad_out: Shape,
+    grad_lse: Shape | None,
+    qkv: Shape,
+    prompts: Shape | None,
+    bias: Shape | None,
+    token_ids: Shape | None,
+    ranges: Shape | None,
+    out: Shape,
+    lse: Shape,
+    window: Sequence[int],
+    num_heads: int,
+    prompt_queries: bool,
+    max_prompt_length: int,
+    scale: float,
+    needs: Sequence[bool],
+    impl: str,
+    **_: Any,
+) -> int:
+    """Scores again, and the gradients of weights, values, keys and queries: five products. Where prompts alone are
+    asked for the kernels leave out what concerns image tokens, PyTorch does not."""
+    batch, rows, keys, length, width = _counts(qkv, prompts, ranges, prompt_queries, max_prompt_length)
+    if needs[0] or needs[2] or impl == "torch":
+        return 10 * batch * rows * keys * width
+    return 8 * batch * rows * length * width + (6 * batch * length * keys * width if prompt_queries else 0)
