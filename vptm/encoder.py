@@ -178,7 +178,7 @@ class FrozenEncoder:
         self._narrow = False
         self.sealed = False
         self._prefix_key: tuple[object, ...] | None = None
-        self._prefixes: list[Tensor] = []
+        self._prefixes: dict[int, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> FrozenEncoder:
         twin = FrozenEncoder()
@@ -187,7 +187,7 @@ class FrozenEncoder:
 
     def __getstate__(self) -> dict[str, object]:
         derived = self.__dict__ if self.sealed else FrozenEncoder().__dict__
-        return derived | {"_prefix_key": None, "_prefixes": []}
+        return derived | {"_prefix_key": None, "_prefixes": {}}
 
     @staticmethod
     def supports(model: PromptedModel) -> bool:
@@ -244,24 +244,24 @@ class FrozenEncoder:
 
     def _prompt_rows(self, model: PromptedModel, layer: int, batch: int) -> Tensor:
         """Normalised prompts of `layer`: (P, C), or (B, P, C) where dropout draws a mask per sample."""
-        prompts = model.prompts
-        if prompts.training and prompts.dropout > 0:
-            rows = prompts(layer, batch)
-        else:
-            rows = prompts.weight[layer]
-        return _normalise(rows, self._blocks[layer].eps_1)
+        return _normalise(model.prompts.rows(layer, batch), self._blocks[layer].eps_1)
 
-    def _prefix(self, model: PromptedModel, layer: int, batch: int) -> Tensor | None:
-        """Keys and values of deep prompts, (P, 2C) or (B, P, 2C); kept between calls while nothing is trained."""
-        if model.prompts.length == 0:
-            return None
-        weight = model.prompts.weight
-        keep = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not model.prompts.training
+    def _prompts_attend(self, model: PromptedModel, layer: int) -> bool:
+        """Whether anything reads what block `layer` makes of its prompt rows."""
+        if layer + 1 == len(self._blocks):
+            return model.pools_prompts
+        return model.prompts.role(layer + 1) in ("mixed", "carried")
+
+    def _prefix(self, model: PromptedModel, layer: int, batch: int) -> Tensor:
+        """Keys and values of fresh prompts, (P, 2C) or (B, P, 2C); kept between calls while nothing is trained."""
+        prompts = model.prompts
+        keep = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not prompts.training
         if keep:
-            key = _state(weight)
+            key = tuple(_state(parameter) for parameter in prompts.parameters())
             if key != self._prefix_key:
                 self._prefix_key = key
-                self._prefixes = [self._project_prefix(model, i, batch) for i in range(len(self._blocks))]
+                fresh = [i for i in range(len(self._blocks)) if prompts.role(i) == "own"]
+                self._prefixes = {i: self._project_prefix(model, i, batch) for i in fresh}
             return self._prefixes[layer]
         return self._project_prefix(model, layer, batch)
 
@@ -310,21 +310,32 @@ class FrozenEncoder:
     def _run(self, model: PromptedModel, images: Tensor, blocks: int) -> tuple[Tensor, int]:
         """Rows entering block `blocks`, prompt rows last where they are rows, and the number of other rows."""
         self._refresh(model)
-        prompts = model.prompts
-        real = model.num_rows - prompts.length
-        carried = prompts.mode != "deep" and prompts.length > 0
-        if carried and (blocks == 0 or (prompts.training and prompts.dropout > 0)):
-            x = model.embed(images, prompts.length)
-            x[:, real:] = prompts(0, len(x))
-        else:
-            x = model.embed(images)
+        real = model.num_rows - model.prompts.length
+        x = model.embed(images)
         fixed = self._fixed(model)
         for layer in range(blocks):
+            x = self._enter(model, x, layer, real)
             x = model.run_block(fixed._block, model, x, layer, real)
-            if prompts.mode == "progressive" and carried and layer + 1 < len(self._blocks):
-                # nothing saved these rows yet, so they may change in place
-                x[:, real:] = prompts(layer + 1, len(x), x[:, real:])
+        if blocks < len(self._blocks):
+            x = self._enter(model, x, blocks, real)
         return x, real
+
+    def _enter(self, model: PromptedModel, x: Tensor, layer: int, real: int) -> Tensor:
+        """Rows that enter block `layer`: with the prompts it wants, unless they are the same for every image."""
+        prompts = model.prompts
+        role = prompts.role(layer)
+        if role in ("none", "own"):
+            x = x[:, :real]
+        if role == "mixed":
+            # nothing saved these rows yet, so they may change in place, here and below
+            x[:, real:] = prompts(layer, len(x), x[:, real:])
+        elif role == "own" and prompts.per_sample() and self._prompts_attend(model, layer):
+            x = torch.cat([x, prompts(layer, len(x)).to(x.dtype)], dim=1)
+        added = prompts.added(layer, len(x))
+        if added is not None:
+            first = model.backbone.num_prefix_tokens
+            x[:, first : first + model.num_patches] += added
+        return x
 
     def _block(self, model: PromptedModel, x: Tensor, layer: int, real: int) -> Tensor:
         return _mlp(self._attend(model, x, layer, real), self._blocks[layer])
@@ -333,26 +344,26 @@ class FrozenEncoder:
         block = self._blocks[layer]
         prompts = model.prompts
         bias = self._bias(model, layer)
-        prefix = prompt_qkv = None
-        if prompts.length and x.shape[1] == real:
-            if prompts.mode == "deep" and not (model.pools_prompts and layer + 1 == len(self._blocks)):
-                prefix = self._prefix(model, layer, len(x))
-                bias = None if bias is None else bias[:, :real, : real if self._narrow else None]
-            elif prompts.training and prompts.dropout > 0:
-                x = torch.cat([x, prompts(layer, len(x)).to(x.dtype)], dim=1)
+        prefix = prompt_qkv = fresh = None
+        if x.shape[1] == real:
+            own = prompts.role(layer) == "own"
+            if own and self._prompts_attend(model, layer):
+                fresh = prompts.rows(layer, len(x))
+                prompt_qkv = F.linear(_normalise(fresh, block.eps_1), block.qkv_weight, block.qkv_bias)
             else:
-                prompt_qkv = F.linear(self._prompt_rows(model, layer, len(x)), block.qkv_weight, block.qkv_bias)
+                prefix = self._prefix(model, layer, len(x)) if own else None
+                bias = None if bias is None else bias[:, :real, : None if own and not self._narrow else real]
         qkv = F.linear(_normalise(x, block.eps_1), block.qkv_weight, block.qkv_bias)
         heads = model.backbone.blocks[layer].attn.num_heads
         mixed = prompted_attention(qkv, prefix, prompt_qkv=prompt_qkv, num_heads=heads, bias=bias, impl=model.impl)
         update = F.linear(mixed, block.proj_weight, block.proj_bias)
-        if prompt_qkv is None:
+        if fresh is None:
             return _residual(x, update, block.scale_1)
         if block.scale_1 is not None:
             update = update * block.scale_1
         update = update.to(torch.promote_types(update.dtype, x.dtype))
         update[:, :real] += x
-        update[:, real:] += prompts.weight[layer]
+        update[:, real:] += fresh
         return update
 
     def _attend_from(self, model: PromptedModel, x: Tensor, layer: int, real: int, rows: slice) -> Tensor:
@@ -364,10 +375,10 @@ class FrozenEncoder:
         if x.shape[1] > real:  # prompts that were rows until here
             prompts = F.linear(_normalise(x[:, real:], block.eps_1), qkv_weight[width:], qkv_bias[width:])
             x = x[:, :real]
-        elif model.prompts.length:
+        elif model.prompts.role(layer) == "own":
             prompts = self._prefix(model, layer, len(x))
-        if prompts is not None and bias is not None:
-            bias = bias[:, :real, : real if self._narrow else None]
+        if bias is not None:
+            bias = bias[:, :real, : real if self._narrow or prompts is None else None]
         qkv = F.linear(_normalise(x, block.eps_1), qkv_weight, qkv_bias)
         heads = model.backbone.blocks[layer].attn.num_heads
         mixed = prompted_attention(qkv, prompts, num_heads=heads, bias=bias, impl=model.impl)[:, rows]
@@ -403,7 +414,7 @@ class FrozenEncoder:
         absorbed = torch.einsum("bhd,hdc->bhc", query, weight_k.unflatten(0, (heads, -1)))
         tokens = normed.shape[1]
         prompts = None
-        if model.prompts.mode == "deep" and model.prompts.length:
+        if tokens == real and model.prompts.role(layer) == "own":
             prompts = self._prompt_rows(model, layer, batch).to(normed.dtype)
             scores = normed.new_empty(batch, heads, tokens + model.prompts.length)
             scores[..., :tokens] = absorbed @ normed.mT
@@ -412,7 +423,7 @@ class FrozenEncoder:
             scores = absorbed @ normed.mT
         bias = self._bias(model, layer)
         if bias is not None:
-            scores = scores + bias[:, row]
+            scores = scores + bias[:, row, : scores.shape[-1]]
         weights = scores.softmax(dim=-1).to(normed.dtype)
         mixed = weights[..., :tokens] @ normed
         if prompts is not None:

@@ -152,7 +152,8 @@ def init_prompts(
 
 
 def _layers(model: PromptedModel) -> list[int]:
-    return list(range(len(model.prompts.weight)))
+    """The block each row of the bank is for; a shared prompt starts as the first block's tokens."""
+    return list(model.prompts.blocks)[: len(model.prompts.weight)]
 
 
 def _sampled(

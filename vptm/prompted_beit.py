@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from .checkpoints import LoadReport, load_backbone
 from .choices import one_of
 from .position_bias import extended_index, parse_extra_bias
 from .prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
-from .prompts import PromptBank
 from .reference import AttentionFunction, block_forward, canonical_bias, embed
 
 PROMPT_LOCATIONS = ("after_cls", "after_mask", "before_mask", "end")
@@ -49,7 +49,9 @@ class PromptedBEiT(PromptedModel):
             [c,x,P,m]. With relative position bias alone the order cannot change the function, as attention is
             permutation-equivariant.
         prompt_dropout: per-sample prompt dropout in training.
-        progressive_alpha: alpha of progressive prompts.
+        progressive_alpha: alpha of progressive prompts, or one for every block but the first.
+        prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim", "placement",
+            "dropout_per", "patch_values".
         readout: row the head reads: "mask", "cls", or "mean" over the patch rows.
         mask_mode: "insert" an extra mask row, or "replace" the patch at the centre (at (y, x) with
             `extra_bias="grid:y,x"`).
@@ -88,7 +90,8 @@ class PromptedBEiT(PromptedModel):
         prompt_mode: str = "shallow",
         prompt_location: str = "after_cls",
         prompt_dropout: float = 0.0,
-        progressive_alpha: float = 0.01,
+        progressive_alpha: float | Sequence[float] = 0.01,
+        prompt_options: Mapping[str, Any] | None = None,
         readout: str = "mask",
         mask_mode: str = "insert",
         train_mask_token: bool = False,
@@ -125,7 +128,10 @@ class PromptedBEiT(PromptedModel):
             "prompt_mode": prompt_mode,
             "prompt_location": prompt_location,
             "prompt_dropout": prompt_dropout,
-            "progressive_alpha": progressive_alpha,
+            "progressive_alpha": list(progressive_alpha)
+            if isinstance(progressive_alpha, Sequence)
+            else progressive_alpha,
+            "prompt_options": None if prompt_options is None else dict(prompt_options),
             "readout": readout,
             "mask_mode": mask_mode,
             "train_mask_token": train_mask_token,
@@ -207,24 +213,16 @@ class PromptedBEiT(PromptedModel):
             self.replaced_patch = centre if self.grid_position is None else self.grid_position
         self._check_bias_source(bias_mode)
 
-        patch_values = self.backbone.patch_embed.proj.weight[0].numel()
-        self.prompts = PromptBank(
-            len(self.backbone.blocks),
-            prompt_length,
-            width,
-            mode=prompt_mode,
-            patch_values=patch_values,
-            dropout=prompt_dropout,
-            alpha=progressive_alpha,
-        )
-        self.num_rows = 1 + self.num_patches + int(self.has_mask_row) + prompt_length
-        index = extended_index(window, prompts=prompt_length, mask=self.has_mask_row, mode=bias_mode, grid=grid)
+        self.prompts = self._make_prompts()
+        length = self.prompts.length
+        self.num_rows = 1 + self.num_patches + int(self.has_mask_row) + length
+        index = extended_index(window, prompts=length, mask=self.has_mask_row, mode=bias_mode, grid=grid)
         self.register_buffer("bias_index", index, persistent=False)
         self.register_buffer("row_order", self._row_order(), persistent=False)
         self.prompt_bias = None
         if bias_mode == "learned":
             heads = self.backbone.blocks[0].attn.num_heads
-            self.prompt_bias = nn.Parameter(torch.zeros(len(self.backbone.blocks), 2, heads, prompt_length))
+            self.prompt_bias = nn.Parameter(torch.zeros(len(self.backbone.blocks), 2, heads, length))
         self.verbalizer = self._make_verbalizer(num_classes)
         self._finish()
 
@@ -265,15 +263,14 @@ class PromptedBEiT(PromptedModel):
         }[self.prompt_location]
         return torch.cat([segments[name] for name in order])
 
-    def embed(self, images: Tensor, spare: int = 0) -> Tensor:
-        """Rows `[class | patches | mask?]` and `spare` more, written into one buffer."""
+    def embed(self, images: Tensor) -> Tensor:
+        """Rows `[class | patches | mask?]`, written into one buffer."""
         backbone = self.backbone
         patches = self._encoder.patches(self, images)
         position = backbone.pos_embed
         end = 1 + self.num_patches
-        real = end + int(self.has_mask_row)
         dtype = torch.promote_types(patches.dtype, backbone.cls_token.dtype)
-        x = patches.new_empty(len(patches), real + spare, self.num_features, dtype=dtype)
+        x = patches.new_empty(len(patches), end + int(self.has_mask_row), self.num_features, dtype=dtype)
         x[:, 0] = backbone.cls_token[0]
         x[:, 1:end] = patches
         if self.replaced_patch is not None and self.mask_token is not None:
@@ -292,7 +289,7 @@ class PromptedBEiT(PromptedModel):
 
     def reference_block(self, layer: int, rows: Tensor, attention: AttentionFunction) -> Tensor:
         """Block `layer` on the rows in the order of `prompt_location`."""
-        order = self.row_order
+        order = self.row_order[self.row_order < rows.shape[1]]  # a block may have no prompt rows
         bias = canonical_bias(self, layer)
         if bias is not None:
             bias = bias[:, order][:, :, order].unsqueeze(0)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import weight_hash
+from .choices import one_of
 from .encoder import FrozenEncoder, can_fold
-from .prompts import PromptBank
+from .prompts import PROMPT_OPTIONS, PromptBank
 from .reference import AttentionFunction, reference_features, sdpa, softmax_attention
 from .verbalizers import LinearVerbalizer, PrototypicalVerbalizer
 
@@ -61,8 +62,8 @@ class PromptedModel(nn.Module):
         self.train(self.training)
 
     @abstractmethod
-    def embed(self, images: Tensor, spare: int = 0) -> Tensor:
-        """Rows `[prefix | patches | mask?]` before block 0, and `spare` rows at the end for the caller to fill."""
+    def embed(self, images: Tensor) -> Tensor:
+        """Rows `[prefix | patches | mask?]` before block 0, in memory of their own."""
         raise NotImplementedError
 
     @abstractmethod
@@ -96,6 +97,29 @@ class PromptedModel(nn.Module):
     def pools_prompts(self) -> bool:
         """Whether the read-out averages prompt rows too, so that the last block has to compute them."""
         return False
+
+    def _make_prompts(self) -> PromptBank:
+        """The prompts that `config` describes, for this backbone."""
+        config, options = self.config, dict(self.config["prompt_options"] or {})
+        for name in options:
+            one_of("prompt_options", name, PROMPT_OPTIONS)
+        bank = PromptBank(
+            len(self.backbone.blocks),
+            config["prompt_length"],
+            self.num_features,
+            mode=config["prompt_mode"],
+            dropout=config["prompt_dropout"],
+            alpha=config["progressive_alpha"],
+            **{"patch_values": self.backbone.patch_embed.proj.weight[0].numel(), **options},
+        )
+        if bank.placement == "add" and config["prompt_length"] not in (1, self.num_patches):
+            raise ValueError(
+                f"prompt_length must be 1 or the number of patches, {self.num_patches}, for placement='add', "
+                f"got {config['prompt_length']}"
+            )
+        if self.pools_prompts and bank.length and bank.role(len(self.backbone.blocks) - 1) == "none":
+            raise ValueError(f"readout={self.readout!r} needs prompt rows in the last block, prompt_options leave none")
+        return bank
 
     def _make_verbalizer(self, num_classes: int) -> PrototypicalVerbalizer | LinearVerbalizer:
         activation = self.config["token_activation"]

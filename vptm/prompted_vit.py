@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.data import resolve_model_data_config
 from timm.models import vision_transformer
 from timm.models.vision_transformer import VisionTransformer
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .checkpoints import _check_size, _check_values, _first_line, _pair, _probe
 from .choices import hint, one_of
 from .prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
-from .prompts import PromptBank
 from .reference import AttentionFunction
 
 READOUTS = ("cls", "mean", "mean_with_prompts")
@@ -41,7 +40,9 @@ class PromptedViT(PromptedModel):
         prompt_mode: "deep", "shallow" or "progressive", see `vptm.PromptBank`. Prompts are inserted after the position
             embeddings and `norm_pre` and get neither; their place among the rows cannot change the function.
         prompt_dropout: per-sample prompt dropout in training.
-        progressive_alpha: alpha of progressive prompts.
+        progressive_alpha: alpha of progressive prompts, or one for every block but the first.
+        prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim", "placement",
+            "dropout_per", "patch_values".
         readout: "cls", "mean" over the patch rows (and class and register rows where the source's own mean takes them),
             or "mean_with_prompts": those and the last block's prompt rows, as VPT does on MAE weights.
         verbalizer: "linear" or "prototypical".
@@ -72,7 +73,8 @@ class PromptedViT(PromptedModel):
         prompt_length: int = 10,
         prompt_mode: str = "deep",
         prompt_dropout: float = 0.0,
-        progressive_alpha: float = 0.01,
+        progressive_alpha: float | Sequence[float] = 0.01,
+        prompt_options: Mapping[str, Any] | None = None,
         readout: str = "cls",
         train_lm_head: bool = False,
         verbalizer: str = "linear",
@@ -97,7 +99,10 @@ class PromptedViT(PromptedModel):
             "prompt_length": prompt_length,
             "prompt_mode": prompt_mode,
             "prompt_dropout": prompt_dropout,
-            "progressive_alpha": progressive_alpha,
+            "progressive_alpha": list(progressive_alpha)
+            if isinstance(progressive_alpha, Sequence)
+            else progressive_alpha,
+            "prompt_options": None if prompt_options is None else dict(prompt_options),
             "readout": readout,
             "train_lm_head": train_lm_head,
             "verbalizer": verbalizer,
@@ -117,7 +122,6 @@ class PromptedViT(PromptedModel):
             raise ValueError("readout='cls' needs a class token, this backbone has none: use readout='mean'")
         self.num_features = backbone.embed_dim
         self.num_patches = backbone.patch_embed.num_patches
-        self.num_rows = backbone.num_prefix_tokens + self.num_patches + prompt_length
         self.architecture = {
             "class": type(backbone).__name__,
             "img_size": list(backbone.patch_embed.img_size),
@@ -137,23 +141,14 @@ class PromptedViT(PromptedModel):
                 )
             self.lm_head = backbone.head
         backbone.reset_classifier(0)
-        self.prompts = PromptBank(
-            len(backbone.blocks),
-            prompt_length,
-            self.num_features,
-            mode=prompt_mode,
-            patch_values=backbone.patch_embed.proj.weight[0].numel(),
-            dropout=prompt_dropout,
-            alpha=progressive_alpha,
-        )
+        self.prompts = self._make_prompts()
+        self.num_rows = backbone.num_prefix_tokens + self.num_patches + self.prompts.length
         self.verbalizer = self._make_verbalizer(num_classes)
         self._finish()
 
-    def embed(self, images: Tensor, spare: int = 0) -> Tensor:
-        """Rows `[class | registers | patches]` with positions, after `norm_pre`, and `spare` more."""
-        backbone = self.backbone
-        x = backbone.norm_pre(backbone._pos_embed(self._encoder.patches(self, images)))
-        return torch.cat([x, x.new_empty(len(x), spare, self.num_features)], dim=1) if spare else x
+    def embed(self, images: Tensor) -> Tensor:
+        """Rows `[class | registers | patches]` with positions, after `norm_pre`."""
+        return self.backbone.norm_pre(self.backbone._pos_embed(self._encoder.patches(self, images)))
 
     def reference_embed(self, images: Tensor) -> Tensor:
         """The same rows by timm's code alone."""

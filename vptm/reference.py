@@ -104,6 +104,11 @@ def reference_features(
     batch, real = x.shape[:2]
     carried = None
     for layer in range(len(model.backbone.blocks)):
+        added = model.prompts.added(layer, batch)
+        if added is not None:
+            first = model.backbone.num_prefix_tokens
+            before, patches, rest = x.split([first, model.num_patches, real - first - model.num_patches], dim=1)
+            x = torch.cat([before, patches + added, rest], dim=1)
         rows = torch.cat([x, model.prompts(layer, batch, carried).to(x.dtype)], dim=1)
         rows = model.run_block(model.reference_block, layer, rows, attention)
         x, carried = rows[:, :real], rows[:, real:]
