@@ -10,7 +10,7 @@ from test_prompted_vit import build as build_vit
 from test_prompted_vit import pictures, tiny_vit
 from torch.utils.flop_counter import FlopCounterMode
 
-from vptm_kernels import prompted_attention
+from vptm_kernels import prompted_attention, prototype_cosine
 
 B, D, H, L, K, P = 3, 32, 4, 4, 5, 7
 N = 1 + 5 * 4
@@ -114,3 +114,19 @@ def test_kernels_leave_out_image_rows_nobody_asked_for() -> None:
         out = prompted_attention(qkv, prompts, num_heads=2, impl=impl)
         found[impl] = flops_of(lambda out=out: out.sum().backward())
     assert found == {"torch": 2 * 10 * 9 * 13 * 32, "triton": 2 * 8 * 9 * 4 * 32}
+
+
+def test_prototype_cosine() -> None:
+    """Training on few images: logits and projection forward; backward what the projection and hidden need;
+    per-task prototypes count the classes of one task."""
+    hidden, weight = torch.randn(2, D, requires_grad=True), torch.randn(50, D)
+    projection, prototypes = torch.randn(6, 50, requires_grad=True), torch.randn(K, 6, requires_grad=True)
+    out = []
+    forward = flops_of(lambda: out.append(prototype_cosine(hidden, weight, None, prototypes, projection=projection)))
+    assert forward == 2 * 2 * (50 * D + 50 * 6) + 2 * 2 * K * 6
+    backward = flops_of(lambda: out[0].sum().backward())
+    assert backward == 2 * 2 * (50 * 6 + 50 * D + 50 * 6) + 2 * (2 * 2 * K * 6)
+    tasks = {"class_offsets": [0, 2, K], "task_ids": torch.tensor([0, 1], dtype=torch.int32)}
+    with torch.no_grad():
+        per_task = flops_of(lambda: prototype_cosine(hidden, weight, None, prototypes, projection=projection, **tasks))
+    assert per_task == 2 * 2 * (50 * D + 50 * 6) + 2 * 2 * 3 * 6

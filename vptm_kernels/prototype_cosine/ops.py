@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .._runtime.triton_support import device_of
 from . import cosine, torch_impl
 from .folding import accumulator
+from .plan import choose_plan, multiply_adds
 
 
 def _triton() -> Any:
@@ -323,3 +325,85 @@ task_linear_op.register_autograd(_task_linear_backward, setup_context=_task_line
 prototype_similarity_op.register_autograd(_similarity_backward, setup_context=_similarity_context)
 for _op in (token_readout_backward_op, task_linear_backward_op, prototype_similarity_backward_op):
     _op.register_autograd(_refuse_double_backward)
+
+Shape = tuple[int, ...]
+
+
+def _readout_flops(
+    part: int,
+    hidden: Shape,
+    token_weight: Shape,
+    reader: Shape,
+    gram: Shape | None,
+    activation: str,
+    squares: bool,
+    needs: Sequence[bool],
+    room: int,
+    impl: str,
+) -> int:
+    """FLOPs of the plan these arguments run by: part 0 forward, 1 backward."""
+    shape = (hidden[0], hidden[1], token_weight[0], reader[0])
+    plan = choose_plan(*shape, activation, squares, gram is not None, needs, room, impl == "torch")
+    return 2 * multiply_adds(plan, *shape, activation, squares, needs)[part]
+
+
+@register_flop_formula(torch.ops.vptm.token_readout)
+def _token_readout_flops(
+    hidden: Shape, token_weight: Shape, token_bias: Shape | None, reader: Shape, *args: Any, **_: Any
+) -> int:
+    return _readout_flops(0, hidden, token_weight, reader, *args)
+
+
+@register_flop_formula(torch.ops.vptm.token_readout_backward)
+def _token_readout_backward_flops(
+    grad_out: Shape,
+    grad_squared: Shape | None,
+    hidden: Shape,
+    token_weight: Shape,
+    token_bias: Shape | None,
+    reader: Shape,
+    gram: Shape | None,
+    out: Shape,
+    squared: Shape,
+    statistics: Shape,
+    kept: Shape,
+    activation: str,
+    squares: bool,
+    needs: Sequence[bool],
+    impl: str,
+    **_: Any,
+) -> int:
+    return _readout_flops(1, hidden, token_weight, reader, gram, activation, squares, needs, kept[0], impl)
+
+
+@register_flop_formula(torch.ops.vptm.task_linear)
+def _task_linear_flops(hidden: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * hidden[0] * weight[1] * weight[2]
+
+
+@register_flop_formula(torch.ops.vptm.task_linear_backward)
+def _task_linear_backward_flops(
+    grad: Shape, hidden: Shape, weight: Shape, task_ids: Shape, needs: Sequence[bool], **_: Any
+) -> int:
+    return 2 * (needs[0] + needs[1]) * hidden[0] * weight[1] * weight[2]
+
+
+@register_flop_formula(torch.ops.vptm.prototype_similarity)
+def _similarity_flops(
+    embedding: Shape, prototypes: Shape, task_ids: Shape | None, offsets: Sequence[int], widest: int, *_: Any, **__: Any
+) -> int:
+    return 2 * embedding[0] * widest * embedding[1]
+
+
+@register_flop_formula(torch.ops.vptm.prototype_similarity_backward)
+def _similarity_backward_flops(
+    grad: Shape,
+    embedding: Shape,
+    prototypes: Shape,
+    task_ids: Shape | None,
+    offsets: Sequence[int],
+    eps: float,
+    needs: Sequence[bool],
+    **_: Any,
+) -> int:
+    return 2 * (needs[0] + needs[1]) * grad[0] * grad[1] * embedding[1]
