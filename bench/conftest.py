@@ -1,34 +1,109 @@
-"""What every bench shares: versions in the json, and the interleaved ratios printed below pytest-benchmark's tables."""
+"""What every bench shares: what is asked for, where it ran, and the interleaved ratios below pytest-benchmark's tables.
+
+    pytest bench/ --benchmark-only --device cuda --dtype bfloat16,float16 --peers "sdpa efficient,flex compiled"
+
+What is asked for and not here is skipped by name; a run that times nothing is an error.
+"""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from bench import timing
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# parameters of bench functions whose values are names of implementations
+IMPLEMENTATION = ("implementation", "name", "peer")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vptm benches")
+    group.addoption("--device", choices=("cpu", "cuda"), help="where to time (default: a GPU if there is one)")
+    group.addoption("--dtype", metavar="NAMES", help=f"comma separated, of {', '.join(DTYPES)}")
+    group.addoption("--peers", metavar="NAMES", help="comma separated; vptm itself always runs (default: all)")
+    group.addoption("--grid", choices=("small", "full"), help="shapes (default: full on a GPU, small on a CPU)")
+
+
+def _split(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    default = timing.Selection()
+    device = config.getoption("--device") or default.device
+    names = _split(config.getoption("--dtype"))
+    if unknown := set(names) - set(DTYPES):
+        raise pytest.UsageError(f"--dtype must be of {', '.join(DTYPES)}, got {', '.join(sorted(unknown))}")
+    fallback = (torch.bfloat16 if device == "cuda" else torch.float32,)
+    grid = config.getoption("--grid") or ("full" if device == "cuda" else "small")
+    dtypes = tuple(DTYPES[name] for name in names) or fallback
+    timing.select(timing.Selection(device, dtypes, _split(config.getoption("--peers")), grid == "full"))
+
+
+def _implementation(item: pytest.Item) -> str | None:
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    return next((params[name] for name in IMPLEMENTATION if isinstance(params.get(name), str)), None)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked = timing.selection.peers
+    if asked and items:
+        known = {name for item in items if (name := _implementation(item))}
+        known |= {name for item in items for name in getattr(getattr(item, "module", None), "PEERS", {})}
+        if unknown := set(asked) - known:
+            raise pytest.UsageError(
+                f"--peers must be of {', '.join(sorted(known - {'vptm'}))}, got {', '.join(sorted(unknown))}"
+            )
+        dropped = [item for item in items if (_implementation(item) or "vptm") not in (*asked, "vptm")]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
+    for item in items:
+        name = _implementation(item)
+        peer = getattr(getattr(item, "module", None), "PEERS", {}).get(name)
+        reason = timing.selection.missing()
+        if reason is None and isinstance(peer, timing.Peer) and (needed := peer.missing()):
+            reason = f"{name}: {needed}"
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run in which nothing was timed must not look like one in which everything was well."""
+    timed = getattr(getattr(session.config, "_benchmarksession", None), "benchmarks", [])
+    if exitstatus == pytest.ExitCode.OK and not timed and not session.config.getoption("collectonly"):
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    versions = {}
-    for name in ("torch", "triton", "timm", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    machine_info["versions"] = versions
-    machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine_info.pop("node", None)
+    machine_info |= timing.environment()
+    machine_info["command"] = command(config.invocation_params.args)
+
+
+def command(arguments: Sequence[str | object]) -> str:
+    """The command that made a json, without the folders of whoever ran it."""
+    return " ".join(["pytest", *(re.sub(r"(?<![\w.])/[^\s=]*/", "", str(argument)) for argument in arguments)])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
-    lines = []
-    for bench in getattr(session, "benchmarks", []):
-        ratios = {name: value for name, value in bench.extra_info.items() if name.startswith("speed-up over ")}
-        if ratios:
-            found = ", ".join(f"{value:.2f}x {name.removeprefix('speed-up ')}" for name, value in ratios.items())
-            lines.append(f"{bench.group}: {found}")
-    if lines:
-        terminalreporter.section("interleaved ratios, medians")
-        for line in lines:
-            terminalreporter.line(line)
+    ratios, refused = [], []
+    benches = getattr(session, "benchmarks", [])
+    for bench in benches:
+        found = {name: value for name, value in bench.extra_info.items() if name.startswith("speed-up over ")}
+        if found:
+            text = ", ".join(f"{value:.2f}x {name.removeprefix('speed-up ')}" for name, value in found.items())
+            ratios.append(f"{bench.group}: {text}")
+        refused += [f"{bench.group}: {peer}: {why}" for peer, why in bench.extra_info.get("refused", {}).items()]
+    for title, lines in (("interleaved ratios, medians", ratios), ("refused, not timed", refused)):
+        if lines:
+            terminalreporter.section(title)
+            for line in lines:
+                terminalreporter.line(line)
+    if not benches and not config.getoption("collectonly"):
+        terminalreporter.line("nothing was timed", red=True)

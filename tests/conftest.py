@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -11,6 +13,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+
+sys.path.append(str(Path(__file__).parent.parent))  # for `bench`; last, so that an installed vptm is what is tested
 
 # Triton reads TRITON_INTERPRET when it is first imported, so this must stand before anything that imports it.
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():

@@ -1,0 +1,367 @@
+"""What the benches share: refuse what is wrong, time the rest in turns, and say on which machine.
+
+    result = compare({"eager": eager, "vptm": ours}, check=check, device="cuda", graph=True)
+    result.speed_up("eager")         # median of the ratios of neighbouring runs, so that drift cancels
+    benchmark.extra_info |= result.info()
+
+`compare` checks before it times: a wrong result of ours raises, and a peer that is wrong, not finite or fails is listed
+under `refused` with the reason and has no time at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import profile
+
+from vptm_kernels.testing import assert_close_to_exact
+
+Run = Callable[[], object]
+Clock = Callable[[Run], float]
+"""Seconds that one call takes."""
+
+
+# ------------------------------------------------------------------ what is asked for
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the command line of a bench run asks for; empty `peers` means all of them."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16 if torch.cuda.is_available() else torch.float32,)
+    peers: tuple[str, ...] = ()
+    full: bool = torch.cuda.is_available()
+
+    def missing(self) -> str | None:
+        """Why nothing can be timed with this device and these dtypes; None when it can."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "device cuda is not here"
+        for dtype in self.dtypes:
+            if self.device == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported():
+                return "dtype bfloat16 is not supported by this GPU"
+        return None
+
+
+selection = Selection()
+
+
+def select(chosen: Selection) -> None:
+    """Called once, before the benches are imported."""
+    global selection
+    selection = chosen
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An implementation to compare with. needs: "cuda", or packages by import name. paired: False for one that computes
+    less than the others and stands for the speed of light."""
+
+    run: Callable[..., Any]
+    needs: tuple[str, ...] = ()
+    paired: bool = True
+
+    def missing(self) -> str | None:
+        """What it needs and is not here."""
+        for need in self.needs:
+            if need == "cuda":
+                if selection.device != "cuda":
+                    return "needs a GPU"
+            elif importlib.util.find_spec(need) is None:
+                return f"needs the package {need}, which is not installed"
+        return None
+
+
+def present(peers: Mapping[str, Peer]) -> dict[str, Peer]:
+    """The peers that were asked for and are here."""
+    asked = selection.peers or tuple(peers)
+    return {name: peer for name, peer in peers.items() if name in asked and peer.missing() is None}
+
+
+# ------------------------------------------------------------------ clocks
+
+
+def host_clock(run: Run) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+class EventClock:
+    """Seconds on a GPU between two events. Before each run a buffer of four times the second-level cache is written, so
+    that inputs come from memory and the host is ahead of the device by the time that takes."""
+
+    def __init__(self) -> None:
+        size = torch.cuda.get_device_properties().L2_cache_size
+        self._flush = torch.empty(max(4 * size, 1 << 28), dtype=torch.uint8, device="cuda")
+
+    def __call__(self, run: Run) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+@functools.cache
+def clock_of(device: str) -> Clock:
+    return EventClock() if device == "cuda" else host_clock
+
+
+def captured(run: Run) -> Run:
+    """One replay of a CUDA graph of `run`, so that launches cost the host nothing."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+# ------------------------------------------------------------------ comparing
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+@dataclass
+class Comparison:
+    """Seconds of every round by implementation, and the peers that were not timed with the reason."""
+
+    ours: str
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def ratios(self, peer: str) -> list[float]:
+        """Time of `peer` over ours, round by round."""
+        return [theirs / own for theirs, own in zip(self.seconds[peer], self.seconds[self.ours])]
+
+    def speed_up(self, peer: str) -> float:
+        return statistics.median(self.ratios(peer))
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+    def info(self) -> dict[str, Any]:
+        """For `extra_info`: "speed-up over X", quartiles of ratios and of microseconds, and what was refused."""
+        peers = [name for name in self.seconds if name != self.ours]
+        found: dict[str, Any] = {f"speed-up over {peer}": round(self.speed_up(peer), 3) for peer in peers}
+        found["ratio quartiles"] = {peer: [round(r, 3) for r in quartiles(self.ratios(peer))] for peer in peers}
+        found["microseconds"] = {
+            name: [round(1e6 * s, 2) for s in quartiles(taken)] for name, taken in self.seconds.items()
+        }
+        if self.refused:
+            found["refused"] = self.refused
+        return found
+
+
+Check = Callable[[str, Any], None]
+"""(name, what one call returned) -> None; raises AssertionError if that is wrong."""
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def refusal(name: str, run: Run, check: Check) -> str | None:
+    """Why a peer must not be timed: it fails, or what one call returns is wrong; None when it may."""
+    try:
+        check(name, run())
+    except Exception as error:  # a peer may fail in any way
+        return _reason(error)
+    return None
+
+
+def compare(
+    runs: Mapping[str, Run],
+    ours: str = "vptm",
+    *,
+    check: Check | None,
+    rounds: int = 7,
+    warmup: int = 2,
+    device: str = "cpu",
+    graph: bool = False,
+    clock: Clock | None = None,
+) -> Comparison:
+    """Time all of `runs` in turns, after checking each.
+
+    Args:
+        runs: implementations by name, one call each.
+        ours: the one whose error is an error; every other is a peer.
+        check: what a result must be; None where there is nothing to compare, as with imports.
+        rounds: calls timed of each. The order rotates, so that nobody always runs behind the same neighbour.
+        graph: on a GPU, time replays of a CUDA graph. A peer that cannot be captured is refused, not timed otherwise.
+        clock: seconds of one call; by default events behind a flushed cache on a GPU, the host's clock elsewhere.
+    """
+    if ours not in runs:
+        raise ValueError(f"ours must be one of {', '.join(runs)}, got {ours!r}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    clock = clock_of(device) if clock is None else clock
+    found = Comparison(ours)
+    timed: dict[str, Run] = {}
+    for name in [ours, *(name for name in runs if name != ours)]:
+        try:
+            if check is not None:
+                check(name, runs[name]())
+            timed[name] = captured(runs[name]) if graph and device == "cuda" else runs[name]
+            for _ in range(warmup):
+                timed[name]()
+        except Exception as error:  # whatever is wrong with a peer, the others are still compared
+            if name == ours:
+                raise
+            timed.pop(name, None)
+            found.refused[name] = _reason(error)
+    names = list(timed)
+    found.seconds = {name: [] for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            found.seconds[name].append(clock(timed[name]))
+    return found
+
+
+def within_budget(exact: Sequence[Tensor], eager: Sequence[Tensor], factors: Sequence[float]) -> Check:
+    """A check of one tensor or several against the float64 result, allowing `factors` times the error of eager PyTorch
+    in the same dtype."""
+
+    def check(name: str, found: Any) -> None:
+        results = (found,) if isinstance(found, Tensor) else tuple(found)
+        assert len(results) == len(exact), f"{name}: {len(results)} results, expected {len(exact)}"
+        for i, (actual, true, peer, factor) in enumerate(zip(results, exact, eager, factors)):
+            label = f"{name}: result {i}" if len(results) > 1 else name
+            assert_close_to_exact(label, actual.detach().to(true.device), true, peer.to(true.device), factor=factor)
+
+    return check
+
+
+# ------------------------------------------------------------------ memory and ceilings
+
+
+def peak_extra_bytes(run: Run, device: str) -> int:
+    """The most that one call holds at a time beyond what was there before it, its result included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = run()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del out  # alive until here: the result counts
+        return peak
+    with profile(profile_memory=True) as recorded:
+        run()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    held = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@functools.cache
+def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """(bytes per second of a copy, reads and writes counted, operations per second of a square matrix product)."""
+    size, n = (1 << 30, 8192) if device == "cuda" else (1 << 24, 1024)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = torch.randn(2, n, n, dtype=torch.float32).to(device, dtype)
+    clock = clock_of(device)
+    copied, multiplied = [], []
+    for _ in range(7):
+        copied.append(clock(lambda: target.copy_(source)))
+        multiplied.append(clock(lambda: a @ b))
+    return 2 * size / statistics.median(copied[2:]), 2 * n**3 / statistics.median(multiplied[2:])
+
+
+def work_info(seconds: float, moved: int, operations: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """For `extra_info`: what must be moved and computed, and the share of the ceilings measured here that was reached.
+
+    "share of ceiling" is the larger of the two times the machine needs at its own ceilings, over the measured time.
+    """
+    bandwidth, rate = ceilings(device, dtype)
+    return {
+        "bytes": moved,
+        "operations": operations,
+        "measured copy bandwidth": bandwidth,
+        "measured matrix rate": rate,
+        "achieved bandwidth": moved / seconds,
+        "achieved rate": operations / seconds,
+        "share of ceiling": round(max(moved / bandwidth, operations / rate) / seconds, 3),
+    }
+
+
+# ------------------------------------------------------------------ where it ran
+
+PACKAGES = ("torch", "triton", "timm", "transformers", "numpy", "xformers", "peft")
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    found["cuda"] = torch.version.cuda
+    found["cudnn"] = str(torch.backends.cudnn.version()) if torch.cuda.is_available() else None
+    return found
+
+
+def gpu_state() -> dict[str, str] | None:
+    """Driver, clocks, power limit and temperature as nvidia-smi reports them now; None without it."""
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(fields, (value.strip() for value in text.splitlines()[0].split(","))))
+
+
+def commit() -> str | None:
+    """The commit of the checkout, with "+" if files differ from it; VPTM_COMMIT where there is no git."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=20)
+        changes = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(changes, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("VPTM_COMMIT")
+    return head.stdout.strip() + ("+" if changed else "")
+
+
+def environment() -> dict[str, Any]:
+    """Machine, clocks, driver, versions and commit, for every json."""
+    gpu = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "gpu state": gpu_state() if gpu else None,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "commit": commit(),
+    }

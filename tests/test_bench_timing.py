@@ -1,0 +1,244 @@
+"""Benches cannot lie: slower is seen as slower, wrong is not timed, and a run of nothing is no success."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import timing
+from vptm_kernels import prompted_attention
+from vptm_kernels.prompted_attention.reference import prompted_attention_reference
+
+pytest_plugins = ["pytester"]
+
+
+class CountingClock(TorchDispatchMode):
+    """A clock that only work moves: one second per tensor operation, so that ratios are exact and repeatable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.now += 1
+        return func(*args, **(kwargs or {}))
+
+    def seconds(self, run):
+        started = self.now
+        with self:
+            run()
+        return float(self.now - started)
+
+
+X = torch.arange(6.0)
+
+
+def close_to(expected):
+    def check(name, found):
+        torch.testing.assert_close(found, expected, msg=lambda m: f"{name} is wrong")
+
+    return check
+
+
+def attention_runs(slower: int):
+    """The attention op, run `slower` times over, and the definition it is compared with."""
+    generator = torch.Generator().manual_seed(0)
+    qkv, prompts = (torch.randn(*shape, generator=generator) for shape in ((2, 7, 96), (3, 64)))
+
+    def ours():
+        for _ in range(slower):
+            out = prompted_attention(qkv, prompts, num_heads=2)
+        return out
+
+    exact = prompted_attention_reference(qkv.double(), prompts.double(), num_heads=2)[0]
+    eager = prompted_attention_reference(qkv, prompts, num_heads=2)[0]
+    runs = {"eager": lambda: prompted_attention_reference(qkv, prompts, num_heads=2)[0], "vptm": ours}
+    return runs, timing.within_budget([exact], [eager], [2])
+
+
+def test_making_vptm_slower_on_purpose_lowers_its_ratio():
+    """A bench that reported the same speed-up for an op doing its work four times would be worthless."""
+    found = []
+    for slower in (1, 4):
+        runs, check = attention_runs(slower)
+        found.append(timing.compare(runs, check=check, clock=CountingClock().seconds))
+    honest, slowed = (result.speed_up("eager") for result in found)
+    assert honest > 1
+    assert slowed == honest / 4
+    assert found[1].info()["speed-up over eager"] < found[0].info()["speed-up over eager"]
+    assert found[1].info()["microseconds"]["vptm"][1] == 4 * found[0].info()["microseconds"]["vptm"][1]
+
+
+@pytest.mark.parametrize(
+    "wrong, reason",
+    [
+        (lambda: X * float("nan"), "wrong peer is wrong"),
+        (lambda: X + 1, "wrong peer is wrong"),
+        (lambda: X[:-1], "wrong peer is wrong"),
+        (lambda: torch.zeros(2) @ X, "size"),
+    ],
+    ids=["nan", "off by one", "shape", "raises"],
+)
+def test_a_wrong_peer_is_refused_by_name_and_never_timed(wrong, reason):
+    calls, clock = [], CountingClock()
+
+    def peer():
+        calls.append(1)
+        return wrong()
+
+    runs = {"wrong peer": peer, "eager": lambda: X + X, "vptm": lambda: X * 2}
+    found = timing.compare(runs, check=close_to(X * 2), clock=clock.seconds)
+    assert len(calls) == 1, "called by the check alone"
+    assert "wrong peer" not in found.seconds and reason in found.refused["wrong peer"]
+    info = found.info()
+    assert "speed-up over wrong peer" not in info and "wrong peer" in info["refused"]
+    assert info["speed-up over eager"] == 1
+
+
+def test_nan_exceeds_every_error_budget():
+    """Comparisons with NaN are all false: a budget written the other way round would let a NaN peer through."""
+    exact = torch.ones(3, dtype=torch.float64)
+    check = timing.within_budget([exact], [torch.full((3,), 1.5)], [1e9])
+    check("coarse", torch.full((3,), 2.0))
+    with pytest.raises(AssertionError, match="NaN peer"):
+        check("NaN peer", torch.full((3,), float("nan")))
+    with pytest.raises(AssertionError, match="2 results, expected 1"):
+        check("pair", (torch.ones(3), torch.ones(3)))
+
+
+def test_no_number_on_red():
+    """When vptm itself is wrong nothing is timed, not even a peer."""
+    clocked = []
+    with pytest.raises(AssertionError, match="vptm is wrong"):
+        timing.compare(
+            {"eager": lambda: X * 2, "vptm": lambda: X + 1}, check=close_to(X * 2), clock=lambda run: clocked.append(1)
+        )
+    assert not clocked
+
+
+def test_drift_cancels_in_paired_ratios():
+    """A machine that slows down threefold during the run moves every time and no ratio by more than one step."""
+    elapsed, costs = [0.0], {}
+
+    def clock(run):
+        elapsed[0] += 1
+        return costs[run] * (1 + elapsed[0] / 14)
+
+    runs = {"eager": lambda: X, "vptm": lambda: X.clone()}
+    costs.update({runs["eager"]: 2.0, runs["vptm"]: 1.0})
+    found = timing.compare(runs, check=None, rounds=14, clock=clock)
+    assert max(found.seconds["vptm"]) > 1.9 * min(found.seconds["vptm"])
+    assert found.speed_up("eager") == pytest.approx(2, rel=0.06)
+    # the order rotates: nobody always runs behind the same neighbour
+    assert {ratio > 2 for ratio in found.ratios("eager")} == {True, False}
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    """Two buffers one after the other are half of two at a time."""
+
+    def one_after_the_other():
+        for _ in range(2):
+            torch.zeros(1000)
+
+    def both_at_once():
+        return torch.zeros(1000), torch.zeros(1000)
+
+    single = timing.peak_extra_bytes(one_after_the_other, "cpu")
+    assert 4000 <= single < 8000 <= timing.peak_extra_bytes(both_at_once, "cpu")
+
+
+def test_environment_says_where_and_what():
+    found = timing.environment()
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"]
+    assert (found["gpu"] is None) == (not torch.cuda.is_available())
+    assert {"threads", "commit", "gpu state"} <= set(found)
+
+
+@pytest.mark.parametrize("arguments, message", [({"ours": "mine"}, "ours must be one of a"), ({"rounds": 0}, "rounds")])
+def test_a_comparison_of_nothing_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        timing.compare({"a": lambda: X}, **{"ours": "a", "check": None, **arguments})
+
+
+BENCH = """
+import pytest, torch
+from bench import timing
+
+X = torch.ones(3)
+PEERS = {
+    "eager": timing.Peer(lambda: X + X),
+    "wrong": timing.Peer(lambda: X * 3),
+    "absent": timing.Peer(lambda: X, needs=("no_such_package",)),
+}
+
+def check(name, found):
+    assert torch.equal(found, X * 2), f"{name} differs"
+
+@pytest.mark.parametrize("name", [*PEERS, "vptm"])
+def bench_doubling(benchmark, name):
+    benchmark.group = "doubling"
+    runs = {"vptm": lambda: X * 2} | {n: p.run for n, p in timing.present(PEERS).items()}
+    if name == "vptm":
+        benchmark.extra_info |= timing.compare(runs, check=check, device=timing.selection.device).info()
+    elif why := timing.refusal(name, runs[name], check):
+        pytest.skip(f"not timed: {why}")
+    benchmark.pedantic(runs[name], rounds=1)
+"""
+
+
+@pytest.fixture
+def benches(pytester, monkeypatch):
+    """A bench folder with one file, run with arguments in this process; the selection is put back afterwards."""
+    before = timing.selection
+    # the machine's description costs seconds and is tested above
+    monkeypatch.setattr(timing, "environment", lambda: {"gpu": None})
+    pytester.makeconftest("from bench.conftest import *")
+    pytester.makeini("[pytest]\npython_files = bench_*.py\npython_functions = bench_*")
+    pytester.makepyfile(bench_doubling=BENCH)
+    monkeypatch.setattr("pytest_benchmark.plugin.get_commit_info", lambda *_: {"id": "none"})
+    yield lambda *arguments: pytester.runpytest_inprocess("--benchmark-only", "-rs", *arguments)
+    timing.select(before)
+
+
+def test_a_bench_run_reports_ratios_refusals_and_absences(benches):
+    result = benches()
+    result.assert_outcomes(passed=2, skipped=2)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*not timed: wrong differs*",
+            "*absent: needs the package no_such_package, which is not installed*",
+            "*doubling: *x over eager*",
+            "*doubling: wrong: wrong differs*",
+        ]
+    )
+
+
+def test_peers_can_be_chosen_and_an_absent_one_is_skipped_by_name(benches):
+    result = benches("--peers", "absent")
+    result.assert_outcomes(passed=1, skipped=1, deselected=2)
+    result.stdout.fnmatch_lines(["*absent: needs the package no_such_package*"])
+    result.stdout.no_fnmatch_line("*over eager*")
+
+
+@pytest.mark.parametrize(
+    "arguments, exit_code, message",
+    [
+        (["--peers", "xformerz"], 4, "*--peers must be of absent, eager, wrong, got xformerz*"),
+        (["--dtype", "float7"], 4, "*--dtype must be of float16, bfloat16, float32, got float7*"),
+        (["-k", "nothing_of_that_name"], 5, "*nothing was timed*"),
+        (["-k", "absent"], 5, "*nothing was timed*"),
+    ],
+    ids=["unknown peer", "unknown dtype", "empty selection", "everything skipped"],
+)
+def test_an_empty_or_unknown_selection_is_an_error(benches, arguments, exit_code, message):
+    result = benches(*arguments)
+    assert result.ret == exit_code
+    (result.stderr if exit_code == 4 else result.stdout).fnmatch_lines([message])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_here_is_skipped_by_name_and_no_success(benches):
+    result = benches("--device", "cuda")
+    assert result.ret == 5
+    result.stdout.fnmatch_lines_random(["*device cuda is not here*", "*nothing was timed*"])
