@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_cli import Console, material, vptm  # noqa: F401
 
-from vptm import cli
+from vptm import cli, prompted_vit
 from vptm.adapters import load_adapter
 from vptm.optimization import SCHEDULES
 from vptm.recipes import read_recipe, recipe_names
@@ -102,3 +102,31 @@ def test_bad_recipes_are_refused(vptm: Console, material: Path) -> None:  # noqa
         assert code == 2 and message in line, line
     code, line = vptm.refused("train", "--data", material / "pictures", "--prompt-init", "k-means")
     assert code == 2 and "did you mean 'kmeans'" in line
+
+
+def test_prompt_variants_from_the_command_line(vptm: Console, material: Path) -> None:  # noqa: F811
+    """The options reach the prompt bank, and only those that were given are stored with the adapter."""
+    run, _ = train(
+        vptm, material, "vpt-deep", "--prompt-blocks", -1, "--prompt-dim", 5, "--prompt-dropout-per", "batch"
+    )
+    assert run["settings"]["prompt_blocks"] == -1
+    loaded = load_adapter("run", source=material / "backbone.safetensors")
+    assert loaded.config["prompt_options"] == {"blocks": -1, "prompt_dim": 5, "dropout_per": "batch"}
+    assert loaded.prompts.weight.shape == (1, 2, 5)
+    arguments = ["train", "--model", material / "backbone.safetensors", "--data", material / "pictures"]
+    code, line = vptm.refused(*arguments, "--shots", 2, "--prompt-placement", "add", "--prompt-length", 4)
+    assert code == 2 and "prompt_length must be 1 or the number of patches, 9" in line
+
+
+def test_vision_transformers_by_name(vptm: Console, material: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """A timm ViT name builds a PromptedViT under the same recipes; options of BEiT alone are refused by name."""
+    original = prompted_vit._load
+    monkeypatch.setattr(prompted_vit, "_load", lambda source, size, pretrained: original(source, size, False))
+    arguments = ["train", "--model", "vit_tiny_patch16_224", "--img-size", 32, "--data", material / "pictures", *FAST]
+    code, out, err = vptm(*arguments, "--recipe", "spt-deep", "--epochs", 2, "--out", "vit")
+    assert code == 0 and "test accuracy" in out, err
+    assert json.loads(Path("vit/adapter_config.json").read_text())["model_class"] == "PromptedViT"
+    code, line = vptm.refused(*arguments, "--recipe", "vpt-deep", "--mask-mode", "replace")
+    assert code == 2 and "--mask-mode is for BEiT models" in line
+    code, line = vptm.refused(*arguments)
+    assert code == 2 and "readout must be one of cls" in line

@@ -36,6 +36,15 @@ _MODEL_ARGUMENTS = (
     "extra_bias",
     "img_size",
 )
+# named so in `vptm.PromptBank`, with what stands for its default there
+_PROMPT_OPTIONS = {
+    "blocks": ("prompt_blocks", None),
+    "after": ("prompt_after", "carry"),
+    "shared": ("prompt_shared", False),
+    "prompt_dim": ("prompt_dim", None),
+    "placement": ("prompt_placement", "prepend"),
+    "dropout_per": ("prompt_dropout_per", "sample"),
+}
 _FIT_ARGUMENTS = (
     "epochs",
     "lr",
@@ -203,6 +212,19 @@ def train(
     prompt_location: Annotated[str, typer.Option(help="after_cls, after_mask, before_mask or end.")] = "after_cls",
     prompt_dropout: Annotated[float, typer.Option(help="Dropout of prompts.")] = 0.0,
     progressive_alpha: Annotated[float, typer.Option(help="Alpha of progressive prompts.")] = 0.01,
+    prompt_blocks: Annotated[
+        int | None,
+        typer.Option(help="Only the first N blocks have prompts, or the last -N; all by default.", show_default=False),
+    ] = None,
+    prompt_after: Annotated[
+        str, typer.Option(help="What blocks after the first N do with the prompts: carry or drop.")
+    ] = "carry",
+    prompt_shared: Annotated[bool, typer.Option(help="One prompt for all blocks.")] = False,
+    prompt_dim: Annotated[
+        int | None, typer.Option(help="Width of prompts that a learned projection maps to tokens.", show_default=False)
+    ] = None,
+    prompt_placement: Annotated[str, typer.Option(help="prepend, or add to the patch tokens.")] = "prepend",
+    prompt_dropout_per: Annotated[str, typer.Option(help="A dropout mask per sample or per batch.")] = "sample",
     readout: Annotated[str, typer.Option(help="mask, cls or mean.")] = "mask",
     mask_mode: Annotated[str, typer.Option(help="insert a mask row, or replace a patch.")] = "insert",
     train_mask_token: Annotated[bool, typer.Option(help="Also learn the mask token.")] = False,
@@ -323,7 +345,6 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     from .choices import one_of
     from .data import few_shot, load_data, transforms
     from .prompt_init import INIT_METHODS, init_prompts
-    from .prompted_beit import PromptedBEiT
     from .training import RUN_FILE, STATE_FILE, evaluate, fit, peak_memory, update_run_file
     from .verbalizers import fit_prototypes
 
@@ -352,13 +373,7 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
         val_set = None if val_set is None else val_set.with_labels(draw.permutation(val_set.labels))
 
     torch.manual_seed(settings["seed"])
-    model = PromptedBEiT(
-        settings["model"],
-        len(data.classes),
-        pretrained=True,
-        impl=settings["impl"],
-        **{name: settings[name] for name in _MODEL_ARGUMENTS},
-    )
+    model = _build(settings, len(data.classes))
     model.class_names = data.classes
     if settings["model"] == "builtin" and data.name not in ("builtin", "fashion-mnist"):
         _say(f"the built-in model is {DEMONSTRATION}")
@@ -423,6 +438,33 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
         print(f"test accuracy        {test['accuracy']:.2%} of {test['n']} images, loss {test['loss']:.4f}")
     print(f"run folder           {folder} (adapter, {RUN_FILE}, metrics.csv, curves.png)")
     print(f"next                 vptm predict {shlex.quote(str(folder))} IMAGE.png")
+
+
+def _build(settings: dict[str, Any], classes: int) -> PromptedModel:
+    """The model that the options describe: `PromptedViT` for timm's VisionTransformers, else `PromptedBEiT`."""
+    import inspect
+
+    import timm
+
+    from .prompted_beit import PromptedBEiT
+    from .prompted_vit import PromptedViT
+
+    source = settings["model"]
+    is_vit = source.partition(".")[0] in timm.list_models(module="vision_transformer")
+    kind = PromptedViT if is_vit else PromptedBEiT
+    accepted, defaults = inspect.signature(kind).parameters, inspect.signature(train).parameters
+    for name in _MODEL_ARGUMENTS:
+        if name not in accepted and settings[name] != defaults[name].default:
+            raise ValueError(f"--{name.replace('_', '-')} is for BEiT models, {source} is a timm VisionTransformer")
+    options = {key: settings[name] for key, (name, default) in _PROMPT_OPTIONS.items() if settings[name] != default}
+    return kind(
+        source,
+        classes,
+        pretrained=True,
+        impl=settings["impl"],
+        prompt_options=options or None,
+        **{name: settings[name] for name in _MODEL_ARGUMENTS if name in accepted},
+    )
 
 
 def _cost(model: PromptedModel, history: list[dict[str, Any]], images: int, memory: int) -> dict[str, Any]:

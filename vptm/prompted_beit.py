@@ -128,9 +128,9 @@ class PromptedBEiT(PromptedModel):
             "prompt_mode": prompt_mode,
             "prompt_location": prompt_location,
             "prompt_dropout": prompt_dropout,
-            "progressive_alpha": list(progressive_alpha)
-            if isinstance(progressive_alpha, Sequence)
-            else progressive_alpha,
+            "progressive_alpha": (
+                list(progressive_alpha) if isinstance(progressive_alpha, list | tuple) else progressive_alpha
+            ),
             "prompt_options": None if prompt_options is None else dict(prompt_options),
             "readout": readout,
             "mask_mode": mask_mode,

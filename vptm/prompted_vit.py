@@ -99,9 +99,9 @@ class PromptedViT(PromptedModel):
             "prompt_length": prompt_length,
             "prompt_mode": prompt_mode,
             "prompt_dropout": prompt_dropout,
-            "progressive_alpha": list(progressive_alpha)
-            if isinstance(progressive_alpha, Sequence)
-            else progressive_alpha,
+            "progressive_alpha": (
+                list(progressive_alpha) if isinstance(progressive_alpha, list | tuple) else progressive_alpha
+            ),
             "prompt_options": None if prompt_options is None else dict(prompt_options),
             "readout": readout,
             "train_lm_head": train_lm_head,

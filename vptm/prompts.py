@@ -159,12 +159,12 @@ class PromptBank(nn.Module):
             return self.weight.new_empty(batch, 0, width)
         if role != "own" and carried is None:
             raise ValueError(f"carried must be the (B, P, C) prompt rows of block {block - 1}, got None")
-        if role == "carried":
-            return carried  # type: ignore[return-value]
+        if role == "carried" and carried is not None:
+            return carried
         rows = self.rows(block, batch)
         if rows.ndim == 2:
             rows = repeat(rows, "p c -> b p c", b=batch)
-        if role == "mixed":
+        if role == "mixed" and carried is not None:
             alpha = self.alpha[block - 1]
             return alpha * carried + (1.0 - alpha) * rows
         return rows
@@ -174,10 +174,10 @@ class PromptBank(nn.Module):
 
 
 def _alphas(alpha: float | Sequence[float], depth: int) -> list[float]:
-    values = list(alpha) if isinstance(alpha, Sequence) and not isinstance(alpha, str) else [alpha] * (depth - 1)
+    values: list[object] = list(alpha) if isinstance(alpha, list | tuple) else [alpha] * (depth - 1)
     if len(values) != depth - 1:
         raise ValueError(f"progressive_alpha must be a number or {depth - 1} of them, got {len(values)}")
     for value in values or [alpha]:
         if not 0.0 <= number("progressive_alpha", value) <= 1.0:
             raise ValueError(f"progressive_alpha must be in [0, 1], got {value!r}")
-    return [float(value) for value in values]
+    return [number("progressive_alpha", value) for value in values]
