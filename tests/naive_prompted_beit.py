@@ -20,6 +20,7 @@ class Row:
     kind: str
     value: Tensor
     place: int = 0  # patch number, or number of the prompt
+    looks: Tensor | None = None  # (heads, rows), attention of the last block that ran
 
 
 def _offset(table: Tensor, window: tuple[int, int], query: int, key: int) -> Tensor:
@@ -86,7 +87,7 @@ def naive_block(model: PromptedBEiT, layer: int, rows: list[Row]) -> None:
     outputs = []
     for i, query_row in enumerate(rows):
         query = weight_q @ normed[i] + attn.q_bias
-        mixed = []
+        mixed, looks = [], []
         for h in range(heads):
             part = slice(h * depth, (h + 1) * depth)
             scores = []
@@ -99,7 +100,9 @@ def naive_block(model: PromptedBEiT, layer: int, rows: list[Row]) -> None:
                     score = score + model.prompt_bias[layer, which, h, key_row.place]
                 scores.append(score)
             weights = torch.stack(scores).softmax(0)
+            looks.append(weights)
             mixed.append(sum(weight * value[part] for weight, value in zip(weights, values)))
+        query_row.looks = torch.stack(looks)
         outputs.append(attn.proj.weight @ torch.cat(mixed) + attn.proj.bias)
     for row, update in zip(rows, outputs):
         row.value = row.value + gamma_1 * update
@@ -109,9 +112,9 @@ def naive_block(model: PromptedBEiT, layer: int, rows: list[Row]) -> None:
         row.value = row.value + gamma_2 * (block.mlp.fc2.weight @ x + block.mlp.fc2.bias)
 
 
-def naive_hidden(model: PromptedBEiT, image: Tensor) -> Tensor:
+def naive_hidden(model: PromptedBEiT, image: Tensor, seen: list[Row] | None = None) -> Tensor:
     """Normalised read-out row (C,) of one image (channels, height, width), prompts and mask placed as `model.config`
-    says."""
+    says; `seen` receives all rows as the last block leaves them."""
     config = model.config
     backbone = model.backbone
     window = tuple(backbone.patch_embed.grid_size)
@@ -155,6 +158,8 @@ def naive_hidden(model: PromptedBEiT, image: Tensor) -> Tensor:
                 alpha = config["progressive_alpha"]
                 row.value = alpha * row.value + (1 - alpha) * weight[layer, row.place]
         naive_block(model, layer, order)
+    if seen is not None:
+        seen.extend(order)
     norm = backbone.norm if isinstance(backbone.norm, torch.nn.LayerNorm) else backbone.fc_norm
 
     def normalise(x: Tensor) -> Tensor:

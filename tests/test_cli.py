@@ -100,7 +100,7 @@ def test_help_imports_neither_torch_nor_numpy() -> None:
     assert "VPTM_DEBUG" in done.stdout and "train" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "inspect", "env"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "explain", "inspect", "env"])
 def test_every_command_shows_an_example(vptm: Console, command: str) -> None:
     code, out, _ = vptm(command, "--help")
     assert code == 0 and "Example" in out and f"vptm {command}" in out
@@ -215,6 +215,28 @@ def test_predict_names_or_skips_broken_images(vptm: Console, run: Path, tmp_path
     assert code == 0 and len(out.splitlines()) == 2 and "good.png" in out and "skipped: cannot read image" in err
     code, out, _ = vptm("predict", run, tmp_path / "bad.png", "--on-bad-image", "skip")
     assert code == 1 and out == ""
+
+
+def test_explain_prints_and_draws(vptm: Console, run: Path, material: Path, tmp_path: Path) -> None:
+    picture(1, 99).save(tmp_path / "x.png")
+    code, out, err = vptm("explain", run, tmp_path / "x.png", "--top", 2)
+    assert code == 0 and err == "" and out.count("class  ") == 2 and "attention of the mean patch row  patches" in out
+    assert (tmp_path / "x-explained.png").is_file() and out.endswith("drawn  x-explained.png\n")
+    code, out, _ = vptm("explain", run, tmp_path / "x.png", "--json", "--out", tmp_path / "y.png", "--layer", 0)
+    facts = json.loads(out)
+    assert code == 0 and facts["layer"] == [1, 2] and (tmp_path / "y.png").is_file()
+    assert facts["classes"][0]["name"] == "left" and len(facts["attention"]) == 2
+    for arguments, reason in (
+        (["x.png", "--out", "x.png"], "--out must be another file than the image"),
+        (["x.png", "--out", "y.jpg"], "--out must be a .png file, got y.jpg"),
+        (["x.png", "--out", "none/y.png"], "--out: folder not found: none"),
+        (["none.png"], "image not found: none.png"),
+        (["x.png", "--layer", 2], "layer must be an integer in -2 .. 1, got 2"),
+        (["x.png", "--top", 0], "top must be an integer >= 1, got 0"),
+    ):
+        code, line = vptm.refused("explain", run, *arguments)
+        assert code == 2 and reason in line, line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-explained.png", "x.png", "y.png"]
 
 
 def test_inspect_shows_runs_and_checkpoints(vptm: Console, run: Path, material: Path) -> None:

@@ -28,6 +28,7 @@ _HOME = {
     "transforms": "data",
     "fit": "training",
     "fit_prototypes": "verbalizers",
+    "inspect_tokens": "explain",
     "evaluate": "training",
     "init_prompts": "prompt_init",
 }
@@ -44,6 +45,7 @@ __all__ = [
     "fit",
     "fit_prototypes",
     "init_prompts",
+    "inspect_tokens",
     "load_adapter",
     "load_backbone",
     "load_data",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from .checkpoints import load_backbone, weight_hash
     from .data import few_shot, load_data, transforms
     from .equality import check
+    from .explain import inspect_tokens
     from .prompt_init import init_prompts
     from .prompted_beit import PromptedBEiT
     from .prompted_vit import PromptedViT

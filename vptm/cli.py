@@ -135,6 +135,7 @@ def _vptm(
     \b
     vptm train                                     learn ten kinds of clothing on the built-in model
     vptm predict runs/builtin-1 picture.png        name what a picture shows
+    vptm explain runs/builtin-1 picture.png        show why
 
     Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 the work failed or was interrupted,
     2 bad arguments. With VPTM_DEBUG=1 in the environment an error shows its traceback.
@@ -604,6 +605,63 @@ def predict(
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["path", "label", "score", "top5"])
     writer.writerows(rows)
+
+
+@app.command()
+def explain(
+    run: Run,
+    image: Annotated[Path, typer.Argument(help="An image file.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="PNG to write; the image's name with -explained.png, here, by default.", show_default=False),
+    ] = None,
+    layer: Annotated[int, typer.Option(help="Block whose attention is drawn, from 0; negative from the end.")] = -1,
+    top: Annotated[int, typer.Option(help="Visual tokens and classes to show.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, attention of every head included.")] = False,
+    source: Backbone = None,
+    device: Device = "auto",
+    impl: Impl = "auto",
+) -> None:
+    """Show why a picture gets its label.
+
+    Prints the visual tokens predicted for it, the nearest prototypes, and how much attention the mask row pays to
+    patches, prompts, class row and itself; draws that attention over the picture.
+
+    \b
+    Example:
+      vptm explain runs/builtin-1 shoe.png
+    """
+    import json
+    from dataclasses import asdict
+
+    from .adapters import load_adapter
+    from .explain import inspect_tokens
+
+    target = Path(f"{image.stem}-explained.png") if out is None else out
+    if target.suffix.lower() != ".png":
+        raise ValueError(f"--out must be a .png file, got {target}")
+    if not image.exists():
+        raise FileNotFoundError(f"image not found: {image}")
+    if target.exists() and target.samefile(image):
+        raise ValueError(f"--out must be another file than the image, got {target}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"--out: folder not found: {target.parent}")
+    place = _device(device)
+    report = inspect_tokens(load_adapter(run, source=source, impl=impl).to(place), image, top=top, layer=layer)
+    report.draw(target)
+    if as_json:
+        facts = asdict(report) | {"classes": [score._asdict() for score in report.classes], "drawn": str(target)}
+        facts["attention"] = report.attention.tolist()
+        print(json.dumps({name: value for name, value in facts.items() if name != "picture"}))
+        return
+    width = max(len(score.name) for score in report.classes)
+    for token, probability in report.tokens:
+        print(f"token  {token:<{width}}  probability {probability:.2%}")
+    for score in report.classes:
+        near = "" if score.similarity is None else f"  cosine {score.similarity:+.4f}"
+        print(f"class  {score.name:{width}}  probability {score.probability:.2%}{near}")
+    print(f"attention of the {report.row} row  {', '.join(f'{k} {v:.0%}' for k, v in report.shares.items())}")
+    print(f"drawn  {target}")
 
 
 @app.command()
