@@ -182,7 +182,7 @@ Check = Callable[[str, Any], None]
 """(name, what one call returned) -> None; raises AssertionError if that is wrong."""
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -191,7 +191,7 @@ def refusal(name: str, run: Run, check: Check) -> str | None:
     try:
         check(name, run())
     except Exception as error:  # a peer may fail in any way
-        return _reason(error)
+        return reason(error)
     return None
 
 
@@ -234,7 +234,7 @@ def compare(
             if name == ours:
                 raise
             timed.pop(name, None)
-            found.refused[name] = _reason(error)
+            found.refused[name] = reason(error)
     names = list(timed)
     found.seconds = {name: [] for name in names}
     for turn in range(rounds):

@@ -1,0 +1,322 @@
+"""Search block sizes on this GPU and propose entries for the ops' `configs.py`.
+
+    python -m bench.autotune --seconds 60 --json configs.json
+    python -m bench.autotune --list
+
+The ops never search: their tables answer at once, the same on every rank. This is how an entry gets into a table. A
+call is run with the table's answer, then with one field at a time halved or doubled; what is faster and gives the same
+result becomes the next start. A proposal is printed when the best found beats the table by more than 3 % in paired
+replays made afterwards. The file is rewritten after every table function, so that an early end loses little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import timing
+
+PACKAGE = "vptm_kernels"
+WORTH_AN_ENTRY = 1.03
+# Results of two block sizes differ by the rounding of sums in another order.
+TOLERANCE = 2e-2
+
+Tensors = tuple[Tensor, ...]
+Setting = tuple[str, tuple[Any, ...]]
+"""A table function and the arguments it was asked with."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of one op as models make it; `make` allocates the inputs on a device and returns the call."""
+
+    op: str
+    name: str
+    make: Callable[[], Callable[[], Tensors]]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    op: str
+    call: str
+    function: str
+    arguments: list[Any]
+    table: dict[str, int]
+    proposed: dict[str, int]
+    speed_up: float
+    microseconds: float
+
+
+def _random(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).to("cuda", torch.bfloat16)
+
+
+def _attention(prompts: int, window: tuple[int, int], heads: int, batch: int, backward: bool) -> Callable[[], Tensors]:
+    from vptm_kernels import RelativePositionBias, prompted_attention
+
+    tokens, width = window[0] * window[1] + 1, 64 * heads
+    qkv = _random(batch, tokens, 3 * width).requires_grad_(backward)
+    prefix = _random(prompts, 2 * width).requires_grad_(backward) if prompts else None
+    table = torch.randn((2 * window[0] - 1) * (2 * window[1] - 1) + 3, heads, device="cuda")
+    bias = RelativePositionBias(table, window).dense(torch.float16)
+    grad = _random(batch, tokens, width)
+
+    def forward() -> Tensor:
+        return prompted_attention(qkv, prefix, num_heads=heads, bias=bias, impl="triton")
+
+    return _call(forward, [t for t in (qkv, prefix) if t is not None], grad, backward)
+
+
+def _readout(batch: int, backward: bool) -> Callable[[], Tensors]:
+    from vptm_kernels.readout_attention.api import readout_attention
+
+    tokens, width, heads = 197, 768, 12
+    x, q = _random(batch, tokens, width).requires_grad_(backward), _random(batch, width).requires_grad_(backward)
+    k_weight, v_weight = (_random(width, width, scale=width**-0.5) for _ in range(2))
+    prompts = _random(50, 2 * width)
+
+    def forward() -> Tensor:
+        return readout_attention(
+            x,
+            q,
+            norm_weight=None,
+            norm_bias=None,
+            eps=1e-6,
+            k_weight=k_weight,
+            v_weight=v_weight,
+            v_bias=None,
+            num_heads=heads,
+            prompt_kv=prompts,
+            impl="triton",
+        )
+
+    return _call(forward, [x, q], _random(batch, width), backward)
+
+
+def _prototypes(batch: int, activation: str, backward: bool) -> Callable[[], Tensors]:
+    from vptm_kernels import prototype_cosine
+
+    width, vocabulary, dim, classes = 768, 8192, 128, 100
+    hidden = _random(batch, width).requires_grad_(backward)
+    weight, bias = _random(vocabulary, width, scale=width**-0.5), _random(vocabulary)
+    projection = _random(dim, vocabulary, scale=vocabulary**-0.5).requires_grad_(backward)
+    prototypes = _random(classes, dim).requires_grad_(backward)
+
+    def forward() -> Tensor:
+        return prototype_cosine(
+            hidden, weight, bias, prototypes, projection=projection, activation=activation, impl="triton"
+        )
+
+    return _call(forward, [hidden, projection, prototypes], _random(batch, classes), backward)
+
+
+def _call(forward: Callable[[], Tensor], inputs: list[Tensor], grad: Tensor, backward: bool) -> Callable[[], Tensors]:
+    def run() -> Tensors:
+        if not backward:
+            with torch.no_grad():
+                return (forward(),)
+        return torch.autograd.grad(forward(), inputs, grad)
+
+    return run
+
+
+def calls() -> list[Call]:
+    """Most important first: BEiT-B/16 at 224 in a batch, then 384, the read-out row, the verbalizer."""
+    found = []
+    for backward, what in ((False, "forward"), (True, "forward and backward")):
+        for prompts in (50, 0):
+            found.append(
+                Call(
+                    "prompted_attention",
+                    f"{what}, B=64 H=12 N=197 P={prompts}",
+                    lambda p=prompts, b=backward: _attention(p, (14, 14), 12, 64, b),  # type: ignore[misc]
+                )
+            )
+    for backward, what in ((False, "forward"), (True, "forward and backward")):
+        found += [
+            Call(
+                "readout_attention",
+                f"{what}, B=64 N=197 P=50",
+                lambda b=backward: _readout(64, b),  # type: ignore[misc]
+            ),
+            Call(
+                "prototype_cosine",
+                f"{what}, B=64, log_softmax",
+                lambda b=backward: _prototypes(64, "log_softmax", b),  # type: ignore[misc]
+            ),
+            Call(
+                "prompted_attention",
+                f"{what}, B=16 H=16 N=577 P=50",
+                lambda b=backward: _attention(50, (24, 24), 16, 16, b),  # type: ignore[misc]
+            ),
+        ]
+    return found
+
+
+# ------------------------------------------------------------------ the search
+
+
+def tables(module: Any) -> dict[str, Callable[..., Any]]:
+    """The functions of a launching module that answer with block sizes: `..._config` of the op's `configs.py`."""
+    return {name: value for name, value in vars(module).items() if name.endswith("_config") and callable(value)}
+
+
+@contextlib.contextmanager
+def answering(module: Any, answers: dict[Setting, Any]) -> Iterator[dict[Setting, Any]]:
+    """Inside, the tables of `module` give `answers` where they are asked that, and their own elsewhere; yields what
+    they were asked and gave."""
+    given: dict[Setting, Any] = {}
+    originals = tables(module)
+
+    def replaced(name: str) -> Callable[..., Any]:
+        def table(*arguments: Any, **options: Any) -> Any:
+            config = answers.get((name, arguments)) or originals[name](*arguments, **options)
+            given[name, arguments] = config
+            return config
+
+        return table
+
+    try:
+        for name in originals:
+            setattr(module, name, replaced(name))
+        yield given
+    finally:
+        for name, function in originals.items():
+            setattr(module, name, function)
+
+
+def neighbours(config: Any) -> list[Any]:
+    """The same answer with one field halved or doubled, within what kernels take."""
+    limits = {"num_warps": (2, 16), "num_stages": (1, 4)}
+    found = []
+    for name, value in config._asdict().items():
+        low, high = limits.get(name, (16, 256))
+        steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
+        found += [config._replace(**{name: step}) for step in steps if low <= step <= high]
+    return found
+
+
+def same(found: Tensors, expected: Tensors) -> bool:
+    return all(
+        bool(a.isfinite().all()) and (a.double() - b.double()).norm() <= TOLERANCE * b.double().norm()
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def search(
+    module: Any,
+    run: Callable[[], Tensors],
+    prepare: Callable[[timing.Run], timing.Run],
+    clock: timing.Clock,
+    out_of_time: Callable[[], bool],
+    log: Callable[[str], None] = print,
+) -> Iterator[tuple[Setting, Any, Any, float, float]]:
+    """(setting, the table's answer, the best found, speed-up, seconds of the table's) of every table that is asked."""
+    with answering(module, {}) as asked:
+        expected = run()
+    for setting, table in asked.items():
+        if out_of_time():
+            return
+
+        def built(config: Any, setting: Setting = setting) -> timing.Run:
+            with answering(module, {setting: config}):
+                if not same(run(), expected):
+                    raise ValueError("gives another result")
+                return prepare(run)
+
+        best, start = table, built(table)
+        current, tried = start, {table}
+        improved = True
+        while improved and not out_of_time():
+            improved = False
+            for candidate in neighbours(best):
+                if candidate in tried or out_of_time():
+                    continue
+                tried.add(candidate)
+                try:
+                    other = built(candidate)
+                except Exception as error:  # too much shared memory, a tile the kernel refuses, a compiler's failure
+                    log(f"  {_fields(candidate)}: {timing.reason(error)[:100]}")
+                    continue
+                pair = timing.compare({"best": current, "other": other}, "other", check=None, clock=clock, rounds=7)
+                log(f"  {_fields(candidate)}: {pair.speed_up('best'):.3f}x")
+                if pair.speed_up("best") > 1.01:
+                    best, current, improved = candidate, other, True
+                    break
+        final = timing.compare({"table": start, "best": current}, "best", check=None, clock=clock, rounds=21)
+        yield setting, table, best, final.speed_up("table"), final.median("table")
+
+
+def _fields(config: Any) -> str:
+    return " ".join(f"{name}={value}" for name, value in config._asdict().items())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.autotune", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--seconds", type=float, default=60, help="no search starts after this (default: 60)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--list", action="store_true", help="print the calls that are tuned, most important first")
+    options = parser.parse_args(argv)
+    if options.list:
+        print(*(f"{call.op}: {call.name}" for call in calls()), sep="\n")
+        return 0
+    if not torch.cuda.is_available():
+        print("no GPU here: block sizes are timed on one", file=sys.stderr)
+        return 2
+    deadline = time.monotonic() + options.seconds
+    document: dict[str, Any] = {"environment": timing.environment(), "proposals": [], "kept": [], "failed": {}}
+    clock = timing.clock_of("cuda")
+    torch.manual_seed(0)
+    for call in calls():
+        if time.monotonic() > deadline:
+            document.setdefault("not reached", []).append(f"{call.op}: {call.name}")
+            continue
+        print(f"{call.op}: {call.name}", flush=True)
+        try:
+            module = importlib.import_module(f"{PACKAGE}.{call.op}.triton_impl")
+            found = search(module, call.make(), timing.captured, clock, lambda: time.monotonic() > deadline)
+            for (function, arguments), table, best, speed_up, seconds in found:
+                proposal = Proposal(
+                    call.op,
+                    call.name,
+                    function,
+                    list(arguments),
+                    table._asdict(),
+                    best._asdict(),
+                    round(speed_up, 3),
+                    round(1e6 * seconds, 1),
+                )
+                worth = best != table and speed_up > WORTH_AN_ENTRY
+                document["proposals" if worth else "kept"].append(asdict(proposal))
+                if worth:
+                    print(f"PROPOSE {function}{arguments} -> {_fields(best)}: {speed_up:.2f}x ({_fields(table)})")
+                _write(options.json, document)
+        except Exception as error:  # one op's failure leaves the others their time
+            document["failed"][f"{call.op}: {call.name}"] = timing.reason(error)
+            print(f"  failed: {timing.reason(error)}", flush=True)
+        _write(options.json, document)
+    if not document["proposals"]:
+        print("no entry beats the tables")
+    return int(bool(document["failed"]))
+
+
+def _write(path: Path | None, document: dict[str, Any]) -> None:
+    if path is not None:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(document, indent=1, default=str), encoding="utf-8")
+        temporary.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""The search behind the tables of block sizes: it finds what is faster, never what is wrong, and ends in time."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from bench import autotune
+
+
+class Config(NamedTuple):
+    block_m: int
+    num_warps: int
+    num_stages: int
+
+
+BEST = Config(128, 8, 1)
+
+
+class Op:
+    """An op whose time follows from the block sizes its table gave: the farther from BEST, the slower."""
+
+    def __init__(self) -> None:
+        self.table_answer = Config(32, 4, 2)
+        self.module = SimpleNamespace(forward_config=lambda arch, bits: self.table_answer, next_power_of_2=len)
+        self.ran = []
+
+    def run(self):
+        self.config = self.module.forward_config("sm90", 16)
+        self.ran.append(self.config)
+        if self.config.block_m == 256:
+            raise RuntimeError("out of resource: shared memory")
+        wrong = self.config.num_warps == 16
+        return (torch.full((4,), float("nan")) if wrong else torch.ones(4),)
+
+    def prepare(self, run):
+        run()
+        config = self.config
+        return lambda: config
+
+    def clock(self, timed):
+        distance = sum(abs(a.bit_length() - b.bit_length()) for a, b in zip(timed(), BEST))
+        # the wrong one would win if it were let through
+        return 0.1 if timed().num_warps == 16 else 1.0 + distance
+
+    def search(self, out_of_time=lambda: False):
+        log = []
+        found = autotune.search(self.module, self.run, self.prepare, self.clock, out_of_time, log.append)
+        return list(found), log
+
+
+def test_search_finds_the_fastest_block_sizes_and_refuses_wrong_ones():
+    """Two doublings of the block, one of the warps, one stage less; 16 warps give NaN and 256 rows do not launch."""
+    op = Op()
+    [(setting, table, best, speed_up, seconds)], log = op.search()
+    assert setting == ("forward_config", ("sm90", 16))
+    assert (table, best) == (op.table_answer, BEST)
+    assert seconds == 1 + 2 + 1 + 1 and speed_up == 5
+    assert any("gives another result" in line for line in log)
+    assert any("shared memory" in line for line in log)
+    assert op.module.forward_config("sm90", 16) == op.table_answer, "the table is put back"
+
+
+def test_search_proposes_nothing_where_the_table_is_best():
+    op = Op()
+    op.table_answer = BEST
+    [(_, table, best, speed_up, _)], _ = op.search()
+    assert table == best and speed_up == 1
+
+
+def test_search_stops_when_time_is_up():
+    op = Op()
+    found, _ = op.search(out_of_time=lambda: len(op.ran) > 5)
+    assert len(op.ran) <= 10
+    assert found[0][2] != BEST, "it had no time to get there"
+
+
+@pytest.mark.parametrize("op", sorted({call.op for call in autotune.calls()}))
+def test_ops_that_are_tuned_have_tables_to_tune(op):
+    """A renamed table function would leave the search without anything to vary."""
+    pytest.importorskip("triton")
+    module = __import__(f"vptm_kernels.{op}.triton_impl", fromlist=["_"])
+    assert "forward_config" in autotune.tables(module)
+
+
+def test_without_a_gpu_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert autotune.main([]) == 2
+    assert capsys.readouterr().err == "no GPU here: block sizes are timed on one\n"
+    assert autotune.main(["--list"]) == 0
+    assert "prompted_attention: forward, B=64" in capsys.readouterr().out
