@@ -214,7 +214,8 @@ def _bars(axes: Any, names: list[str], values: list[float], write: Callable[[flo
     axes.barh(places, values, color=["#1f6f8b", *["#9fbfca"] * (len(values) - 1)])
     axes.set_yticks(places, names)
     axes.invert_yaxis()
-    axes.set_xlim(1.05 * min(0.0, *values), 1.35 * max(0.0, *values) or 1.0)
+    low, high = min(0.0, *values), max(0.0, *values)
+    axes.set_xlim(1.05 * low, high + 0.35 * ((high - low) or 1.0))  # room for the numbers
     for place, value in zip(places, values):
         beside = (max(value, 0.0), place)
         axes.annotate(write(value), beside, (4, 0), textcoords="offset points", va="center", fontsize=9)
