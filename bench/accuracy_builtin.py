@@ -89,9 +89,12 @@ def build(method: str, classes: int, seed: int) -> vptm.PromptedBEiT:
 
 
 def schedule(images: int) -> tuple[int, int]:
-    """Epochs, and passes over the training images in one: 200 steps of 32 up to 16 shots of ten classes, 400 for more,
-    and at least one pass."""
-    return min(40, max(1, round(12800 / images))), max(1, 160 // images)
+    """Epochs, and passes over the training images in one: `vptm train`'s 40 for 16 images of ten classes, else ten
+    epochs with 200 steps of 32 in all for fewer images, 400 for more, and at least one pass."""
+    if images == 160:
+        return 40, 1
+    passes = max(1, round((6400 if images < 160 else 12800) / images))
+    return (10, passes // 10) if passes >= 10 else (passes, 1)
 
 
 def train(
@@ -254,7 +257,7 @@ class Study:
                 "recipe": {
                     "batch_size": BATCH,
                     "weight_decay": WEIGHT_DECAY,
-                    "epochs": "min(40, max(1, round(12800 / images))), an epoch being max(1, 160 // images) passes",
+                    "epochs": "see `schedule`: 200 steps up to 160 images, 400 for more, and at least one pass",
                     "learning_rate": "of each method, the best mean validation accuracy in `tuning`",
                 },
                 "validation_images_per_class": VAL_SHOTS,
