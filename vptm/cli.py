@@ -56,6 +56,8 @@ _FIT_ARGUMENTS = (
     "prompt_weight_decay",
     "head_weight_decay",
     "protoverb_weight",
+    "reformation",
+    "reformation_temperature",
     "seed",
 )
 
@@ -191,6 +193,10 @@ def train(
     ] = None,
     label_smoothing: Annotated[float, typer.Option(help="In [0, 1).")] = 0.0,
     protoverb_weight: Annotated[float, typer.Option(help="Of ProtoVerb's contrast losses in every step.")] = 0.0,
+    reformation: Annotated[
+        float, typer.Option(help="Of ProVP-Ref's contrast with the features of the frozen model.")
+    ] = 0.0,
+    reformation_temperature: Annotated[float, typer.Option(help="Of that contrast.")] = 1.0,
     prototype_steps: Annotated[
         int, typer.Option(help="Steps on projection and prototypes alone after training, by ProtoVerb's losses.")
     ] = 0,
@@ -398,6 +404,7 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
         loader,
         val_loader,
         **{name: settings[name] for name in _FIT_ARGUMENTS},
+        cache_frozen=not settings["augment"],
         run_dir=folder,
         resume=resume,
         overwrite=overwrite,
@@ -713,6 +720,57 @@ def _adapter_lines(folder: Path) -> list[tuple[str, str]]:
         if test := (run.get("result") or {}).get("test"):
             lines.append(("test accuracy", f"{test['accuracy']:.2%} of {test['n']} images"))
     return lines
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="builtin, a checkpoint as --model of `vptm train`, or a timm ViT name.")],
+    prompts: Annotated[int, typer.Option(help="Prompts per layer.")] = 10,
+    mode: Annotated[str, typer.Option(help="shallow, deep or progressive.")] = "deep",
+    readout: Annotated[
+        str | None, typer.Option(help="Row that is read; the mask row where the weights have one, else cls.")
+    ] = None,
+    img_size: Annotated[int | None, typer.Option(help="Pixels; the source's own where not given.")] = None,
+    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 4,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each path; the median counts.")] = 5,
+    device: Device = "auto",
+    impl: Impl = "auto",
+    plot: Annotated[Path | None, typer.Option(help="Draw where FLOPs and time go, a PNG.")] = None,
+) -> None:
+    """Show what each block costs, beside concatenated prompts.
+
+    Parameters, trained parameters, and per image: FLOPs of inference, bytes a training step keeps for backward, time of
+    inference. Weights do not change any of it, so a timm name is not downloaded.
+
+    \b
+    Example:
+      vptm profile builtin
+      vptm profile beit_base_patch16_224 --prompts 100 --plot beit.png
+    """
+    if plot is not None and plot.suffix != ".png":
+        raise ValueError(f"--plot must be a file name that ends in .png, got {plot}")
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--plot: no such folder: {plot.absolute().parent}")
+    for name, value in (("batch", batch), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    import torch
+    from rich.console import Console
+
+    from .profile import draw, model_of, stages_of, table
+
+    place = _device(device)
+    prompted = model_of(model, prompts=prompts, mode=mode, readout=readout, img_size=img_size, impl=impl).to(place)
+    images = torch.randn(batch, *prompted.default_cfg["input_size"], device=place)
+    stages = stages_of(prompted, images, repeats=repeats)
+    title = f"{model}, {mode} prompts, P = {prompts}, read-out {prompted.readout}, batch {batch}, per image"
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table(stages, batch, title))
+    if plot is not None:
+        draw(stages, batch, title, plot)
+        _say(f"wrote {plot}")
 
 
 @app.command()

@@ -13,6 +13,7 @@ pre-norm blocks of timm's BEiT or ViT, runs through `vptm.reference` with fused 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -271,9 +272,26 @@ class FrozenEncoder:
         rows = self._prompt_rows(model, layer, batch)
         return F.linear(rows, block.qkv_weight[width:], block.qkv_bias[width:])
 
+    def constants(self) -> Iterator[Tensor]:
+        """Every tensor derived from frozen weights."""
+        for block in self._blocks:
+            yield from (value for value in block if isinstance(value, Tensor))
+        yield from (bias for bias in self._biases if bias is not None)
+        yield from self._patch_state.values()
+
     def prepare(self, model: PromptedModel) -> None:
         """Derive the constants now."""
         self._refresh(model)
+
+    def lend(self, model: PromptedModel, twin: PromptedModel) -> None:
+        """Let `twin`, the same model without prompts, run on these folded weights; they are not held twice."""
+        if model.impl == "reference" or not FrozenEncoder.supports(model):
+            return
+        self._refresh(model)
+        if twin._encoder._blocks is not self._blocks:
+            rows = twin.num_rows
+            twin._encoder.__dict__ |= self.__dict__ | {"_prefix_key": None, "_prefixes": {}}
+            twin._encoder._biases = [None if bias is None else bias[:, :rows, :rows] for bias in self._biases]
 
     def patches(self, model: PromptedModel, images: Tensor) -> Tensor:
         """Patch embeddings; under autocast by weights that were cast once."""
