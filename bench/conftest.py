@@ -92,7 +92,7 @@ def command(arguments: Sequence[str | object]) -> str:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
-    ratios, refused = [], []
+    ratios, refused, growth = [], [], []
     benches = getattr(session, "benchmarks", [])
     for bench in benches:
         found = {name: value for name, value in bench.extra_info.items() if name.startswith("speed-up over ")}
@@ -100,7 +100,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             text = ", ".join(f"{value:.2f}x {name.removeprefix('speed-up ')}" for name, value in found.items())
             ratios.append(f"{bench.group}: {text}")
         refused += [f"{bench.group}: {peer}: {why}" for peer, why in bench.extra_info.get("refused", {}).items()]
-    for title, lines in (("interleaved ratios, medians", ratios), ("refused, not timed", refused)):
+        if "exponent of time" in bench.extra_info:
+            time, memory, expected = (
+                bench.extra_info[name]
+                for name in ("exponent of time", "exponent of memory", "expected exponent of time")
+            )
+            growth.append(f"{bench.group}: time {time:.2f} (expected {expected:g}), memory {memory:.2f}")
+    sections = {"interleaved ratios, medians": ratios, "fitted exponents": growth, "refused, not timed": refused}
+    for title, lines in sections.items():
         if lines:
             terminalreporter.section(title)
             for line in lines:

@@ -262,7 +262,11 @@ def within_budget(exact: Sequence[Tensor], eager: Sequence[Tensor], factors: Seq
 
 
 def peak_extra_bytes(run: Run, device: str) -> int:
-    """The most that one call holds at a time beyond what was there before it, its result included."""
+    """The most that one call holds at a time beyond what was there before it, its result included.
+
+    A first call, not counted, leaves what is kept between calls.
+    """
+    run()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -117,10 +117,10 @@ def test_outcomes_are_read_from_complete_and_from_cut_off_output(workers):
     if workers:
         text = "\n".join(f"[gw1] [ 50%] {outcome} tests/{name} " for name, outcome in lines)
     else:
-        text = "\n".join(
-            f"tests/{name} {outcome} {'(needs a GPU) ' * (outcome == 'SKIPPED')}[ 5%]" for name, outcome in lines
-        )
-    text += "\nFAILED tests/a.py::test_2 - AssertionError: PASSED\nSKIPPED [1] tests/b.py:3: needs a GPU\ntests/c.py::test_4 "
+        reasons = {"SKIPPED": "(needs a GPU) "}
+        text = "\n".join(f"tests/{name} {outcome} {reasons.get(outcome, '')}[ 5%]" for name, outcome in lines)
+    text += "\nFAILED tests/a.py::test_2 - AssertionError: PASSED\nSKIPPED [1] tests/b.py:3: needs a GPU"
+    text += "\ntests/c.py::test_4 "
     assert gpu_check.outcomes(text) == {
         "counts": {"passed": 1, "failed": 1, "skipped": 1},
         "failed": ["tests/a.py::test_2"],
