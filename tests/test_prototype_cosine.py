@@ -546,6 +546,54 @@ def test_an_activation_of_a_folded_head_is_refused():
         prototype_cosine(**call)
 
 
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"hidden": torch.zeros(10)}, "hidden must be (B, C) with C >= 1, got (10,)"),
+        ({"hidden": torch.zeros(1, 3, 10)}, "hidden must be (B, C) with C >= 1, got (1, 3, 10)"),
+        ({"hidden": torch.zeros(3, 10, dtype=torch.int64)}, "hidden must be float16, bfloat16, float32 or float64"),
+        ({"hidden": torch.zeros(3, 9)}, "token_weight.weight must be (rows, C) = (any, 9), got (5, 10)"),
+        ({"hidden": [1.0]}, "hidden must be a tensor (B, C), got list"),
+        ({"bias": torch.zeros(1)}, "token_weight.bias must be (rows,) = (5,), got (1,)"),
+        ({"bias": torch.zeros(3, 5)}, "token_weight.bias must be (rows,) = (5,), got (3, 5)"),
+        ({"bias": torch.zeros(5).double()}, "token_weight.bias must have the dtype of hidden"),
+        ({"weight": torch.zeros(2, 5, 10)}, "token_weight.weight must be (rows, C) = (any, 10), got (2, 5, 10)"),
+        ({"weight": torch.zeros(10)}, "token_weight.weight must be (rows, C) = (any, 10), got (10,)"),
+        ({"prototypes": torch.zeros(5)}, "prototypes must be (K, d) = (any, 5), got (5,)"),
+        ({"prototypes": torch.zeros(1, 4, 5)}, "prototypes must be (K, d) = (any, 5), got (1, 4, 5)"),
+        ({"prototypes": torch.zeros(0, 5)}, "prototypes must have at least one row, got (0, 5)"),
+        ({"prototypes": torch.zeros(4, 1)}, "prototypes must be (K, d) = (any, 5), got (4, 1)"),
+        ({"prototypes": torch.zeros(4, 5).double()}, "prototypes must have the dtype of hidden"),
+        ({"eps": 0.0}, "eps must be > 0, got 0.0"),
+        ({"eps": float("nan")}, "eps must be > 0, got nan"),
+        ({"impl": "fast"}, "impl must be one of ('auto', 'triton', 'torch'), got 'fast'"),
+    ],
+    ids=str,
+)
+def test_bad_input_of_a_folded_head(change, message):
+    """What PyTorch would broadcast is refused too: this call computes before it checks."""
+    call = Case(head="folded", dtype=torch.float32, grads=()).inputs()
+    change = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in change.items()}
+    weight, bias = call["token_weight"]
+    call["token_weight"] = FoldedHead(change.pop("weight", weight), change.pop("bias", bias))
+    with torch.no_grad(), pytest.raises((ValueError, TypeError), match=re.escape(message)) as error:
+        prototype_cosine(**{**call, **change})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-35, 1e-300])
+def test_a_zero_vector_of_a_folded_head_has_cosine_zero(eps):
+    """Whatever eps is: where its reciprocal overflows float32 a product with it would be NaN."""
+    call = Case(head="folded", dtype=torch.float32, grads=(), batch=4).inputs()
+    weight, bias = call["token_weight"]
+    call["token_weight"] = FoldedHead(weight, torch.zeros_like(bias))
+    call["hidden"][1] = 0
+    call["prototypes"][2] = 0
+    with torch.no_grad():
+        scores = prototype_cosine(**call, eps=eps)
+    assert scores.isfinite().all() and not scores[1].any() and not scores[:, 2].any() and scores[0, 0] != 0
+
+
 def test_a_wrong_gram_factor_is_refused():
     call = Case(head="gram").inputs()
     with pytest.raises(ValueError, match=re.escape("token_gram must be (min(V, C + 1), C + 1) = (11, 11)")):

@@ -92,10 +92,11 @@ def prototype_cosine(
     """
     # Spelled out: a loop over the arguments takes as long as one of the products below.
     alone = token_bias is None and projection is None and projection_bias is None and token_gram is None
-    alone = alone and class_offsets is None and task_ids is None and activation == "logits"
-    if alone and _is_plain(hidden, token_weight, prototypes, eps, impl):
-        assert isinstance(token_weight, FoldedHead)
-        return _cosine(F.linear(hidden, *token_weight), prototypes, eps)
+    alone = alone and class_offsets is None and task_ids is None and activation == "logits" and impl != "triton"
+    if alone and isinstance(token_weight, FoldedHead) and not torch.compiler.is_compiling():
+        scores = _plain(hidden, token_weight, prototypes, eps, impl)
+        if scores is not None:
+            return scores
     if not isinstance(hidden, Tensor):
         raise TypeError(f"hidden must be a tensor (B, C), got {type(hidden).__name__}")
     device = hidden.device.type
@@ -163,20 +164,27 @@ def prototype_cosine(
     return scores.to(hidden.dtype)
 
 
-def _is_plain(hidden: Tensor, head: object, prototypes: Tensor, eps: float, impl: str) -> bool:
-    """Nothing is wrong with one head on a CPU, found in a few microseconds: full checks take as long as the work."""
-    if not (isinstance(head, FoldedHead) and isinstance(hidden, Tensor) and isinstance(prototypes, Tensor)):
-        return False
-    weight, bias = head
-    dtype = hidden.dtype
-    if not (dtype is weight.dtype is bias.dtype is prototypes.dtype) or dtype not in (torch.float32, torch.float64):
-        return False
-    if impl not in ("auto", "torch") or not (hidden.is_cpu and weight.is_cpu and bias.is_cpu and prototypes.is_cpu):
-        return False
-    if not hidden.ndim == weight.ndim == prototypes.ndim == 2 or torch.is_autocast_enabled("cpu"):
-        return False
-    width, (dim, columns), (classes, depth) = hidden.shape[1], weight.shape, prototypes.shape
-    return width == columns > 0 and depth == dim > 0 and classes > 0 and bias.shape == (dim,) and eps > 0
+def _plain(hidden: Tensor, head: FoldedHead, prototypes: Tensor, eps: float, impl: str) -> Tensor | None:
+    """One head, nothing learned, on a CPU: computed first, where the full checks below would take as long as the work.
+
+    What PyTorch's own checks let pass is looked at; None, also after an error of theirs, sends the call to the full
+    checks, which find words for it.
+    """
+    try:
+        dtype, (weight, bias) = hidden.dtype, head
+        if dtype is not prototypes.dtype or dtype not in (torch.float32, torch.float64) or not hidden.is_cpu:
+            return None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weight, bias, prototypes)):
+            return None
+        dim, width = weight.shape
+        if bias.shape != (dim,) or width == 0 or not eps > 1e-30 or impl not in IMPLEMENTATIONS:
+            return None
+        embedding = F.linear(hidden, weight, bias)
+        if embedding.dtype is not dtype or embedding.ndim != 2 or prototypes.ndim != 2 or len(prototypes) == 0:
+            return None
+        return cosine_(embedding, prototypes, eps)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _cosine(embedding: Tensor, prototypes: Tensor, eps: float) -> Tensor:

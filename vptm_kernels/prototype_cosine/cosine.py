@@ -19,11 +19,13 @@ def cosine(embedding: Tensor, prototypes: Tensor, eps: float) -> Tensor:
 def cosine_(embedding: Tensor, prototypes: Tensor, eps: float) -> Tensor:
     """`cosine` without gradients. Overwrites the embedding, divides the smaller of (K, d) and (B, K) by the norms."""
     prototypes = prototypes.to(embedding.dtype)
-    norms = torch.linalg.vector_norm(prototypes, dim=1).clamp_min_(eps)
+    # First the embedding, which is still in the cache. A product by the reciprocal takes half the time of a division.
     embedding /= torch.linalg.vector_norm(embedding, dim=1, keepdim=True).clamp_min_(eps)
     if embedding.shape[0] > embedding.shape[1]:
-        return embedding @ (prototypes / norms[:, None]).mT
-    return (embedding @ prototypes.mT).div_(norms)
+        norms = torch.linalg.vector_norm(prototypes, dim=1, keepdim=True).clamp_min_(eps)
+        return F.linear(embedding, prototypes * norms.reciprocal_())
+    norms = torch.linalg.vector_norm(prototypes, dim=1).clamp_min_(eps)
+    return F.linear(embedding, prototypes).mul_(norms.reciprocal_())
 
 
 def cosine_backward(
