@@ -81,7 +81,8 @@ def each_is_a_token(method: str) -> Callable[[str, Tensor], None]:
             nearest = torch.cdist(rows.double(), tokens.double()).min(1).values
             far = nearest.max().item() / tokens.double().norm(dim=1).max().item()
             assert far < 1e-4, f"{name}: a prompt of layer {layer} is no token of the frozen model ({far:.1e} away)"
-            assert len(rows.unique(dim=0)) == PROMPTS, f"{name}: layer {layer} holds a token twice"
+            # images are drawn with replacement, so a token can come twice, but not over and over
+            assert len(rows.unique(dim=0)) > PROMPTS // 2, f"{name}: the prompts of layer {layer} are copies"
 
     return check
 

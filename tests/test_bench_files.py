@@ -19,7 +19,7 @@ def test_prompts_that_are_no_tokens_are_refused(monkeypatch):
     check("every image forwarded", bench_prompt_init._published("random"))
     with pytest.raises(AssertionError, match="noise: a prompt of layer 0 is no token"):
         check("noise", torch.randn_like(honest))
-    with pytest.raises(AssertionError, match="copies: layer 0 holds a token twice"):
+    with pytest.raises(AssertionError, match="copies: the prompts of layer 0 are copies"):
         check("copies", honest[:, :1].expand_as(honest))
 
 
