@@ -31,6 +31,7 @@ _HOME = {
     "inspect_tokens": "explain",
     "evaluate": "training",
     "init_prompts": "prompt_init",
+    "set_class_embeddings": "provp",
 }
 __all__ = [
     "LinearVerbalizer",
@@ -50,6 +51,7 @@ __all__ = [
     "load_backbone",
     "load_data",
     "save_adapter",
+    "set_class_embeddings",
     "transforms",
     "weight_hash",
 ]
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from .prompted_beit import PromptedBEiT
     from .prompted_vit import PromptedViT
     from .prompts import PromptBank
+    from .provp import set_class_embeddings
     from .training import evaluate, fit
     from .verbalizers import LinearVerbalizer, PrototypicalVerbalizer, fit_prototypes
 

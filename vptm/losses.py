@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from .choices import number
@@ -108,3 +108,51 @@ def _check(embeddings: Tensor, labels: Tensor, temperature: float) -> None:
         )
     if not 0 < number("temperature", temperature) < math.inf:
         raise ValueError(f"temperature must be finite and > 0, got {temperature!r}")
+
+
+def feature_reformation(prompted: Tensor, frozen: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """ProVP-Ref's contrast (arXiv:2304.08386): the prompted feature of an image closest to its own frozen feature.
+
+    With unit vectors f_i and g_i, the mean over the batch of `-log softmax_j(f_i . g_j / temperature)[i]`. One
+    direction; images of one class are negatives of each other; no gradient reaches `frozen`. Where torch.distributed
+    runs, `frozen` is gathered from all ranks and the loss is scaled so that gradients averaged over ranks, as DDP
+    does, are those of one process with the whole batch: f_i enters its own term alone and the g_j are constants, so
+    nothing else has to cross ranks.
+
+    Args:
+        prompted: (B, D) floating point, of any length.
+        frozen: (B, D), features of the same images without prompts.
+        temperature: divides the cosines, > 0; the published code has none, that is 1.
+
+    Returns:
+        A 0-d tensor.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+
+    Example:
+        >>> round(feature_reformation(torch.eye(32), torch.eye(32)).item(), 3)  # log(1 + 31 / e)
+        2.518
+    """
+    if prompted.ndim != 2 or len(prompted) < 1 or not prompted.is_floating_point() or prompted.shape != frozen.shape:
+        raise ValueError(
+            "prompted and frozen must be (B, D) floating point with B >= 1, "
+            f"got {tuple(prompted.shape)} {prompted.dtype} and {tuple(frozen.shape)}"
+        )
+    if not 0 < number("temperature", temperature) < math.inf:
+        raise ValueError(f"temperature must be finite and > 0, got {temperature!r}")
+    anchors, first = F.normalize(frozen.detach(), dim=-1), 0
+    scale = 1.0
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        sizes = [torch.zeros((), dtype=torch.long, device=anchors.device) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(sizes, torch.tensor(len(anchors), device=anchors.device))
+        counts = [int(size) for size in sizes]
+        # ranks may hold batches of unequal size, collectives only equal ones
+        padded = F.pad(anchors, (0, 0, 0, max(counts) - len(anchors))).contiguous()
+        gathered = [torch.empty_like(padded) for _ in counts]
+        distributed.all_gather(gathered, padded)
+        first = sum(counts[: distributed.get_rank()])
+        scale = len(anchors) * len(counts) / sum(counts)
+        anchors = torch.cat([part[:count] for part, count in zip(gathered, counts)])
+    scores = F.normalize(prompted, dim=-1) @ anchors.mT / temperature
+    return scale * F.cross_entropy(scores, torch.arange(first, first + len(prompted), device=scores.device))

@@ -16,10 +16,11 @@ from .choices import one_of
 from .encoder import FrozenEncoder, can_fold
 from .prompts import PROMPT_OPTIONS, PromptBank
 from .reference import AttentionFunction, reference_features, sdpa, softmax_attention
-from .verbalizers import LinearVerbalizer, PrototypicalVerbalizer
+from .verbalizers import ClassEmbeddings, LinearVerbalizer, PrototypicalVerbalizer
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
-VERBALIZERS = ("prototypical", "linear")
+VERBALIZERS = ("prototypical", "linear", "class_embeddings")
+Verbalizer = PrototypicalVerbalizer | LinearVerbalizer | ClassEmbeddings
 
 
 class PromptedModel(nn.Module):
@@ -33,7 +34,7 @@ class PromptedModel(nn.Module):
 
     backbone: Any
     prompts: PromptBank
-    verbalizer: PrototypicalVerbalizer | LinearVerbalizer
+    verbalizer: Verbalizer
     config: dict[str, Any]
     default_cfg: dict[str, Any]
     architecture: dict[str, Any]
@@ -121,9 +122,12 @@ class PromptedModel(nn.Module):
             raise ValueError(f"readout={self.readout!r} needs prompt rows in the last block, prompt_options leave none")
         return bank
 
-    def _make_verbalizer(self, num_classes: int) -> PrototypicalVerbalizer | LinearVerbalizer:
+    def _make_verbalizer(self, num_classes: int) -> Verbalizer:
         activation = self.config["token_activation"]
         in_features = self.num_features if activation == "hidden" or self.lm_head is None else self.lm_head.out_features
+        if self.config["verbalizer"] == "class_embeddings":
+            dim, temperature = self.config["prototype_dim"], self.config["temperature"] or 0.01
+            return ClassEmbeddings(in_features, num_classes, dim=dim, temperature=temperature)
         if self.config["verbalizer"] == "linear":
             return LinearVerbalizer(in_features, num_classes, token_activation=activation)
         return PrototypicalVerbalizer(
@@ -334,8 +338,13 @@ class PromptedModel(nn.Module):
         return self._weight_hash
 
     def learned_state_dict(self) -> dict[str, Tensor]:
-        """Exactly the tensors that training changes, detached, under their `state_dict` names."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """Exactly the tensors that training changes, detached, under their `state_dict` names; and class embeddings,
+        which are set and not trained."""
+        return {
+            name: parameter.detach()
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad or name.startswith("verbalizer.")
+        }
 
     def load_learned_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy tensors saved from `learned_state_dict`; names and shapes must be those of this model.

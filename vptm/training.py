@@ -32,6 +32,7 @@ from .data import ImageDataset, dataset_labels
 from .losses import protoverb_loss
 from .optimization import SCHEDULES, decay_groups, make_schedule
 from .prompted_model import PromptedModel
+from .provp import FeatureReformation
 from .verbalizers import PrototypicalVerbalizer, check_finite
 
 STATE_FILE, METRICS_FILE, CURVES_FILE, RUN_FILE = "state.pt", "metrics.csv", "curves.png", "run.json"
@@ -68,6 +69,9 @@ def fit(
     warmup_epochs: int = 0,
     label_smoothing: float = 0.0,
     protoverb_weight: float = 0.0,
+    reformation: float = 0.0,
+    reformation_temperature: float = 1.0,
+    cache_frozen: bool = False,
     prompt_weight_decay: float | None = None,
     head_weight_decay: float | None = None,
     run_dir: str | Path | None = None,
@@ -101,6 +105,10 @@ def fit(
         label_smoothing: of the cross-entropy, in [0, 1).
         protoverb_weight: of `vptm.losses.protoverb_loss` of a batch, added to its cross-entropy (and to the reported
             train loss); needs the prototypical verbalizer. `vptm.fit_prototypes` trains by that loss alone, afterwards.
+        reformation: lambda of ProVP-Ref's contrast with the features of the frozen model, see
+            `vptm.provp.FeatureReformation`, added to the cross-entropy; 1 in the published code.
+        reformation_temperature: of that contrast.
+        cache_frozen: compute the frozen features of an image once; for training without augmentation.
         prompt_weight_decay: of prompts, None for none.
         head_weight_decay: of the verbalizer's matrices, None for `weight_decay`.
         run_dir: folder for the adapter, `metrics.csv`, `curves.png`, `run.json` and the state to resume from; every
@@ -136,6 +144,9 @@ def fit(
     parameters = list(model.trainable_parameters())
     if not parameters:
         raise ValueError("model must have trainable parameters, all of them are frozen")
+    reform = FeatureReformation(
+        model, weight=reformation, temperature=reformation_temperature, cache=cache_frozen
+    ) if reformation else None
     check_finite(model)
     _check_sample(model, train)
     labels = _check_labels(train, model.num_classes, "train")
@@ -153,6 +164,8 @@ def fit(
         "prompt_weight_decay": prompt_weight_decay,
         "head_weight_decay": head_weight_decay,
         "protoverb_weight": protoverb_weight,
+        "reformation": reformation,
+        "reformation_temperature": reformation_temperature,
         "seed": seed,
     }
     identity = {
@@ -200,7 +213,7 @@ def fit(
                 started = time.perf_counter()
                 seed_everything(seed, epoch, train, val)
                 train_loss, train_accuracy = _train_epoch(
-                    model, train, optimiser, scheduler, label_smoothing, protoverb_weight, epoch, bar
+                    model, train, optimiser, scheduler, label_smoothing, protoverb_weight, reform, epoch, bar
                 )
                 scores = None if val is None else evaluate(model, val)
                 run.finish_epoch(
@@ -285,6 +298,7 @@ def _train_epoch(
     scheduler: Any,
     label_smoothing: float,
     protoverb_weight: float,
+    reform: FeatureReformation | None,
     epoch: int,
     bar: _Progress,
 ) -> tuple[float, float]:
@@ -299,7 +313,7 @@ def _train_epoch(
         images, labels = images.to(place), labels.to(place).long()
         if scheduler is not None:
             scheduler.step_update((epoch - 1) * len(loader) + step)
-        scores, contrast = _scores_and_contrast(model, images, labels, protoverb_weight)
+        scores, contrast = _scores_and_contrast(model, images, labels, protoverb_weight, reform)
         loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
         if contrast is not None:
             loss = loss + contrast
@@ -328,14 +342,22 @@ def _train_epoch(
 
 
 def _scores_and_contrast(
-    model: PromptedModel, images: Tensor, labels: Tensor, protoverb_weight: float
+    model: PromptedModel,
+    images: Tensor,
+    labels: Tensor,
+    protoverb_weight: float,
+    reform: FeatureReformation | None,
 ) -> tuple[Tensor, Tensor | None]:
-    if not protoverb_weight:
+    if not protoverb_weight and reform is None:
         return model(images), None
+    hidden = model.forward_hidden(images)
+    held = None if reform is None else reform(images, hidden)
+    if not protoverb_weight:
+        return model._scores(hidden), held
     verbalizer: Any = model.verbalizer
-    embedding = verbalizer.embed(model.forward_hidden(images), model.lm_head)
-    contrast = protoverb_loss(embedding, verbalizer.prototypes, labels)
-    return verbalizer.compare(embedding) / verbalizer.temperature, protoverb_weight * contrast
+    embedding = verbalizer.embed(hidden, model.lm_head)
+    contrast = protoverb_weight * protoverb_loss(embedding, verbalizer.prototypes, labels)
+    return verbalizer.compare(embedding) / verbalizer.temperature, contrast if held is None else contrast + held
 
 
 class _Run:

@@ -178,6 +178,42 @@ class PrototypicalVerbalizer(nn.Module):
         return self.cosine(hidden, lm_head, impl) / self.temperature
 
 
+class ClassEmbeddings(nn.Module):
+    """Cosine to frozen embeddings of the classes, over a temperature; nothing is trained.
+
+    `score_k = cos(projection hidden, embeddings_k) / temperature`, as CLIP classifies with text features. Filled by
+    `vptm.set_class_embeddings`.
+
+    Args:
+        in_features: width of the hidden state, C.
+        num_classes: K.
+        dim: D of the embeddings, None where they live in the space of the hidden state.
+        temperature: > 0; 0.01 in the released CLIP.
+
+    Attributes:
+        embeddings: (K, D) parameter without gradient.
+        projection: (D, C) parameter without gradient, or None.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, *, dim: int | None, temperature: float) -> None:
+        super().__init__()
+        _check_num_classes(num_classes)
+        self.embeddings = nn.Parameter(torch.zeros(num_classes, dim or in_features), requires_grad=False)
+        self.projection = None
+        if dim is not None:
+            self.projection = nn.Parameter(torch.zeros(dim, in_features), requires_grad=False)
+        self.temperature = temperature
+
+    def embed(self, hidden: Tensor) -> Tensor:
+        """What is compared with the embeddings, (B, D), of any length."""
+        return hidden if self.projection is None else F.linear(hidden, self.projection)
+
+    def forward(self, hidden: Tensor, lm_head: nn.Linear | None = None) -> Tensor:
+        """Class scores (B, K)."""
+        unit = F.normalize(self.embed(hidden), dim=-1)
+        return F.linear(unit, F.normalize(self.embeddings, dim=-1)) / self.temperature
+
+
 class LinearVerbalizer(nn.Module):
     """A linear classifier on what is read: with `token_activation="hidden"` and the CLS row this is the head of VPT.
 

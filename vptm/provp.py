@@ -1,0 +1,193 @@
+"""ProVP-Ref (arXiv:2304.08386): classes as frozen embeddings, and prompts held to the features of the frozen model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .choices import number
+from .encoder import FrozenEncoder
+from .losses import feature_reformation
+from .prompted_beit import PromptedBEiT
+from .prompts import PromptBank
+from .verbalizers import ClassEmbeddings
+
+if TYPE_CHECKING:
+    from .prompted_model import PromptedModel
+
+
+def set_class_embeddings(
+    model: PromptedModel,
+    embeddings: Tensor,
+    *,
+    projection: Tensor | None = None,
+    logit_scale: float = 100.0,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Classify by cosine to frozen embeddings of the classes, as CLIP does; nothing of the verbalizer is trained then.
+
+    With CLIP weights in timm, `projection` is the weight of the model's own head (512, 768) and `embeddings` what its
+    text encoder gives for the class names; for another backbone the projection can be fitted, see `ridge_projection`.
+
+    Args:
+        model: its verbalizer and number of classes are replaced.
+        embeddings: (K, D), of any length.
+        projection: (D, C) from the model's features to the embeddings; None where D = C.
+        logit_scale: factor of the cosines; 100 in the released CLIP.
+        class_names: the K names the embeddings were made of; must equal the model's where it has names.
+
+    Raises:
+        ValueError: shapes or names that do not match, or values that are not finite.
+
+    Example:
+        >>> import vptm
+        >>> model = vptm.PromptedBEiT("builtin", 2, readout="cls", token_activation="hidden")
+        >>> set_class_embeddings(model, torch.eye(3, 192), class_names=["a", "b", "c"])
+        >>> model(torch.zeros(1, 1, 28, 28)).shape
+        torch.Size([1, 3])
+    """
+    if embeddings.ndim != 2 or not len(embeddings) or not bool(embeddings.isfinite().all()):
+        raise ValueError(f"embeddings must be (K, D), finite, got {tuple(embeddings.shape)}")
+    classes, dim = embeddings.shape
+    wanted = (dim, model.num_features)
+    if projection is None and dim != model.num_features:
+        raise ValueError(f"projection must be {wanted}, None is for embeddings of {model.num_features} values")
+    if projection is not None and (tuple(projection.shape) != wanted or not bool(projection.isfinite().all())):
+        raise ValueError(f"projection must be {wanted}, finite, got {tuple(projection.shape)}")
+    if not 0 < number("logit_scale", logit_scale) < float("inf"):
+        raise ValueError(f"logit_scale must be finite and > 0, got {logit_scale!r}")
+    if class_names is not None and len(class_names) != classes:
+        raise ValueError(f"class_names must name all {classes} embeddings, got {len(class_names)}")
+    own = model.class_names
+    if class_names is not None and own is not None and list(class_names) != list(own):
+        raise ValueError(f"class_names must be those of the model, {', '.join(own)}, got {', '.join(class_names)}")
+    if class_names is None and own is not None and len(own) != classes:
+        raise ValueError(f"embeddings must be one for each of the {len(own)} classes of the model, got {classes}")
+    model.config |= {
+        "verbalizer": "class_embeddings",
+        "token_activation": "hidden",
+        "prototype_dim": None if projection is None else dim,
+        "temperature": 1.0 / logit_scale,
+    }
+    names = list(class_names) if class_names is not None else own
+    model.reset_classifier(classes)
+    model.class_names = names
+    verbalizer = model.verbalizer
+    assert isinstance(verbalizer, ClassEmbeddings)
+    with torch.no_grad():
+        verbalizer.embeddings.copy_(embeddings)
+        if projection is not None and verbalizer.projection is not None:
+            verbalizer.projection.copy_(projection)
+
+
+def image_features(model: PromptedModel, hidden: Tensor) -> Tensor:
+    """What is compared with class embeddings (B, D), or the read-out row itself (B, C) for any other verbalizer."""
+    return model.verbalizer.embed(hidden) if isinstance(model.verbalizer, ClassEmbeddings) else hidden
+
+
+def ridge_projection(features: Tensor, labels: Tensor, embeddings: Tensor, *, strength: float = 1.0) -> Tensor:
+    """The (D, C) matrix that best maps image features to the embeddings of their classes, by ridge regression.
+
+    A stand-in for weights that were trained with their text encoder: fitted on the base classes alone, it lets any
+    backbone be read with class embeddings, also of classes it never saw.
+
+    Args:
+        features: (N, C), of the frozen model.
+        labels: (N,) integers in 0..K-1.
+        embeddings: (K, D).
+        strength: of the squared penalty, relative to the mean squared feature; > 0.
+
+    Example:
+        >>> features, embeddings = torch.eye(3), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> ridge_projection(features, torch.arange(3), embeddings, strength=1e-6).mT.allclose(embeddings, atol=1e-4)
+        True
+    """
+    if not 0 < number("strength", strength) < float("inf"):
+        raise ValueError(f"strength must be finite and > 0, got {strength!r}")
+    x, y = F.normalize(features.double(), dim=-1), F.normalize(embeddings.double(), dim=-1)[labels.long()]
+    gram = x.mT @ x
+    penalty = strength * gram.diagonal().mean()
+    solved = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), x.mT @ y)
+    return solved.mT.to(embeddings.dtype)
+
+
+def unprompted(model: PromptedModel) -> PromptedModel:
+    """The same model without its prompts: it shares every weight, and the encoder's folded copies where it can.
+
+    Made for the device and dtype the model has now. Needs a frozen backbone.
+    """
+    twin = object.__new__(type(model))
+    twin.__dict__ = dict(model.__dict__)
+    for kind in ("_modules", "_parameters", "_buffers"):
+        twin.__dict__[kind] = dict(model.__dict__[kind])
+    weight = model.prompts.weight
+    twin.prompts = PromptBank(len(model.backbone.blocks), 0, model.num_features, patch_values=1).to(weight)
+    twin.num_rows = rows = model.num_rows - model.prompts.length
+    if isinstance(model, PromptedBEiT) and isinstance(twin, PromptedBEiT):
+        twin.bias_index = model.bias_index[:rows, :rows]
+        twin.row_order = model.row_order[model.row_order < rows]
+    if twin.prompt_bias is not None:
+        twin.prompt_bias = None
+    twin.training = False
+    twin._encoder = FrozenEncoder()
+    return twin
+
+
+class FeatureReformation:
+    """`weight` times `vptm.losses.feature_reformation` between a model's features and those it has without prompts.
+
+    Args:
+        model: has a frozen backbone; its features are what its verbalizer compares with class embeddings, or the
+            read-out row.
+        weight: lambda, 1 in the published code.
+        temperature: 1 in the published code.
+        cache: keep the frozen features of every image, found again by its pixels. For training without augmentation,
+            where they are the same in every epoch.
+
+    Example:
+        >>> import vptm
+        >>> model = vptm.PromptedBEiT("builtin", 2, prompt_mode="progressive", readout="cls", token_activation="hidden")
+        >>> loss, images = FeatureReformation(model), torch.rand(4, 1, 28, 28)
+        >>> loss(images, model.forward_hidden(images)).ndim
+        0
+    """
+
+    def __init__(
+        self, model: PromptedModel, *, weight: float = 1.0, temperature: float = 1.0, cache: bool = False
+    ) -> None:
+        if any(parameter.requires_grad for parameter in model.backbone.parameters()):
+            raise ValueError("reformation needs a frozen backbone, this one is trained")
+        if not 0 <= number("reformation", weight) < float("inf"):
+            raise ValueError(f"reformation must be finite and >= 0, got {weight!r}")
+        if not 0 < number("reformation_temperature", temperature) < float("inf"):
+            raise ValueError(f"reformation_temperature must be finite and > 0, got {temperature!r}")
+        self.model, self.twin = model, unprompted(model)
+        self.weight, self.temperature = weight, temperature
+        self._cache: dict[bytes, Tensor] | None = {} if cache else None
+
+    def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """The loss of a batch, from its images and the prompted read-out rows (B, C)."""
+        frozen = self.frozen(images)
+        loss = feature_reformation(image_features(self.model, hidden), frozen, temperature=self.temperature)
+        return self.weight * loss
+
+    @torch.no_grad()
+    def frozen(self, images: Tensor) -> Tensor:
+        """Features (B, D) without prompts."""
+        if self._cache is None:
+            return self._compute(images)
+        keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.cpu().numpy()]
+        missing = [i for i, key in enumerate(keys) if key not in self._cache]
+        if missing:
+            for i, features in zip(missing, self._compute(images[missing])):
+                self._cache[keys[i]] = features
+        return torch.stack([self._cache[key] for key in keys])
+
+    def _compute(self, images: Tensor) -> Tensor:
+        self.model._encoder.lend(self.model, self.twin)
+        return image_features(self.model, self.twin.forward_hidden(images))
