@@ -45,21 +45,40 @@ def test_no_two_byte_loads_of_aligned_inputs(reports, target):
         assert report.loads.get("128", 0) + report.loads.get("async", 0) > 0, report.row()
 
 
+def scores_and_counts(report):
+    """Scores per thread of a forward kernel, and its instructions for them: of one trip of the loop, or of all of it."""
+    constants = report.constants
+    keys = constants["BLOCK_N"]
+    if constants["RESIDENT"]:
+        blocks = constants["TOKEN_BLOCKS"] + constants["PROMPT_BLOCKS"]
+        keys = blocks * keys + constants["TAIL_1"] + constants["TAIL_2"]
+    counts = report.counts if constants["RESIDENT"] else report.main_loop
+    return constants["BLOCK_M"] * keys / (report.num_warps * 32), counts
+
+
 @pytest.mark.parametrize("target", ["sm80", "sm90"])
 def test_softmax_is_computed_once(reports, target):
     """Twice as many exponentials as scores would mean that the scores exist in two layouts."""
     for report in of(reports, target, "forward"):
-        scores = report.constants["BLOCK_M"] * report.constants["BLOCK_N"] / (report.num_warps * 32)
-        loop = report.main_loop
-        assert loop["MUFU"] <= 1.15 * scores + 2, report.row()
-        assert loop["FMNMX"] <= 1.35 * scores + 4, report.row()
+        scores, counts = scores_and_counts(report)
+        assert counts["MUFU"] <= 1.15 * scores + 8, report.row()
+        assert counts["FMNMX"] <= 1.35 * scores + 16, report.row()
 
 
-def test_size_of_the_forward_main_loop_on_sm90(reports):
-    """Instructions per 64 x 64 tile; compilers differ by a few."""
+def test_size_of_the_forward_loop_on_sm90(reports):
+    """Instructions per 64 x 64 tile, 313 to 320 with a bias; compilers differ by a few."""
     for report in of(reports, "sm90", "forward"):
         assert (report.constants["BLOCK_M"], report.constants["BLOCK_N"], report.num_warps) == (64, 64, 4)
-        assert report.main_loop["total"] <= (350 if report.constants["BIAS"] else 280), report.row()
+        if not report.constants["RESIDENT"]:
+            assert report.main_loop["total"] <= 326, report.row()
+
+
+def test_resident_keys_save_instructions_and_leave_room_for_three_blocks_on_sm90(reports):
+    """The whole program for N=197 with up to 11 prompts; streaming it takes over 1700 instructions."""
+    resident = [r for r in of(reports, "sm90", "forward") if r.constants["RESIDENT"]]
+    assert len(resident) >= 3
+    for report in resident:
+        assert report.instructions <= 1550 and report.blocks_per_sm >= 3, report.row()
 
 
 @pytest.mark.parametrize(

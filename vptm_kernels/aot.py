@@ -69,6 +69,7 @@ class Report:
     tensor_core_kind: str = ""
     loads: dict[str, int] = field(default_factory=dict)
     instructions: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
     loops: list[dict[str, int]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
@@ -249,6 +250,7 @@ def _read_nvidia(report: Report, compiled: Any) -> None:
             break
     report.loads = dict(Counter(width for opcode in opcodes if (width := _load_width(opcode))))
     report.instructions = counts["total"]
+    report.counts = counts
     report.loops = [_count(opcodes[first : last + 1]) for first, last in _innermost_loops(lines)]
     report.blocks_per_sm, report.occupancy, report.limiter = occupancy(
         report.registers, report.shared, report.num_warps, report.target, report.tensor_memory

@@ -24,10 +24,11 @@ def _run(
     bias: str = "aligned",
     heads: int = 12,
     learned: str = "qkv prompts",
+    window: tuple[int, int] = (14, 14),
 ) -> None:
     from . import triton_impl
 
-    batch, width, window = 8, heads * head_dim, (14, 14)
+    batch, width = 8, heads * head_dim
     qkv = torch.empty(batch, tokens, 3 * width, dtype=dtype)
     sections = 3 if kind == "queries" else 2
     shape = {"none": None, "image": (batch, prompts, 2 * width), "pool": (4 * prompts, 2 * width)}
@@ -36,6 +37,7 @@ def _run(
     ranges = torch.zeros(batch, 2, dtype=torch.int32) if kind == "pool" else None
     data, ids = None, None
     if bias == "table":
+        # A learned table in the type of master weights.
         data, ids = torch.empty(table_rows(window), heads), torch.zeros(tokens, dtype=torch.int32)
     elif bias == "aligned":
         # Frozen tables as models hold them: expanded once, in fp16.
@@ -81,3 +83,7 @@ def cases() -> Iterator[Case]:
     yield case("backward-table", passes="backward", bias="table", learned="qkv prompts bias")
     yield case("backward-dense-bias", passes="backward", learned="qkv prompts bias")
     yield case("forward-table", passes="forward", bias="table")
+    # 40 x 40 patches: the tile of a table would be larger than second-level caches, so kernels gather from the table.
+    large: dict[str, Any] = {"bias": "table", "window": (40, 40), "tokens": 1601}
+    yield case("forward-gathered", passes="forward", **large)
+    yield case("backward-gathered", passes="backward", learned="qkv prompts bias", **large)

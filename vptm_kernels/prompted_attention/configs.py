@@ -57,6 +57,30 @@ def forward_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *, in
     return Config(64, 64, 4, 1) if _asynchronous_tensor_cores(arch) else Config(64, 32, 4, 1)
 
 
+def keys_resident(
+    arch: str, dtype_bits: int, head_dim: int, keys: int, bias_bits: int, *, interpreted: bool = False
+) -> bool:
+    """Whether the forward kernel holds the scores of all keys of an image instead of one block of them.
+
+    On sm90 that is an eighth fewer instructions, and up to 208 keys leave registers for three blocks on a
+    multiprocessor. Elsewhere it saves nothing: tcgen05 keeps scores outside registers, and mma needs them for operands.
+    """
+    return keys <= 208 and (interpreted or (arch == "sm90" and dtype_bits == 16 and head_dim <= 64 and bias_bits <= 16))
+
+
+def fits_tile(heads: int, tokens: int, element_size: int) -> bool:
+    """Whether a table is expanded to a (H, N, N) tile for all kernels to read, or gathered from by every kernel.
+
+    The tile costs a third of the gather's instructions but must stay in a second-level cache (40 MB and more).
+    """
+    return heads * tokens * tokens * element_size <= 32 << 20
+
+
+def heads_per_table_grad(heads: int, tokens: int) -> int:
+    """How many heads at a time have their dense bias gradient in memory, in float32, on its way to the table's."""
+    return max(1, min(heads, (128 << 20) // (4 * tokens * tokens)))
+
+
 def query_grad_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *, interpreted: bool = False) -> Config:
     if interpreted:
         return _interpreted(tokens)

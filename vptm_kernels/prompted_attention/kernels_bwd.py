@@ -21,17 +21,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels_fwd import (
+from .kernels_common import (
     LOG2E,
+    TABLE,
     bias_rows,
-    block_bias,
+    full_block,
+    gathered_bias,
     load_block,
     load_ids,
     load_rows,
     mixed_rows,
     prompt_range,
+    scores,
     table_index,
-    tail_bias,
+    tail_block,
 )
 
 
@@ -70,11 +73,7 @@ def _delta_kernel(out_ptr, do_ptr, dlse_ptr, delta_ptr, rows, H: tl.constexpr, D
 @triton.jit
 def _query_step(dq, q, do, lse, delta, k, v, bias, valid, SCALE: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr,
                 MASK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
-    if BIAS:
-        s = s * SCALE + bias
-    elif SCALE != 1.0:
-        s = s * SCALE
+    s = scores(q, k, bias, SCALE, BIAS, ACC, PRECISION)
     p = tl.exp2(s * FACTOR - lse[:, None])
     if MASK:
         p = tl.where(valid[None, :], p, 0.0)
@@ -84,36 +83,14 @@ def _query_step(dq, q, do, lse, delta, k, v, bias, valid, SCALE: tl.constexpr, F
 
 
 @triton.jit
-def _query_tail(dq, q, do, lse, delta, t, keys, prompt_keys, bias_row, has_bias, full_tokens, full_prompts, left,
-                total, N, P,
-                prompt_column, stride_n: tl.constexpr, stride_p: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-                DP: tl.constexpr,
-                HAS_PROMPTS: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr,
-                ALIGNED: tl.constexpr, INDEX: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr,
-                ACC: tl.constexpr,
-                PRECISION: tl.constexpr):
-    key_ptr = mixed_rows(t, keys, prompt_keys, full_tokens, full_prompts, left, N, P, stride_n, stride_p, HAS_PROMPTS,
-                         ALIGNED, INDEX)
-    k = load_rows(key_ptr, D, DP)
-    v = load_rows(key_ptr + H * D, D, DP)
-    bias = 0.0
-    if BIAS:
-        bias = tail_bias(t, bias_row, has_bias, full_tokens, full_prompts, left, total, prompt_column, PROMPT_BIAS,
-                         PARTIAL_BIAS, ACC)
-    return _query_step(dq, q, do, lse, delta, k, v, bias, t < total, SCALE, FACTOR, BIAS, True, ACC, PRECISION)
-
-
-@triton.jit
 def _query_grads(
-    dq, q, do, lse, delta, row, tokens, prompts, tile, N, P, prompt_column, stride_n: tl.constexpr,
-    stride_p: tl.constexpr, stride_tn: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK_N: tl.constexpr, TAIL_1: tl.constexpr,
-    TAIL_2: tl.constexpr,
-    TOKEN_LOOP: tl.constexpr, PROMPT_LOOP: tl.constexpr, HAS_PROMPTS: tl.constexpr, POOL: tl.constexpr,
-    PROMPT_QUERIES: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr,
+    dq, q, do, lse, delta, row, tokens, prompts, source, N, P, prompt_column,
+    stride_n: tl.constexpr, stride_p: tl.constexpr, stride_tn: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_1: tl.constexpr, TAIL_2: tl.constexpr, TOKEN_BLOCKS: tl.constexpr,
+    PROMPT_BLOCKS: tl.constexpr, HAS_PROMPTS: tl.constexpr, POOL: tl.constexpr, PROMPT_QUERIES: tl.constexpr,
+    BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
     ALIGNED: tl.constexpr, INDEX: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """dq plus ds @ k over all keys of one image; rows from N on are prompts."""
     keys = tokens + H * D
@@ -121,74 +98,58 @@ def _query_grads(
     if PROMPT_QUERIES:
         prompt_keys = prompts + H * D
     has_bias = row < N
-    bias_row = tile
+    bias_row = row
     if BIAS:
-        bias_row = bias_rows(tile, row, N, stride_tn, PARTIAL_BIAS)
+        bias_row = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS)
     every = tl.arange(0, BLOCK_N) >= 0
 
     full_tokens = 0
-    if TOKEN_LOOP:
+    if TOKEN_BLOCKS > 0:
         full_tokens = (N // BLOCK_N) * BLOCK_N
         tl.assume(full_tokens > 0)
         for first in tl.range(0, full_tokens, BLOCK_N, num_stages=STAGES):
             first = tl.multiple_of(first, BLOCK_N)
-            j = first + tl.arange(0, BLOCK_N)
-            k = load_block(keys, j.to(INDEX) * stride_n, D, DP)
-            v = load_block(keys + H * D, j.to(INDEX) * stride_n, D, DP)
-            bias = 0.0
-            if BIAS:
-                bias = block_bias(bias_row, j, has_bias, PARTIAL_BIAS, ACC)
+            k, v, bias = full_block(keys, first, source, bias_row, first, has_bias, N, stride_n, H, D, DP, BLOCK_N,
+                                    BIAS, PARTIAL_BIAS, HAS_IDS, INDEX, ACC)
             dq = _query_step(dq, q, do, lse, delta, k, v, bias, every, SCALE, FACTOR, BIAS, False, ACC, PRECISION)
 
     full_prompts = 0
-    if PROMPT_LOOP:
+    if PROMPT_BLOCKS > 0:
         full_prompts = (P // BLOCK_N) * BLOCK_N
         if not POOL:
             tl.assume(full_prompts > 0)
         for first in tl.range(0, full_prompts, BLOCK_N, num_stages=STAGES):
             first = tl.multiple_of(first, BLOCK_N)
-            j = first + tl.arange(0, BLOCK_N)
-            k = load_block(prompt_keys, j.to(INDEX) * stride_p, D, DP)
-            v = load_block(prompt_keys + H * D, j.to(INDEX) * stride_p, D, DP)
-            bias = 0.0
-            if PROMPT_BIAS:
-                bias = block_bias(bias_row, prompt_column + j, has_bias, PARTIAL_BIAS, ACC)
-            dq = _query_step(dq, q, do, lse, delta, k, v, bias, every, SCALE, FACTOR, BIAS, False, ACC, PRECISION)
+            k, v, bias = full_block(prompt_keys, first, source, bias_row, prompt_column + first, has_bias, N, stride_p,
+                                    H, D, DP, BLOCK_N, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, INDEX, ACC)
+            dq = _query_step(dq, q, do, lse, delta, k, v, bias, every, SCALE, FACTOR, PROMPT_BIAS, False, ACC,
+                             PRECISION)
 
-    if TAIL_1 > 0:
-        left = N - full_tokens
-        total = left
-        if HAS_PROMPTS:
-            total = left + P - full_prompts
-        dq = _query_tail(
-            dq, q, do, lse, delta, tl.arange(0, TAIL_1), keys, prompt_keys, bias_row, has_bias, full_tokens,
-            full_prompts,
-            left, total, N, P, prompt_column, stride_n, stride_p, H, D, DP, HAS_PROMPTS, BIAS, PROMPT_BIAS,
-            PARTIAL_BIAS,
-            ALIGNED, INDEX, SCALE, FACTOR, ACC, PRECISION,
+    for i in tl.static_range((TAIL_1 > 0) + (TAIL_2 > 0)):
+        if i == 0:
+            t = tl.arange(0, TAIL_1)
+        else:
+            t = TAIL_1 + tl.arange(0, TAIL_2)
+        k, v, bias, valid = tail_block(
+            t, keys, prompt_keys, full_tokens, full_prompts, source, bias_row, has_bias, N, P, prompt_column,
+            stride_n, stride_p, H, D, DP, HAS_PROMPTS, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, ALIGNED, INDEX, ACC,
         )
-        if TAIL_2 > 0:
-            dq = _query_tail(
-                dq, q, do, lse, delta, TAIL_1 + tl.arange(0, TAIL_2), keys, prompt_keys, bias_row, has_bias,
-                full_tokens,
-                full_prompts, left, total, N, P, prompt_column, stride_n, stride_p, H, D, DP, HAS_PROMPTS, BIAS,
-                PROMPT_BIAS, PARTIAL_BIAS, ALIGNED, INDEX, SCALE, FACTOR, ACC, PRECISION,
-            )
+        dq = _query_step(dq, q, do, lse, delta, k, v, bias, valid, SCALE, FACTOR, BIAS, True, ACC, PRECISION)
     return dq
 
 
 @triton.jit
 def _query_grad_kernel(
-    qkv_ptr, prompt_ptr, ranges_ptr, tile_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, grad_ptr,
-    B, N, P, pool_size, prompt_column, images,
+    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, grad_ptr,
+    B, N, P, pool_size, prompt_column, height, width, images,
     stride_b, stride_pb, stride_th, stride_n: tl.constexpr, stride_p: tl.constexpr, stride_tn: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_1: tl.constexpr, TAIL_2: tl.constexpr,
-    TOKEN_LOOP: tl.constexpr, PROMPT_LOOP: tl.constexpr, HAS_PROMPTS: tl.constexpr, POOL: tl.constexpr,
+    TOKEN_BLOCKS: tl.constexpr, PROMPT_BLOCKS: tl.constexpr, HAS_PROMPTS: tl.constexpr, POOL: tl.constexpr,
     PROMPT_QUERIES: tl.constexpr, OF_PROMPTS: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr,
-    PARTIAL_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr,
-    SCALE: tl.constexpr, GRAD_SCALE: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DLSE: tl.constexpr, ALIGNED: tl.constexpr,
+    INDEX: tl.constexpr, QUERY_SCALE: tl.constexpr, SCALE: tl.constexpr, GRAD_SCALE: tl.constexpr,
+    FACTOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """grad_ptr: query section of dqkv (B, N, 3*H*D); with OF_PROMPTS that of the partial sums (chunks, P, 3*H*D)."""
     rows = N
@@ -208,9 +169,9 @@ def _query_grad_kernel(
     row = own_row
     if OF_PROMPTS:
         row = N + own_row
-    tile = tile_ptr
+    source = qkv_ptr
     if BIAS:
-        tile = tile_ptr + h.to(tl.int64) * stride_th
+        source = (bias_ptr + h.to(tl.int64) * stride_th, ids_ptr, height, width)
     dq = tl.zeros((BLOCK_M, DP), ACC)
 
     first_image = chunk
@@ -231,6 +192,8 @@ def _query_grad_kernel(
             q = load_rows(prompts + own_row.to(INDEX) * stride_p, D, DP)
         else:
             q = load_rows(tokens + own_row.to(INDEX) * stride_n, D, DP)
+        if QUERY_SCALE != 1.0:
+            q = q * QUERY_SCALE
         out_rows = (b * rows + row) * (H * D) + h * D
         do = load_rows(do_ptr + out_rows, D, DP)
         at = (b * H + h) * rows
@@ -238,9 +201,10 @@ def _query_grad_kernel(
         tl.store(delta_ptr + at + row, delta, mask=stored)
         lse = _load_lse(lse_ptr + at, row, stored)
         dq = _query_grads(
-            dq, q, do, lse, delta, row, tokens, prompts, tile, N, length, prompt_column, stride_n, stride_p, stride_tn,
-            H, D, DP, BLOCK_N, TAIL_1, TAIL_2, TOKEN_LOOP, PROMPT_LOOP, HAS_PROMPTS, POOL, PROMPT_QUERIES, BIAS,
-            PROMPT_BIAS, PARTIAL_BIAS, ALIGNED, INDEX, SCALE, FACTOR, ACC, PRECISION, STAGES,
+            dq, q, do, lse, delta, row, tokens, prompts, source, N, length, prompt_column, stride_n, stride_p,
+            stride_tn, H, D, DP, BLOCK_N, TAIL_1, TAIL_2, TOKEN_BLOCKS, PROMPT_BLOCKS, HAS_PROMPTS, POOL,
+            PROMPT_QUERIES, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, ALIGNED, INDEX, SCALE, FACTOR, ACC, PRECISION,
+            STAGES,
         )
 
     offs_d = tl.arange(0, DP)
@@ -253,14 +217,15 @@ def _query_grad_kernel(
 
 @triton.jit
 def _key_grad_kernel(
-    qkv_ptr, prompt_ptr, ranges_ptr, tile_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, grad_ptr,
-    B, N, P, pool_size, prompt_column, images, stride_grad,
+    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, grad_ptr,
+    B, N, P, pool_size, prompt_column, height, width, images, stride_grad,
     stride_b, stride_pb, stride_th, stride_n: tl.constexpr, stride_p: tl.constexpr, stride_tn: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_PROMPTS: tl.constexpr, POOL: tl.constexpr, PROMPT_QUERIES: tl.constexpr, OF_PROMPTS: tl.constexpr,
-    BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr,
-    HAS_DLSE: tl.constexpr, FUSE_DELTA: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr, SCALE: tl.constexpr,
-    GRAD_SCALE: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
+    HAS_DLSE: tl.constexpr, FUSE_DELTA: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr,
+    QUERY_SCALE: tl.constexpr, SCALE: tl.constexpr, GRAD_SCALE: tl.constexpr, FACTOR: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """grad_ptr: the key section of dqkv; with OF_PROMPTS that of the partial sums (chunks, P, stride_grad).
 
@@ -280,11 +245,16 @@ def _key_grad_kernel(
     h = outer % H
     chunk = (outer // H).to(tl.int64)
     offs_n = (pid % key_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tile = tile_ptr
+    HAS_BIAS: tl.constexpr = PROMPT_BIAS if OF_PROMPTS else BIAS
+    source = qkv_ptr
+    key_ids = offs_n
     if BIAS:
-        tile = tile_ptr + h.to(tl.int64) * stride_th
+        head_bias = bias_ptr + h.to(tl.int64) * stride_th
         if OF_PROMPTS:
-            tile += prompt_column
+            head_bias += prompt_column
+        source = (head_bias, ids_ptr, height, width)
+        if BIAS == TABLE:
+            key_ids = load_ids(ids_ptr, offs_n, N, HAS_IDS)
     # The tile's columns are padded to 16, so this mask is constant over 16 and the load stays wide.
     inside = offs_n < tl.cdiv(own_keys, 16) * 16
     dk = tl.zeros((BLOCK_N, DP), ACC)
@@ -314,6 +284,8 @@ def _key_grad_kernel(
             key_ptr = tokens + H * D + tl.minimum(offs_n, N - 1).to(INDEX) * stride_n
         k = load_rows(key_ptr, D, DP)
         v = load_rows(key_ptr + H * D, D, DP)
+        if QUERY_SCALE != 1.0:
+            k = k * QUERY_SCALE
         for first in tl.range(0, rows, BLOCK_M, num_stages=STAGES):
             i = first + tl.arange(0, BLOCK_M)
             row = tl.minimum(i, rows - 1)
@@ -330,17 +302,16 @@ def _key_grad_kernel(
                 delta = _row_delta(do, out_ptr + image + row * (H * D), dlse_ptr + at, row, D, DP, HAS_DLSE, ACC)
             else:
                 delta = tl.load(delta_ptr + at + row)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
-            if BIAS:
-                bias = 0.0
-                if PROMPT_BIAS or (not OF_PROMPTS):
-                    at_tile = bias_rows(tile, row, N, stride_tn, PARTIAL_BIAS)[:, None] + offs_n[None, :]
-                    bias = tl.load(at_tile, mask=inside[None, :], other=0.0).to(ACC)
+            bias = 0.0
+            if HAS_BIAS:
+                at_bias = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS)
+                if BIAS == TABLE:
+                    bias = gathered_bias(source, at_bias, key_ids, ACC)
+                else:
+                    bias = tl.load(at_bias[:, None] + offs_n[None, :], mask=inside[None, :], other=0.0).to(ACC)
                     if PARTIAL_BIAS:
                         bias = tl.where((row < N)[:, None], bias, 0.0)
-                s = s * SCALE + bias
-            elif SCALE != 1.0:
-                s = s * SCALE
+            s = scores(q, k, bias, SCALE, HAS_BIAS, ACC, PRECISION)
             p = tl.exp2(s * FACTOR - lse[:, None])
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION, out_dtype=ACC)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
@@ -358,14 +329,15 @@ def _key_grad_kernel(
 
 @triton.jit
 def _bias_grad_kernel(
-    qkv_ptr, prompt_ptr, tile_ptr, do_ptr, lse_ptr, delta_ptr, grad_ptr,
-    B, N, P, prompt_column, images, grad_rows, grad_columns,
+    qkv_ptr, prompt_ptr, bias_ptr, ids_ptr, do_ptr, lse_ptr, delta_ptr, grad_ptr,
+    B, N, P, prompt_column, height, width, images, first_head, heads, grad_rows, grad_columns,
     stride_b, stride_pb, stride_th, stride_n: tl.constexpr, stride_p: tl.constexpr, stride_tn: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PROMPT_QUERIES: tl.constexpr, PROMPT_BIAS: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr,
-    SCALE: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PROMPT_QUERIES: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
+    ALIGNED: tl.constexpr, INDEX: tl.constexpr, QUERY_SCALE: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """grad_ptr: partial sums (chunks, H, grad_rows, grad_columns) in the rows and columns of the caller's bias."""
+    """grad_ptr: partial sums (chunks, heads, grad_rows, grad_columns) in the rows and columns of the caller's bias."""
     rows = N
     if PROMPT_QUERIES:
         rows = N + P
@@ -376,15 +348,21 @@ def _bias_grad_kernel(
     outer = pid // row_blocks
     offs_n = (outer % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     outer = outer // column_blocks
-    h = outer % H
-    chunk = (outer // H).to(tl.int64)
+    h = first_head + outer % heads
+    chunk = (outer // heads).to(tl.int64)
     row = tl.minimum(offs_m, grad_rows - 1)
     column = tl.minimum(offs_n, grad_columns - 1)
-    tile_column = column
-    if PROMPT_BIAS:
-        tile_column = tl.where(column < N, column, column - N + prompt_column)
-    tile = tile_ptr + h.to(tl.int64) * stride_th
-    bias = tl.load(tile + (row * stride_tn)[:, None] + tile_column[None, :]).to(ACC)
+    source = (bias_ptr + h.to(tl.int64) * stride_th, ids_ptr, height, width)
+    bias_row = bias_rows(source, row, N, stride_tn, BIAS, False, HAS_IDS)
+    if BIAS == TABLE:
+        bias = gathered_bias(source, bias_row, load_ids(ids_ptr, offs_n, N, HAS_IDS), ACC)
+    elif PROMPT_BIAS:
+        bias_column = tl.where(column < N, column, column - N + prompt_column)
+        bias = tl.load(bias_row[:, None] + bias_column[None, :]).to(ACC)
+    else:
+        # The tile's columns are padded to 16, so this mask is constant over 16 and the load stays wide.
+        inside = offs_n < tl.cdiv(grad_columns, 16) * 16
+        bias = tl.load(bias_row[:, None] + offs_n[None, :], mask=inside[None, :], other=0.0).to(ACC)
 
     total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     first_image = chunk * images
@@ -407,21 +385,28 @@ def _bias_grad_kernel(
         at = (b * H + h) * rows
         lse = _load_lse(lse_ptr + at, row, offs_m < grad_rows)
         delta = tl.load(delta_ptr + at + row)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * SCALE + bias
+        if QUERY_SCALE != 1.0:
+            q = q * QUERY_SCALE
+        s = scores(q, k, bias, SCALE, True, ACC, PRECISION)
         p = tl.exp2(s * FACTOR - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         total += p * (dp - delta[:, None])
 
-    at_grad = grad_ptr + ((chunk * H + h) * grad_rows + offs_m[:, None]) * grad_columns + offs_n[None, :]
+    grad_row = (chunk * heads + h - first_head) * grad_rows + offs_m
+    at_grad = grad_ptr + (grad_row * grad_columns)[:, None] + offs_n[None, :]
     tl.store(at_grad, total, mask=(offs_m < grad_rows)[:, None] & (offs_n < grad_columns)[None, :])
 
 
 @triton.jit
 def _table_grad_kernel(
-    dbias_ptr, ids_ptr, grad_ptr, N, R, height, width, H: tl.constexpr, HAS_IDS: tl.constexpr, ACC: tl.constexpr,
+    dbias_ptr, ids_ptr, grad_ptr, first_head, N, R, height, width,
+    H: tl.constexpr, HAS_IDS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    """grad_ptr (R, H): every program looks for its rows of the table among all pairs, in order, for one head."""
+    """grad_ptr (R, H): every program looks for its rows of the table among all pairs, in order, for one head.
+
+    dbias_ptr (heads, N, N) holds heads from first_head on.
+    """
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     h = tl.program_id(1)
     total = tl.zeros((BLOCK_R,), ACC)
@@ -436,7 +421,7 @@ def _table_grad_kernel(
             x = tl.load(at, mask=has_position, other=0.0)
             found = has_position[:, :, None] & (index[:, :, None] == r[None, None, :])
             total += tl.sum(tl.sum(tl.where(found, x[:, :, None], 0.0), 1), 0)
-    tl.store(grad_ptr + r * H + h, total.to(grad_ptr.dtype.element_ty), mask=r < R)
+    tl.store(grad_ptr + r * H + first_head + h, total.to(grad_ptr.dtype.element_ty), mask=r < R)
 
 
 @triton.jit

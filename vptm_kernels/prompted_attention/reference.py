@@ -32,7 +32,7 @@ def prompted_attention_reference(
             for image, (start, length) in zip(qkv, prompt_ranges.tolist())
         ]
         if not rows:
-            return prompted_attention_reference(qkv, num_heads=num_heads, bias=bias, scale=scale)
+            return prompted_attention_reference(qkv, prompt_kv[:0], num_heads=num_heads, bias=bias, scale=scale)
         return torch.cat([out for out, _ in rows]), torch.cat([lse for _, lse in rows])
 
     batch, tokens, width = qkv.shape

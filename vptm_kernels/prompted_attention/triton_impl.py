@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,12 @@ from .bias import ROW_ALIGNMENT
 from .configs import (
     Config,
     bias_grad_config,
+    fits_tile,
     forward_config,
+    heads_per_table_grad,
     images_per_program,
     key_grad_config,
+    keys_resident,
     query_grad_config,
     tails,
 )
@@ -28,7 +32,8 @@ from .kernels_bwd import (
     _query_grad_kernel,
     _table_grad_kernel,
 )
-from .kernels_fwd import LOG2E, _expand_table_kernel, _forward_kernel
+from .kernels_common import LOG2E, TABLE, TILE
+from .kernels_fwd import _expand_table_kernel, _forward_kernel
 
 _TRITON_DTYPES = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 
@@ -59,11 +64,14 @@ class _Problem(NamedTuple):
     def target(self) -> tuple[str, int, int]:
         return self.arch, self.dtype_bits, self.head_dim
 
-    def constants(self, tile: _Tile) -> dict[str, Any]:
-        factor = LOG2E.value
-        scale = self.scale
-        # Without a bias the scale joins the factor of the exponent, unless it would turn the maximum into a minimum.
-        if tile.data is None and scale >= 0:
+    def constants(self, bias: _Bias) -> dict[str, Any]:
+        query_scale, scale, factor = 1.0, self.scale, LOG2E.value
+        if bias.kind and _only_shifts_exponents(scale):
+            # Queries take the scale, and the product of queries and keys starts from the bias.
+            query_scale, scale = scale, 1.0
+        elif not bias.kind and scale > 0:
+            # The scale joins the factor of the exponent. A negative one would turn the maximum into a minimum, and zero
+            # would make NaN of masked scores.
             scale, factor = 1.0, factor * scale
         return {
             "H": self.heads,
@@ -72,14 +80,16 @@ class _Problem(NamedTuple):
             "HAS_PROMPTS": self.prompts > 0,
             "POOL": self.pooled,
             "PROMPT_QUERIES": self.prompt_queries,
-            "BIAS": tile.data is not None,
-            "PROMPT_BIAS": tile.prompt_columns,
-            "PARTIAL_BIAS": tile.data is not None and self.prompt_queries and not tile.prompt_rows,
+            "BIAS": bias.kind,
+            "PROMPT_BIAS": bias.prompt_columns,
+            "PARTIAL_BIAS": bias.kind > 0 and self.prompt_queries and not bias.prompt_rows,
+            "HAS_IDS": bias.token_ids is not None,
             "ALIGNED": self.aligned,
             "INDEX": triton.language.int64 if self.int64 else triton.language.int32,
             "stride_n": self.row_strides[0],
             "stride_p": self.row_strides[1],
-            "stride_tn": 0 if tile.data is None else tile.data.stride(1),
+            "stride_tn": bias.row_stride,
+            "QUERY_SCALE": query_scale,
             "SCALE": scale,
             "FACTOR": factor,
             "ACC": _TRITON_DTYPES[self.accumulator],
@@ -87,28 +97,48 @@ class _Problem(NamedTuple):
             "enable_fp_fusion": True,
         }
 
-    def key_parts(self, block_n: int) -> dict[str, Any]:
-        """How kernels that walk over keys split them into full blocks and tails."""
+    def key_parts(self, block_n: int, resident: bool = False) -> dict[str, Any]:
+        """How kernels that walk over keys split them into full blocks and tails.
+
+        Numbers of blocks are constants for unrolled (resident) keys; loops only need to know whether there are any.
+        """
         tail_1, tail_2 = tails(self.tokens, self.prompts, block_n, pooled=self.pooled)
-        return {
-            "TAIL_1": tail_1,
-            "TAIL_2": tail_2,
-            "TOKEN_LOOP": self.tokens >= block_n,
-            "PROMPT_LOOP": self.prompts >= block_n,
-        }
+        blocks = self.tokens // block_n, self.prompts // block_n
+        token_blocks, prompt_blocks = blocks if resident else (min(1, n) for n in blocks)
+        return {"TAIL_1": tail_1, "TAIL_2": tail_2, "TOKEN_BLOCKS": token_blocks, "PROMPT_BLOCKS": prompt_blocks}
 
 
-class _Tile(NamedTuple):
-    """The dense bias as kernels read it: aligned rows, token columns first, prompt columns from a multiple of 16 on."""
+class _Bias(NamedTuple):
+    """The bias as kernels read it.
 
-    data: Tensor | None
+    A tile (H, rows, columns) on aligned rows, token columns first, prompt columns from a multiple of 16 on; or a table
+    (H, R) of relative positions and the token ids.
+    """
+
+    data: Tensor | None = None
+    kind: int = 0
     prompt_columns: bool = False
     prompt_rows: bool = False
     prompt_column: int = 0
+    token_ids: Tensor | None = None
+    window: tuple[int, int] = (0, 0)
 
     @property
     def head_stride(self) -> int:
         return 0 if self.data is None else self.data.stride(0)
+
+    @property
+    def bits(self) -> int:
+        return 0 if self.data is None else self.data.element_size() * 8
+
+    @property
+    def row_stride(self) -> int:
+        return self.data.stride(1) if self.data is not None and self.kind == TILE.value else 0
+
+
+def _only_shifts_exponents(scale: float) -> bool:
+    """Whether 16-bit queries times `scale` keep all their bits: a power of two, near enough to 1 for fp16."""
+    return 2**-4 <= scale <= 1 and math.frexp(scale)[0] == 0.5
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -171,25 +201,31 @@ def _problem(
     )
 
 
-def _make_tile(
+def _prepare_bias(
     problem: _Problem, bias: Tensor | None, token_ids: Tensor | None, window: Sequence[int], dtype: torch.dtype
-) -> _Tile:
+) -> _Bias:
     if bias is None:
-        return _Tile(None)
+        return _Bias()
     n = problem.tokens
     width = _round_up(n, ROW_ALIGNMENT)
     if window:
-        return _Tile(_expand_table(bias, token_ids, window, problem, width, dtype))
+        # 16-bit kernels hold in fp16 what is fp16 already; other types could overflow it, and fp32 holds them all.
+        half = dtype in (torch.float16, torch.bfloat16)
+        tile_dtype = dtype if not half else torch.float16 if bias.dtype == torch.float16 else torch.float32
+        if fits_tile(problem.heads, n, tile_dtype.itemsize):
+            return _Bias(_expand_table(bias, token_ids, window, problem, width, tile_dtype), TILE.value)
+        table = bias.t().to(problem.accumulator, memory_format=torch.contiguous_format)
+        return _Bias(table, TABLE.value, token_ids=token_ids, window=(window[0], window[1]))
     if bias.dtype == torch.float64 and dtype != torch.float64:
         bias = bias.float()
     heads, rows, columns = bias.shape
     if columns == n and _has_aligned_rows(bias, width):
-        return _Tile(bias.as_strided((heads, rows, width), bias.stride()))
+        return _Bias(bias.as_strided((heads, rows, width), bias.stride()), TILE.value)
     extra = columns - n
     data = bias.new_empty(heads, rows, width + _round_up(extra, ROW_ALIGNMENT))
     data[..., :n] = bias[..., :n]
     data[..., width : width + extra] = bias[..., n:]
-    return _Tile(data, prompt_columns=extra > 0, prompt_rows=rows > n, prompt_column=width)
+    return _Bias(data, TILE.value, prompt_columns=extra > 0, prompt_rows=rows > n, prompt_column=width)
 
 
 def _has_aligned_rows(bias: Tensor, width: int) -> bool:
@@ -209,9 +245,7 @@ def _has_aligned_rows(bias: Tensor, width: int) -> bool:
 def _expand_table(
     table: Tensor, token_ids: Tensor | None, window: Sequence[int], problem: _Problem, width: int, dtype: torch.dtype
 ) -> Tensor:
-    sixteen_bit = dtype in (torch.float16, torch.bfloat16)
-    tile_dtype = torch.float16 if sixteen_bit else dtype
-    tile = torch.empty(problem.heads, problem.tokens, width, dtype=tile_dtype, device=table.device)
+    tile = torch.empty(problem.heads, problem.tokens, width, dtype=dtype, device=table.device)
     block_m, block_n = (64, 64) if interpreting() else (16, 64)
     grid = (triton.cdiv(problem.tokens, block_m), triton.cdiv(width, block_n), problem.heads)
     _expand_table_kernel[grid](
@@ -225,7 +259,6 @@ def _expand_table(
         table.stride(0),
         table.stride(1),
         HAS_IDS=token_ids is not None,
-        SATURATE=sixteen_bit,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=4,
@@ -254,24 +287,30 @@ def forward(
     lse = qkv.new_empty((batch, heads, rows) if with_lse else (0,), dtype=problem.accumulator)
     if batch == 0 or rows == 0:
         return out, lse
-    tile = _make_tile(problem, bias, token_ids, window, qkv.dtype)
+    source = _prepare_bias(problem, bias, token_ids, window, qkv.dtype)
     config = forward_config(*problem.target, problem.tokens, interpreted=interpreting())
+    resident = not problem.pooled and keys_resident(
+        *problem.target, problem.tokens + problem.prompts, source.bits, interpreted=interpreting()
+    )
     _forward_kernel[(triton.cdiv(rows, config.block_m) * batch * heads,)](
         qkv,
         prompts,
         ranges,
-        tile.data,
+        source.data,
+        source.token_ids,
         out,
         lse,
         problem.tokens,
         problem.prompts,
         problem.pool_size,
-        tile.prompt_column,
+        source.prompt_column,
+        *source.window,
         *problem.image_strides,
-        tile.head_stride,
+        source.head_stride,
         WITH_LSE=with_lse,
-        **problem.constants(tile),
-        **problem.key_parts(config.block_n),
+        RESIDENT=resident,
+        **problem.constants(source),
+        **problem.key_parts(config.block_n, resident),
         **_blocks(config),
     )
     return out, lse
@@ -302,11 +341,9 @@ def backward(
         return dqkv, dprompts, dbias
     wants_prompts = needs[1] and used is not None
     if needs[0] or needs[2] or wants_prompts:
-        tile = _make_tile(problem, bias, token_ids, window, qkv.dtype)
-        run = _Backward(problem, qkv, used, ranges, tile, grad_out.contiguous(), grad_lse, out, lse)
-        dqkv, dprompts, dense = run(needs[0], wants_prompts, None if bias is None or not needs[2] else bias.shape)
-        if dense is not None and bias is not None:
-            dbias = _table_grad(dense, bias, token_ids, window) if window else dense.to(bias.dtype)
+        source = _prepare_bias(problem, bias, token_ids, window, qkv.dtype)
+        run = _Backward(problem, qkv, used, ranges, source, grad_out.contiguous(), grad_lse, out, lse)
+        dqkv, dprompts, dbias = run(needs[0], wants_prompts, bias if needs[2] else None, token_ids, window)
     if needs[1] and used is None:
         dprompts = _zeros(prompts)
     return dqkv, dprompts, dbias
@@ -325,25 +362,30 @@ class _Backward:
         qkv: Tensor,
         prompts: Tensor | None,
         ranges: Tensor | None,
-        tile: _Tile,
+        bias: _Bias,
         grad_out: Tensor,
         grad_lse: Tensor | None,
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        self.problem, self.qkv, self.prompts, self.ranges, self.tile = problem, qkv, prompts, ranges, tile
+        self.problem, self.qkv, self.prompts, self.ranges, self.bias = problem, qkv, prompts, ranges, bias
         self.grad_out, self.out, self.lse = grad_out, out, lse
         # Kernels get a pointer they may add offsets to whether there is a gradient of lse or not.
         self.grad_lse = lse if grad_lse is None else grad_lse.contiguous()
         self.has_dlse = grad_lse is not None
-        self.constants = problem.constants(tile)
+        self.constants = problem.constants(bias)
 
     def __call__(
-        self, wants_qkv: bool, wants_prompts: bool, bias_shape: Sequence[int] | None
+        self,
+        wants_qkv: bool,
+        wants_prompts: bool,
+        bias: Tensor | None,
+        token_ids: Tensor | None,
+        window: Sequence[int],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of qkv, prompts and dense bias, that in the accumulator's dtype; a table counts as (H, N, N)."""
+        """Gradients of qkv, of prompts and of `bias`, which is None when it has no gradient."""
         problem = self.problem
-        wants_bias = bias_shape is not None
+        wants_bias = bias is not None
         # The query kernels store delta for the others. If only prompts are learned no query kernel of tokens runs, and
         # the prompts' own kernel computes delta as it goes; in the cases left delta takes a pass of its own.
         fuse_delta = wants_prompts and not wants_qkv and not wants_bias
@@ -365,8 +407,8 @@ class _Backward:
             section = partial[..., width:] if problem.prompt_queries else partial
             self._keys(section, delta, problem.prompts, len(partial), images, of_prompts=True, fuse_delta=fuse_delta)
         dprompts = None if partial is None else self._reduce_prompts(partial)
-        dense = self._bias(delta, *self._bias_rows_and_columns(bias_shape)) if bias_shape is not None else None
-        return dqkv, dprompts, dense
+        dbias = None if bias is None else self._bias_grad(delta, bias, token_ids, window)
+        return dqkv, dprompts, dbias
 
     def _delta(self, delta: Tensor) -> None:
         problem = self.problem
@@ -390,7 +432,8 @@ class _Backward:
             self.qkv,
             self.prompts,
             self.ranges,
-            self.tile.data,
+            self.bias.data,
+            self.bias.token_ids,
             self.out,
             self.grad_out,
             self.lse,
@@ -401,10 +444,11 @@ class _Backward:
             problem.tokens,
             problem.prompts,
             problem.pool_size,
-            self.tile.prompt_column,
+            self.bias.prompt_column,
+            *self.bias.window,
             images,
             *problem.image_strides,
-            self.tile.head_stride,
+            self.bias.head_stride,
             OF_PROMPTS=of_prompts,
             HAS_DLSE=self.has_dlse,
             GRAD_SCALE=problem.scale,
@@ -422,7 +466,8 @@ class _Backward:
             self.qkv,
             self.prompts,
             self.ranges,
-            self.tile.data,
+            self.bias.data,
+            self.bias.token_ids,
             self.out,
             self.grad_out,
             self.lse,
@@ -433,11 +478,12 @@ class _Backward:
             problem.tokens,
             problem.prompts,
             problem.pool_size,
-            self.tile.prompt_column,
+            self.bias.prompt_column,
+            *self.bias.window,
             images,
             grad.stride(-2),
             *problem.image_strides,
-            self.tile.head_stride,
+            self.bias.head_stride,
             OF_PROMPTS=of_prompts,
             HAS_DLSE=self.has_dlse,
             FUSE_DELTA=fuse_delta,
@@ -484,22 +530,34 @@ class _Backward:
         )
         return grad
 
-    def _bias_rows_and_columns(self, shape: Sequence[int]) -> tuple[int, int]:
-        return (shape[1], shape[2]) if len(shape) == 3 else (self.problem.tokens, self.problem.tokens)
+    def _bias_grad(self, delta: Tensor, bias: Tensor, token_ids: Tensor | None, window: Sequence[int]) -> Tensor:
+        problem = self.problem
+        if not window:
+            return self._dense_grad(delta, bias.shape[1], bias.shape[2], 0, problem.heads).to(bias.dtype)
+        grad = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+        # A few heads at a time where the dense gradient of all would be large.
+        group = heads_per_table_grad(problem.heads, problem.tokens)
+        for first in range(0, problem.heads, group):
+            heads = min(group, problem.heads - first)
+            dense = self._dense_grad(delta, problem.tokens, problem.tokens, first, heads)
+            _table_grad(dense, grad, first, token_ids, window)
+        return grad
 
-    def _bias(self, delta: Tensor, rows: int, columns: int) -> Tensor:
+    def _dense_grad(self, delta: Tensor, rows: int, columns: int, first_head: int, heads: int) -> Tensor:
+        """(heads, rows, columns) in the accumulator's dtype."""
         problem = self.problem
         config = bias_grad_config(*problem.target, problem.tokens, interpreted=interpreting())
         blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
-        images = images_per_program(problem.batch, problem.heads * blocks)
+        images = images_per_program(problem.batch, heads * blocks)
         chunks = triton.cdiv(problem.batch, images)
-        partial = torch.empty(chunks, problem.heads, rows, columns, dtype=problem.accumulator, device=self.qkv.device)
-        names = ["H", "D", "DP", "PROMPT_QUERIES", "PROMPT_BIAS", "ALIGNED", "INDEX"]
-        names += ["stride_n", "stride_p", "stride_tn", "SCALE", "FACTOR", "ACC", "PRECISION"]
-        _bias_grad_kernel[(blocks * chunks * problem.heads,)](
+        partial = torch.empty(chunks, heads, rows, columns, dtype=problem.accumulator, device=self.qkv.device)
+        names = ["H", "D", "DP", "PROMPT_QUERIES", "BIAS", "PROMPT_BIAS", "HAS_IDS", "ALIGNED", "INDEX"]
+        names += ["stride_n", "stride_p", "stride_tn", "QUERY_SCALE", "SCALE", "FACTOR", "ACC", "PRECISION"]
+        _bias_grad_kernel[(blocks * chunks * heads,)](
             self.qkv,
             self.prompts,
-            self.tile.data,
+            self.bias.data,
+            self.bias.token_ids,
             self.grad_out,
             self.lse,
             delta,
@@ -507,12 +565,15 @@ class _Backward:
             problem.batch,
             problem.tokens,
             problem.prompts,
-            self.tile.prompt_column,
+            self.bias.prompt_column,
+            *self.bias.window,
             images,
+            first_head,
+            heads,
             rows,
             columns,
             *problem.image_strides,
-            self.tile.head_stride,
+            self.bias.head_stride,
             enable_fp_fusion=True,
             **{name: self.constants[name] for name in names},
             **_blocks(config),
@@ -520,21 +581,22 @@ class _Backward:
         return partial[0] if chunks == 1 else partial.sum(0)
 
 
-def _table_grad(dense: Tensor, table: Tensor, token_ids: Tensor | None, window: Sequence[int]) -> Tensor:
+def _table_grad(dense: Tensor, grad: Tensor, first_head: int, token_ids: Tensor | None, window: Sequence[int]) -> None:
+    """Fill the columns of `grad` (R, H) from first_head on, as many as `dense` has heads."""
     heads, tokens, _ = dense.shape
-    rows = table.shape[0]
-    grad = table.new_empty(table.shape)
+    rows = grad.shape[0]
     # The interpreter's cost is the number of steps, a GPU's the number of registers.
     block_m, block_n, block_r = (64, 64, 64) if interpreting() else (8, 32, 32)
     _table_grad_kernel[(triton.cdiv(rows, block_r), heads)](
         dense,
         token_ids,
         grad,
+        first_head,
         tokens,
         rows,
         window[0],
         window[1],
-        H=heads,
+        H=grad.shape[1],
         HAS_IDS=token_ids is not None,
         ACC=_TRITON_DTYPES[dense.dtype],
         BLOCK_M=block_m,
@@ -542,4 +604,3 @@ def _table_grad(dense: Tensor, table: Tensor, token_ids: Tensor | None, window: 
         BLOCK_R=block_r,
         num_warps=4,
     )
-    return grad
