@@ -3,6 +3,8 @@
     python -m vptm_kernels.aot                         # every case, every target
     python -m vptm_kernels.aot --ci                    # the cases and targets that matter, as the tests run it
     python -m vptm_kernels.aot --targets sm90 --cases forward --json
+    python -m vptm_kernels.aot --ci --baseline FILE    # also what changed since FILE was written
+    python -m vptm_kernels.aot --ci --targets all --write-baseline FILE
 
 An op takes part with a module `aot_cases.py` whose `cases()` yields `Case`s: functions that call its launchers with
 CPU tensors. Launches are intercepted after Triton has bound and specialised the arguments, so that what is compiled
@@ -10,7 +12,8 @@ is what a GPU would run; nothing is executed. Every target runs in a process of 
 a case of an AMD target in a fork with a time limit, because that compiler can abort the process.
 
 The exit status is 1 if a kernel spills registers, lacks tensor-core instructions though it multiplies matrices, draws a
-ptxas warning about serialised tensor-core instructions (C75xx), or does not compile.
+ptxas warning about serialised tensor-core instructions (C75xx), does not compile, or, with a baseline, spills more than
+there or has lost the tensor-core instructions it has there.
 """
 
 from __future__ import annotations
@@ -427,15 +430,103 @@ def run(
     return reports
 
 
+# ------------------------------------------------------------------ baseline
+
+
+def _entries(reports: list[Report]) -> dict[str, dict[str, Any]]:
+    """What a baseline keeps, by "target case kernel"; launches of one kernel in one case are counted #2, #3."""
+    found: dict[str, dict[str, Any]] = {}
+    seen: Counter[str] = Counter()
+    for report in reports:
+        if report.error:
+            continue
+        key = f"{report.target} {report.case} {report.kernel}"
+        seen[key] += 1
+        loop = report.main_loop
+        found[key if seen[key] == 1 else f"{key} #{seen[key]}"] = {
+            "registers": report.registers,
+            "spills": report.spills,
+            "shared": report.shared,
+            "blocks_per_sm": report.blocks_per_sm,
+            "occupancy": round(report.occupancy, 3),
+            "tensor_core": report.tensor_core_kind,
+            "tensor_core_instructions": report.tensor_core,
+            "wide_loads": sum(report.loads.get(width, 0) for width in ("128", "async", "tma")),
+            "instructions": report.instructions,
+            "loop": loop.get("total", 0),
+            "loop_mufu": loop.get("MUFU", 0),
+        }
+    return found
+
+
+def read_baseline(path: Path) -> dict[str, Any]:
+    """{"versions": ..., "kernels": {"target case kernel": counts}} as `write_baseline` left it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"baseline must be a json file, {path.name} is not: {error}") from None
+    if not isinstance(content, dict) or not {"versions", "kernels"} <= set(content):
+        raise ValueError(f"baseline must hold versions and kernels, {path.name} does not")
+    return content
+
+
+def write_baseline(path: Path, reports: list[Report]) -> int:
+    """Write what the compiled cases cost, keep the rest of the file, and return the number of kernels it now holds.
+
+    Cases that no op has any more are dropped.
+    """
+    import triton
+
+    compiled = {(report.target, report.case) for report in reports}
+    cases = {case.name for case in all_cases()} | {report.case for report in reports}
+    kept = read_baseline(path)["kernels"] if path.is_file() else {}
+    kernels = {
+        key: value for key, value in kept.items() if tuple(key.split()[:2]) not in compiled and key.split()[1] in cases
+    }
+    kernels |= _entries(reports)
+    # one line per kernel, so that a change reads well as a difference of versions
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(kernels[key])}" for key in sorted(kernels))
+    versions = json.dumps({"triton": triton.__version__})
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(f'{{"versions": {versions},\n "kernels": {{\n{lines}\n }}}}\n', encoding="utf-8")
+    temporary.replace(path)
+    return len(kernels)
+
+
+def compare(reports: list[Report], baseline: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """(what a kernel has lost, everything else that differs), one line each, for the targets and cases in `reports`.
+
+    Lost: more spills than in the baseline, or other or no tensor-core instructions where the baseline has some.
+    """
+    lost, changed = [], []
+    found, compiled = _entries(reports), {(report.target, report.case) for report in reports}
+    known = {key: value for key, value in baseline["kernels"].items() if tuple(key.split()[:2]) in compiled}
+    for key in sorted(found | known):
+        if key not in found or key not in known:
+            changed.append(f"{key}: {'new' if key in found else 'gone'}")
+            continue
+        now, before = found[key], known[key]
+        if now["spills"] > before["spills"]:
+            lost.append(f"{key}: spills {before['spills']} -> {now['spills']} bytes")
+        if before["tensor_core"] and now["tensor_core"] != before["tensor_core"]:
+            lost.append(f"{key}: tensor cores {before['tensor_core']} -> {now['tensor_core'] or 'none'}")
+        differences = [f"{n} {before.get(n)} -> {now[n]}" for n in now if now[n] != before.get(n)]
+        if differences:
+            changed.append(f"{key}: {', '.join(differences)}")
+    return lost, changed
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vptm_kernels.aot", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--targets", help=f"comma separated, of {', '.join(TARGETS)} (default: all)")
+    parser.add_argument("--targets", help=f"comma separated, of {', '.join(TARGETS)}, or all (default: all)")
     parser.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name matches")
     parser.add_argument(
         "--ci", action="store_true", help=f"only cases that matter most; targets {', '.join(CI_TARGETS)}"
     )
     parser.add_argument("--json", action="store_true", help="print one json list instead of a table")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help="print what changed since it was written")
+    parser.add_argument("--write-baseline", type=Path, metavar="FILE", help="write what these cases and targets cost")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if importlib.util.find_spec("triton") is None:
@@ -444,18 +535,33 @@ def main(argv: list[str] | None = None) -> int:
         _work(options.worker, options.cases, options.ci)
         return 0
     targets = options.targets.split(",") if options.targets else list(CI_TARGETS if options.ci else TARGETS)
+    if options.targets == "all":
+        targets = list(TARGETS)
     if unknown := set(targets) - set(TARGETS):
         parser.error(f"--targets must be of {', '.join(TARGETS)}, got {', '.join(sorted(unknown))}")
     if options.list:
         print(*(case.name for case in _chosen(options.cases, options.ci)), sep="\n")
         return 0
+    baseline = None
+    if options.baseline:
+        try:
+            baseline = read_baseline(options.baseline)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
     show = None if options.json else lambda report: print(report.row(), flush=True)
     reports = run(targets, options.cases, options.ci, show)
     if options.json:
         print(json.dumps([asdict(report) for report in reports], indent=1))
     if not reports:
         parser.error(f"--cases must match a case, got {options.cases!r}")
-    return int(any(report.problems for report in reports))
+    if options.write_baseline:
+        count = write_baseline(options.write_baseline, reports)
+        print(f"wrote {options.write_baseline}, {count} kernels", file=sys.stderr)
+    lost: list[str] = []
+    if baseline is not None:
+        lost, changed = compare(reports, baseline)
+        print(*(f"LOST {line}" for line in lost), *changed, sep="\n", file=sys.stderr)
+    return int(bool(lost) or any(report.problems for report in reports))
 
 
 if __name__ == "__main__":
