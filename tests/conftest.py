@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -27,3 +28,29 @@ _HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("default", max_examples=25, deadline=None, suppress_health_check=_HEALTH)
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, suppress_health_check=_HEALTH)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+AOT_BASELINE = Path(__file__).parent.parent / "bench" / "results" / "aot_baseline.json"
+_baseline_changes: list[str] = []
+
+
+@pytest.fixture
+def against_baseline():
+    """Asserts that compiled kernels lost nothing against the committed baseline; other changes are printed at the end.
+
+    A new one: `python -m vptm_kernels.aot --ci --targets all --write-baseline bench/results/aot_baseline.json`.
+    """
+    from vptm_kernels import aot
+
+    def check(reports):
+        lost, changed = aot.compare(reports, aot.read_baseline(AOT_BASELINE))
+        _baseline_changes.extend(changed)
+        assert not lost, lost
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _baseline_changes:
+        terminalreporter.section(f"compiled kernels that differ from {AOT_BASELINE.name}")
+        for line in _baseline_changes:
+            terminalreporter.line(line)
