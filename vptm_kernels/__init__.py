@@ -5,5 +5,14 @@ Imports with torch alone: no GPU, no Triton and no model library needed.
 
 from .prompted_attention import RelativePositionBias, prompted_attention
 from .prototype_cosine import FoldedHead, fold_head, prototype_cosine, token_gram
+from .readout_attention import readout_attention
 
-__all__ = ["FoldedHead", "RelativePositionBias", "fold_head", "prompted_attention", "prototype_cosine", "token_gram"]
+__all__ = [
+    "FoldedHead",
+    "RelativePositionBias",
+    "fold_head",
+    "prompted_attention",
+    "prototype_cosine",
+    "readout_attention",
+    "token_gram",
+]

@@ -48,8 +48,8 @@ def cases() -> Iterator[Case]:
     half, single = torch.float16, torch.float32
     for passes in ("forward", "backward"):
         for batch in (1, 64, 512):
-            yield case(f"{passes}-bf16-B{batch}", True, passes=passes, batch=batch)
-        yield case(f"{passes}-bf16-P0", True, passes=passes, prompts=0)
+            yield case(f"{passes}-bf16-B{batch}", batch == 1, passes=passes, batch=batch)
+        yield case(f"{passes}-bf16-P0", passes=passes, prompts=0)
         yield case(f"{passes}-bf16-C1024", True, passes=passes, heads=16, width=1024, batch=512)
         yield case(f"{passes}-bf16-float32-stream", True, passes=passes, stream=single)
         yield case(f"{passes}-fp16", passes=passes, dtype=half)
@@ -59,6 +59,8 @@ def cases() -> Iterator[Case]:
         yield case(f"{passes}-bf16-odd", passes=passes, heads=5, width=765, tokens=101, batch=3)
         yield case(f"{passes}-bf16-H24", passes=passes, heads=24, width=1536)
         yield case(f"{passes}-bf16-N577", passes=passes, tokens=577)
-    yield case("forward-inference", True, passes="forward", learned="")
+    yield case("forward-inference", passes="forward", learned="")
     yield case("backward-prompts-only", passes="backward", learned="prompts")
-    yield case("backward-bias", True, passes="backward", learned="x q prompts bias")
+    yield case("backward-x-only", passes="backward", learned="x")
+    yield case("backward-q-only", passes="backward", learned="q")
+    yield case("backward-bias", passes="backward", learned="x q prompts bias")

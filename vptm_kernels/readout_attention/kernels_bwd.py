@@ -131,25 +131,19 @@ def _grad_kernel(
         a_wide = a.to(ACC)
         along_mean = tl.sum(du_wide * w_sum[:, None] + a_wide * g_sum[:, None], 0) / C
         along_token = tl.sum(du_wide * u + a_wide * v, 0) / C
-        keep_w = (h < H)[:, None]
-        keep_x = (j < N)[:, None]
-        out_w = dw_ptr + ((split.to(tl.int64) * B + b) * H + h[:, None]) * C
-        out_x = dx_ptr + (b * N + j[:, None]) * C
         for first in tl.range(0, C, BLOCK_C, num_stages=STAGES):
             c = first + tl.arange(0, BLOCK_C)
             normed = (load_chunk(x_base, x_row, c, C, EVEN).to(ACC) - mean[:, None]) * rstd[:, None]
-            inside_w = keep_w
-            inside_x = keep_x
-            if not EVEN:
-                inside_w = keep_w & (c < C)[None, :]
-                inside_x = keep_x & (c < C)[None, :]
+            inside = (c < C)[None, :]
             if OF_W:
                 dw = tl.dot(du, normed.to(dtype), input_precision=PRECISION, out_dtype=ACC)
-                tl.store(out_w + c[None, :], dw.to(dw_ptr.dtype.element_ty), mask=inside_w)
+                out_w = dw_ptr + ((split.to(tl.int64) * B + b) * H + h[:, None]) * C
+                tl.store(out_w + c[None, :], dw.to(dw_ptr.dtype.element_ty), mask=(h < H)[:, None] & inside)
             if OF_X:
                 w = load_chunk(w_base, w_row, c, C, EVEN)
                 g = load_chunk(g_base, g_row, c, C, EVEN)
                 dn = tl.dot(tl.trans(du), w, input_precision=PRECISION, out_dtype=ACC)
                 dn = tl.dot(tl.trans(a), g, dn, input_precision=PRECISION, out_dtype=ACC)
                 dx = (dn - along_mean[:, None] - normed * along_token[:, None]) * rstd[:, None]
-                tl.store(out_x + c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside_x)
+                out_x = dx_ptr + (b * N + j[:, None]) * C
+                tl.store(out_x + c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=(j < N)[:, None] & inside)

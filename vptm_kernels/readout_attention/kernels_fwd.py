@@ -127,10 +127,7 @@ def _split_kernel(
         x = load_chunk(x_base, x_row, c, C, EVEN)
         normed = ((x.to(ACC) - mean[:, None]) * rstd[:, None]).to(dtype)
         acc = tl.dot(p, normed, input_precision=PRECISION, out_dtype=ACC)
-        keep = (h < H)[:, None]
-        if not EVEN:
-            keep = keep & (c < C)[None, :]
-        tl.store(out + c[None, :], acc, mask=keep)
+        tl.store(out + c[None, :], acc, mask=(h < H)[:, None] & (c < C)[None, :])
 
 
 @triton.jit

@@ -26,8 +26,8 @@ def readout_attention_reference(
     scale: float | None = None,
 ) -> Tensor:
     """`vptm_kernels.readout_attention`, whose docstring describes the arguments."""
-    affine = [None if t is None else t.to(x.dtype) for t in (norm_weight, norm_bias)]
-    tokens = F.layer_norm(x, x.shape[-1:], *affine, eps).to(q.dtype)
+    weight, shift = (None if t is None else t.to(x.dtype) for t in (norm_weight, norm_bias))
+    tokens = F.layer_norm(x, x.shape[-1:], weight, shift, eps).to(q.dtype)
     k, v = F.linear(tokens, k_weight), F.linear(tokens, v_weight, v_bias)
     if prompt_kv is not None:
         prompt_k, prompt_v = prompt_kv.expand(len(x), *prompt_kv.shape[-2:]).chunk(2, -1)

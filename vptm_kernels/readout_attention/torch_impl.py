@@ -31,13 +31,10 @@ def forward(
     if bias is not None and scores.shape[-1]:
         weights = weights.masked_fill_(scores.amax(-1, keepdim=True) == float("-inf"), 0)
     weights = weights.to(absorbed.dtype)
-    of_tokens = weights[..., : x.shape[1]]
-    return (
-        of_tokens @ tokens,
-        weights[..., x.shape[1] :].clone(memory_format=torch.contiguous_format),
-        of_tokens.sum(-1),
-        weights,
-    )
+    of_tokens, of_prompts = weights.tensor_split([x.shape[1]], -1)
+    # A copy, as two outputs of an op must not share memory.
+    of_prompts = of_prompts.clone(memory_format=torch.contiguous_format)
+    return of_tokens @ tokens, of_prompts, of_tokens.sum(-1), weights
 
 
 def backward(

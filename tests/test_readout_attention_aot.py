@@ -1,0 +1,24 @@
+"""Every readout_attention kernel compiles for GPUs that are not there: no spills, tensor cores, nothing serialised."""
+
+import importlib.util
+
+import pytest
+
+from vptm_kernels import aot
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the triton package is not installed"
+)
+
+
+@pytest.mark.parametrize("target", aot.CI_TARGETS)
+def test_kernels_compile_without_spills(target):
+    reports = aot.run([target], "readout_attention/", ci=True)
+    assert {report.kernel for report in reports} == {"split", "merge", "grad"}
+    assert not [report.row() for report in reports if report.problems]
+    for report in reports:
+        if report.kernel != "merge":
+            assert report.tensor_core > 0, report.row()
+        if report.kernel == "split" and target.startswith("sm"):
+            # Tokens and weights come 16 bytes at a time; what is left are single numbers and rows of the bias.
+            assert report.loads.get("async", 0) + report.loads.get("128", 0) >= 7, report.row()
