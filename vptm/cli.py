@@ -256,6 +256,7 @@ def train(
         bool, typer.Option("--shuffle-labels", help="A control: permute train and val labels; test falls to chance.")
     ] = False,
     on_bad_image: OnBadImage = "error",
+    test: Annotated[bool, typer.Option(help="Read the test images, once, at the end.")] = True,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; the next free runs/DATA-N by default.", show_default=False)
     ] = None,
@@ -370,7 +371,7 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     data = load_data(settings["data"], on_bad_image=settings["on_bad_image"])
     _report(data)
     train_set = data.train if shots is None else few_shot(data.train, shots, seed=settings["seed"])
-    val_set, test_set = data.val, data.test
+    val_set, test_set = data.val, data.test if settings["test"] else None
     if settings["on_bad_image"] == "error":
         _refuse_unreadable([train_set, val_set, test_set])
     if settings["shuffle_labels"]:
@@ -481,6 +482,62 @@ def _cost(model: PromptedModel, history: list[dict[str, Any]], images: int, memo
     seconds = sum(row["seconds"] for row in history)
     speed = images * len(history) / seconds if seconds else None
     return {"trainable_parameters": trained, "images_per_second": speed, "peak_memory": memory}
+
+
+@app.command()
+def compare(
+    methods: Annotated[
+        str, typer.Option(help="Recipes to compare, with commas between them; any unknown name lists them.")
+    ] = "vptm,vpt-shallow,vpt-deep,spt,provp,linear,finetune",
+    data: Annotated[str, typer.Option(help="As in `vptm train`.")] = "builtin",
+    shots: Annotated[str, typer.Option(help="Training images per class, or all.")] = "16",
+    seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 3,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images, for every method.")] = 20,
+    search: Annotated[
+        bool,
+        typer.Option("--search", help="First choose each recipe's search settings on validation images."),
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the comparison; runs in it are kept.")] = Path("runs/comparison"),
+    model: Annotated[str, typer.Option(help="As in `vptm train`.")] = "builtin",
+    jobs: Annotated[int, typer.Option(help="Runs at a time; more than one disturbs images/s.")] = 1,
+    device: Device = "auto",
+) -> None:
+    """Train methods side by side.
+
+    Every method is trained with its recipe on the same images for as many epochs, over several seeds; the epoch (and
+    with --search the settings) is chosen on validation images, and each run is tested once. Prints a table and writes
+    comparison.csv, comparison.json and comparison.png. Finished runs are kept, so the same command goes on where it was
+    stopped; a run that fails is reported and the others go on.
+
+    \b
+    Example:
+      vptm compare --methods vptm,vpt-deep,spt,linear --seeds 3
+    """
+    from .compare import compare as run
+    from .compare import table
+
+    _parse_shots(shots)
+    _device(device)
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    arguments = ["--model", _located(model), "--device", device]
+    results = run(
+        names,
+        out,
+        data=_located(data),
+        seeds=seeds,
+        epochs=epochs,
+        shots=shots,
+        arguments=arguments,
+        search=search,
+        jobs=jobs,
+        report=_say,
+    )
+    print(table(results))
+    print(f"comparison folder  {out} (comparison.csv, comparison.json, comparison.png)")
+    failed = [f"{result.name} {run}: {reason}" for result in results for run, reason in result.failures.items()]
+    if failed:
+        _say(f"vptm: {len(failed)} runs failed, the same command tries them again: {'; '.join(failed)}")
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -75,7 +75,10 @@ class MethodResult:
 
 def launch(arguments: list[str]) -> tuple[int, str]:
     """Run `vptm ARGUMENTS` in a process of its own; its exit code and what it wrote to stderr."""
-    done = subprocess.run([sys.executable, "-m", "vptm", *arguments], capture_output=True, text=True, env=os.environ)
+    # the package this process runs, also where it runs from a source tree
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "vptm", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     return done.returncode, done.stderr
 
 

@@ -144,9 +144,11 @@ def fit(
     parameters = list(model.trainable_parameters())
     if not parameters:
         raise ValueError("model must have trainable parameters, all of them are frozen")
-    reform = FeatureReformation(
-        model, weight=reformation, temperature=reformation_temperature, cache=cache_frozen
-    ) if reformation else None
+    reform = (
+        FeatureReformation(model, weight=reformation, temperature=reformation_temperature, cache=cache_frozen)
+        if reformation
+        else None
+    )
     check_finite(model)
     _check_sample(model, train)
     labels = _check_labels(train, model.num_classes, "train")
