@@ -44,7 +44,7 @@ def force_plan(monkeypatch):
         monkeypatch.setattr(torch_impl, "choose_plan", lambda *arguments: name)
         # 37 tokens are two full tiles and a ragged one; 3 rows a full slice and a ragged one.
         monkeypatch.setattr(torch_impl, "_TILE", 16)
-        monkeypatch.setattr(torch_impl, "_FEW_ROWS", 0)
+        monkeypatch.setattr(torch_impl, "FEW_ROWS", 0)
         monkeypatch.setattr(torch_impl, "_ACTIVATIONS", 2 * 37)
 
     return force

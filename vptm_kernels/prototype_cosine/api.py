@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._runtime.triton_support import IMPLEMENTATIONS, has_triton, interpreting
+from . import torch_impl
 from .cosine import cosine, cosine_
 from .folding import FoldedHead, accumulator
 from .ops import nothing_traces, prototype_similarity_op, readout, task_linear_op
@@ -91,10 +92,10 @@ def prototype_cosine(
     torch.Size([8, 64])
     """
     # Spelled out: a loop over the arguments takes as long as one of the products below.
-    alone = token_bias is None and projection is None and projection_bias is None and token_gram is None
-    alone = alone and class_offsets is None and task_ids is None and activation == "logits" and impl != "triton"
-    if alone and isinstance(token_weight, FoldedHead) and not torch.compiler.is_compiling():
-        scores = _plain(hidden, token_weight, prototypes, eps, impl)
+    alone = token_gram is None and class_offsets is None and task_ids is None and impl != "triton"
+    if alone and not torch.compiler.is_compiling():
+        arguments = (token_weight, token_bias, projection, projection_bias, activation)
+        scores = _plain(hidden, *arguments, prototypes, eps, impl)
         if scores is not None:
             return scores
     if not isinstance(hidden, Tensor):
@@ -164,26 +165,54 @@ def prototype_cosine(
     return scores.to(hidden.dtype)
 
 
-def _plain(hidden: Tensor, head: FoldedHead, prototypes: Tensor, eps: float, impl: str) -> Tensor | None:
-    """One head, nothing learned, on a CPU: computed first, where the full checks below would take as long as the work.
+def _plain(
+    hidden: Tensor,
+    weight: Any,
+    bias: Tensor | None,
+    projection: Tensor | None,
+    projection_bias: Tensor | None,
+    activation: str,
+    prototypes: Tensor,
+    eps: float,
+    impl: str,
+) -> Tensor | None:
+    """A few images on a CPU, nothing learned: computed first, as the full checks can take as long as the work.
 
     What PyTorch's own checks let pass is looked at; None, also after an error of theirs, sends the call to the full
     checks, which find words for it.
     """
     try:
-        dtype, (weight, bias) = hidden.dtype, head
+        dtype = hidden.dtype
         if dtype is not prototypes.dtype or dtype not in (torch.float32, torch.float64) or not hidden.is_cpu:
             return None
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weight, bias, prototypes)):
+        if isinstance(weight, FoldedHead):
+            if activation != "logits" or not (bias is projection is projection_bias is None):
+                return None
+            weight, bias = weight
+        elif projection is None or activation not in ACTIVATIONS:
             return None
-        dim, width = weight.shape
-        if bias.shape != (dim,) or width == 0 or not eps > 1e-30 or impl not in IMPLEMENTATIONS:
+        elif activation == "logits" and hidden.shape[0] >= torch_impl.FEW_ROWS:
+            return None  # streamed
+        elif hidden.shape[0] * weight.shape[0] * hidden.element_size() > KEEP_BYTES:
             return None
-        embedding = F.linear(hidden, weight, bias)
-        if embedding.dtype is not dtype or embedding.ndim != 2 or prototypes.ndim != 2 or len(prototypes) == 0:
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (hidden, weight, bias, projection, projection_bias, prototypes)
+        ):
+            return None
+        rows, width = weight.shape
+        if (bias is not None and bias.shape != (rows,)) or not eps > 1e-30 or impl not in IMPLEMENTATIONS:
+            return None
+        embedding = torch_impl.activations(hidden, weight, bias, activation, None)
+        if projection is not None:
+            if projection_bias is not None and projection_bias.shape != projection.shape[:1]:
+                return None
+            embedding = F.linear(embedding, projection, projection_bias)
+        if embedding.dtype is not dtype or embedding.ndim != 2 or prototypes.ndim != 2:
+            return None
+        if 0 in (width, rows, embedding.shape[1], prototypes.shape[0]):
             return None
         return cosine_(embedding, prototypes, eps)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return None
 
 

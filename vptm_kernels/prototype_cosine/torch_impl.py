@@ -23,7 +23,7 @@ _FUSED = {
     "log_softmax": torch.ops.aten._log_softmax_backward_data.default,
 }
 # Below so many rows the loop over tiles costs more than the logits are worth.
-_FEW_ROWS = 16
+FEW_ROWS = 16
 
 
 def plan_of(
@@ -60,12 +60,12 @@ def forward(
     plan = plan_of(hidden, token_weight, reader, gram, activation, squares, needs, room, True)
     if plan == "fold":
         fold_forward(hidden, token_weight, token_bias, reader, gram, out, squared, kept)
-    elif plan == "stream" and activation == "logits" and hidden.shape[0] >= _FEW_ROWS:
+    elif plan == "stream" and activation == "logits" and hidden.shape[0] >= FEW_ROWS:
         _stream_logits(hidden, token_weight, token_bias, reader, out, squared)
     else:
         logits = kept[: hidden.shape[0] * tokens].view(-1, tokens) if plan == "keep" else None
         for rows in _row_slices(hidden.shape[0], tokens, plan):
-            a = _activations(hidden[rows], token_weight, token_bias, activation, logits)
+            a = activations(hidden[rows], token_weight, token_bias, activation, logits)
             if a.dtype == exact:
                 torch.mm(a, reader.mT, out=out[rows])
             else:
@@ -161,7 +161,7 @@ def backward(
         low, twice = grad.to(hidden.dtype), None if grad_squared is None else 2 * grad_squared[rows, None]
         a = logits
         if a is None and (needs[3] or activation != "logits" or twice is not None):
-            a = _activations(h, token_weight, token_bias, activation, None)
+            a = activations(h, token_weight, token_bias, activation, None)
         if needs[3] and a is not None:
             dreader = _add(dreader, low.mT @ a)
         if not (needs[0] or needs[1] or needs[2]):
@@ -205,7 +205,7 @@ def _through_activation(da: Tensor, a: Tensor, activation: str, subtract: Tensor
     return da.to(dtype)
 
 
-def _activations(
+def activations(
     hidden: Tensor, token_weight: Tensor, token_bias: Tensor | None, activation: str, out: Tensor | None
 ) -> Tensor:
     """(B, V), into `out` if given."""
@@ -232,10 +232,13 @@ def _stream_logits(
 ) -> None:
     out.zero_()
     squared.zero_()
+    # One tile for all: what a loop variable still holds while the next one is made would be two.
+    tile = hidden.new_empty(min(_TILE, hidden.shape[0]) * min(_TILE, token_weight.shape[0]))
     for v in _slices(token_weight.shape[0], _TILE):
         bias = None if token_bias is None else token_bias[v]
         for rows in _slices(hidden.shape[0], _TILE):
-            t = _activations(hidden[rows], token_weight[v], bias, "logits", None)
+            shape = (rows.stop - rows.start, v.stop - v.start)
+            t = activations(hidden[rows], token_weight[v], bias, "logits", tile[: shape[0] * shape[1]].view(shape))
             if t.dtype == out.dtype:
                 out[rows].addmm_(t, reader[:, v].mT)
             else:
