@@ -85,6 +85,20 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["command"] = command(config.invocation_params.args)
 
 
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Keep of the machine what decides speed, not its kernel release and build dates."""
+    machine = output_json["machine_info"]
+    for name in (
+        "release",
+        "python_build",
+        "python_compiler",
+        "python_implementation",
+        "python_implementation_version",
+    ):
+        machine.pop(name, None)
+    machine["cpu"] = {name: machine["cpu"][name] for name in ("brand_raw", "count", "arch") if name in machine["cpu"]}
+
+
 def command(arguments: Sequence[str | object]) -> str:
     """The command that made a json, without the folders of whoever ran it."""
     return " ".join(["pytest", *(re.sub(r"(?<![\w.])/[^\s=]*/", "", str(argument)) for argument in arguments)])
