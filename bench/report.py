@@ -1,4 +1,5 @@
-"""Write the measured results into the README: `python -m bench.report` after a bench run has stored its json.
+"""Write the measured results into the README and draw them: `python -m bench.report` after a bench run has stored its
+json.
 
     pytest bench/bench_model.py --benchmark-only --benchmark-json bench/results/inference_cpu.json
     python -m bench.report
@@ -10,8 +11,11 @@ they differ.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+from bench import plots
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -93,12 +97,52 @@ def updated(readme: str) -> str:
     return f"{before}{BEGIN}\n{section()}{END}{after}"
 
 
+# ------------------------------------------------------------------ claims
+
+_GPU = re.compile(r"\bGPUs?\b|\bCUDA graphs?\b|\b(?:A|H|B|L|V)\d{2,3}S?\b|\bMI\d{3}X?\b|\bRTX\b|TFLOP/s|TB/s")
+# a time, a rate, a ratio or a share; not a size, which a download has as well
+_FIGURE = re.compile(r"\d(?:[\d.,]*\d)?\s?(?:x\b|×|[µmn]s\b|us\b|TFLOP/s|[GT]B/s|%|images/s|times\b|-fold)")
+
+
+def unsupported_claims(readme: str) -> list[str]:
+    """Sentences and table rows with a measured GPU figure that stand outside the result markers, where no json is
+    behind them, and GPUs named inside that no json was measured on."""
+    before, rest = readme.split(BEGIN)
+    inside, after = rest.split(END)
+    found = []
+    for text in (before, after):
+        # of code, only what is said in comments could be a claim; those are outputs and shapes
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for paragraph in re.split(r"\n\s*\n|\n(?=[|\-*#])", prose):
+            for sentence in re.split(r"(?<=[.;!?])\s", " ".join(paragraph.split())):
+                if _GPU.search(sentence) and _FIGURE.search(sentence):
+                    found.append(sentence)
+    measured = {content["machine_info"].get("gpu") for _, content in plots.contents(RESULTS)} - {None}
+    named = re.findall(r"\b(?:NVIDIA|AMD|Tesla) [A-Z][\w-]*(?: [A-Z\d][\w-]*)?", inside)
+    return found + [f"{name}: no json was measured on it" for name in named if not any(name in gpu for gpu in measured)]
+
+
+def evidence_missing(content: dict[str, Any]) -> list[str]:
+    """What a json measured on a GPU must say and does not: where, with what, by which command, and of which commit."""
+    machine = content["machine_info"]
+    wanted = {
+        "driver and clocks": machine.get("gpu state"),
+        "command": machine.get("command"),
+        "commit": machine.get("commit") or content.get("commit_info", {}).get("id"),
+        "torch version": machine.get("versions", {}).get("torch"),
+        "triton version": machine.get("versions", {}).get("triton"),
+    }
+    return [] if machine.get("gpu") is None else [name for name, value in wanted.items() if not value]
+
+
 def main() -> None:
     path = ROOT / "README.md"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
     temporary.replace(path)
     print(f"wrote the result section of {path}")
+    for picture in plots.draw(RESULTS, RESULTS / "plots"):
+        print(f"wrote {picture.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -2,24 +2,64 @@
 
 from __future__ import annotations
 
+import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
+
+from bench import plots, report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_results_come_from_the_json_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_come_from_the_json_files() -> None:
     """A number typed into the README, or a json that was measured again without updating it, fails here."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    for name in [name for name in sys.modules if name.split(".")[0] == "bench"]:
-        monkeypatch.delitem(sys.modules, name)
-    from bench.report import updated
+    assert report.updated(README) == README, "run: python -m bench.report"
 
-    assert updated(README) == README, "run: python -m bench.report"
+
+def test_gpu_figures_have_a_json_behind_them() -> None:
+    """A speed on a GPU may stand between the result markers only, where it comes from a json with its evidence."""
+    assert report.unsupported_claims(README) == []
+    for name, content in plots.contents(report.RESULTS):
+        assert report.evidence_missing(content) == [], name
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "On an H200 the whole model is 1.8x faster.",
+        "A training step takes\n72 µs on one GPU.",
+        "- attention runs at 640 TFLOP/s",
+        "| H200, batch 64 | 2.1× |",
+        "With CUDA graphs batch 1 is 3 times as fast.",
+    ],
+)
+def test_a_gpu_figure_typed_into_the_readme_is_found(claim: str) -> None:
+    """Were it not, anybody could write a number nobody measured."""
+    before, after = README.split("## Limits")
+    (found,) = report.unsupported_claims(f"{before}\n\n{claim}\n\n## Limits{after}")
+    assert found in " ".join(claim.split())
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    ["With a GPU the download is 5 GB.", "On two CPU cores it is 1.6x faster.", "No kernel has run on a GPU yet."],
+)
+def test_a_sentence_without_a_gpu_figure_is_no_claim(sentence: str) -> None:
+    assert report.unsupported_claims(f"{README}\n\n{sentence}\n") == []
+
+
+def test_a_gpu_in_the_results_without_a_json_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The section names a machine: it must be one that a json was measured on."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    forged = f"{report.BEGIN}\nbatch 64, NVIDIA H200, torch 2.11\n{report.END}"
+    assert report.unsupported_claims(forged) == ["NVIDIA H200: no json was measured on it"]
+    content = {"machine_info": {"gpu": "NVIDIA H200", "versions": {"torch": "2.11.0"}}, "benchmarks": []}
+    (tmp_path / "h200.json").write_text(json.dumps(content))
+    assert report.unsupported_claims(forged) == []
+    assert report.evidence_missing(content) == ["driver and clocks", "command", "commit", "triton version"]
 
 
 def test_every_named_test_exists() -> None:
