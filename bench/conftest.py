@@ -63,13 +63,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
     for item in items:
-        name = _implementation(item)
-        peer = getattr(getattr(item, "module", None), "PEERS", {}).get(name)
-        reason = timing.selection.missing()
-        if reason is None and isinstance(peer, timing.Peer) and (needed := peer.missing()):
-            reason = f"{name}: {needed}"
-        if reason:
+        if reason := _why_not(item):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_not(item: pytest.Item) -> str | None:
+    """What was asked for and this bench cannot time."""
+    if reason := timing.selection.missing():
+        return reason
+    module, name = getattr(item, "module", None), _implementation(item)
+    peer = getattr(module, "PEERS", {}).get(name)
+    if isinstance(peer, timing.Peer) and (needed := peer.missing()):
+        return f"{name}: {needed}"
+    # a bench that times on one device or in one dtype says which
+    device, dtype = getattr(module, "DEVICE", None), getattr(module, "DTYPE", None)
+    if device not in (None, timing.selection.device):
+        return f"device {timing.selection.device} is not timed by {item.path.name}, {device} is"
+    if dtype is not None and dtype not in timing.selection.dtypes:
+        asked = ", ".join(str(wanted).removeprefix("torch.") for wanted in timing.selection.dtypes)
+        return f"dtype {asked} is not timed by {item.path.name}, {str(dtype).removeprefix('torch.')} is"
+    return None
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
