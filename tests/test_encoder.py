@@ -196,6 +196,7 @@ def test_triton_kernels_run_the_blocks(prompt_mode: str, extra_bias: str) -> Non
         model(batch)
     attention = {name: count for name, count in calls.names.items() if "prompted_attention" in name}
     assert sum(attention.values()) == 2, attention
+    assert calls.names["vptm::readout_attention"] == 1, "the read-out row of the last block"
     assert not [name for name in calls.names if any(word in name for word in ("cat", "scaled_dot_product", "pad"))]
 
 

@@ -31,11 +31,12 @@ def beit_model(mode: str, length: int, **kwargs):
 
 @pytest.mark.parametrize("length", [0, P])
 def test_deep_inference(length: int) -> None:
-    """Per image: full blocks 24 N D² + 4 N (N+P) D, the last one 24 D² + 4 H (N+P) D; prompts once, then cached."""
+    """Per image: full blocks 24 N D² + 4 N (N+P) D, the last one 24 D² + 4 H N D + 4 P D; prompts once, then
+    cached."""
     model = beit_model("deep", length)
     batch = images(model, B)
     full = 24 * N * D**2 + 4 * N * (N + length) * D
-    expected = B * (PATCHES + (L - 1) * full + 24 * D**2 + 4 * H * (N + length) * D + 2 * D * K)
+    expected = B * (PATCHES + (L - 1) * full + 24 * D**2 + 4 * H * N * D + 4 * length * D + 2 * D * K)
     with torch.no_grad():
         first, again = flops_of(lambda: model(batch)), flops_of(lambda: model(batch))
     assert again == expected

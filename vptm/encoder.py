@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from vptm_kernels import prompted_attention
+from vptm_kernels import prompted_attention, readout_attention
 from vptm_kernels._runtime.triton_support import choose
 from vptm_kernels.prompted_attention.bias import align_rows
 
@@ -419,33 +419,36 @@ class FrozenEncoder:
         return _residual(x.mean(dim=1), F.linear(inner, block.fc2_weight, block.fc2_bias), block.scale_2)
 
     def _last_block(self, model: PromptedModel, x: Tensor, real: int, row: int, layer: int) -> Tensor:
-        """The block for one query row (B, C): scores `normalise(x_j) . (W_k q)`, output `W_v sum_j a_j normalise(x_j) +
-        b_v`."""
-        block = self._blocks[layer]
-        attn = model.backbone.blocks[layer].attn
-        batch, _, width = x.shape
-        heads = attn.num_heads
+        """The block for one query row (B, C), without a key or a value of any token."""
+        block, prompts = self._blocks[layer], model.prompts
+        width = model.num_features
         weight_q, weight_k, weight_v = block.qkv_weight.split(width)
         bias_q, _, bias_v = block.qkv_bias.split(width)
-        normed = _normalise(x, block.eps_1).to(block.qkv_weight.dtype)
-        query = F.linear(normed[:, row], weight_q, bias_q).unflatten(1, (heads, -1)) * (width // heads) ** -0.5
-        absorbed = torch.einsum("bhd,hdc->bhc", query, weight_k.unflatten(0, (heads, -1)))
-        tokens = normed.shape[1]
-        prompts = None
-        if tokens == real and model.prompts.role(layer) == "own":
-            prompts = self._prompt_rows(model, layer, batch).to(normed.dtype)
-            scores = normed.new_empty(batch, heads, tokens + model.prompts.length)
-            scores[..., :tokens] = absorbed @ normed.mT
-            scores[..., tokens:] = absorbed @ prompts.mT
-        else:
-            scores = absorbed @ normed.mT
+        own = x[:, row]
+        query = F.linear(_normalise(own, block.eps_1), weight_q, bias_q)
+        prefix = None
+        if x.shape[1] == real and prompts.role(layer) == "own":
+            if prompts.per_sample():
+                # a row of its own for every image is cheaper as one more token than projected
+                x = torch.cat([x, prompts.rows(layer, len(x)).to(x.dtype)], dim=1)
+            else:
+                prefix = self._prefix(model, layer, len(x))
         bias = self._bias(model, layer)
         if bias is not None:
-            scores = scores + bias[:, row, : scores.shape[-1]]
-        weights = scores.softmax(dim=-1).to(normed.dtype)
-        mixed = weights[..., :tokens] @ normed
-        if prompts is not None:
-            mixed = mixed + weights[..., tokens:] @ prompts
-        value = torch.einsum("bhc,hdc->bhd", mixed, weight_v.unflatten(0, (heads, -1))).flatten(1) + bias_v
-        out = _residual(x[:, row], F.linear(value, block.proj_weight, block.proj_bias), block.scale_1)
+            bias = bias[:, row, : x.shape[1] + (0 if prefix is None else prompts.length)]
+        value = readout_attention(
+            x,
+            query,
+            None,
+            None,
+            block.eps_1,
+            weight_k,
+            weight_v,
+            bias_v,
+            num_heads=model.backbone.blocks[layer].attn.num_heads,
+            prompt_kv=prefix,
+            bias=bias,
+            impl=model.impl,
+        )
+        out = _residual(own, F.linear(value, block.proj_weight, block.proj_bias), block.scale_1)
         return _mlp(out, block)
