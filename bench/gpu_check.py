@@ -184,8 +184,11 @@ class Check:
                 file.write(f"=== {stage.name}\n{text}\n")
             status = "stopped at its limit" if code is None else "passed" if code == 0 else "failed"
             entry |= {"status": status, "exit status": code}
-            if result.is_file():
-                entry["result"] = _without_samples(json.loads(result.read_text(encoding="utf-8")))
+            if result.is_file() and result.stat().st_size:
+                try:
+                    entry["result"] = _without_samples(json.loads(result.read_text(encoding="utf-8")))
+                except json.JSONDecodeError as error:
+                    entry["why"] = f"its json is not complete: {error}"
             if "-v" in stage.command:
                 entry["tests"] = outcomes(text)
             if status != "passed":
@@ -302,6 +305,8 @@ def main(argv: list[str] | None = None) -> int:
         print("no GPU here: torch sees none (--dry-run tries the commands without one)", file=sys.stderr)
         return 2
     describe = {"command": " ".join(["python -m bench.gpu_check", *_without_folders(argv)]), "dry run": options.dry_run}
+    # asked to end, it ends its stage too; a default SIGTERM would leave that running on the GPU
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     check = Check(options.out, 60 * options.minutes, describe | {"environment": timing.environment()})
     passed = check.run([dry(stage) for stage in chosen] if options.dry_run else chosen)
     print(*closing(check.document), sep="\n")

@@ -128,7 +128,7 @@ def evidence_missing(content: dict[str, Any]) -> list[str]:
     wanted = {
         "driver and clocks": machine.get("gpu state"),
         "command": machine.get("command"),
-        "commit": machine.get("commit") or content.get("commit_info", {}).get("id"),
+        "commit": machine.get("commit"),
         "torch version": machine.get("versions", {}).get("torch"),
         "triton version": machine.get("versions", {}).get("triton"),
     }

@@ -76,6 +76,30 @@ def test_a_stage_at_its_limit_is_interrupted_and_keeps_what_it_wrote(check):
     assert time.monotonic() - started < 20
 
 
+def test_an_interrupted_bench_run_keeps_the_benches_that_finished(check, tmp_path):
+    """pytest-benchmark writes its json at the end only: it must get to its end when the time is up."""
+    file = tmp_path / "bench_two.py"
+    file.write_text(
+        "import os, signal, time\n"
+        "def test_first(benchmark): benchmark.pedantic(lambda: None, rounds=2)\n"
+        "def test_second(benchmark): os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+    )
+    command = ("-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", "--benchmark-json", "{result}")
+    check = check()
+    check.run([Stage("benches", command, 25.0)])
+    (entry,) = saved(check)["stages"]
+    assert entry["status"] == "failed"
+    assert [bench["name"] for bench in entry["result"]["benchmarks"]] == ["test_first"]
+    assert "data" not in entry["result"]["benchmarks"][0]["stats"]
+
+
+def test_a_half_written_json_is_named_and_stops_nothing(check):
+    check = check()
+    half = "import sys; open(sys.argv[1], 'w').write('{\"benchmarks\": [')"
+    assert check.run([python("half", half, 5.0, "{result}"), python("next", "pass")])
+    assert "its json is not complete" in saved(check)["stages"][0]["why"]
+
+
 def test_a_stage_that_ignores_the_interrupt_is_killed_with_its_children(check):
     check = check(3.0)
     child = (
