@@ -12,6 +12,7 @@ from beit_factory import randomize, tiny_beit
 from vptm import PromptedBEiT, fit_prototypes, save_adapter
 from vptm.losses import protoverb_loss
 from vptm.verbalizers import PrototypicalVerbalizer
+from vptm_kernels import FoldedHead, prototype_cosine
 
 
 def build(**options):
@@ -196,3 +197,70 @@ def test_prototypes_that_are_not_finite_are_neither_trained_nor_written(value, f
     with pytest.raises(ValueError, match=message):
         save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def heads_given(monkeypatch):
+    """What `prototype_cosine` gets as token_weight, call by call."""
+    seen = []
+
+    def noting(hidden, token_weight, *args, **kwargs):
+        seen.append(token_weight)
+        return prototype_cosine(hidden, token_weight, *args, **kwargs)
+
+    monkeypatch.setattr("vptm.verbalizers.prototype_cosine", noting)
+    return seen
+
+
+def test_inference_multiplies_token_head_and_projection_once(monkeypatch):
+    """A saved adapter runs on the folded head; training and what does not fold never see it."""
+    model = build(projection_bias=True).eval()
+    images = support([0, 1])[0][0]
+    seen = heads_given(monkeypatch)
+    expected = model(images)
+    assert seen.pop() is model.lm_head.weight
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for _ in range(2):
+                torch.testing.assert_close(model(images), expected.detach(), rtol=1e-12, atol=1e-12)
+    assert isinstance(seen[0], FoldedHead) and all(head is seen[0] for head in seen)
+    for options in ({"token_activation": "softmax"}, {"token_activation": "log_softmax"}, {"prototype_dim": None}):
+        other = build(**options).eval()
+        with torch.no_grad():
+            other(images)
+        assert seen.pop() is other.lm_head.weight
+
+
+def _step(model):
+    optimiser = torch.optim.SGD(model.trainable_parameters(), lr=0.1)
+    model(support([0, 1])[0][0])[:, 0].sum().backward()
+    optimiser.step()
+
+
+def _data(model):
+    model.verbalizer.projection.weight.data.mul_(-2)
+    model.refresh()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _step,
+        _data,
+        lambda model: model.load_state_dict(build().state_dict()),
+        lambda model: model.float().double(),
+        lambda model: torch.nn.init.normal_(model.lm_head.bias),
+        lambda model: fit_prototypes(model, support([0, 1, 2]), lr=0.1),
+    ],
+    ids=["optimiser step", "data and refresh", "load_state_dict", "dtype", "token head", "fit_prototypes"],
+)
+def test_a_change_reaches_the_folded_head(change):
+    """Scores without gradients follow every edit; an old product of token head and projection would not."""
+    model = build().eval()
+    images = support([0, 1])[0][0]
+    with torch.no_grad():
+        model(images)
+    change(model)
+    for at in (model, copy.deepcopy(model)):
+        with torch.no_grad():
+            found = at(images)
+        torch.testing.assert_close(found, model(images).detach(), rtol=1e-10, atol=1e-12)

@@ -176,13 +176,15 @@ class PromptedModel(nn.Module):
         return super()._apply(fn, recurse)
 
     def refresh(self) -> None:
-        """Derive the encoder's folded constants again.
+        """Derive the folded constants of encoder and verbalizer again.
 
         Needed only after an edit PyTorch does not count as a change (through `.data`), or of a compiled model's frozen
         weights; any other change is noticed.
         """
         self._refuse_dropped("refresh()")
         self._encoder = FrozenEncoder()
+        if isinstance(self.verbalizer, PrototypicalVerbalizer):
+            self.verbalizer.refresh()
 
     def freeze_for_inference(self, keep_originals: bool = False) -> PromptedModel:
         """Fold the frozen weights now and, by default, drop the originals, which halves the memory the model holds.
