@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_data import CLASSES, picture, write_backbone, write_pictures
 
+from vptm.adapters import load_adapter
 from vptm.cli import main
-from vptm.data import load_data
+from vptm.data import few_shot, load_data, transforms
 
 TENSORS, METRICS = "adapter_model.safetensors", "metrics.csv"
 Outcome = tuple[int, str, str]
@@ -141,6 +142,21 @@ def test_train_can_fit_the_prototypes_afterwards(vptm: Console, material: Path, 
         assert torch.equal(tensor, fitted[name]), name
     code, measured, _ = vptm("evaluate", tmp_path / "r")
     assert measured.splitlines()[-1].split()[2] == out.splitlines()[-3].split()[2]
+
+
+def test_train_can_start_at_class_means(vptm: Console, material: Path, tmp_path: Path) -> None:
+    """A step too small to move anything leaves every prototype at the mean embedding of its class's pictures."""
+    options = ["--verbalizer", "prototypical", "--prototype-dim", 8, "--prototype-init", "class_means"]
+    arguments = train_arguments(material, tmp_path / "r", *options, "--lr", 1e-30, epochs=1)
+    assert vptm(*arguments)[0] == 0
+    model = load_adapter(tmp_path / "r")
+    data = few_shot(load_data(material / "pictures").train, 4)
+    images = torch.stack([transforms(model)(data.image(k)) for k in range(len(data))])
+    with torch.no_grad():
+        embedding = model.verbalizer.embed(model.forward_hidden(images), model.lm_head)
+    for k in range(3):
+        mean = embedding[torch.from_numpy(data.labels) == k].mean(0)
+        torch.testing.assert_close(model.verbalizer.prototypes[k].detach(), mean, rtol=1e-4, atol=1e-5)
 
 
 def test_train_without_out_takes_the_next_free_folder(vptm: Console, material: Path, tmp_path: Path) -> None:
@@ -387,6 +403,8 @@ def refusals(material: Path, tmp: Path) -> dict[str, tuple[list[Any], int, str]]
         "seed": (["--seed", -1], 2, "--seed"),
         "prototype steps": (["--prototype-steps", -1], 2, "--prototype-steps must be >= 0"),
         "no prototypes": (["--prototype-steps", 2], 2, "--prototype-steps needs --verbalizer prototypical, got linear"),
+        "prototype init": (["--prototype-init", "mean"], 2, "--prototype-init must be one of xavier, class_means"),
+        "no means": (["--prototype-init", "class_means"], 2, "--prototype-init needs --verbalizer prototypical"),
         "no contrast": (["--protoverb-weight", 1], 2, "protoverb_weight needs verbalizer='prototypical'"),
         "bad images": (["--on-bad-image", "hide"], 2, "must be one of error, skip"),
         "unwritable": (["--out", tmp / "file" / "run"], 2, "cannot be written"),

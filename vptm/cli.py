@@ -238,6 +238,7 @@ def train(
     train_lm_head: Annotated[bool, typer.Option(help="Also learn the visual-token head.")] = False,
     verbalizer: Annotated[str, typer.Option(help="prototypical or linear.")] = "prototypical",
     prototype_dim: Annotated[int, typer.Option(help="Dimension of the prototypes.")] = 128,
+    prototype_init: Annotated[str, typer.Option(help="xavier, or class_means of the training images.")] = "xavier",
     token_activation: Annotated[
         str, typer.Option(help="What the verbalizer reads: hidden, logits, softmax or log_softmax.")
     ] = "logits",
@@ -362,8 +363,11 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
             raise ValueError(f"--{name.replace('_', '-')} must be >= {lowest}, got {settings[name]}")
     if not 0 <= settings["seed"] < 2**32:
         raise ValueError(f"--seed must be in 0..2^32-1, got {settings['seed']}")
-    if settings["prototype_steps"] and settings["verbalizer"] != "prototypical":
-        raise ValueError(f"--prototype-steps needs --verbalizer prototypical, got {settings['verbalizer']}")
+    one_of("--prototype-init", settings["prototype_init"], ("xavier", "class_means"))
+    for name, unused in (("prototype_steps", 0), ("prototype_init", "xavier")):
+        if settings[name] != unused and settings["verbalizer"] != "prototypical":
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} needs --verbalizer prototypical, got {settings['verbalizer']}")
     if not 0 < settings["prototype_lr"] < float("inf"):
         raise ValueError(f"--prototype-lr must be finite and > 0, got {settings['prototype_lr']}")
     one_of("--prompt-init", settings["prompt_init"], ("uniform", *INIT_METHODS))
@@ -387,6 +391,7 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
         _say(f"the built-in model is {DEMONSTRATION}")
     flip = data.flip if settings["flip"] is None else settings["flip"]
     prepare = transforms(model)
+    plain_train_set = train_set.with_transform(prepare)
     train_set = train_set.with_transform(transforms(model, train=True, flip=flip) if settings["augment"] else prepare)
     loader = _loader(train_set, settings["batch_size"], settings["workers"], place, shuffle=True)
     val_loader = None
@@ -398,6 +403,10 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     if settings["prompt_init"] != "uniform" and not (resume and (folder / STATE_FILE).is_file()):
         model.to(place)
         init_prompts(model, loader, settings["prompt_init"], images=settings["init_images"], seed=settings["seed"])
+    support = _loader(plain_train_set, EVALUATION_BATCH, settings["workers"], place)
+    if settings["prototype_init"] == "class_means" and not (resume and (folder / STATE_FILE).is_file()):
+        verbalizer: Any = model.to(place).verbalizer
+        verbalizer.init_prototypes(model, support)
     again = f"vptm train --resume --out {shlex.quote(str(folder))}"
     counts = {split: len(part) for split, part in (("train", train_set), ("val", val_set), ("test", test_set)) if part}
     result = fit(
@@ -424,7 +433,6 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     contrast: list[float] = []
     try:
         if steps := settings["prototype_steps"]:
-            support = _loader(train_set.with_transform(prepare), EVALUATION_BATCH, settings["workers"], place)
             contrast = fit_prototypes(model, support, steps=steps, lr=settings["prototype_lr"])
             accuracy = None if val_loader is None else evaluate(model, val_loader)["accuracy"]
             extra = {"epoch": result.best_epoch, "val_accuracy": accuracy, "prototype_steps": steps}
@@ -538,6 +546,88 @@ def compare(
     if failed:
         _say(f"vptm: {len(failed)} runs failed, the same command tries them again: {'; '.join(failed)}")
         raise typer.Exit(1)
+
+
+@app.command(name="map")
+def map_labels(
+    data: Annotated[str, typer.Option(help="As in `vptm train`; its class names are mapped.")] = "builtin",
+    classifier: Annotated[str, typer.Option(help="A timm classifier.")] = "tf_efficientnet_lite0",
+    weights: Annotated[
+        Path | None, typer.Option(help="Its weights, .safetensors or .pth; timm's by default.", show_default=False)
+    ] = None,
+    source_labels: Annotated[
+        Path | None,
+        typer.Option(help="Text file with its labels, one a line; ImageNet's by default.", show_default=False),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="semantic (SeMap), random, or by training images: flm, ilm or blm.")
+    ] = "semantic",
+    assignment: Annotated[
+        str, typer.Option(help="argmax, hungarian, greedy, round_robin, top or threshold; of --method semantic.")
+    ] = "hungarian",
+    m: Annotated[int, typer.Option(help="Source labels of a label.")] = 1,
+    threshold: Annotated[float, typer.Option(help="Of --assignment threshold.")] = 0.5,
+    aggregation: Annotated[str, typer.Option(help="mean, max, logsumexp or mean_prob.")] = "mean",
+    template: Annotated[str, typer.Option(help="Around a name, with {} for it.")] = "This is a photo of a {}.",
+    text_encoder: Annotated[str, typer.Option(help="sentence or open_clip.")] = "sentence",
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Train a pixel border first: expansive or additive; none by default.", show_default=False),
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Pixels of the image inside an expansive border.")] = 128,
+    border: Annotated[int, typer.Option(help="Pixels of an additive border.")] = 30,
+    shots: Annotated[str, typer.Option(help="Training images per class, or all; for flm, ilm, blm, --prompt.")] = "16",
+    epochs: Annotated[int, typer.Option(help="Of training the border.")] = 20,
+    lr: Annotated[float, typer.Option(help="Of the border.")] = 0.01,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
+    evaluate: Annotated[bool, typer.Option(help="Read the test images, once, at the end.")] = True,
+    seed: Annotated[int, typer.Option(help="Of random mappings, shots and order.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Map a classifier's labels to the classes of a data set.
+
+    By default by meaning, without a training image. Prints CSV: label, source labels, and the similarity or count that
+    joined the first; the test accuracy goes to stderr.
+
+    \b
+    Example:
+      vptm map --data photos/ --classifier resnet18
+    """
+    from .reprogram import map_labels as run
+
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be >= 1, got {batch_size}")
+    rows, accuracy = run(
+        data=_located(data),
+        classifier=classifier,
+        weights=weights,
+        source_labels=source_labels,
+        method=method,
+        assignment=assignment,
+        m=m,
+        threshold=threshold,
+        aggregation=aggregation,
+        template=template,
+        encoder=text_encoder,
+        prompt=prompt,
+        image_size=image_size,
+        border=border,
+        shots=_parse_shots(shots),
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        test=evaluate,
+        seed=seed,
+        device=_device(device),
+        report=_say,
+    )
+    import csv
+
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["label", "source_labels", "score"])
+    writer.writerows(rows)
+    if accuracy is not None:
+        _say(f"test accuracy {accuracy:.2%}")
 
 
 @app.command()
