@@ -28,16 +28,16 @@ from vptm import PromptedBEiT
 from vptm_kernels import FoldedHead, prompted_attention, prototype_cosine
 
 DEVICE, DTYPE, FULL = timing.selection.device, timing.selection.dtypes[0], timing.selection.full
-ROUNDS = 15
+ROUNDS = 9
 
 
-def fitted_exponent(sizes: Sequence[float], costs: Sequence[float], base: float = 0.0) -> float:
-    """e of `cost - base ~ size^e`, by least squares on logarithms; NaN where a cost does not exceed the base."""
+def fitted_exponent(sizes: Sequence[float], costs: Sequence[float], base: float = 0.0) -> float | None:
+    """e of `cost - base ~ size^e`, by least squares on logarithms; None where a cost does not exceed the base."""
     if len(sizes) != len(costs) or len(sizes) < 3:
         raise ValueError(f"an exponent needs at least 3 sizes with a cost each, got {len(sizes)} and {len(costs)}")
     above = [cost - base for cost in costs]
     if min(above) <= 0:
-        return math.nan
+        return None
     x, y = ([math.log(value) for value in values] for values in (sizes, above))
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y))
@@ -152,12 +152,13 @@ def _tokens(side: int) -> int:
     return side**2 + 1
 
 
-# Sides of the patch grid: 14 is 224 pixels, 24 is 384. On a CPU as few doublings as show an exponent.
+# Sides of the patch grid: 14 is 224 pixels, 24 is 384. On a CPU as few doublings as show an exponent, large enough that
+# what a call costs at any size does not bend the line.
 SWEEPS = {
     "tokens N, attention alone": Sweep(attention_tokens, (14, 20, 28, 40) if FULL else (12, 17, 24), 2, _tokens),
-    "tokens N, without attention": Sweep(model_without_attention, (14, 20, 28) if FULL else (12, 17, 24), 1, _tokens),
+    "tokens N, without attention": Sweep(model_without_attention, (14, 20, 28) if FULL else (16, 23, 32), 1, _tokens),
     "prompts P, deep": Sweep(model_prompts, (50, 100, 200, 400) if FULL else (200, 400, 800), 1, base=0),
-    "batch B": Sweep(model_batch, (16, 32, 64, 128) if FULL else (1, 2, 4), 1),
+    "batch B": Sweep(model_batch, (16, 32, 64, 128) if FULL else (4, 8, 16), 1),
     "classes K": Sweep(classes, (1000, 4000, 16000, 64000) if FULL else (1000, 2000, 4000), 1, base=1),
     "tasks": Sweep(tasks, (64, 256, 1024) if FULL else (4, 16, 64), 0),
 }
@@ -172,16 +173,17 @@ def measure(sweep: Sweep, rounds: int = ROUNDS, clock: timing.Clock | None = Non
     memory = {point: timing.peak_extra_bytes(runs[str(point)], DEVICE) for point in points}
     sizes = [sweep.size_of(point) for point in sweep.sizes]
 
-    def exponent(costs: dict[int, float]) -> float:
+    def exponent(costs: dict[int, float]) -> float | None:
         base = 0.0 if sweep.base is None else costs[sweep.base]
-        return fitted_exponent(sizes, [costs[point] for point in sweep.sizes], base)
+        found = fitted_exponent(sizes, [costs[point] for point in sweep.sizes], base)
+        return None if found is None else round(found, 2)
 
     return {
         "sizes": sizes,
         "seconds": [seconds[point] for point in sweep.sizes],
         "peak extra bytes": [memory[point] for point in sweep.sizes],
-        "exponent of time": round(exponent(seconds), 2),
-        "exponent of memory": round(exponent({point: float(held) for point, held in memory.items()}), 2),
+        "exponent of time": exponent(seconds),
+        "exponent of memory": exponent({point: float(held) for point, held in memory.items()}),
         "expected exponent of time": sweep.expected,
     }
 

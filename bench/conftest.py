@@ -132,7 +132,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 bench.extra_info[name]
                 for name in ("exponent of time", "exponent of memory", "expected exponent of time")
             )
-            growth.append(f"{bench.group}: time {time:.2f} (expected {expected:g}), memory {memory:.2f}")
+            time, memory = ("none" if found is None else f"{found:.2f}" for found in (time, memory))
+            growth.append(f"{bench.group}: time {time} (expected {expected:g}), memory {memory}")
     sections = {"interleaved ratios, medians": ratios, "fitted exponents": growth, "refused, not timed": refused}
     for title, lines in sections.items():
         if lines:
