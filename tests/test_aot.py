@@ -46,7 +46,7 @@ def test_no_two_byte_loads_of_aligned_inputs(reports, target):
 
 
 def scores_and_counts(report):
-    """Scores per thread of a forward kernel, and its instructions for them: of one trip of the loop, or of all of it."""
+    """Scores per thread of a forward kernel, and its instructions for them: of one trip of its loop, or of all."""
     constants = report.constants
     keys = constants["BLOCK_N"]
     if constants["RESIDENT"]:

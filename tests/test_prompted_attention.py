@@ -4,7 +4,9 @@ The Triton kernels run in the interpreter where there is no GPU, with every acce
 """
 
 import itertools
+import random
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -32,8 +34,21 @@ def gradients(call, outputs, upstream):
     return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()))))
 
 
+def with_other_forward(call):
+    """(out, lse) of the Triton forward that block sizes did not choose: all keys resident, or block by block."""
+    from vptm_kernels.prompted_attention import triton_impl
+
+    chosen = triton_impl.keys_resident
+    triton_impl.keys_resident = lambda *args, **options: not chosen(*args, **options)
+    try:
+        with torch.no_grad():
+            return prompted_attention(**call, return_lse=True, impl="triton")
+    finally:
+        triton_impl.keys_resident = chosen
+
+
 def check(case, impl, *, with_lse=True):
-    """Forward, lse and every gradient within the error budget of the case's dtype."""
+    """Forward (both of its variants), lse and every gradient within the error budget of the case's dtype."""
     call = case.inputs(DEVICE, requires_grad=True)
     exact_call = case.converted(call, torch.float64)
     outputs = prompted_attention(**call, return_lse=True, impl=impl)
@@ -45,6 +60,9 @@ def check(case, impl, *, with_lse=True):
         # lse is float32 whatever the inputs are, and may carry the rounding of a 16-bit bias.
         peer = peer if peer is None or name == "out" else peer.to(actual.dtype)
         assert_close_to_exact(f"{case} {name}", actual, want, peer, factor=2, tolerance=1e-12)
+    if impl == "triton":
+        peer = None if eager[0] is None else eager[0]
+        assert_close_to_exact(f"{case} out of the other forward", with_other_forward(call)[0], exact[0], peer)
 
     upstream = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE).double() for t in exact]
     upstream[0] = upstream[0].to(case.dtype).double()
@@ -69,26 +87,48 @@ def test_every_kind_of_prompt_and_bias_equals_the_definition(case, impl):
     check(replace(case, window=(2, 3) if case.bias == "table" else None), impl)
 
 
-# One below, at and above a 16-wide tile, one token, one class token + 7x7 patches, and no or one prompt.
-SHAPES = [(1, 0, 16), (15, 1, 32), (16, 3, 48), (17, 10, 64), (50, 0, 80), (50, 57, 16), (17, 57, 128), (1, 1, 17)]
+# Tokens: one; one below, at and above a 16-wide tile; class token + 7x7 patches; a 224-pixel BEiT without and with mask
+# row, and with ten prompts; class token + 16x16 patches. Prompts: none, one, few, more than a narrow tail, more than a
+# block. Head dimensions: powers of two, and two between them.
+GRID = {
+    "tokens": [1, 15, 16, 17, 50, 197, 198, 207, 257],
+    "prompt_length": [0, 1, 3, 10, 57],
+    "head_dim": [16, 32, 48, 64, 80, 128],
+    "layout": list(LAYOUTS),
+    "window": [(3, 5), (7, 7)],
+    "prompts": ["shared", "image", "pool", "queries"],
+}
+
+
+def pairwise(factors) -> Iterator[dict]:
+    """Rows in which every pair of values of two factors occurs, by greedy choice; the same at every run."""
+    names = list(factors)
+    pairs = list(itertools.combinations(names, 2))
+    missing = {(a, x, b, y) for a, b in pairs for x in factors[a] for y in factors[b]}
+    draw = random.Random(0)
+    while missing:
+        a, x, b, y = min(missing, key=str)
+        tries = [{name: draw.choice(factors[name]) for name in names} | {a: x, b: y} for _ in range(60)]
+        covered = [{(a, row[a], b, row[b]) for a, b in pairs} & missing for row in tries]
+        best = max(range(len(tries)), key=lambda i: len(covered[i]))
+        missing -= covered[best]
+        yield tries[best]
+
+
+ROWS = list(pairwise(GRID))
+
+
+def test_the_grid_covers_all_pairs():
+    for a, b in itertools.combinations(GRID, 2):
+        assert {(row[a], row[b]) for row in ROWS} == set(itertools.product(GRID[a], GRID[b]))
 
 
 @pytest.mark.parametrize("impl", EXACT_IMPLS)
-@pytest.mark.parametrize("tokens,prompts,head_dim", SHAPES)
-def test_shapes(tokens, prompts, head_dim, impl):
-    check(AttentionCase(tokens=tokens, prompt_length=prompts, head_dim=head_dim, bias="dense"), impl)
-
-
-@pytest.mark.parametrize("impl", EXACT_IMPLS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_qkv(layout, impl):
-    check(AttentionCase(layout=layout, bias="columns", tokens=17), impl)
-
-
-@pytest.mark.parametrize("impl", EXACT_IMPLS)
-@pytest.mark.parametrize("window,tokens", [((3, 5), 16), ((7, 7), 50)])
-def test_windows(window, tokens, impl):
-    check(AttentionCase(bias="table", window=window, tokens=tokens, prompt_length=10), impl)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(str(value) for value in row.values()))
+def test_pairwise_grid(row, impl):
+    """All pairs of sizes, layouts, windows and kinds of prompts; one image and head where there are many tokens."""
+    large = row["tokens"] >= 197
+    check(AttentionCase(batch=1 if large else 2, heads=1 if large else 2, bias="table", **row), impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -111,6 +151,44 @@ def test_image_sizes_of_real_models(tokens, prompts, impl):
         batch=1, heads=1, tokens=tokens, prompt_length=prompts, head_dim=64, bias="dense", dtype=torch.float32
     )
     check(case, impl, with_lse=False)
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")
+@pytest.mark.parametrize("prompts", ["none", "shared", "pool", "queries"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16] if DEVICE == "cpu" else [torch.float16])
+def test_kernels_gather_from_tables_whose_tile_would_be_too_large(prompts, dtype, monkeypatch):
+    """Tokens in any order, some without a position, several class tokens; the table's gradient one head at a time."""
+    from vptm_kernels.prompted_attention import triton_impl
+
+    monkeypatch.setattr(triton_impl, "fits_tile", lambda *args: False)
+    monkeypatch.setattr(triton_impl, "heads_per_table_grad", lambda *args: 1)
+    monkeypatch.setattr(triton_impl, "_expand_table", None)
+    check(
+        AttentionCase(tokens=38, prompt_length=5, prompts=prompts, bias="table", window=(3, 4), dtype=dtype), "triton"
+    )
+
+
+def test_large_tables_are_gathered_and_their_gradient_is_bounded():
+    from vptm_kernels.prompted_attention import configs
+
+    assert configs.fits_tile(12, 197, 2) and configs.fits_tile(16, 577, 4)
+    assert not configs.fits_tile(16, 1601, 2)
+    for heads, tokens in [(12, 197), (16, 1601), (16, 40_000)]:
+        group = configs.heads_per_table_grad(heads, tokens)
+        assert 1 <= group <= heads and (group == 1 or group * tokens**2 * 4 <= 128 << 20)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_table_values_beyond_fp16_do_not_saturate(dtype, impl):
+    """Entries of 80000 and 100000 are both 65504 in saturated fp16, and would share a row's attention."""
+    case = AttentionCase(tokens=7, bias="table", window=(2, 3), prompts="none", dtype=dtype)
+    call = case.inputs(DEVICE)
+    table = torch.full((table_rows((2, 3)), 2), 8e4, device=DEVICE)
+    table[7] = 1e5  # the offset of a patch to itself
+    bias = RelativePositionBias(table, (2, 3), torch.arange(7, dtype=torch.int32, device=DEVICE))
+    out = prompted_attention(**{**call, "bias": bias}, impl=impl)
+    torch.testing.assert_close(out[:, 1:], call["qkv"][:, 1:, 64:], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", EXACT_IMPLS)
@@ -203,6 +281,16 @@ def test_prompts_that_attend_equal_concatenated_tokens(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_no_prompts_is_plain_attention(impl):
+    call = AttentionCase(tokens=17, prompt_length=0, dtype=torch.float32).inputs(DEVICE)
+    out = prompted_attention(**call, impl=impl)
+    q, k, v = call["qkv"].unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out, plain, rtol=0, atol=1e-6)
+    assert torch.equal(out, prompted_attention(call["qkv"], num_heads=2, impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_order_of_images_and_prompts_does_not_matter(impl):
     case = AttentionCase(batch=3, tokens=17, prompt_length=5, bias="dense", dtype=torch.float32)
     call = case.inputs(DEVICE)
@@ -292,9 +380,9 @@ def test_equal_rows_and_one_table_entry_for_every_pair(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradients_are_bitwise_reproducible(impl):
-    case = AttentionCase(batch=3, tokens=17, prompt_length=5, bias="table", window=(4, 4), dtype=torch.float32)
+    case = AttentionCase(batch=3, tokens=7, prompt_length=5, bias="table", window=(2, 3), dtype=torch.float32)
     first = None
-    for _ in range(20 if DEVICE == "cuda" or impl == "torch" else 3):
+    for _ in range(20):
         call = case.inputs(DEVICE, requires_grad=True)
         grads = torch.autograd.grad(
             prompted_attention(**call, impl=impl).sin().sum(), list(differentiable(call).values())
@@ -447,6 +535,81 @@ def test_offsets_of_64_bits_give_the_same_result(prompts, monkeypatch):
         results.append([out, *torch.autograd.grad(out.sin().sum(), list(differentiable(call).values()))])
     for narrow, wide in zip(*results):
         assert torch.equal(narrow, wide)
+
+
+@pytest.mark.skipif("triton" not in IMPLS or DEVICE == "cuda", reason="needs the interpreter")
+def test_rows_and_images_beyond_two_to_the_31_elements(tmp_path):
+    """Real addresses: a sparse file of 14 GB, of which a few pages exist."""
+    strides = (2**32, 2**30 + 8, 1)
+    elements = sum((size - 1) * stride for size, stride in zip((2, 3, 96), strides)) + 1
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(2 * elements)
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=elements, dtype=torch.float16)
+    far = memory.as_strided((2, 3, 96), strides)
+    near = torch.randn(2, 3, 96).half()
+    far.copy_(near)
+    prompts = torch.randn(4, 64).half()
+    results = []
+    for qkv in (far, near):
+        leaves = [qkv.detach().requires_grad_(), prompts.clone().requires_grad_()]
+        out = prompted_attention(*leaves, num_heads=2, impl="triton")
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+class Forbidden(TorchDispatchMode):
+    """Operations that make a host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim"}
+        assert func.overloadpacket.__name__ not in waits, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")
+@pytest.mark.parametrize("prompts,bias", [("shared", "table"), ("pool", "dense"), ("queries", "square")])
+def test_launches_do_not_wait_for_the_device(prompts, bias):
+    case = AttentionCase(tokens=7, prompts=prompts, bias=bias, window=(2, 3), dtype=torch.float32)
+    call = case.inputs(DEVICE, requires_grad=True)
+    prompted_attention(**call, impl="triton")  # ranges are read back once, when they are first seen
+    with Forbidden():
+        out = prompted_attention(**call, impl="triton")
+        torch.autograd.grad(out.sum(), list(differentiable(call).values()))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_a_captured_graph_replays_forward_and_backward():
+    case = AttentionCase(tokens=50, prompt_length=10, bias="table", window=(7, 7), dtype=torch.float16)
+    call = case.inputs(DEVICE, requires_grad=True)
+    leaves = list(differentiable(call).values())
+
+    def step():
+        out = prompted_attention(**call, impl="triton")
+        return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        call["qkv"].mul_(0.5)
+    graph.replay()
+    for a, b in zip(captured, step()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_on_the_device_of_their_tensors():
+    call = AttentionCase(tokens=17, bias="dense", dtype=torch.float16).inputs("cuda:1")
+    with torch.cuda.device(0):
+        out = prompted_attention(**call, impl="triton")
+    exact = reference(AttentionCase().converted(call, torch.float64))[0]
+    assert_close_to_exact("out", out, exact, reference(call)[0])
 
 
 @pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")

@@ -71,7 +71,8 @@ def cases() -> Iterator[Case]:
         yield case(f"{passes}-bf16-P50", True, passes=passes, prompts=50)
         yield case(f"{passes}-bf16-no-bias", True, passes=passes, bias="none")
         yield case(f"{passes}-bf16-P200", passes=passes, prompts=200)
-        yield case(f"{passes}-bf16-queries", passes=passes, kind="queries")
+        yield case(f"{passes}-bf16-queries", True, passes=passes, kind="queries")
+        yield case(f"{passes}-fp16-queries", passes=passes, kind="queries", dtype=half)
         yield case(f"{passes}-bf16-pool", passes=passes, kind="pool", prompts=50)
         yield case(f"{passes}-bf16-image", passes=passes, kind="image")
         yield case(f"{passes}-bf16-prompt-columns", passes=passes, bias="columns")
@@ -80,7 +81,8 @@ def cases() -> Iterator[Case]:
         for head_dim in (16, 32, 48, 80, 96, 128):
             yield case(f"{passes}-bf16-D{head_dim}", passes=passes, head_dim=head_dim)
     yield case("backward-prompts-only", True, passes="backward", learned="prompts")
-    yield case("backward-table", passes="backward", bias="table", learned="qkv prompts bias")
+    yield case("backward-table", True, passes="backward", bias="table", learned="qkv prompts bias")
+    yield case("backward-fp16-table", passes="backward", bias="table", learned="qkv prompts bias", dtype=half)
     yield case("backward-dense-bias", passes="backward", learned="qkv prompts bias")
     yield case("forward-table", passes="forward", bias="table")
     # 40 x 40 patches: the tile of a table would be larger than second-level caches, so kernels gather from the table.

@@ -53,7 +53,9 @@ def forward_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *, in
     if dtype_bits >= 32:
         return Config(32, 32, 4, 1)
     if head_dim > 64:
-        return Config(64, 32, 4, 1) if _asynchronous_tensor_cores(arch) else Config(32, 32, 4, 1)
+        if _asynchronous_tensor_cores(arch):
+            return Config(64, 32, 4, 1)
+        return Config(32, 16 if arch == "sm120" else 32, 4, 1)
     return Config(64, 64, 4, 1) if _asynchronous_tensor_cores(arch) else Config(64, 32, 4, 1)
 
 
@@ -81,7 +83,10 @@ def heads_per_table_grad(heads: int, tokens: int) -> int:
     return max(1, min(heads, (128 << 20) // (4 * tokens * tokens)))
 
 
-def query_grad_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *, interpreted: bool = False) -> Config:
+def query_grad_config(
+    arch: str, dtype_bits: int, head_dim: int, tokens: int, *, prompts_attend: bool = False, interpreted: bool = False
+) -> Config:
+    """prompts_attend: queries come from two tensors, and those of prompts sum over images, which takes registers."""
     if interpreted:
         return _interpreted(tokens)
     if dtype_bits >= 32:
@@ -89,19 +94,26 @@ def query_grad_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *,
     if head_dim > 64:
         return Config(64, 32, 4, 1) if _asynchronous_tensor_cores(arch) else Config(32, 32, 4, 1)
     if _asynchronous_tensor_cores(arch):
-        return Config(64, 64, 4, 1)
-    # The taller tile spills a few registers on sm120 and, with prompts that attend, on gfx942.
+        return Config(64, 32 if prompts_attend and arch != "sm90" else 64, 4, 1)
+    if arch.startswith("gfx"):
+        return Config(32, 16, 4, 1) if prompts_attend else Config(64, 32, 4, 1)
+    # The taller block spills a few registers on sm120.
     return Config(64, 32, 4, 1) if arch == "sm80" else Config(32, 32, 4, 1)
 
 
-def key_grad_config(arch: str, dtype_bits: int, head_dim: int, keys: int, *, interpreted: bool = False) -> Config:
-    """block_m counts query rows, block_n keys; `keys` are those of one launch, tokens or prompts."""
+def key_grad_config(
+    arch: str, dtype_bits: int, head_dim: int, keys: int, *, gathered: bool = False, interpreted: bool = False
+) -> Config:
+    """block_m counts query rows, block_n keys; `keys` are those of one launch, tokens or prompts.
+
+    gathered: the bias is read from its table, which takes registers.
+    """
     if interpreted:
         return _interpreted(keys)
     block_n = min(64, max(16, next_power_of_2(keys)))
     if dtype_bits >= 32:
         return Config(32, min(32, block_n), 4, 1)
-    if arch.startswith("gfx") or (head_dim > 64 and not _asynchronous_tensor_cores(arch)):
+    if arch.startswith("gfx") or ((head_dim > 64 or gathered) and not _asynchronous_tensor_cores(arch)):
         block_n = min(32, block_n)
     if head_dim > 64 and not _asynchronous_tensor_cores(arch):
         return Config(32, block_n, 8 if block_n > 16 else 4, 1)
@@ -112,9 +124,9 @@ def key_grad_config(arch: str, dtype_bits: int, head_dim: int, keys: int, *, int
 def bias_grad_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *, interpreted: bool = False) -> Config:
     if interpreted:
         return _interpreted(tokens)
-    if dtype_bits >= 32 or head_dim > 64 or not _asynchronous_tensor_cores(arch):
-        return Config(32, 32, 4, 1)
-    return Config(64, 64, 4, 1)
+    if _asynchronous_tensor_cores(arch) and dtype_bits == 16 and head_dim <= 64:
+        return Config(64, 64, 4, 1)
+    return Config(32, 16 if arch.startswith("gfx") else 32, 4, 1)
 
 
 def images_per_program(batch: int, programs_per_image: int) -> int:

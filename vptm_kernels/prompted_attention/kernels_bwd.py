@@ -27,11 +27,13 @@ from .kernels_common import (
     bias_rows,
     full_block,
     gathered_bias,
+    key_terms,
     load_block,
     load_ids,
     load_rows,
     mixed_rows,
     prompt_range,
+    query_terms,
     scores,
     table_index,
     tail_block,
@@ -89,6 +91,7 @@ def _query_grads(
     DP: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_1: tl.constexpr, TAIL_2: tl.constexpr, TOKEN_BLOCKS: tl.constexpr,
     PROMPT_BLOCKS: tl.constexpr, HAS_PROMPTS: tl.constexpr, POOL: tl.constexpr, PROMPT_QUERIES: tl.constexpr,
     BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr, INDEX: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
@@ -100,7 +103,7 @@ def _query_grads(
     has_bias = row < N
     bias_row = row
     if BIAS:
-        bias_row = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS)
+        bias_row = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH)
     every = tl.arange(0, BLOCK_N) >= 0
 
     full_tokens = 0
@@ -110,7 +113,7 @@ def _query_grads(
         for first in tl.range(0, full_tokens, BLOCK_N, num_stages=STAGES):
             first = tl.multiple_of(first, BLOCK_N)
             k, v, bias = full_block(keys, first, source, bias_row, first, has_bias, N, stride_n, H, D, DP, BLOCK_N,
-                                    BIAS, PARTIAL_BIAS, HAS_IDS, INDEX, ACC)
+                                    BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX, ACC)
             dq = _query_step(dq, q, do, lse, delta, k, v, bias, every, SCALE, FACTOR, BIAS, False, ACC, PRECISION)
 
     full_prompts = 0
@@ -121,7 +124,7 @@ def _query_grads(
         for first in tl.range(0, full_prompts, BLOCK_N, num_stages=STAGES):
             first = tl.multiple_of(first, BLOCK_N)
             k, v, bias = full_block(prompt_keys, first, source, bias_row, prompt_column + first, has_bias, N, stride_p,
-                                    H, D, DP, BLOCK_N, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, INDEX, ACC)
+                                    H, D, DP, BLOCK_N, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX, ACC)
             dq = _query_step(dq, q, do, lse, delta, k, v, bias, every, SCALE, FACTOR, PROMPT_BIAS, False, ACC,
                              PRECISION)
 
@@ -132,7 +135,8 @@ def _query_grads(
             t = TAIL_1 + tl.arange(0, TAIL_2)
         k, v, bias, valid = tail_block(
             t, keys, prompt_keys, full_tokens, full_prompts, source, bias_row, has_bias, N, P, prompt_column,
-            stride_n, stride_p, H, D, DP, HAS_PROMPTS, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, ALIGNED, INDEX, ACC,
+            stride_n, stride_p, H, D, DP, HAS_PROMPTS, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH,
+            ALIGNED, INDEX, ACC,
         )
         dq = _query_step(dq, q, do, lse, delta, k, v, bias, valid, SCALE, FACTOR, BIAS, True, ACC, PRECISION)
     return dq
@@ -141,13 +145,14 @@ def _query_grads(
 @triton.jit
 def _query_grad_kernel(
     qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, grad_ptr,
-    B, N, P, pool_size, prompt_column, height, width, images,
+    B, N, P, pool_size, prompt_column, images,
     stride_b, stride_pb, stride_th, stride_n: tl.constexpr, stride_p: tl.constexpr, stride_tn: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_1: tl.constexpr, TAIL_2: tl.constexpr,
     TOKEN_BLOCKS: tl.constexpr, PROMPT_BLOCKS: tl.constexpr, HAS_PROMPTS: tl.constexpr, POOL: tl.constexpr,
     PROMPT_QUERIES: tl.constexpr, OF_PROMPTS: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr,
-    PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DLSE: tl.constexpr, ALIGNED: tl.constexpr,
+    PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_DLSE: tl.constexpr, ALIGNED: tl.constexpr,
     INDEX: tl.constexpr, QUERY_SCALE: tl.constexpr, SCALE: tl.constexpr, GRAD_SCALE: tl.constexpr,
     FACTOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
@@ -171,7 +176,7 @@ def _query_grad_kernel(
         row = N + own_row
     source = qkv_ptr
     if BIAS:
-        source = (bias_ptr + h.to(tl.int64) * stride_th, ids_ptr, height, width)
+        source = (bias_ptr + h.to(tl.int64) * stride_th, ids_ptr)
     dq = tl.zeros((BLOCK_M, DP), ACC)
 
     first_image = chunk
@@ -203,7 +208,8 @@ def _query_grad_kernel(
         dq = _query_grads(
             dq, q, do, lse, delta, row, tokens, prompts, source, N, length, prompt_column, stride_n, stride_p,
             stride_tn, H, D, DP, BLOCK_N, TAIL_1, TAIL_2, TOKEN_BLOCKS, PROMPT_BLOCKS, HAS_PROMPTS, POOL,
-            PROMPT_QUERIES, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, ALIGNED, INDEX, SCALE, FACTOR, ACC, PRECISION,
+            PROMPT_QUERIES, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ALIGNED, INDEX, SCALE, FACTOR,
+            ACC, PRECISION,
             STAGES,
         )
 
@@ -218,11 +224,12 @@ def _query_grad_kernel(
 @triton.jit
 def _key_grad_kernel(
     qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, grad_ptr,
-    B, N, P, pool_size, prompt_column, height, width, images, stride_grad,
+    B, N, P, pool_size, prompt_column, images, stride_grad,
     stride_b, stride_pb, stride_th, stride_n: tl.constexpr, stride_p: tl.constexpr, stride_tn: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_PROMPTS: tl.constexpr, POOL: tl.constexpr, PROMPT_QUERIES: tl.constexpr, OF_PROMPTS: tl.constexpr,
     BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     HAS_DLSE: tl.constexpr, FUSE_DELTA: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr,
     QUERY_SCALE: tl.constexpr, SCALE: tl.constexpr, GRAD_SCALE: tl.constexpr, FACTOR: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -247,14 +254,14 @@ def _key_grad_kernel(
     offs_n = (pid % key_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     HAS_BIAS: tl.constexpr = PROMPT_BIAS if OF_PROMPTS else BIAS
     source = qkv_ptr
-    key_ids = offs_n
+    keys = offs_n
     if BIAS:
         head_bias = bias_ptr + h.to(tl.int64) * stride_th
         if OF_PROMPTS:
             head_bias += prompt_column
-        source = (head_bias, ids_ptr, height, width)
+        source = (head_bias, ids_ptr)
         if BIAS == TABLE:
-            key_ids = load_ids(ids_ptr, offs_n, N, HAS_IDS)
+            keys = key_terms(load_ids(ids_ptr, offs_n, N, HAS_IDS), HEIGHT, WIDTH)
     # The tile's columns are padded to 16, so this mask is constant over 16 and the load stays wide.
     inside = offs_n < tl.cdiv(own_keys, 16) * 16
     dk = tl.zeros((BLOCK_N, DP), ACC)
@@ -304,9 +311,9 @@ def _key_grad_kernel(
                 delta = tl.load(delta_ptr + at + row)
             bias = 0.0
             if HAS_BIAS:
-                at_bias = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS)
+                at_bias = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH)
                 if BIAS == TABLE:
-                    bias = gathered_bias(source, at_bias, key_ids, ACC)
+                    bias = gathered_bias(source, at_bias, keys, HEIGHT, WIDTH, ACC)
                 else:
                     bias = tl.load(at_bias[:, None] + offs_n[None, :], mask=inside[None, :], other=0.0).to(ACC)
                     if PARTIAL_BIAS:
@@ -330,10 +337,11 @@ def _key_grad_kernel(
 @triton.jit
 def _bias_grad_kernel(
     qkv_ptr, prompt_ptr, bias_ptr, ids_ptr, do_ptr, lse_ptr, delta_ptr, grad_ptr,
-    B, N, P, prompt_column, height, width, images, first_head, heads, grad_rows, grad_columns,
+    B, N, P, prompt_column, images, first_head, heads, grad_rows, grad_columns,
     stride_b, stride_pb, stride_th, stride_n: tl.constexpr, stride_p: tl.constexpr, stride_tn: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PROMPT_QUERIES: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr, INDEX: tl.constexpr, QUERY_SCALE: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
@@ -352,10 +360,11 @@ def _bias_grad_kernel(
     chunk = (outer // heads).to(tl.int64)
     row = tl.minimum(offs_m, grad_rows - 1)
     column = tl.minimum(offs_n, grad_columns - 1)
-    source = (bias_ptr + h.to(tl.int64) * stride_th, ids_ptr, height, width)
-    bias_row = bias_rows(source, row, N, stride_tn, BIAS, False, HAS_IDS)
+    source = (bias_ptr + h.to(tl.int64) * stride_th, ids_ptr)
+    bias_row = bias_rows(source, row, N, stride_tn, BIAS, False, HAS_IDS, HEIGHT, WIDTH)
     if BIAS == TABLE:
-        bias = gathered_bias(source, bias_row, load_ids(ids_ptr, offs_n, N, HAS_IDS), ACC)
+        keys = key_terms(load_ids(ids_ptr, offs_n, N, HAS_IDS), HEIGHT, WIDTH)
+        bias = gathered_bias(source, bias_row, keys, HEIGHT, WIDTH, ACC)
     elif PROMPT_BIAS:
         bias_column = tl.where(column < N, column, column - N + prompt_column)
         bias = tl.load(bias_row[:, None] + bias_column[None, :]).to(ACC)
@@ -399,8 +408,8 @@ def _bias_grad_kernel(
 
 @triton.jit
 def _table_grad_kernel(
-    dbias_ptr, ids_ptr, grad_ptr, first_head, N, R, height, width,
-    H: tl.constexpr, HAS_IDS: tl.constexpr, ACC: tl.constexpr,
+    dbias_ptr, ids_ptr, grad_ptr, first_head, N, R,
+    H: tl.constexpr, HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """grad_ptr (R, H): every program looks for its rows of the table among all pairs, in order, for one head.
@@ -412,14 +421,14 @@ def _table_grad_kernel(
     total = tl.zeros((BLOCK_R,), ACC)
     for first_row in range(0, N, BLOCK_M):
         i = first_row + tl.arange(0, BLOCK_M)
-        query = load_ids(ids_ptr, i, N, HAS_IDS)[:, None]
+        query, query_class = query_terms(load_ids(ids_ptr, i, N, HAS_IDS), HEIGHT, WIDTH)
         for first_column in range(0, N, BLOCK_N):
             j = first_column + tl.arange(0, BLOCK_N)
-            key = load_ids(ids_ptr, j, N, HAS_IDS)[None, :]
-            index, has_position = table_index(query, key, height, width)
+            key, key_class = key_terms(load_ids(ids_ptr, j, N, HAS_IDS), HEIGHT, WIDTH)
+            index = table_index(query[:, None], query_class[:, None], key[None, :], key_class[None, :], HEIGHT, WIDTH)
             at = dbias_ptr + (h.to(tl.int64) * N + i[:, None]) * N + j[None, :]
-            x = tl.load(at, mask=has_position, other=0.0)
-            found = has_position[:, :, None] & (index[:, :, None] == r[None, None, :])
+            x = tl.load(at, mask=index < R, other=0.0)
+            found = index[:, :, None] == r[None, None, :]
             total += tl.sum(tl.sum(tl.where(found, x[:, :, None], 0.0), 1), 0)
     tl.store(grad_ptr + r * H + first_head + h, total.to(grad_ptr.dtype.element_ty), mask=r < R)
 

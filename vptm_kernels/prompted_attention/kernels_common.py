@@ -52,18 +52,35 @@ def mixed_rows(t, tokens, prompts, first_token, first_prompt, left, N, P, stride
 
 
 @triton.jit
-def table_index(query, key, height, width):
-    """Row of the table for token ids `query` and `key`, and whether both have a position."""
-    places = height * width
-    rows = (2 * height - 1) * (2 * width - 1) + 3
-    has_position = (query >= 0) & (query <= places) & (key >= 0) & (key <= places)
-    p = tl.maximum(query - 1, 0)
-    r = tl.maximum(key - 1, 0)
-    # Query and key keep to themselves for as long as they can: one subtraction per pair is left.
-    index = (p + (p // width) * (width - 1) + (rows - 4) // 2) - (r + (r // width) * (width - 1))
-    index = tl.where(key == 0, rows - 2, index)
-    index = tl.where(query == 0, tl.where(key == 0, rows - 1, rows - 3), index)
-    return index, has_position
+def query_terms(ids, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """What table_index needs of queries: a term of the index for patches, and one for everything else."""
+    PLACES: tl.constexpr = HEIGHT * WIDTH
+    CENTRE: tl.constexpr = ((2 * HEIGHT - 1) * (2 * WIDTH - 1) - 1) // 2
+    patch = (ids > 0) & (ids <= PLACES)
+    place = ids - 1
+    offset = tl.where(patch, place + (place // WIDTH) * (WIDTH - 1) + CENTRE, 1 << 24)
+    return offset, tl.where(patch, 0, tl.where(ids == 0, 1, 8))
+
+
+@triton.jit
+def key_terms(ids, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    PLACES: tl.constexpr = HEIGHT * WIDTH
+    R: tl.constexpr = (2 * HEIGHT - 1) * (2 * WIDTH - 1) + 3
+    patch = (ids > 0) & (ids <= PLACES)
+    place = ids - 1
+    offset = tl.where(patch, place + (place // WIDTH) * (WIDTH - 1), -(1 << 24))
+    return offset, tl.where(patch, R - 4, tl.where(ids == 0, R - 2, R + 4))
+
+
+@triton.jit
+def table_index(query_offset, query_class, key_offset, key_class, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Row of the table for a pair, R where either has no position.
+
+    Rows up to R - 4 are differences of patches; classes add up to R - 3 (class token to patch), R - 2, R - 1 or more.
+    """
+    R: tl.constexpr = (2 * HEIGHT - 1) * (2 * WIDTH - 1) + 3
+    index = query_offset - key_offset
+    return tl.where(index > R - 4, tl.minimum(query_class + key_class, R), index)
 
 
 @triton.jit
@@ -77,13 +94,13 @@ def load_ids(ids_ptr, i, N, HAS_IDS: tl.constexpr):
 
 @triton.jit
 def bias_rows(source, row, N, stride_tn: tl.constexpr, BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr,
-              HAS_IDS: tl.constexpr):
-    """What block_bias must know of query rows: pointers into the tile, or token ids.
+              HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """What block_bias must know of query rows: pointers into the tile, or terms of the table's index.
 
     PARTIAL_BIAS: rows from N on are prompts and have no bias.
     """
     if BIAS == TABLE:
-        rows = load_ids(source[1], row, N, HAS_IDS)
+        rows = query_terms(load_ids(source[1], row, N, HAS_IDS), HEIGHT, WIDTH)
     else:
         if PARTIAL_BIAS:
             row = tl.minimum(row, N - 1)
@@ -92,16 +109,18 @@ def bias_rows(source, row, N, stride_tn: tl.constexpr, BIAS: tl.constexpr, PARTI
 
 
 @triton.jit
-def gathered_bias(source, query_ids, key_ids, ACC: tl.constexpr):
-    index, has_position = table_index(query_ids[:, None], key_ids[None, :], source[2], source[3])
-    return tl.load(source[0] + index, mask=has_position, other=0.0).to(ACC)
+def gathered_bias(source, rows, keys, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
+    """Bias of all pairs of query_terms `rows` and key_terms `keys`; row R of the table is zero."""
+    index = table_index(rows[0][:, None], rows[1][:, None], keys[0][None, :], keys[1][None, :], HEIGHT, WIDTH)
+    return tl.load(source[0] + index).to(ACC)
 
 
 @triton.jit
 def block_bias(source, rows, column, has_bias, N, BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr,
-               HAS_IDS: tl.constexpr, ACC: tl.constexpr):
+               HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
     if BIAS == TABLE:
-        bias = gathered_bias(source, rows, load_ids(source[1], column, N, HAS_IDS), ACC)
+        bias = gathered_bias(source, rows, key_terms(load_ids(source[1], column, N, HAS_IDS), HEIGHT, WIDTH), HEIGHT,
+                             WIDTH, ACC)
     else:
         bias = tl.load(rows[:, None] + column[None, :]).to(ACC)
         if PARTIAL_BIAS:
@@ -111,10 +130,12 @@ def block_bias(source, rows, column, has_bias, N, BIAS: tl.constexpr, PARTIAL_BI
 
 @triton.jit
 def tail_bias(source, t, rows, has_bias, full_tokens, full_prompts, left, total, prompt_column, N, BIAS: tl.constexpr,
-              PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, ACC: tl.constexpr):
+              PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr,
+              WIDTH: tl.constexpr, ACC: tl.constexpr):
     """Bias of the mixed block: `left` token columns, then prompt columns up to `total`."""
     if BIAS == TABLE:
-        bias = gathered_bias(source, rows, load_ids(source[1], full_tokens + t, N, HAS_IDS), ACC)
+        bias = gathered_bias(source, rows, key_terms(load_ids(source[1], full_tokens + t, N, HAS_IDS), HEIGHT, WIDTH),
+                             HEIGHT, WIDTH, ACC)
     else:
         # The tile's rows are padded to 16 columns, so this mask is constant over 16 and the load stays wide.
         padded = tl.cdiv(left, 16) * 16
@@ -157,7 +178,8 @@ def scores(q, k, bias, SCALE: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexp
 @triton.jit
 def full_block(keys, first, source, bias_row, column, has_bias, N, stride: tl.constexpr, H: tl.constexpr,
                D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
-               PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr):
+               PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+               INDEX: tl.constexpr, ACC: tl.constexpr):
     """k, v and bias of the whole block of keys from row `first` on, whose bias stands from `column` on."""
     # A scalar pointer per block, and offsets that no loop changes.
     base = keys + tl.cast(first, tl.int64) * stride
@@ -167,7 +189,7 @@ def full_block(keys, first, source, bias_row, column, has_bias, N, stride: tl.co
     bias = 0.0
     if BIAS:
         j = column + tl.arange(0, BLOCK_N)
-        bias = block_bias(source, bias_row, j, has_bias, N, BIAS, PARTIAL_BIAS, HAS_IDS, ACC)
+        bias = block_bias(source, bias_row, j, has_bias, N, BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ACC)
     return k, v, bias
 
 
@@ -175,7 +197,8 @@ def full_block(keys, first, source, bias_row, column, has_bias, N, stride: tl.co
 def tail_block(t, keys, prompt_keys, full_tokens, full_prompts, source, bias_row, has_bias, N, P, prompt_column,
                stride_n: tl.constexpr, stride_p: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
                HAS_PROMPTS: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr,
-               HAS_IDS: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr):
+               HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+               INDEX: tl.constexpr, ACC: tl.constexpr):
     """k, v, bias and validity of keys t of what full blocks leave: tokens first, then prompts."""
     left = N - full_tokens
     total = left
@@ -188,5 +211,5 @@ def tail_block(t, keys, prompt_keys, full_tokens, full_prompts, source, bias_row
     bias = 0.0
     if BIAS:
         bias = tail_bias(source, t, bias_row, has_bias, full_tokens, full_prompts, left, total, prompt_column, N, BIAS,
-                         PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, ACC)
+                         PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ACC)
     return k, v, bias, t < total

@@ -25,11 +25,13 @@ from .kernels_common import (
     LN2,
     bias_rows,
     full_block,
+    key_terms,
     load_block,
     load_ids,
     load_rows,
     mixed_rows,
     prompt_range,
+    query_terms,
     scores,
     table_index,
     tail_block,
@@ -59,6 +61,7 @@ def _attend_streaming(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_1: tl.constexpr, TAIL_2: tl.constexpr,
     TOKEN_BLOCKS: tl.constexpr, PROMPT_BLOCKS: tl.constexpr, HAS_PROMPTS: tl.constexpr, POOL: tl.constexpr,
     BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr, INDEX: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
@@ -77,7 +80,7 @@ def _attend_streaming(
         for first in tl.range(0, full_tokens, BLOCK_N, num_stages=STAGES):
             first = tl.multiple_of(first, BLOCK_N)
             k, v, bias = full_block(keys, first, source, bias_row, first, has_bias, N, stride_n, H, D, DP, BLOCK_N,
-                                    BIAS, PARTIAL_BIAS, HAS_IDS, INDEX, ACC)
+                                    BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX, ACC)
             acc, l, m = _attend(acc, l, m, q, k, v, bias, every, SCALE, FACTOR, BIAS, False, ACC, PRECISION)
 
     full_prompts = 0
@@ -88,7 +91,7 @@ def _attend_streaming(
         for first in tl.range(0, full_prompts, BLOCK_N, num_stages=STAGES):
             first = tl.multiple_of(first, BLOCK_N)
             k, v, bias = full_block(prompt_keys, first, source, bias_row, prompt_column + first, has_bias, N, stride_p,
-                                    H, D, DP, BLOCK_N, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, INDEX, ACC)
+                                    H, D, DP, BLOCK_N, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX, ACC)
             acc, l, m = _attend(acc, l, m, q, k, v, bias, every, SCALE, FACTOR, PROMPT_BIAS, False, ACC, PRECISION)
 
     for i in tl.static_range((TAIL_1 > 0) + (TAIL_2 > 0)):
@@ -98,7 +101,8 @@ def _attend_streaming(
             t = TAIL_1 + tl.arange(0, TAIL_2)
         k, v, bias, valid = tail_block(
             t, keys, prompt_keys, full_tokens, full_prompts, source, bias_row, has_bias, N, P, prompt_column,
-            stride_n, stride_p, H, D, DP, HAS_PROMPTS, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, ALIGNED, INDEX, ACC,
+            stride_n, stride_p, H, D, DP, HAS_PROMPTS, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH,
+            ALIGNED, INDEX, ACC,
         )
         acc, l, m = _attend(acc, l, m, q, k, v, bias, valid, SCALE, FACTOR, BIAS, True, ACC, PRECISION)
     return acc, l, m
@@ -111,6 +115,7 @@ def _attend_resident(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_1: tl.constexpr, TAIL_2: tl.constexpr,
     TOKEN_BLOCKS: tl.constexpr, PROMPT_BLOCKS: tl.constexpr, HAS_PROMPTS: tl.constexpr,
     BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr, INDEX: tl.constexpr, QUERY_SCALE: tl.constexpr, SCALE: tl.constexpr,
     FACTOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -123,12 +128,12 @@ def _attend_resident(
         if i < TOKEN_BLOCKS:
             first = i * BLOCK_N
             k, v, bias = full_block(keys, first, source, bias_row, first, has_bias, N, stride_n, H, D, DP, BLOCK_N,
-                                    BIAS, PARTIAL_BIAS, HAS_IDS, INDEX, ACC)
+                                    BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX, ACC)
             x = scores(q, k * QUERY_SCALE, bias, SCALE, BIAS, ACC, PRECISION)
         elif i < FULL:
             first = (i - TOKEN_BLOCKS) * BLOCK_N
             k, v, bias = full_block(prompt_keys, first, source, bias_row, prompt_column + first, has_bias, N, stride_p,
-                                    H, D, DP, BLOCK_N, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, INDEX, ACC)
+                                    H, D, DP, BLOCK_N, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX, ACC)
             x = scores(q, k * QUERY_SCALE, bias, SCALE, PROMPT_BIAS, ACC, PRECISION)
         else:
             if i == FULL:
@@ -138,6 +143,7 @@ def _attend_resident(
             k, v, bias, valid = tail_block(
                 t, keys, prompt_keys, TOKEN_BLOCKS * BLOCK_N, PROMPT_BLOCKS * BLOCK_N, source, bias_row, has_bias, N,
                 P, prompt_column, stride_n, stride_p, H, D, DP, HAS_PROMPTS, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS,
+                HEIGHT, WIDTH,
                 ALIGNED, INDEX, ACC,
             )
             x = scores(q, k * QUERY_SCALE, bias, SCALE, BIAS, ACC, PRECISION)
@@ -167,13 +173,14 @@ def _attend_resident(
 @triton.jit
 def _forward_kernel(
     qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, lse_ptr,
-    N, P, pool_size, prompt_column, height, width,
+    N, P, pool_size, prompt_column,
     stride_b, stride_pb, stride_th, stride_n: tl.constexpr, stride_p: tl.constexpr, stride_tn: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_1: tl.constexpr, TAIL_2: tl.constexpr,
     RESIDENT: tl.constexpr, TOKEN_BLOCKS: tl.constexpr, PROMPT_BLOCKS: tl.constexpr, HAS_PROMPTS: tl.constexpr,
     POOL: tl.constexpr, PROMPT_QUERIES: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr,
-    PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, WITH_LSE: tl.constexpr, ALIGNED: tl.constexpr,
+    PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    WITH_LSE: tl.constexpr, ALIGNED: tl.constexpr,
     INDEX: tl.constexpr, QUERY_SCALE: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
@@ -214,20 +221,20 @@ def _forward_kernel(
     bias_row = bias_ptr
     has_bias = row < N
     if BIAS:
-        source = (bias_ptr + h.to(tl.int64) * stride_th, ids_ptr, height, width)
-        bias_row = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS)
+        source = (bias_ptr + h.to(tl.int64) * stride_th, ids_ptr)
+        bias_row = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH)
 
     if RESIDENT:
         acc, l, m = _attend_resident(
             q, keys, prompt_keys, source, bias_row, has_bias, N, P, prompt_column, stride_n, stride_p, H, D, DP,
             BLOCK_M, BLOCK_N, TAIL_1, TAIL_2, TOKEN_BLOCKS, PROMPT_BLOCKS, HAS_PROMPTS, BIAS, PROMPT_BIAS,
-            PARTIAL_BIAS, HAS_IDS, ALIGNED, INDEX, QUERY_SCALE, SCALE, FACTOR, ACC, PRECISION,
+            PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ALIGNED, INDEX, QUERY_SCALE, SCALE, FACTOR, ACC, PRECISION,
         )
     else:
         acc, l, m = _attend_streaming(
             q, keys, prompt_keys, source, bias_row, has_bias, N, P, prompt_column, stride_n, stride_p, H, D, DP,
             BLOCK_M, BLOCK_N, TAIL_1, TAIL_2, TOKEN_BLOCKS, PROMPT_BLOCKS, HAS_PROMPTS, POOL, BIAS, PROMPT_BIAS,
-            PARTIAL_BIAS, HAS_IDS, ALIGNED, INDEX, SCALE, FACTOR, ACC, PRECISION, STAGES,
+            PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ALIGNED, INDEX, SCALE, FACTOR, ACC, PRECISION, STAGES,
         )
 
     stored = offs_m < rows
@@ -242,15 +249,17 @@ def _forward_kernel(
 
 
 @triton.jit
-def _expand_table_kernel(table_ptr, ids_ptr, tile_ptr, N, columns, height, width, stride_r, stride_h,
-                         HAS_IDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _expand_table_kernel(table_ptr, ids_ptr, tile_ptr, N, columns, stride_r, stride_h,
+                         HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+                         BLOCK_N: tl.constexpr):
     """The (H, N, columns) tile of a table: program (row block, column block, head)."""
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     h = tl.program_id(2)
-    query = load_ids(ids_ptr, i, N, HAS_IDS)[:, None]
-    key = load_ids(ids_ptr, j, N, HAS_IDS)[None, :]
-    index, has_position = table_index(query, key, height, width)
-    x = tl.load(table_ptr + index * stride_r + h * stride_h, mask=has_position, other=0.0)
+    query, query_class = query_terms(load_ids(ids_ptr, i, N, HAS_IDS), HEIGHT, WIDTH)
+    key, key_class = key_terms(load_ids(ids_ptr, j, N, HAS_IDS), HEIGHT, WIDTH)
+    index = table_index(query[:, None], query_class[:, None], key[None, :], key_class[None, :], HEIGHT, WIDTH)
+    R: tl.constexpr = (2 * HEIGHT - 1) * (2 * WIDTH - 1) + 3
+    x = tl.load(table_ptr + index * stride_r + h * stride_h, mask=index < R, other=0.0)
     at = tile_ptr + (h.to(tl.int64) * N + i[:, None]) * columns + j[None, :]
     tl.store(at, x.to(tile_ptr.dtype.element_ty), mask=(i < N)[:, None] & (j < columns)[None, :])

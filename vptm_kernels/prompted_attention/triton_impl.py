@@ -84,6 +84,8 @@ class _Problem(NamedTuple):
             "PROMPT_BIAS": bias.prompt_columns,
             "PARTIAL_BIAS": bias.kind > 0 and self.prompt_queries and not bias.prompt_rows,
             "HAS_IDS": bias.token_ids is not None,
+            "HEIGHT": bias.window[0],
+            "WIDTH": bias.window[1],
             "ALIGNED": self.aligned,
             "INDEX": triton.language.int64 if self.int64 else triton.language.int32,
             "stride_n": self.row_strides[0],
@@ -112,7 +114,7 @@ class _Bias(NamedTuple):
     """The bias as kernels read it.
 
     A tile (H, rows, columns) on aligned rows, token columns first, prompt columns from a multiple of 16 on; or a table
-    (H, R) of relative positions and the token ids.
+    (H, R + 1) of relative positions and the token ids.
     """
 
     data: Tensor | None = None
@@ -214,7 +216,9 @@ def _prepare_bias(
         tile_dtype = dtype if not half else torch.float16 if bias.dtype == torch.float16 else torch.float32
         if fits_tile(problem.heads, n, tile_dtype.itemsize):
             return _Bias(_expand_table(bias, token_ids, window, problem, width, tile_dtype), TILE.value)
-        table = bias.t().to(problem.accumulator, memory_format=torch.contiguous_format)
+        # One zero more, for pairs without a position.
+        table = bias.new_zeros(problem.heads, bias.shape[0] + 1, dtype=problem.accumulator)
+        table[:, :-1] = bias.t()
         return _Bias(table, TABLE.value, token_ids=token_ids, window=(window[0], window[1]))
     if bias.dtype == torch.float64 and dtype != torch.float64:
         bias = bias.float()
@@ -254,11 +258,11 @@ def _expand_table(
         tile,
         problem.tokens,
         width,
-        window[0],
-        window[1],
         table.stride(0),
         table.stride(1),
         HAS_IDS=token_ids is not None,
+        HEIGHT=window[0],
+        WIDTH=window[1],
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=4,
@@ -304,7 +308,6 @@ def forward(
         problem.prompts,
         problem.pool_size,
         source.prompt_column,
-        *source.window,
         *problem.image_strides,
         source.head_stride,
         WITH_LSE=with_lse,
@@ -427,7 +430,9 @@ class _Backward:
 
     def _queries(self, grad: Tensor, delta: Tensor, rows: int, chunks: int, images: int, *, of_prompts: bool) -> None:
         problem = self.problem
-        config = query_grad_config(*problem.target, problem.tokens, interpreted=interpreting())
+        config = query_grad_config(
+            *problem.target, problem.tokens, prompts_attend=problem.prompt_queries, interpreted=interpreting()
+        )
         _query_grad_kernel[(triton.cdiv(rows, config.block_m) * chunks * problem.heads,)](
             self.qkv,
             self.prompts,
@@ -445,7 +450,6 @@ class _Backward:
             problem.prompts,
             problem.pool_size,
             self.bias.prompt_column,
-            *self.bias.window,
             images,
             *problem.image_strides,
             self.bias.head_stride,
@@ -461,7 +465,8 @@ class _Backward:
         self, grad: Tensor, delta: Tensor, keys: int, chunks: int, images: int, *, of_prompts: bool, fuse_delta: bool
     ) -> None:
         problem = self.problem
-        config = key_grad_config(*problem.target, keys, interpreted=interpreting())
+        gathered = self.bias.kind == TABLE.value and not of_prompts
+        config = key_grad_config(*problem.target, keys, gathered=gathered, interpreted=interpreting())
         _key_grad_kernel[(triton.cdiv(keys, config.block_n) * chunks * problem.heads,)](
             self.qkv,
             self.prompts,
@@ -479,7 +484,6 @@ class _Backward:
             problem.prompts,
             problem.pool_size,
             self.bias.prompt_column,
-            *self.bias.window,
             images,
             grad.stride(-2),
             *problem.image_strides,
@@ -551,8 +555,8 @@ class _Backward:
         images = images_per_program(problem.batch, heads * blocks)
         chunks = triton.cdiv(problem.batch, images)
         partial = torch.empty(chunks, heads, rows, columns, dtype=problem.accumulator, device=self.qkv.device)
-        names = ["H", "D", "DP", "PROMPT_QUERIES", "BIAS", "PROMPT_BIAS", "HAS_IDS", "ALIGNED", "INDEX"]
-        names += ["stride_n", "stride_p", "stride_tn", "QUERY_SCALE", "SCALE", "FACTOR", "ACC", "PRECISION"]
+        names = ["H", "D", "DP", "PROMPT_QUERIES", "BIAS", "PROMPT_BIAS", "HAS_IDS", "HEIGHT", "WIDTH", "ALIGNED"]
+        names += ["INDEX", "stride_n", "stride_p", "stride_tn", "QUERY_SCALE", "SCALE", "FACTOR", "ACC", "PRECISION"]
         _bias_grad_kernel[(blocks * chunks * heads,)](
             self.qkv,
             self.prompts,
@@ -566,7 +570,6 @@ class _Backward:
             problem.tokens,
             problem.prompts,
             self.bias.prompt_column,
-            *self.bias.window,
             images,
             first_head,
             heads,
@@ -586,7 +589,7 @@ def _table_grad(dense: Tensor, grad: Tensor, first_head: int, token_ids: Tensor 
     heads, tokens, _ = dense.shape
     rows = grad.shape[0]
     # The interpreter's cost is the number of steps, a GPU's the number of registers.
-    block_m, block_n, block_r = (64, 64, 64) if interpreting() else (8, 32, 32)
+    block_m, block_n, block_r = (64, 64, 64) if interpreting() else (8, 16, 32)
     _table_grad_kernel[(triton.cdiv(rows, block_r), heads)](
         dense,
         token_ids,
@@ -594,10 +597,10 @@ def _table_grad(dense: Tensor, grad: Tensor, first_head: int, token_ids: Tensor 
         first_head,
         tokens,
         rows,
-        window[0],
-        window[1],
         H=grad.shape[1],
         HAS_IDS=token_ids is not None,
+        HEIGHT=window[0],
+        WIDTH=window[1],
         ACC=_TRITON_DTYPES[dense.dtype],
         BLOCK_M=block_m,
         BLOCK_N=block_n,
