@@ -39,7 +39,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, width = qkv.shape
     rows = tokens + (prompts.shape[0] if prompt_queries and prompts is not None else 0)
-    out = qkv.new_empty(batch, rows, width // 3)
+    out = qkv.new_empty(batch, rows if ranges is not None or batch == 0 else 0, width // 3)
     lse = qkv.new_empty((batch, num_heads, rows) if with_lse else (0,), dtype=_accumulator(qkv.dtype))
     dense = _dense(bias, token_ids, window)
     for images, chosen in _groups(batch, prompts, ranges, batch):
@@ -56,7 +56,11 @@ def forward(
                 attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
             if with_lse:
                 lse[images] = _scores(q, k, dense, scale).logsumexp(-1)
-        out[images] = attended.transpose(1, 2).flatten(2)
+        rows_first = attended.transpose(1, 2).flatten(2)
+        if ranges is None:  # one group; attention wrote rows first already, so this is what it allocated
+            out = rows_first.contiguous()
+        else:
+            out[images] = rows_first
     return out, lse
 
 
@@ -156,13 +160,16 @@ def _groups(
 def _project(qkv: Tensor, prompts: Tensor | None, heads: int, prompt_queries: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B, H, rows, D), keys and values (B, H, keys, D), prompts last."""
     head_dim = qkv.shape[2] // (3 * heads)
-    q, k, v = qkv.unflatten(2, (3, heads, head_dim)).permute(2, 0, 3, 1, 4)
+    sections = qkv.unflatten(2, (3, heads, head_dim)).permute(2, 0, 3, 1, 4)
     if prompts is None:
-        return q, k, v
-    parts = prompts.unflatten(-1, (3 if prompt_queries else 2, heads, head_dim)).movedim(-4, -2)
-    parts = parts if prompts.ndim == 3 else parts.expand(qkv.shape[0], *parts.shape)
-    *pq, pk, pv = parts.unbind(1)
-    return torch.cat([q, *pq], 2), torch.cat([k, pk], 2), torch.cat([v, pv], 2)
+        return sections[0], sections[1], sections[2]
+    # whole rows are copied, keys and values side by side: joining them head by head takes twice as long
+    own = qkv if prompt_queries else qkv[..., heads * head_dim :]
+    joined = qkv.new_empty(qkv.shape[0], qkv.shape[1] + prompts.shape[-2], own.shape[2])
+    joined[:, : qkv.shape[1]] = own
+    joined[:, qkv.shape[1] :] = prompts
+    *q, k, v = joined.unflatten(2, (3 if prompt_queries else 2, heads, head_dim)).permute(2, 0, 3, 1, 4)
+    return q[0] if q else sections[0], k, v
 
 
 def _dense(bias: Tensor | None, token_ids: Tensor | None, window: Sequence[int]) -> Tensor | None:
