@@ -12,7 +12,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("target", aot.CI_TARGETS)
-def test_kernels_compile_without_spills(target):
+def test_kernels_compile_without_spills(target, against_baseline):
     reports = aot.run([target], "prototype_cosine/", ci=True)
     assert {report.kernel for report in reports} >= {"readout", "combine", "reader_grad", "hidden_grad", "cosine"}
     assert not [report.row() for report in reports if report.problems]
+    against_baseline(reports)
