@@ -58,7 +58,9 @@ class PrototypicalVerbalizer(nn.Module):
 
     `e = projection(read_tokens(hidden)); score_k = cos(e, prototypes_k) / temperature`. The prototypes follow ProtoVerb
     (arXiv:2203.09770); reading them from masked visual token logits follows VPTM (arXiv:2303.04998), whose method text
-    is not public, so this is a reconstruction with every open choice an argument.
+    is not public, so this is a reconstruction with every open choice an argument. Training is by cross-entropy;
+    ProtoVerb's own losses join it with `vptm.fit(..., protoverb_weight=1.0)`, or come after it with
+    `vptm.fit_prototypes`.
 
     Args:
         in_features: width of what is read, V for token predictions or C for the hidden state.
@@ -70,7 +72,7 @@ class PrototypicalVerbalizer(nn.Module):
 
     Attributes:
         projection: `nn.Linear(in_features, d)` or None.
-        prototypes: (K, d) parameter, Xavier-uniform at the start.
+        prototypes: (K, d) parameter, Xavier-uniform at the start; `init_prototypes` starts them at class means.
         log_temperature: 0-d parameter, or buffer when fixed; the logarithm keeps the temperature positive in training.
 
     Example:
