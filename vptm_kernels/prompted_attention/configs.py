@@ -65,9 +65,12 @@ def keys_resident(
     """Whether the forward kernel holds the scores of all keys of an image instead of one block of them.
 
     On sm90 that is an eighth fewer instructions, and up to 208 keys leave registers for three blocks on a
-    multiprocessor. Elsewhere it saves nothing: tcgen05 keeps scores outside registers, and mma needs them for operands.
+    multiprocessor; head dimensions whose scale is no power of two leave them for two. Elsewhere it saves nothing:
+    tcgen05 keeps scores outside registers, and mma needs them for operands.
     """
-    return keys <= 208 and (interpreted or (arch == "sm90" and dtype_bits == 16 and head_dim <= 64 and bias_bits <= 16))
+    if interpreted:
+        return keys <= 208
+    return keys <= 208 and arch == "sm90" and dtype_bits == 16 and head_dim in (16, 64) and bias_bits <= 16
 
 
 def fits_tile(heads: int, tokens: int, element_size: int) -> bool:
