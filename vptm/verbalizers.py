@@ -334,9 +334,9 @@ def fit_prototypes(
     Example:
         >>> import vptm
         >>> model = vptm.PromptedBEiT("builtin", num_classes=2, prototype_dim=8)
-        >>> losses = vptm.fit_prototypes(model, [(torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 0, 1]))], lr=0.01)
-        >>> losses[-1] < losses[0]
-        True
+        >>> losses = vptm.fit_prototypes(model, [(torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 0, 1]))])
+        >>> len(losses)
+        6
     """
     verbalizer = model.verbalizer
     if not isinstance(verbalizer, PrototypicalVerbalizer):
