@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import bench_import, bench_prompt_init, timing
+from bench import bench_import, bench_prompt_init, bench_task_bank, timing
 
 
 def test_prompts_that_are_no_tokens_are_refused(monkeypatch):
@@ -40,3 +40,21 @@ def test_a_slower_import_lowers_the_ratio(monkeypatch):
         runs = {"vptm": lambda s=seconds: s, "timm": lambda: 0.4}
         found = timing.compare(runs, check=None, clock=bench_import.by_its_own_report)
         assert found.speed_up("timm") == ratio
+
+
+@pytest.mark.parametrize("where", bench_task_bank.WHERE)
+def test_images_that_get_another_tasks_prompts_or_prototypes_are_refused(where, monkeypatch):
+    """A pool read at the wrong rows is as fast as the right one."""
+    monkeypatch.setattr(bench_task_bank, "TOKENS", 5)
+    monkeypatch.setattr(bench_task_bank, "CLASSES", 7)
+    for cached in (bench_task_bank._problem, bench_task_bank._check):
+        cached.cache_clear()
+    x = bench_task_bank._problem(4)
+    shifted = x._replace(ranges=x.ranges.roll(1, 0), task_ids=x.task_ids.roll(1, 0))
+    ours, peer = bench_task_bank.WHERE[where]["vptm"], bench_task_bank.WHERE[where]["call per task"]
+    check = bench_task_bank._check(where, 4)
+    runs = {"shifted": lambda: ours(shifted), "peer": lambda: peer(x), "vptm": lambda: ours(x)}
+    found = timing.compare(runs, check=check)
+    assert set(found.seconds) == {"vptm", "peer"} and "exceeds the budget" in found.refused["shifted"]
+    for cached in (bench_task_bank._problem, bench_task_bank._check):
+        cached.cache_clear()
