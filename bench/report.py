@@ -19,29 +19,42 @@ from bench import plots
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+# what stands in the README, by bench
+TABLES = {"bench_model": "Inference", "bench_training_step": "Training step"}
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
-def _inference_table(content: dict[str, Any]) -> list[str]:
-    rows = []
-    for run in content["benchmarks"]:
-        info = run["extra_info"]
-        if info["implementation"] != "vptm":
-            continue
-        prompts = "none" if info["prompt_length"] == 0 else f"{info['mode']}, P = {info['prompt_length']}"
-        ratios = [info[f"speed-up over {peer}"] for peer in ("concatenation", "timm without prompts")]
-        rows.append(f"| {prompts} | {ratios[0]:.2f}x | {ratios[1]:.2f}x |")
-    info = content["benchmarks"][0]["extra_info"]
+PEER_TITLES = {"concatenation": "concatenated prompts", "timm without prompts": "timm without any prompt"}
+RATIO = "speed-up over "
+
+
+def _ratio_tables(content: dict[str, Any], bench: str, what: str) -> list[str]:
+    """One table of a bench file's results for every batch and dtype: prompts by peers, ratios of interleaved runs."""
+    runs = [run["extra_info"] for run in content["benchmarks"] if f"{bench}.py" in run["fullname"]]
+    runs = [info for info in runs if any(name.startswith(RATIO) for name in info)]
     machine = content["machine_info"]
-    where = machine["gpu"] or f"{machine['cpu']['brand_raw']}, {info['threads']} threads"
-    return [
-        f"Inference of BEiT-B/16 at 224, batch {info['batch']}, {info['dtype'].removeprefix('torch.')}, random "
-        f"weights, {where}, torch {machine['versions']['torch']}; ratios of interleaved runs:",
-        "",
-        "| prompts | vptm over concatenated prompts | vptm over timm without any prompt |",
-        "|---|---|---|",
-        *rows,
-    ]
+    lines: list[str] = []
+    for batch, dtype in dict.fromkeys((info["batch"], info["dtype"]) for info in runs):
+        rows = [info for info in runs if (info["batch"], info["dtype"]) == (batch, dtype)]
+        peers = list(dict.fromkeys(name for info in rows for name in info if name.startswith(RATIO)))
+        peers.sort(key=lambda name: name.removeprefix(RATIO) not in PEER_TITLES)
+        peers.sort(key=lambda name: "without" in name)
+        titles = [f"vptm over {PEER_TITLES.get(name := peer.removeprefix(RATIO), name)}" for peer in peers]
+        threads = machine.get("threads") or rows[0].get("threads")
+        where = machine["gpu"] or f"{machine['cpu']['brand_raw']}, {threads} threads"
+        lines += [
+            f"{what} of {rows[0].get('model', 'BEiT-B/16 at 224')}, batch {batch}, {dtype.removeprefix('torch.')}, "
+            f"random weights, {where}, torch {machine['versions']['torch']}; ratios of interleaved runs:",
+            "",
+            f"| prompts | {' | '.join(titles)} |",
+            "|---" * (1 + len(peers)) + "|",
+        ]
+        for info in rows:
+            prompts = "none" if info["prompt_length"] == 0 else f"{info['mode']}, P = {info['prompt_length']}"
+            cells = [f"{info[peer]:.2f}x" if peer in info else "" for peer in peers]
+            lines.append(f"| {prompts} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
 
 
 TWIN = ", random weights"
@@ -82,8 +95,9 @@ def _accuracy_lines(content: dict[str, Any]) -> list[str]:
 def section() -> str:
     """The README text between the markers, from the json files that are there."""
     lines: list[str] = []
-    for path in sorted(RESULTS.glob("inference_*.json")):
-        lines += [*_inference_table(json.loads(path.read_text(encoding="utf-8"))), ""]
+    for bench, what in TABLES.items():
+        for _, content in plots.contents(RESULTS):
+            lines += _ratio_tables(content, bench, what)
     accuracy = RESULTS / "accuracy" / "builtin.json"
     if accuracy.is_file():
         lines += [*_accuracy_lines(json.loads(accuracy.read_text(encoding="utf-8"))), ""]

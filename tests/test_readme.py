@@ -19,6 +19,36 @@ def test_results_come_from_the_json_files() -> None:
     assert report.updated(README) == README, "run: python -m bench.report"
 
 
+def test_every_batch_has_a_table_and_every_peer_a_column() -> None:
+    """A peer that one setting lacks leaves its cell empty, not its number under another's name."""
+
+    def run(file: str, batch: int, **info: object) -> dict[str, object]:
+        shared = {"mode": "deep", "prompt_length": 50, "batch": batch, "dtype": "torch.bfloat16"}
+        return {"fullname": f"bench/{file}.py::bench_x", "extra_info": shared | info}
+
+    content = {
+        "machine_info": {"gpu": "NVIDIA H200", "versions": {"torch": "2.11.0"}},
+        "benchmarks": [
+            run("bench_model", 64, **{"speed-up over concatenation": 1.8, "speed-up over torch.compile": 1.5}),
+            run("bench_model", 64, **{"speed-up over concatenation": 1.2, "prompt_length": 0}),
+            run("bench_model", 1, **{"speed-up over concatenation": 2.5}),
+            run("bench_model", 1, implementation="concatenation"),
+            run("bench_other", 64, **{"speed-up over concatenation": 9.9}),
+        ],
+    }
+    lines = report._ratio_tables(content, "bench_model", "Inference")
+    assert [line for line in lines if line.startswith("|")] == [
+        "| prompts | vptm over concatenated prompts | vptm over torch.compile |",
+        "|---|---|---|",
+        "| deep, P = 50 | 1.80x | 1.50x |",
+        "| none | 1.20x |  |",
+        "| prompts | vptm over concatenated prompts |",
+        "|---|---|",
+        "| deep, P = 50 | 2.50x |",
+    ]
+    assert "batch 64, bfloat16, random weights, NVIDIA H200, torch 2.11.0" in lines[0]
+
+
 def test_gpu_figures_have_a_json_behind_them() -> None:
     """A speed on a GPU may stand between the result markers only, where it comes from a json with its evidence."""
     assert report.unsupported_claims(README) == []
