@@ -29,7 +29,8 @@ def test_stages_add_up_and_name_the_right_block(mode: str) -> None:
     assert {stage.flops["concatenation"] for stage in stages[1:-1]} == {B * (24 * rows * D**2 + 4 * rows**2 * D)}
     middle = 24 * N * D**2 + 4 * N * rows * D if mode == "deep" else 24 * rows * D**2 + 4 * rows**2 * D
     assert stages[2].flops["vptm"] == B * middle
-    assert stages[L].flops["vptm"] == B * (24 * D**2 + 4 * H * rows * D)
+    last = 4 * H * N * D + 4 * P * D if mode == "deep" else 4 * H * rows * D  # projected prompts
+    assert stages[L].flops["vptm"] == B * (24 * D**2 + last)
     assert stages[-1].flops["vptm"] == B * 2 * D * K
     # the float64 of these models: two norm inputs, qkv, attention's out, the MLP's inner rows, statistics
     kept = 8 * B * (N if mode == "deep" else rows) * (10 * D + H + 4)

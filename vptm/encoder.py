@@ -94,8 +94,10 @@ def fold_block(block: Any, dtype: torch.dtype) -> FrozenBlock:
     """Fold norm weights into the linear after them and LayerScale into the one before, in fp64, rounded once to
     `dtype`.
 
-    The key part of the bias is left out: it adds the same number to every score of a query, which the softmax does not
-    see. In fp16 the LayerScale stays apart, where `gamma * weight` would be subnormal (gamma starts at 1e-5 in BEiT-L).
+    Of the biases of queries, keys and values, only the queries' is left. A key bias adds the same number to every score
+    of a query, which the softmax does not see; a value bias comes out of attention as it is, as its weights sum to 1,
+    and joins the bias of the next linear. In fp16 the LayerScale stays apart, where `gamma * weight` would be subnormal
+    (gamma starts at 1e-5 in BEiT-L).
     """
     fold_scale = dtype != torch.float16
 
@@ -106,9 +108,11 @@ def fold_block(block: Any, dtype: torch.dtype) -> FrozenBlock:
             shift = shift + weight @ norm.bias.double()
         return weight if norm.weight is None else weight * norm.weight.double(), shift
 
-    def before_scale(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
+    def before_scale(linear: nn.Linear, gamma: Tensor | None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         weight = linear.weight.double()
         bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.double()
+        if shift is not None:
+            bias = bias + weight @ shift
         if gamma is None or not fold_scale:
             return weight, bias
         return gamma.double()[:, None] * weight, gamma.double() * bias
@@ -116,13 +120,13 @@ def fold_block(block: Any, dtype: torch.dtype) -> FrozenBlock:
     qkv, proj, fc1, fc2 = _linears(block)
     gammas = _layer_scales(block)
     qkv_weight, qkv_bias = after_norm(qkv, _qkv_bias(block.attn), block.norm1)
-    qkv_bias = qkv_bias.clone()
     width = qkv_bias.numel() // 3
-    qkv_bias[width : 2 * width] = 0
+    query_bias, value_bias = qkv_bias[:width], qkv_bias[2 * width :]
+    qkv_bias = torch.cat([query_bias, torch.zeros_like(qkv_bias[width:])])
     tensors = [
         qkv_weight,
         qkv_bias,
-        *before_scale(proj, gammas[0]),
+        *before_scale(proj, gammas[0], value_bias),
         *after_norm(fc1, fc1.bias, block.norm2),
         *before_scale(fc2, gammas[1]),
     ]
@@ -131,9 +135,20 @@ def fold_block(block: Any, dtype: torch.dtype) -> FrozenBlock:
     return FrozenBlock._make([*fixed, *scales, block.norm1.eps, block.norm2.eps, block.mlp.act])
 
 
-def _state(tensor: Tensor) -> tuple[int, int, torch.dtype]:
+def _state(tensor: Tensor) -> tuple[int, int, torch.dtype, bool]:
     """What changes when the values of `tensor` do; tensors made under inference_mode have no version to look at."""
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version, tensor.dtype
+    version = -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.requires_grad
+
+
+def _states(module: nn.Module, found: list[object]) -> list[object]:
+    """Every module's class and every parameter's state; `parameters()` takes five times as long."""
+    found.append(type(module))
+    found += [_state(parameter) for parameter in module._parameters.values() if parameter is not None]
+    for child in module._modules.values():
+        if child is not None:
+            _states(child, found)
+    return found
 
 
 def _bias_values(bias: Tensor, dtype: torch.dtype, triton: bool) -> Tensor:
@@ -155,12 +170,32 @@ def _residual(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
     return update.add_(x) if update.dtype == x.dtype else x + update
 
 
+def _add_linear(x: Tensor, inner: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+    """`x + scale * linear(inner)`."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if recorded or scale is not None or not x.dtype == inner.dtype == weight.dtype:
+        return _residual(x, F.linear(inner, weight, bias), scale)
+    # the product is added to x where it is: without rows of bias to add it to, and without adding x afterwards
+    out = x.reshape(-1, x.shape[-1]) + bias
+    return torch.addmm(out, inner.reshape(-1, inner.shape[-1]), weight.t(), out=out).view(x.shape)
+
+
+def _project(x: Tensor, block: FrozenBlock) -> Tensor:
+    """Queries, keys and values; only queries have a bias, so only they are added to where nothing records it."""
+    x = _normalise(x, block.eps_1)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.linear(x, block.qkv_weight, block.qkv_bias)
+    qkv = F.linear(x, block.qkv_weight)
+    qkv[..., : x.shape[-1]] += block.qkv_bias[: x.shape[-1]]
+    return qkv
+
+
 def _mlp_inner(x: Tensor, block: FrozenBlock) -> Tensor:
     return block.activation(F.linear(_normalise(x, block.eps_2), block.fc1_weight, block.fc1_bias))
 
 
 def _mlp(x: Tensor, block: FrozenBlock) -> Tensor:
-    return _residual(x, F.linear(_mlp_inner(x, block), block.fc2_weight, block.fc2_bias), block.scale_2)
+    return _add_linear(x, _mlp_inner(x, block), block.fc2_weight, block.fc2_bias, block.scale_2)
 
 
 class FrozenEncoder:
@@ -173,6 +208,8 @@ class FrozenEncoder:
 
     def __init__(self) -> None:
         self._key: tuple[object, ...] | None = None
+        self._walked: list[object] = []
+        self._foldable = False
         self._blocks: list[FrozenBlock] = []
         self._biases: list[Tensor | None] = []
         self._patch_state: dict[str, Tensor] = {}
@@ -196,6 +233,18 @@ class FrozenEncoder:
         frozen = not any(parameter.requires_grad for parameter in model.backbone.parameters())
         return frozen and all(can_fold(block) for block in model.backbone.blocks)
 
+    def runs(self, model: PromptedModel) -> bool:
+        """Whether `model` runs folded; then the constants are those of its weights, derived again where one changed."""
+        if torch.compiler.is_compiling():
+            self._foldable = self.supports(model)
+        elif not self.sealed:
+            walked = _states(model.backbone, [])
+            if walked != self._walked:
+                self._foldable, self._walked = self.supports(model), walked
+        if self._foldable:
+            self._refresh(model)
+        return self._foldable
+
     def _refresh(self, model: PromptedModel) -> None:
         weights = model.backbone.patch_embed.proj.weight
         device = weights.device.type
@@ -217,7 +266,7 @@ class FrozenEncoder:
             return
         key = None
         if not compiling:
-            key = (dtype, triton, *(_state(parameter) for parameter in model.backbone.parameters()))
+            key = (dtype, triton, self._walked)
             if key == self._key:
                 return
         with torch.inference_mode(False), torch.no_grad():
@@ -279,15 +328,10 @@ class FrozenEncoder:
         yield from (bias for bias in self._biases if bias is not None)
         yield from self._patch_state.values()
 
-    def prepare(self, model: PromptedModel) -> None:
-        """Derive the constants now."""
-        self._refresh(model)
-
     def lend(self, model: PromptedModel, twin: PromptedModel) -> None:
         """Let `twin`, the same model without prompts, run on these folded weights; they are not held twice."""
-        if model.impl == "reference" or not FrozenEncoder.supports(model):
+        if model.impl == "reference" or not self.runs(model):
             return
-        self._refresh(model)
         if twin._encoder._blocks is not self._blocks:
             rows = twin.num_rows
             twin._encoder.__dict__ |= self.__dict__ | {"_prefix_key": None, "_prefixes": {}}
@@ -327,7 +371,6 @@ class FrozenEncoder:
 
     def _run(self, model: PromptedModel, images: Tensor, blocks: int) -> tuple[Tensor, int]:
         """Rows entering block `blocks`, prompt rows last where they are rows, and the number of other rows."""
-        self._refresh(model)
         real = model.num_rows - model.prompts.length
         x = model.embed(images)
         fixed = self._fixed(model)
@@ -371,12 +414,12 @@ class FrozenEncoder:
             else:
                 prefix = self._prefix(model, layer, len(x)) if own else None
                 bias = None if bias is None else bias[:, :real, : None if own and not self._narrow else real]
-        qkv = F.linear(_normalise(x, block.eps_1), block.qkv_weight, block.qkv_bias)
+        qkv = _project(x, block)
         heads = model.backbone.blocks[layer].attn.num_heads
         mixed = prompted_attention(qkv, prefix, prompt_qkv=prompt_qkv, num_heads=heads, bias=bias, impl=model.impl)
-        update = F.linear(mixed, block.proj_weight, block.proj_bias)
         if fresh is None:
-            return _residual(x, update, block.scale_1)
+            return _add_linear(x, mixed, block.proj_weight, block.proj_bias, block.scale_1)
+        update = F.linear(mixed, block.proj_weight, block.proj_bias)
         if block.scale_1 is not None:
             update = update * block.scale_1
         update = update.to(torch.promote_types(update.dtype, x.dtype))
@@ -397,10 +440,10 @@ class FrozenEncoder:
             prompts = self._prefix(model, layer, len(x))
         if bias is not None:
             bias = bias[:, :real, : real if self._narrow or prompts is None else None]
-        qkv = F.linear(_normalise(x, block.eps_1), qkv_weight, qkv_bias)
+        qkv = _project(x, block)
         heads = model.backbone.blocks[layer].attn.num_heads
         mixed = prompted_attention(qkv, prompts, num_heads=heads, bias=bias, impl=model.impl)[:, rows]
-        return _residual(x[:, rows], F.linear(mixed, block.proj_weight, block.proj_bias), block.scale_1)
+        return _add_linear(x[:, rows], mixed, block.proj_weight, block.proj_bias, block.scale_1)
 
     def _mean_block(self, model: PromptedModel, x: Tensor, real: int, layer: int) -> Tensor:
         """The last block and the final norm for the rows that are averaged, (B, C).
@@ -450,5 +493,5 @@ class FrozenEncoder:
             bias=bias,
             impl=model.impl,
         )
-        out = _residual(own, F.linear(value, block.proj_weight, block.proj_bias), block.scale_1)
+        out = _add_linear(own, value, block.proj_weight, block.proj_bias, block.scale_1)
         return _mlp(out, block)

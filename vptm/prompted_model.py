@@ -207,12 +207,11 @@ class PromptedModel(nn.Module):
             >>> model(torch.zeros(2, 1, 28, 28)).shape
             torch.Size([2, 10])
         """
-        if self.impl == "reference" or not FrozenEncoder.supports(self):
+        if self.impl == "reference" or not self._encoder.runs(self):
             raise ValueError(f"freeze_for_inference needs a model that runs folded, got {self._unfolded()}")
         if self._encoder.sealed:
             return self
         self.eval()
-        self._encoder.prepare(self)
         if not keep_originals:
             for block in self.backbone.blocks:
                 for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
@@ -260,7 +259,7 @@ class PromptedModel(nn.Module):
             CLS or mean read-out this equals `backbone.forward_features`.
         """
         self.check_images(images)
-        if self.impl != "reference" and FrozenEncoder.supports(self):
+        if self.impl != "reference" and self._encoder.runs(self):
             return self._encoder.features(self, images)
         return self._plain_features(images)
 
@@ -294,7 +293,7 @@ class PromptedModel(nn.Module):
     def forward_hidden(self, images: Tensor) -> Tensor:
         """The normalised read-out row (B, C), equal to `forward_head(forward_features(images), pre_logits=True)`."""
         self.check_images(images)
-        if self.impl == "reference" or not FrozenEncoder.supports(self):
+        if self.impl == "reference" or not self._encoder.runs(self):
             return self.forward_head(self._plain_features(images), pre_logits=True)
         row = self._readout_row()
         pooled = self._encoder.mean(self, images) if row is None else self._encoder.row(self, images, row)
