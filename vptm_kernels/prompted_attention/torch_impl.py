@@ -47,8 +47,8 @@ def forward(
         mask = _mask(dense, rows, k.shape[2], q.dtype)
         if with_lse and _has_flash(q):
             attended, found = _FLASH(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
-            if mask is not None:
-                # The kernel gives 0 for rows that are masked as a whole.
+            if mask is not None and bool((found == 0).any()):
+                # The kernel gives 0 for rows that are masked as a whole, and for others by chance.
                 found = found.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
             lse[images] = found
         else:
@@ -190,8 +190,10 @@ def _mask(dense: Tensor | None, rows: int, columns: int, dtype: torch.dtype) -> 
     if dtype == torch.float16:
         dense = torch.where(dense == float("-inf"), dense, dense.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max))
     width = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    mask = torch.zeros(1, dense.shape[0], rows, width, dtype=dtype, device=dense.device)
+    mask = torch.empty(1, dense.shape[0], rows, width, dtype=dtype, device=dense.device)
     mask[0, :, : dense.shape[1], : dense.shape[2]] = dense
+    mask[0, :, : dense.shape[1], dense.shape[2] :] = 0
+    mask[0, :, dense.shape[1] :] = 0
     return mask[..., :columns]
 
 
