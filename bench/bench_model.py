@@ -29,7 +29,6 @@ from torch.nn import functional as F
 from vptm import PromptedBEiT
 from vptm.reference import block_forward, sdpa
 
-
 CUDA = torch.cuda.is_available()
 BATCH, DEVICE, DTYPE = (64, "cuda", torch.bfloat16) if CUDA else (4, "cpu", torch.float32)
 TOLERANCE = 2e-2 if CUDA else 1e-4
