@@ -102,7 +102,9 @@ def stages() -> list[Stage]:
     rest = sorted(present - set(benches) - CPU_BENCHES)
     found += [Stage(_title(name), _pytest_bench(name), 10) for name in rest]
     others = sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py"))
-    others = [name for name in others if name not in kernels and not re.search(r"aot|bench|interpreter", name)]
+    others = [
+        name for name in others if name not in kernels and not re.search(r"aot|bench|gpu_check|interpreter", name)
+    ]
     found.append(Stage("other tests", _pytest_tests(others), 10))
     return found
 
