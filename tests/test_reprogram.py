@@ -1,0 +1,118 @@
+"""`vptm map`: from a classifier file and class names to a mapping, its accuracy, and clear refusals."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from test_cli import Console, material, vptm  # noqa: F401
+from torch import Tensor
+
+from vptm import label_mapping, reprogram
+from vptm.source_classifier import load_classifier
+
+SOURCES = ["left hand", "teapot", "upper deck", "zebra", "right turn", "violin"]
+# timm's smallest classifier that takes pictures of 32 pixels in a moment
+CLASSIFIER = "test_resnet.r160_in1k"
+
+
+def letters(texts: Sequence[str]) -> Tensor:
+    return torch.tensor([[float(text.lower().count(chr(97 + k))) for k in range(26)] for text in texts])
+
+
+@pytest.fixture
+def arguments(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:  # noqa: F811
+    """A classifier of six labels with random weights, and an encoder that needs no package."""
+    torch.manual_seed(0)
+    save_file(timm.create_model(CLASSIFIER, num_classes=6).state_dict(), tmp_path / "weights.safetensors")
+    (tmp_path / "labels.txt").write_text("\n".join(SOURCES) + "\n")
+    monkeypatch.setattr(reprogram, "text_encoder", lambda name: letters)
+    found = ["map", "--data", material / "pictures", "--classifier", CLASSIFIER]
+    return [*found, "--weights", "weights.safetensors", "--source-labels", "labels.txt", "--template", "{}"]
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    return {row["label"]: row["source_labels"].split("; ") for row in csv.DictReader(io.StringIO(text))}
+
+
+def test_zero_shot_mapping_by_meaning(vptm: Console, arguments: list[object], material: Path) -> None:  # noqa: F811
+    """Names alone give the mapping, and the accuracy is that of the chosen outputs of the classifier itself."""
+    code, out, err = vptm(*arguments)
+    assert code == 0, err
+    assert rows(out) == {"upper": ["upper deck"], "left": ["left hand"], "right": ["right turn"]}
+    source = load_classifier(CLASSIFIER, weights="weights.safetensors", labels="labels.txt")
+    from vptm.data import load_data
+
+    test = load_data(material / "pictures", transform=source.prepare).test
+    chosen = [
+        SOURCES.index(f"{name} {rest}") for name, rest in (("left", "hand"), ("right", "turn"), ("upper", "deck"))
+    ]
+    assert test.classes == ["left", "right", "upper"]
+    hits = [int(source.model(image[None])[0, chosen].argmax()) == label for image, label in test]
+    assert f"test accuracy {sum(hits) / len(hits):.2%}" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [
+        (["--assignment", "top", "--m", 2, "--aggregation", "logsumexp"], 2),
+        (["--method", "random", "--m", 2], 2),
+        (["--method", "flm", "--shots", 3], 1),
+        (["--method", "blm", "--shots", 3], None),
+        (["--method", "ilm", "--shots", 2, "--epochs", 2, "--prompt", "expansive", "--image-size", 32], 1),
+        (["--prompt", "additive", "--border", 10, "--shots", 2, "--epochs", 2], 1),
+    ],
+)
+def test_every_method_runs(vptm: Console, arguments: list[object], more: list[object], count: int | None) -> None:  # noqa: F811
+    """Each way of mapping goes through to the test images, with as many sources as asked for."""
+    code, out, err = vptm(*arguments, *more)
+    assert code == 0 and "test accuracy" in err, err
+    found = rows(out)
+    assert found.keys() == {"upper", "left", "right"}
+    assert count is None or all(len(sources) == count for sources in found.values())
+    assert ("border trained" in err) == ("--prompt" in more)
+
+
+def test_weights_under_other_names(tmp_path: Path, arguments: list[object]) -> None:
+    """A state dict of another package fits by order and shape, says so, and gives the same logits."""
+    own = timm.create_model(CLASSIFIER, num_classes=6)
+    renamed = {f"_{number}": tensor for number, tensor in enumerate(own.state_dict().values())}
+    torch.save(renamed, tmp_path / "other.pth")
+    source = load_classifier(CLASSIFIER, weights=tmp_path / "other.pth", labels=tmp_path / "labels.txt")
+    image = torch.rand(1, 3, 64, 64)
+    assert "matched by order and shape" in source.notes[0]
+    assert torch.equal(source.model(image), own.eval()(image))
+
+
+def test_bad_input_is_refused(vptm: Console, arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """One line each, before anything is trained or printed."""
+    Path("junk.pth").write_text("junk")
+    Path("few.txt").write_text("a\nb\n")
+    for more, message in (
+        (["--m", 3], "3 for each of 3 labels need 9, there are 6"),
+        (["--method", "random", "--m", 3], "need 9, there are 6"),
+        (["--method", "semantik"], "did you mean 'semantic'"),
+        (["--assignment", "hungry"], "assignment must be one of argmax, hungarian"),
+        (["--aggregation", "mean-prob"], "did you mean 'mean_prob'"),
+        (["--method", "ilm"], "pass --prompt"),
+        (["--method", "blm", "--aggregation", "max"], "must be mean for the soft mapping"),
+        (["--template", "a photo"], "template must hold {} once"),
+        (["--classifier", "test_resne"], "classifier must be a timm model"),
+        (["--weights", "none.pth"], "weights not found: none.pth"),
+        (["--weights", "junk.pth"], "junk.pth is no file of weights"),
+        (["--source-labels", "few.txt"], "must name all 6 outputs"),
+        (["--source-labels", "none.txt"], "labels not found: none.txt"),
+        (["--method", "flm", "--shots", 99], "has 7 training images, 99 were asked for"),
+    ):
+        code, line = vptm.refused(*arguments, *more)
+        assert code == 2 and message in line, line
+    monkeypatch.setattr(reprogram, "text_encoder", label_mapping.text_encoder)
+    monkeypatch.setattr(label_mapping, "find_spec", lambda name: None)
+    code, line = vptm.refused(*arguments)
+    assert code == 2 and "pip install 'vptm[text]'" in line
