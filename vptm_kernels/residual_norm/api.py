@@ -37,7 +37,7 @@ def residual_norm(
             depth. It gets no gradient.
         norm_weight, norm_bias: (C,) of the LayerNorm; None where folded into the next linear.
         eps: of the LayerNorm.
-        impl: "auto" is "triton" for GPU tensors of float16, bfloat16 or float32 with C <= 16384, else "torch". An
+        impl: "auto" is "triton" for GPU tensors of float16, bfloat16 or float32 with C <= 8192, else "torch". An
             explicit "triton" or "torch" never falls back.
 
     Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MAX_WIDTH = 16384  # a program holds whole rows
+MAX_WIDTH = 8192  # a program holds whole rows
 _PROGRAMS = 264  # that share the sums of parameter gradients: two for each multiprocessor of a large GPU
 
 

@@ -51,7 +51,7 @@ def _(
     keep: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (2, x.shape[:-1].numel()) if keep else (0,)
+    shape = (2, x.numel() // x.shape[-1]) if keep else (0,)
     moments = x.new_empty(shape, dtype=torch_impl.accumulator(x.dtype))
     return x.new_empty(x.shape), update.new_empty(x.shape), moments
 
