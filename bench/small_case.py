@@ -1,4 +1,4 @@
-"""A training step through every kernel of a small model, to be watched: `compute-sanitizer python -m bench.small_case`."""
+"""A training step through the kernels of a small model, for `compute-sanitizer python -m bench.small_case` to watch."""
 
 from __future__ import annotations
 
