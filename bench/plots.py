@@ -2,7 +2,7 @@
 makes them; a picture whose numbers nobody measured is not made, and the reason is printed.
 
 What a bench puts into `extra_info` to appear: "speed-up over X" with "prompt_length" and "batch"; `timing.work_info`;
-"peak extra bytes" as {implementation: bytes}. "mode", "shape" and "dtype" name the panel.
+"peak extra bytes" (or "peak bytes") as {implementation: bytes}. "mode", "shape" and "dtype" name the panel.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def memory(runs: Iterable[Timed], against: str) -> dict[str, Series]:
     """By panel and implementation: (`against`, MiB held at most beyond the inputs)."""
 
     def values(run: Timed) -> dict[str, float]:
-        held = run.info.get("peak extra bytes")
+        held = run.info.get("peak extra bytes", run.info.get("peak bytes"))
         return {name: size / 2**20 for name, size in held.items()} if isinstance(held, dict) else {}
 
     return _panels(runs, against, values)
