@@ -281,8 +281,8 @@ def bench_prompted_attention(benchmark: BenchmarkFixture, name: str, shape: Shap
             try:
                 _refuse_if_wrong(peer, other, shape)
                 peers[peer] = _repeated(_call(other, shape, direction))
-            except (AssertionError, RuntimeError, NotImplementedError):
-                continue
+            except (AssertionError, RuntimeError, NotImplementedError) as error:
+                benchmark.extra_info.setdefault("refused", {})[peer] = str(error).splitlines()[0]
         times: dict[str, list[float]] = {each: [] for each in ("vptm", *peers)}
         for _ in range(PAIRED_ROUNDS):
             for each, timed in {"vptm": run, **peers}.items():

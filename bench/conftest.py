@@ -119,7 +119,7 @@ def command(arguments: Sequence[str | object]) -> str:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
-    ratios, refused, growth = [], [], []
+    ratios, refused, growth, work = [], [], [], []
     benches = getattr(session, "benchmarks", [])
     for bench in benches:
         found = {name: value for name, value in bench.extra_info.items() if name.startswith("speed-up over ")}
@@ -127,6 +127,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             text = ", ".join(f"{value:.2f}x {name.removeprefix('speed-up ')}" for name, value in found.items())
             ratios.append(f"{bench.group}: {text}")
         refused += [f"{bench.group}: {peer}: {why}" for peer, why in bench.extra_info.get("refused", {}).items()]
+        if "share of ceiling" in bench.extra_info:
+            info = bench.extra_info
+            work.append(
+                f"{bench.group}: {info.get('implementation', bench.name)}: {info['bytes'] / 1e6:.1f} MB, "
+                f"{info['operations'] / 1e9:.2f} GFLOP, {info['share of ceiling']:.0%} of the ceiling"
+            )
         if "exponent of time" in bench.extra_info:
             time, memory, expected = (
                 bench.extra_info[name]
@@ -134,7 +140,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             )
             time, memory = ("none" if found is None else f"{found:.2f}" for found in (time, memory))
             growth.append(f"{bench.group}: time {time} (expected {expected:g}), memory {memory}")
-    sections = {"interleaved ratios, medians": ratios, "fitted exponents": growth, "refused, not timed": refused}
+    sections = {
+        "interleaved ratios, medians": ratios,
+        "bytes that must move, operations, share of this machine's ceiling": work,
+        "fitted exponents": growth,
+        "refused, not timed": refused,
+    }
     for title, lines in sections.items():
         if lines:
             terminalreporter.section(title)

@@ -374,8 +374,15 @@ def test_equal_rows_and_one_table_entry_for_every_pair(impl):
         assert_close_to_exact(name, found[name], wanted[name], tolerance=1e-10)
     qkv = call["qkv"].detach().clone()
     qkv[..., 32:64] = 1.5
+    qkv.requires_grad_()
     uniform = prompted_attention(qkv, num_heads=2, impl=impl)
-    torch.testing.assert_close(uniform, qkv[..., 64:].mean(1, keepdim=True).expand(-1, 17, -1), rtol=0, atol=1e-12)
+    mean = qkv[..., 64:].mean(1, keepdim=True).expand(-1, 17, -1)
+    torch.testing.assert_close(uniform, mean, rtol=0, atol=1e-12)
+    exact = reference({"qkv": qkv, "num_heads": 2})[0]
+    upstream = torch.randn_like(exact)
+    found, wanted = (torch.autograd.grad((t * upstream).sum(), qkv)[0] for t in (uniform, exact))
+    assert_close_to_exact("gradient of equal rows", found, wanted, tolerance=1e-10)
+    assert not bool(found[..., :32].abs().gt(1e-12).any()), "no query can change a uniform row"
 
 
 @pytest.mark.parametrize("impl", IMPLS)
