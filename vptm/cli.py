@@ -548,6 +548,106 @@ def compare(
         raise typer.Exit(1)
 
 
+@app.command()
+def protocol(
+    name: Annotated[str, typer.Argument(help="few-shot or base-to-novel.")],
+    data: Annotated[str, typer.Option(help="As in `vptm train`.")] = "builtin",
+    model: Annotated[
+        str, typer.Option(help="As in `vptm train`; CLIP's visual weights by their timm name.")
+    ] = "builtin",
+    class_embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            help="Safetensors file with embeddings (K, D), class_names in its metadata, optionally projection (D, C); "
+            "by default the names go through --text-encoder.",
+            show_default=False,
+        ),
+    ] = None,
+    text_encoder: Annotated[str, typer.Option(help="sentence or open_clip.")] = "sentence",
+    template: Annotated[str, typer.Option(help="Around a class name, with {} for it.")] = "a photo of a {}.",
+    shots: Annotated[str, typer.Option(help="Training images per class, with commas between several.")] = "16",
+    seeds: Annotated[int, typer.Option(help="Runs for each number of shots.")] = 3,
+    prompt_length: Annotated[int, typer.Option(help="Prompts per layer.")] = 16,
+    alpha: Annotated[float, typer.Option(help="Of progressive prompts.")] = 0.01,
+    reformation: Annotated[float, typer.Option(help="Lambda of the contrast with the frozen features.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of that contrast.")] = 1.0,
+    ridge: Annotated[float, typer.Option(help="Strength of the projection fitted where none is given.")] = 1.0,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 50,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
+    augment: Annotated[bool, typer.Option(help="Random changes of training images.")] = True,
+    device: Device = "auto",
+) -> None:
+    """Run ProVP-Ref's few-shot or base-to-novel protocol.
+
+    Prompts are trained and classes are frozen embeddings, so in base-to-novel the second half of the classes is known
+    by name alone. Weights that were trained with a text encoder bring their projection in --class-embeddings; for
+    others one is fitted by ridge regression on the training images, a stand-in. Prints CSV.
+
+    \b
+    Example:
+      vptm protocol base-to-novel --shots 16 --seeds 3
+    """
+    import csv
+    from inspect import signature
+
+    from .choices import one_of
+    from .data import load_data
+    from .label_mapping import embed_names
+    from .label_mapping import text_encoder as make_encoder
+    from .protocols import PROTOCOLS, ClassFeatures, read_class_features, run_protocol
+
+    one_of("protocol", name, PROTOCOLS)
+    place = _device(device)
+    if seeds < 1:
+        raise ValueError(f"--seeds must be >= 1, got {seeds}")
+    counts = [int(count) for count in map(_parse_shots, shots.split(",")) if count is not None]
+    images = load_data(data)
+    _report(images)
+    if class_embeddings is not None:
+        features = read_class_features(class_embeddings, images.classes)
+    else:
+        features = ClassFeatures(embed_names(images.classes, make_encoder(text_encoder), template))
+    arguments = {
+        "model": model,
+        "prompt_mode": "progressive",
+        "prompt_length": prompt_length,
+        "progressive_alpha": alpha,
+        "readout": "cls",
+        "token_activation": "hidden",
+        "verbalizer": "linear",
+        "impl": "auto",
+    }
+    settings = {key: value.default for key, value in signature(train).parameters.items()} | arguments
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["protocol", "shots", "seed", "base", "novel", "harmonic"])
+    for count in counts:
+        for seed in range(seeds):
+            run = run_protocol(
+                name,
+                lambda classes: _build(settings, classes),
+                images,
+                features,
+                shots=count,
+                seed=seed,
+                ridge=ridge,
+                augment=augment,
+                device=place,
+                epochs=epochs,
+                lr=lr,
+                optimizer="momentum",
+                weight_decay=5e-4,
+                prompt_weight_decay=5e-4,
+                schedule="provp",
+                warmup_epochs=min(1, epochs - 1),
+                reformation=reformation,
+                reformation_temperature=temperature,
+                progress=False,
+            )
+            shares = [run.base, run.novel, run.harmonic]
+            writer.writerow([name, count, seed, *("" if share is None else f"{share:.4f}" for share in shares)])
+            sys.stdout.flush()
+
+
 @app.command(name="map")
 def map_labels(
     data: Annotated[str, typer.Option(help="As in `vptm train`; its class names are mapped.")] = "builtin",
