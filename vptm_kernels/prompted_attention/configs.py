@@ -132,6 +132,14 @@ def bias_grad_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *, 
     return Config(32, 16 if arch.startswith("gfx") else 32, 4, 1)
 
 
+def table_grad_blocks(arch: str, *, interpreted: bool = False) -> tuple[int, int, int]:
+    """Queries, keys and rows of the table that one step compares; each choice spills on one of the other targets."""
+    # The interpreter's cost is the number of steps, a GPU's the number of registers.
+    if interpreted:
+        return 64, 64, 64
+    return (8, 16, 32) if arch in ("sm80", "sm120") else (16, 16, 32)
+
+
 def images_per_program(batch: int, programs_per_image: int) -> int:
     """How many images one program sums over: enough programs to fill a GPU twice, and no more partial sums than that.
 

@@ -22,6 +22,7 @@ from .configs import (
     key_grad_config,
     keys_resident,
     query_grad_config,
+    table_grad_blocks,
     tails,
 )
 from .kernels_bwd import (
@@ -588,8 +589,7 @@ def _table_grad(dense: Tensor, grad: Tensor, first_head: int, token_ids: Tensor 
     """Fill the columns of `grad` (R, H) from first_head on, as many as `dense` has heads."""
     heads, tokens, _ = dense.shape
     rows = grad.shape[0]
-    # The interpreter's cost is the number of steps, a GPU's the number of registers.
-    block_m, block_n, block_r = (64, 64, 64) if interpreting() else (8, 16, 32)
+    block_m, block_n, block_r = table_grad_blocks(architecture(grad.device), interpreted=interpreting())
     _table_grad_kernel[(triton.cdiv(rows, block_r), heads)](
         dense,
         token_ids,
