@@ -52,8 +52,8 @@ class Proposal:
     call: str
     function: str
     arguments: list[Any]
-    table: dict[str, int]
-    proposed: dict[str, int]
+    table: Any
+    proposed: Any
     speed_up: float
     microseconds: float
 
@@ -121,12 +121,28 @@ def _prototypes(batch: int, activation: str, backward: bool) -> Callable[[], Ten
     return _call(forward, [hidden, projection, prototypes], _random(batch, classes), backward)
 
 
-def _call(forward: Callable[[], Tensor], inputs: list[Tensor], grad: Tensor, backward: bool) -> Callable[[], Tensors]:
+def _residual(batch: int, backward: bool) -> Callable[[], Tensors]:
+    from vptm_kernels.residual_norm.api import residual_norm
+
+    x, update = (_random(batch, 197, 768).requires_grad_(backward) for _ in range(2))
+    return _call(lambda: residual_norm(x, update, eps=1e-6, impl="triton"), [x, update], torch.ones_like(x), backward)
+
+
+def _call(
+    forward: Callable[[], Tensor | Tensors], inputs: list[Tensor], grad: Tensor, backward: bool
+) -> Callable[[], Tensors]:
+    """`grad` is that of every result."""
+
+    def results() -> Tensors:
+        found = forward()
+        return (found,) if isinstance(found, Tensor) else found
+
     def run() -> Tensors:
         if not backward:
             with torch.no_grad():
-                return (forward(),)
-        return torch.autograd.grad(forward(), inputs, grad)
+                return results()
+        out = results()
+        return torch.autograd.grad(out, inputs, [grad] * len(out))
 
     return run
 
@@ -156,6 +172,11 @@ def calls() -> list[Call]:
                 lambda b=backward: _prototypes(64, "log_softmax", b),  # type: ignore[misc]
             ),
             Call(
+                "residual_norm",
+                f"{what}, B=64 N=197 C=768",
+                lambda b=backward: _residual(64, b),  # type: ignore[misc]
+            ),
+            Call(
                 "prompted_attention",
                 f"{what}, B=16 H=16 N=577 P=50",
                 lambda b=backward: _attention(50, (24, 24), 16, 16, b),  # type: ignore[misc]
@@ -167,9 +188,14 @@ def calls() -> list[Call]:
 # ------------------------------------------------------------------ the search
 
 
+# decisions of a table that are no `Config`: one of two forms of a kernel, and rows with warps
+DECISIONS = ("keys_resident", "row_block")
+
+
 def tables(module: Any) -> dict[str, Callable[..., Any]]:
-    """The functions of a launching module that answer with block sizes: `..._config` of the op's `configs.py`."""
-    return {name: value for name, value in vars(module).items() if name.endswith("_config") and callable(value)}
+    """The functions of a launching module that choose what is launched: `..._config` and those in `DECISIONS`."""
+    chosen = (name for name in vars(module) if name.endswith("_config") or name in DECISIONS)
+    return {name: getattr(module, name) for name in chosen if callable(getattr(module, name))}
 
 
 @contextlib.contextmanager
@@ -181,7 +207,8 @@ def answering(module: Any, answers: dict[Setting, Any]) -> Iterator[dict[Setting
 
     def replaced(name: str) -> Callable[..., Any]:
         def table(*arguments: Any, **options: Any) -> Any:
-            config = answers.get((name, arguments)) or originals[name](*arguments, **options)
+            asked = (name, arguments)
+            config = answers[asked] if asked in answers else originals[name](*arguments, **options)
             given[name, arguments] = config
             return config
 
@@ -196,14 +223,21 @@ def answering(module: Any, answers: dict[Setting, Any]) -> Iterator[dict[Setting
             setattr(module, name, function)
 
 
-def neighbours(config: Any) -> list[Any]:
-    """The same answer with one field halved or doubled, within what kernels take."""
+def neighbours(answer: Any) -> list[Any]:
+    """The same answer with one of its numbers halved or doubled, within what kernels take; the other one of two."""
+    if isinstance(answer, bool):
+        return [not answer]
     limits = {"num_warps": (2, 16), "num_stages": (1, 4)}
+    named = hasattr(answer, "_asdict")
     found = []
-    for name, value in config._asdict().items():
-        low, high = limits.get(name, (16, 256))
+    for i, value in enumerate(answer):
+        name = answer._fields[i] if named else ""
+        low, high = limits.get(name, (16, 256) if named else (1, 256))
         steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
-        found += [config._replace(**{name: step}) for step in steps if low <= step <= high]
+        for step in steps:
+            if low <= step <= high:
+                numbers = (*answer[:i], step, *answer[i + 1 :])
+                found.append(type(answer)(*numbers) if named else numbers)
     return found
 
 
@@ -258,8 +292,13 @@ def search(
         yield setting, table, best, final.speed_up("table"), final.median("table")
 
 
-def _fields(config: Any) -> str:
-    return " ".join(f"{name}={value}" for name, value in config._asdict().items())
+def _plain(answer: Any) -> Any:
+    return answer._asdict() if hasattr(answer, "_asdict") else answer
+
+
+def _fields(answer: Any) -> str:
+    named = _plain(answer)
+    return " ".join(f"{name}={value}" for name, value in named.items()) if isinstance(named, dict) else str(named)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -292,8 +331,8 @@ def main(argv: list[str] | None = None) -> int:
                     call.name,
                     function,
                     list(arguments),
-                    table._asdict(),
-                    best._asdict(),
+                    _plain(table),
+                    _plain(best),
                     round(speed_up, 3),
                     round(1e6 * seconds, 1),
                 )

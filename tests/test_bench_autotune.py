@@ -71,6 +71,38 @@ def test_search_proposes_nothing_where_the_table_is_best():
     assert table == best and speed_up == 1
 
 
+@pytest.mark.parametrize(
+    "answer, found",
+    [
+        (True, [False]),
+        ((2, 4), [(1, 4), (4, 4), (2, 2), (2, 8)]),
+        (Config(16, 16, 1), [Config(32, 16, 1), Config(16, 8, 1), Config(16, 16, 2)]),
+    ],
+    ids=["one of two", "plain numbers", "at its limits"],
+)
+def test_neighbours_change_one_thing(answer, found):
+    assert autotune.neighbours(answer) == found
+
+
+def test_a_decision_between_two_kernels_is_searched_too():
+    """An answer of False must be used as given, not taken for no answer."""
+    module = SimpleNamespace(keys_resident=lambda keys: True)
+    taken = []
+
+    def run():
+        taken.append(module.keys_resident(207))
+        return (torch.ones(2),)
+
+    def prepare(run):
+        run()
+        resident = taken[-1]
+        return lambda: resident
+
+    clock = lambda timed: 3.0 if timed() else 1.0  # noqa: E731
+    [(setting, table, best, speed_up, _)] = autotune.search(module, run, prepare, clock, lambda: False, lambda _: None)
+    assert (setting, table, best, speed_up) == (("keys_resident", (207,)), True, False, 3)
+
+
 def test_search_stops_when_time_is_up():
     op = Op()
     found, _ = op.search(out_of_time=lambda: len(op.ran) > 5)
@@ -83,7 +115,7 @@ def test_ops_that_are_tuned_have_tables_to_tune(op):
     """A renamed table function would leave the search without anything to vary."""
     pytest.importorskip("triton")
     module = __import__(f"vptm_kernels.{op}.triton_impl", fromlist=["_"])
-    assert "forward_config" in autotune.tables(module)
+    assert {"forward_config", "row_block"} & set(autotune.tables(module))
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):
