@@ -646,6 +646,16 @@ def test_nothing_is_allocated_but_results(monkeypatch):
     with Allocations() as backward:
         triton_impl.backward(torch.ones_like(out), None, *inputs, out, lse, *options, [True, True, False])
     assert sorted(backward.shapes) == [(2, 2, 17), (2, 5, 64), (2, 17, 96)]
+
+    # A table adds its tile to both, and to backward its dense gradient by chunks of the batch and its own.
+    table = AttentionCase(tokens=17, prompt_length=5, bias="table", window=(4, 4), dtype=torch.float32).inputs(DEVICE)
+    inputs = (table["qkv"], table["prompt_kv"], table["bias"].table, table["bias"].token_ids, None)
+    options = ([4, 4], 2, False, 0, 0.25)
+    with Allocations() as with_table:
+        out, lse = triton_impl.forward(*inputs, *options, True)
+        triton_impl.backward(torch.ones_like(out), None, *inputs, out, lse, *options, [True, True, True])
+    extra = [(2, 17, 32), (2, 17, 32), (2, 2, 17, 17), (52, 2)]
+    assert sorted(with_table.shapes) == sorted(forward.shapes + backward.shapes + extra)
     assert not (forward.ops | backward.ops) & {"cat", "constant_pad_nd", "scaled_dot_product_attention"}
 
 

@@ -1,4 +1,8 @@
-"""Launches of the Triton kernels: pointers, strides, block sizes and the few buffers they need."""
+"""Launches of the Triton kernels: pointers, strides, block sizes and the few buffers they need.
+
+Besides outputs and lse: the tile of a table (or its copy by heads), a copy of a dense bias on odd rows; in backward
+delta (as lse), the prompts' partial sums over chunks of the batch, and the dense gradient of a bias by chunks.
+"""
 
 from __future__ import annotations
 
