@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import autotune
 
@@ -124,3 +125,21 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     assert capsys.readouterr().err == "no GPU here: block sizes are timed on one\n"
     assert autotune.main(["--list"]) == 0
     assert "prompted_attention: forward, B=64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("call", autotune.calls(), ids=lambda call: f"{call.op} {call.name}")
+def test_calls_are_what_the_ops_take(call, monkeypatch):
+    """Traced with tensors that claim a GPU: an argument that an op no longer takes would cost time on a real one."""
+    pytest.importorskip("triton")
+
+    def grad(outputs, inputs, gradients):
+        """What the backward pass is given; it cannot run on tensors without a device."""
+        for output, gradient in zip(outputs, gradients, strict=True):
+            assert output.requires_grad and output.shape == gradient.shape
+        assert all(t.requires_grad and t.is_leaf for t in inputs)
+        return tuple(torch.empty_like(t) for t in inputs)
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    with FakeTensorMode():
+        found = call.make()()
+    assert found and all(t.device.type == "cuda" and t.dtype == torch.bfloat16 for t in found)
