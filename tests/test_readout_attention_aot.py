@@ -12,10 +12,11 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("target", aot.CI_TARGETS)
-def test_kernels_compile_without_spills(target):
+def test_kernels_compile_without_spills(target, against_baseline):
     reports = aot.run([target], "readout_attention/", ci=True)
     assert {report.kernel for report in reports} == {"split", "merge", "grad"}
     assert not [report.row() for report in reports if report.problems]
+    against_baseline(reports)
     for report in reports:
         if report.kernel != "merge":
             assert report.tensor_core > 0, report.row()
