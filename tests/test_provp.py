@@ -232,3 +232,34 @@ def test_bad_input_is_refused() -> None:
         feature_reformation(text, text, temperature=0)
     with pytest.raises(ValueError, match="prompted and frozen must be"):
         feature_reformation(text, text[:2])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("mode", ["shallow", "deep", "progressive"])
+def test_both_branches_start_together(mode: str, dropout: float) -> None:
+    """Patches are embedded once for both, and read-out, loss and gradient are those of two passes of their own, also
+    with a dropout mask per sample, a trained mask token, and where backward computes blocks again."""
+    calls: list[int] = []
+    for checkpointing in (False, True):
+        model = build(prompt_mode=mode, prompt_dropout=dropout, train_mask_token=True, progressive_alpha=0.3).train()
+        model.set_grad_checkpointing(checkpointing)
+        reform, batch = FeatureReformation(model, temperature=0.5), images(model, 3)
+        torch.manual_seed(1)
+        hidden = model.forward_hidden(batch)
+        expected = feature_reformation(hidden, reform.frozen(batch), temperature=0.5)
+        parameters = [model.prompts.weight, model.mask_token]
+        gradients = torch.autograd.grad(expected, parameters)
+        calls.clear()
+        hook = model.backbone.patch_embed.register_forward_hook(lambda *_: calls.append(1))
+        torch.manual_seed(1)
+        found_hidden, loss = reform(batch)
+        found = torch.autograd.grad(loss, parameters)
+        hook.remove()
+        assert calls == [1]
+        assert torch.allclose(found_hidden, hidden, atol=1e-12) and torch.allclose(loss, expected, atol=1e-12)
+        assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(found, gradients))
+        assert torch.allclose(model.forward_hidden(batch + 1), model.forward_hidden(batch + 1)) or dropout
+    added = build(prompt_mode="deep", prompt_length=1, prompt_options={"placement": "add"}, readout="cls")
+    batch = images(added)
+    hidden, _ = FeatureReformation(added)(batch)
+    assert torch.equal(hidden, added.forward_hidden(batch))

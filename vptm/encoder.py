@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -217,6 +218,7 @@ class FrozenEncoder:
         self.sealed = False
         self._prefix_key: tuple[object, ...] | None = None
         self._prefixes: dict[int, Tensor] = {}
+        self._start: tuple[Tensor, Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> FrozenEncoder:
         twin = FrozenEncoder()
@@ -225,7 +227,7 @@ class FrozenEncoder:
 
     def __getstate__(self) -> dict[str, object]:
         derived = self.__dict__ if self.sealed else FrozenEncoder().__dict__
-        return derived | {"_prefix_key": None, "_prefixes": {}}
+        return derived | {"_prefix_key": None, "_prefixes": {}, "_start": None}
 
     @staticmethod
     def supports(model: PromptedModel) -> bool:
@@ -337,6 +339,17 @@ class FrozenEncoder:
             twin._encoder.__dict__ |= self.__dict__ | {"_prefix_key": None, "_prefixes": {}}
             twin._encoder._biases = [None if bias is None else bias[:, :rows, :rows] for bias in self._biases]
 
+    @contextmanager
+    def started_together(self, model: PromptedModel, twin: PromptedModel, images: Tensor) -> Iterator[None]:
+        """Meanwhile `model` and its `twin` without prompts, on these images alone, share what is the same in both: the
+        rows before block 0, and their queries, keys and values in it. Not for prompts that are added to the rows."""
+        x = model.embed(images)
+        self._start = twin._encoder._start = x, _project(x, self._blocks[0])
+        try:
+            yield
+        finally:
+            self._start = twin._encoder._start = None
+
     def patches(self, model: PromptedModel, images: Tensor) -> Tensor:
         """Patch embeddings; under autocast by weights that were cast once."""
         if self._patch_state:
@@ -372,7 +385,7 @@ class FrozenEncoder:
     def _run(self, model: PromptedModel, images: Tensor, blocks: int) -> tuple[Tensor, int]:
         """Rows entering block `blocks`, prompt rows last where they are rows, and the number of other rows."""
         real = model.num_rows - model.prompts.length
-        x = model.embed(images)
+        x = model.embed(images) if self._start is None else self._start[0]
         fixed = self._fixed(model)
         for layer in range(blocks):
             x = self._enter(model, x, layer, real)
@@ -414,7 +427,8 @@ class FrozenEncoder:
             else:
                 prefix = self._prefix(model, layer, len(x)) if own else None
                 bias = None if bias is None else bias[:, :real, : None if own and not self._narrow else real]
-        qkv = _project(x, block)
+        shared = layer == 0 and self._start is not None and x.shape[1] == real
+        qkv = self._start[1] if shared and self._start is not None else _project(x, block)
         heads = model.backbone.blocks[layer].attn.num_heads
         mixed = prompted_attention(qkv, prefix, prompt_qkv=prompt_qkv, num_heads=heads, bias=bias, impl=model.impl)
         if fresh is None:

@@ -152,9 +152,9 @@ class FeatureReformation:
     Example:
         >>> import vptm
         >>> model = vptm.PromptedBEiT("builtin", 2, prompt_mode="progressive", readout="cls", token_activation="hidden")
-        >>> loss, images = FeatureReformation(model), torch.rand(4, 1, 28, 28)
-        >>> loss(images, model.forward_hidden(images)).ndim
-        0
+        >>> hidden, loss = FeatureReformation(model)(torch.rand(4, 1, 28, 28))
+        >>> hidden.shape, loss.ndim
+        (torch.Size([4, 192]), 0)
     """
 
     def __init__(
@@ -170,11 +170,16 @@ class FeatureReformation:
         self.weight, self.temperature = weight, temperature
         self._cache: dict[bytes, Tensor] | None = {} if cache else None
 
-    def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """The loss of a batch, from its images and the prompted read-out rows (B, C)."""
-        frozen = self.frozen(images)
-        loss = feature_reformation(image_features(self.model, hidden), frozen, temperature=self.temperature)
-        return self.weight * loss
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompted read-out rows (B, C) of a batch, and its loss."""
+        model = self.model
+        if self._cache is None and model.prompts.placement == "prepend" and self._lend():
+            with model._encoder.started_together(model, self.twin, images):
+                frozen, hidden = self._compute(images), model.forward_hidden(images)
+        else:
+            frozen, hidden = self.frozen(images), model.forward_hidden(images)
+        loss = feature_reformation(image_features(model, hidden), frozen, temperature=self.temperature)
+        return hidden, self.weight * loss
 
     @torch.no_grad()
     def frozen(self, images: Tensor) -> Tensor:
@@ -188,6 +193,11 @@ class FeatureReformation:
                 self._cache[keys[i]] = features
         return torch.stack([self._cache[key] for key in keys])
 
-    def _compute(self, images: Tensor) -> Tensor:
+    def _lend(self) -> bool:
         self.model._encoder.lend(self.model, self.twin)
+        return self.model.impl != "reference" and self.model._encoder.runs(self.model)
+
+    @torch.no_grad()
+    def _compute(self, images: Tensor) -> Tensor:
+        self._lend()
         return image_features(self.model, self.twin.forward_hidden(images))

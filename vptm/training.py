@@ -352,8 +352,7 @@ def _scores_and_contrast(
 ) -> tuple[Tensor, Tensor | None]:
     if not protoverb_weight and reform is None:
         return model(images), None
-    hidden = model.forward_hidden(images)
-    held = None if reform is None else reform(images, hidden)
+    hidden, held = (model.forward_hidden(images), None) if reform is None else reform(images)
     if not protoverb_weight:
         return model._scores(hidden), held
     verbalizer: Any = model.verbalizer
