@@ -13,8 +13,8 @@ running row maximum m of t, the running sum l and accumulator acc follow
 
     m' = max(m, max_j t_j),  p_j = 2^(t_j - m'),  l' = l * 2^(m - m') + sum_j p_j,  acc' = acc * 2^(m - m') + p @ v
 
-and lse = (m + log2 l) * ln 2. Where the scores of all keys fit in registers, all blocks are multiplied first and share one
-maximum.
+and lse = (m + log2 l) * ln 2. Where the scores of all keys fit in registers, all blocks are multiplied first and share
+one maximum.
 """
 
 from __future__ import annotations
