@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._runtime.triton_support import choose
+from . import torch_impl
 from .ops import readout_attention_op
 
 MAX_HEADS = 64  # of the kernels, which hold all heads at once
@@ -125,9 +126,12 @@ def readout_attention(
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, absorbed, prompt_scores, bias)
     )
-    mixed, prompt_weights, mass, _, _ = readout_attention_op(
-        x, absorbed, prompt_scores, bias, float(eps), float(scale), keep, impl
-    )
+    inputs = (x, absorbed, prompt_scores, bias, float(eps), float(scale))
+    if impl == "torch" and not keep and not torch.compiler.is_compiling():
+        # Nothing to differentiate or to trace: the registered op would only take its time.
+        mixed, prompt_weights, mass, _ = torch_impl.forward(*inputs)
+    else:
+        mixed, prompt_weights, mass, _, _ = readout_attention_op(*inputs, keep, impl)
     if norm_weight is not None:
         mixed = mixed * norm_weight
     if norm_bias is not None:

@@ -34,6 +34,8 @@ def readout_attention_op(
     if impl == "torch":
         mixed, prompt_weights, mass, weights = torch_impl.forward(x, absorbed, prompt_scores, bias, eps, scale)
         kept = weights if keep else absorbed.new_empty(0)
+        # A copy, as two outputs of an op must not share memory.
+        prompt_weights = prompt_weights.clone(memory_format=torch.contiguous_format)
         return mixed, prompt_weights, mass, kept, absorbed.new_empty(0)
     from . import triton_impl
 

@@ -24,16 +24,21 @@ def forward(
     scores = (absorbed @ tokens.mT).to(accumulator(absorbed.dtype))
     if prompt_scores is not None:
         scores = torch.cat([scores, prompt_scores.to(scores.dtype)], -1)
-    scores *= scale
-    if bias is not None:
+    masked = None
+    if bias is None:
+        scores *= scale
+    elif bias.shape[-1] == scores.shape[-1]:
+        scores = torch.add(bias.to(scores.dtype), scores, alpha=scale)
+        # Scores are finite, so a head attends to nothing where its bias is all -inf.
+        masked = (bias.amax(-1, keepdim=True) == float("-inf")) if scores.shape[-1] else None
+    else:
+        scores *= scale
         scores[..., : bias.shape[-1]] += bias
     weights = scores.softmax(-1)
-    if bias is not None and scores.shape[-1]:
-        weights = weights.masked_fill_(scores.amax(-1, keepdim=True) == float("-inf"), 0)
+    if masked is not None:
+        weights.masked_fill_(masked, 0)
     weights = weights.to(absorbed.dtype)
     of_tokens, of_prompts = weights.tensor_split([x.shape[1]], -1)
-    # A copy, as two outputs of an op must not share memory.
-    of_prompts = of_prompts.clone(memory_format=torch.contiguous_format)
     return of_tokens @ tokens, of_prompts, of_tokens.sum(-1), weights
 
 
