@@ -406,9 +406,10 @@ def test_it_is_not_among_the_public_ops():
 
 @needs_triton
 @pytest.mark.parametrize("target", aot.CI_TARGETS)
-def test_kernels_compile_without_spills(target):
+def test_kernels_compile_without_spills(target, against_baseline):
     reports = aot.run([target], "residual_norm/", ci=True)
     assert {report.kernel for report in reports} == {"forward", "backward"}
     assert not [report.row() for report in reports if report.problems]
     if target.startswith("sm"):
         assert all(report.loads.get("128") for report in reports), "rows are read 16 bytes at a time"
+    against_baseline(reports)
