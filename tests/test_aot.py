@@ -47,7 +47,8 @@ def test_the_tensor_core_of_the_architecture_is_used(reports, target, kind):
 def test_no_two_byte_loads_of_aligned_inputs(reports, target):
     for report in of(reports, target):
         assert not report.loads.get("16") and not report.loads.get("8"), report.row()
-        assert report.loads.get("128", 0) + report.loads.get("async", 0) > 0, report.row()
+        # Kernels without products read ids and entries of a table.
+        assert not report.dots or report.loads.get("128", 0) + report.loads.get("async", 0) > 0, report.row()
 
 
 def scores_and_counts(report):
@@ -79,11 +80,15 @@ def test_size_of_the_forward_loop_on_sm90(reports):
 
 
 def test_resident_keys_save_instructions_and_leave_room_for_three_blocks_on_sm90(reports):
-    """The whole program for N=197 with up to 11 prompts; streaming it takes over 1700 instructions."""
+    """The whole program for N=197 with up to 11 prompts; streaming it takes over 1700 instructions.
+
+    Prompts that attend cost 280 more, for rows without a bias.
+    """
     resident = [r for r in of(reports, "sm90", "forward") if r.constants["RESIDENT"]]
     assert len(resident) >= 3
     for report in resident:
-        assert report.instructions <= 1550 and report.blocks_per_sm >= 3, report.row()
+        limit = 1830 if report.constants["PROMPT_QUERIES"] else 1550
+        assert report.instructions <= limit and report.blocks_per_sm >= 3, report.row()
 
 
 @pytest.mark.parametrize(
