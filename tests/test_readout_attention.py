@@ -193,7 +193,7 @@ def test_error_budget_of_a_float32_stream(dtype, impl):
 
 
 @pytest.mark.parametrize("impl", EXACT_IMPLS)
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_random_cases(data, impl):
     case = data.draw(
@@ -246,7 +246,7 @@ def test_only_the_gradients_asked_for(learned, impl):
 def test_gradients_are_bitwise_repeatable(impl):
     case = Case(batch=3, tokens=40, dtype=torch.float32)
     first = gradients(call := case.inputs(), readout_attention(**call, impl=impl))
-    for _ in range(2):
+    for _ in range(1 if impl == "triton" and DEVICE == "cpu" else 9):
         again = gradients(call := case.inputs(), readout_attention(**call, impl=impl))
         assert all(torch.equal(again[name], first[name]) for name in first)
 

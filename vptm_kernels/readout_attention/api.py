@@ -109,13 +109,17 @@ def readout_attention(
     if x.shape[1] == 0:
         impl = "torch"  # the kernels walk over tokens, and only prompts are left
 
-    query = q.unflatten(1, (num_heads, head_dim))
-    absorbed = torch.einsum("bhd,hdc->bhc", query, k_weight.unflatten(0, (num_heads, head_dim)))
+    # Products with weights and shared prompts are one matrix product per head, so heads come first around the core.
+    query = q.unflatten(1, (num_heads, head_dim)).transpose(0, 1)
+    absorbed = torch.bmm(query, k_weight.unflatten(0, (num_heads, head_dim))).transpose(0, 1)
     prompt_scores = prompt_v = None
-    one_batch = "" if prompt_kv is None or prompt_kv.ndim == 2 else "b"
+    shared = prompt_kv is not None and prompt_kv.ndim == 2
     if prompt_kv is not None and prompt_kv.shape[-2]:
         prompt_k, prompt_v = prompt_kv.unflatten(-1, (2, num_heads, head_dim)).unbind(-3)
-        prompt_scores = torch.einsum(f"bhd,{one_batch}phd->bhp", query, prompt_k)
+        if shared:
+            prompt_scores = torch.bmm(query, prompt_k.permute(1, 2, 0)).transpose(0, 1)
+        else:
+            prompt_scores = torch.einsum("hbd,bphd->bhp", query, prompt_k)
         if norm_bias is not None:
             # The norm's shift adds one number to the scores of all tokens, so the prompts may have its negative.
             shift = (absorbed * norm_bias).sum(-1, keepdim=True)
@@ -136,12 +140,14 @@ def readout_attention(
         mixed = mixed * norm_weight
     if norm_bias is not None:
         mixed = mixed + mass[..., None] * norm_bias
-    out = torch.einsum("bhc,hdc->bhd", mixed.to(q.dtype), v_weight.unflatten(0, (num_heads, head_dim)))
-    if prompt_v is not None:
-        out = out + torch.einsum(f"bhp,{one_batch}phd->bhd", prompt_weights, prompt_v)
+    out = torch.bmm(mixed.to(q.dtype).transpose(0, 1), v_weight.unflatten(0, (num_heads, head_dim)).mT)
+    if prompt_v is not None and shared:
+        out = torch.baddbmm(out, prompt_weights.transpose(0, 1), prompt_v.transpose(0, 1))
+    elif prompt_v is not None:
+        out = out + torch.einsum("bhp,bphd->hbd", prompt_weights, prompt_v)
     if v_bias is not None:
-        out = torch.addcmul(out, mass[..., None], v_bias.unflatten(0, (num_heads, head_dim)))
-    return out.flatten(1)
+        out = torch.addcmul(out, mass.mT[..., None], v_bias.unflatten(0, (num_heads, 1, head_dim)))
+    return out.transpose(0, 1).flatten(1)
 
 
 def _shape(t: Tensor) -> tuple[int, ...]:
