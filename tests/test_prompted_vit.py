@@ -310,3 +310,16 @@ def test_bad_images_get_one_clear_line() -> None:
         model(torch.zeros(2, 3, 8, 12))
     with pytest.raises(ValueError, match="images must be on the device of the model, cpu, got meta"):
         model(torch.zeros(2, 3, 8, 12, dtype=torch.float64, device="meta"))
+
+
+def test_fit_trains_prompts_and_head_alone() -> None:
+    """`vptm.fit` runs on a PromptedViT: two kinds of pictures are told apart, and no frozen weight moves."""
+    torch.manual_seed(0)
+    model = PromptedViT(tiny_vit(), 2, prompt_length=2)
+    frozen = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    labels = torch.arange(12) % 2
+    images = torch.randn(12, 3, 8, 12) + labels[:, None, None, None]
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=4)
+    vptm.fit(model, loader, epochs=4, lr=1e-2)
+    assert vptm.evaluate(model, loader)["accuracy"] > 0.9
+    assert all(torch.equal(value, frozen[name]) for name, value in model.backbone.state_dict().items())
