@@ -4,31 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from counting_clock import CountingClock
 
 from bench import timing
 from vptm_kernels import prompted_attention
 from vptm_kernels.prompted_attention.reference import prompted_attention_reference
 
 pytest_plugins = ["pytester"]
-
-
-class CountingClock(TorchDispatchMode):
-    """A clock that only work moves: one second per tensor operation, so that ratios are exact and repeatable."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.now += 1
-        return func(*args, **(kwargs or {}))
-
-    def seconds(self, run):
-        started = self.now
-        with self:
-            run()
-        return float(self.now - started)
 
 
 X = torch.arange(6.0)
