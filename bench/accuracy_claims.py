@@ -177,7 +177,7 @@ def progressive(settings: dict[str, Any], data: ImageData, seed: int, epochs: in
         seed=seed,
         batch_size=BATCH,
         epochs=epochs or schedule(SHOTS * len(data.classes))[0],
-        lr=0.01,
+        lr=0.1,
         optimizer="momentum",
         weight_decay=5e-4,
         prompt_weight_decay=5e-4,

@@ -571,7 +571,13 @@ def protocol(
     alpha: Annotated[float, typer.Option(help="Of progressive prompts.")] = 0.01,
     reformation: Annotated[float, typer.Option(help="Lambda of the contrast with the frozen features.")] = 1.0,
     temperature: Annotated[float, typer.Option(help="Of that contrast.")] = 1.0,
-    ridge: Annotated[float, typer.Option(help="Strength of the projection fitted where none is given.")] = 1.0,
+    ridge: Annotated[float, typer.Option(help="Strength of the projection fitted where none is given.")] = 0.01,
+    logit_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Factor of the cosines; 100 with a given projection, 10 with a fitted one.", show_default=False
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 50,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
     augment: Annotated[bool, typer.Option(help="Random changes of training images.")] = True,
@@ -630,6 +636,7 @@ def protocol(
                 shots=count,
                 seed=seed,
                 ridge=ridge,
+                logit_scale=logit_scale,
                 augment=augment,
                 device=place,
                 epochs=epochs,

@@ -116,8 +116,8 @@ def run_protocol(
     *,
     shots: int = 16,
     seed: int = 0,
-    ridge: float = 1.0,
-    logit_scale: float = 100.0,
+    ridge: float = 0.01,
+    logit_scale: float | None = None,
     augment: bool = True,
     batch_size: int = 32,
     device: torch.device | None = None,
@@ -137,7 +137,8 @@ def run_protocol(
         shots: training images of a class.
         seed: of the images drawn, initialisation and training.
         ridge: strength of the fitted projection, where `features` brings none.
-        logit_scale: factor of the cosines.
+        logit_scale: factor of the cosines; None takes CLIP's 100 where `features` brings a projection, and 10 for the
+            fitted one, whose cosines lie further apart than CLIP's.
         augment, batch_size: of training.
         device: where to train.
         settings: of `vptm.fit`: epochs, lr, reformation, ...
@@ -161,6 +162,7 @@ def run_protocol(
     prepare = transforms(model)
     support = few_shot(only_classes(data.train, learned), shots, seed=seed)
     projection = features.projection
+    scale = logit_scale or (10.0 if projection is None else 100.0)
     if projection is None:
         projection = _fitted_projection(model, support.with_transform(prepare), features.embeddings[learned], ridge)
 
@@ -168,7 +170,7 @@ def run_protocol(
         names = [data.classes[label] for label in labels]
         model.class_names = None
         set_class_embeddings(
-            model, features.embeddings[labels], projection=projection, logit_scale=logit_scale, class_names=names
+            model, features.embeddings[labels], projection=projection, logit_scale=scale, class_names=names
         )
 
     def loader(part: ImageDataset, labels: list[int]) -> DataLoader[Any]:
