@@ -77,9 +77,10 @@ def _kernel_tests() -> list[str]:
     return [f"tests/{path.name}" for path in found if not path.name.endswith("_aot.py")] + ["tests/test_encoder.py"]
 
 
-def _pytest_tests(files: Sequence[str], *options: str) -> tuple[str, ...]:
+def _pytest_tests(files: Sequence[str]) -> tuple[str, ...]:
     workers = ("-n", "6") if importlib.util.find_spec("xdist") else ()
-    return ("-m", "pytest", *files, "-v", "--no-header", "--tb=short", "-p", "no:cacheprovider", *workers, *options)
+    quiet = ("-v", "--no-header", "--tb=short", "-p", "no:cacheprovider", "--hypothesis-profile", "quick")
+    return ("-m", "pytest", *files, *quiet, *workers)
 
 
 def _pytest_bench(file: str) -> tuple[str, ...]:

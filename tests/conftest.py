@@ -27,6 +27,8 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
 _HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("default", max_examples=25, deadline=None, suppress_health_check=_HEALTH)
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, suppress_health_check=_HEALTH)
+# for a GPU whose time is short: every example of another shape compiles kernels of its own
+settings.register_profile("quick", max_examples=4, deadline=None, derandomize=True, suppress_health_check=_HEALTH)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 AOT_BASELINE = Path(__file__).parent.parent / "bench" / "results" / "aot_baseline.json"
