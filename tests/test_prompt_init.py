@@ -8,10 +8,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from beit_factory import tiny_beit
+from beit_factory import randomize, tiny_beit
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -232,3 +233,23 @@ def test_bad_input_is_refused_before_the_prompts_change() -> None:
         with pytest.raises(ValueError, match=r"tokens must be finite"):
             vptm.init_prompts(model, DataLoader(data), method, progress=False)
     assert torch.equal(model.prompts.weight, before)
+
+
+def test_vision_transformers_give_their_patch_tokens() -> None:
+    """The same on a timm VisionTransformer: registers and class token excluded, no position embedding and no norm
+    before the blocks in layer 0."""
+    vit = VisionTransformer(
+        img_size=(8, 12), patch_size=4, embed_dim=16, depth=DEPTH, num_heads=2, reg_tokens=2, pre_norm=True
+    )
+    randomize(vit, 3)
+    model = vptm.PromptedViT(vit, 2, prompt_length=5).double()
+    data = Images(7)
+    vptm.init_prompts(model, DataLoader(data), progress=False)
+    caught: list[Tensor] = []
+    for block in vit.blocks[1:]:
+        block.register_forward_pre_hook(lambda module, given: caught.append(given[0][:, 3:]))
+    with torch.no_grad():
+        vit.forward_features(data.images)
+        fed = [vit.patch_embed.proj(data.images).flatten(2).mT, *caught]
+    for prompts, tokens in zip(model.prompts.weight, fed):
+        rows_of(prompts, tokens.flatten(0, 1))

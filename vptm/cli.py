@@ -565,7 +565,13 @@ def protocol(
     ] = None,
     text_encoder: Annotated[str, typer.Option(help="sentence or open_clip.")] = "sentence",
     template: Annotated[str, typer.Option(help="Around a class name, with {} for it.")] = "a photo of a {}.",
-    shots: Annotated[str, typer.Option(help="Training images per class, with commas between several.")] = "16",
+    shots: Annotated[
+        str | None,
+        typer.Option(
+            help="Training images per class, with commas between several; 1,2,4,8,16 for few-shot, else 16.",
+            show_default=False,
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs for each number of shots.")] = 3,
     prompt_length: Annotated[int, typer.Option(help="Prompts per layer.")] = 16,
     alpha: Annotated[float, typer.Option(help="Of progressive prompts.")] = 0.01,
@@ -600,13 +606,15 @@ def protocol(
     from .data import load_data
     from .label_mapping import embed_names
     from .label_mapping import text_encoder as make_encoder
-    from .protocols import PROTOCOLS, ClassFeatures, read_class_features, run_protocol
+    from .protocols import PROTOCOLS, SHOTS, ClassFeatures, read_class_features, run_protocol
 
     one_of("protocol", name, PROTOCOLS)
     place = _device(device)
     if seeds < 1:
         raise ValueError(f"--seeds must be >= 1, got {seeds}")
-    counts = [int(count) for count in map(_parse_shots, shots.split(",")) if count is not None]
+    if shots is None:
+        shots = ",".join(map(str, SHOTS)) if name == "few-shot" else "16"
+    counts = [count for count in map(_parse_shots, shots.split(",")) if count is not None]
     images = load_data(data)
     _report(images)
     if class_embeddings is not None:
