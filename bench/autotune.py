@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     deadline = time.monotonic() + options.seconds
     document: dict[str, Any] = {"environment": timing.environment(), "proposals": [], "kept": [], "failed": {}}
-    clock = timing.clock_of("cuda")
+    clock = timing.clock_of("cuda", True)
     torch.manual_seed(0)
     for call in calls():
         if time.monotonic() > deadline:
