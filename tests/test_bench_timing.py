@@ -78,6 +78,25 @@ def test_a_wrong_peer_is_refused_by_name_and_never_timed(wrong, reason):
     assert info["speed-up over eager"] == 1
 
 
+def test_a_peer_that_no_graph_captures_is_refused_and_not_timed_otherwise(monkeypatch):
+    """Replays of ours beside launches of theirs would be a speed-up of the clock."""
+    replayed = []
+
+    def captured(run):
+        if run is synchronising:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: replayed.append(run) or run()
+
+    monkeypatch.setattr(timing, "captured", captured)
+    synchronising, eager, ours = (lambda: X * 2), (lambda: X + X), (lambda: 2 * X)
+    runs = {"synchronising": synchronising, "eager": eager, "vptm": ours}
+    clock = CountingClock().seconds
+    found = timing.compare(runs, check=close_to(X * 2), device="cuda", graph=True, clock=clock, rounds=3, warmup=1)
+    assert found.refused == {"synchronising": "operation not permitted when stream is capturing"}
+    assert set(found.seconds) == {"eager", "vptm"}
+    assert replayed.count(eager) == replayed.count(ours) == 4
+
+
 def test_nan_exceeds_every_error_budget():
     """Comparisons with NaN are all false: a budget written the other way round would let a NaN peer through."""
     exact = torch.ones(3, dtype=torch.float64)
