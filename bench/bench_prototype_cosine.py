@@ -3,10 +3,10 @@
     pytest bench/bench_prototype_cosine.py --benchmark-only --benchmark-json bench/results/prototype_cosine_cpu.json
 
 Peers: "eager" is the definition (token logits, activation, projection, two normalisations, product); "hand-folded" is
-what a clever user writes for logits, token head and projection multiplied beforehand; on a GPU also `torch.compile` of
-eager. They take the same tensors as ours: "folded" is a `FoldedHead`, "unfolded" token head and projection. All of one
-group are checked against the definition in float64 before any is timed, then timed in turns, so that a busy machine
-slows them alike; `speed-up over X` is the ratio of medians.
+what a clever user writes for logits, token head and projection multiplied beforehand, from the same prototypes as
+ours; on a GPU also `torch.compile` of eager. They take the same tensors as ours: "folded" is a `FoldedHead`,
+"unfolded" token head and projection. All of one group are checked against the definition in float64 before any is
+timed, then timed in turns, so that a busy machine slows them alike; `speed-up over X` is the ratio of medians.
 
 `peak extra bytes` is the most that one call holds beyond its inputs, its result and its gradients, and `memory over
 eager` its ratio. `gflop` counts two per multiply-add of the definition: 2 B (V (C + d) + K d) forward, and for a
@@ -53,6 +53,7 @@ class Problem:
         self.projection, self.prototypes = random(DIM, TOKENS, scale=TOKENS**-0.5), random(classes, DIM)
         self.labels = torch.arange(batch, device=DEVICE) % classes
         self.head = fold_head(self.weight, self.bias, self.projection)
+        self.unit = F.normalize(self.prototypes.detach(), dim=-1)
 
     @property
     def learned(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,6 +83,12 @@ class Problem:
 
     def folded(self) -> Tensor:
         return prototype_cosine(self.hidden, self.head, None, self.prototypes)
+
+    def hand_folded_unit(self) -> Tensor:
+        return F.linear(F.normalize(F.linear(self.hidden, *self.head), dim=-1), self.unit)
+
+    def folded_unit(self) -> Tensor:
+        return prototype_cosine(self.hidden, self.head, None, self.unit, unit_prototypes=True)
 
     def unfolded(self) -> Tensor:
         return prototype_cosine(
@@ -182,11 +189,15 @@ def _with_compile(problem: Problem, runs: dict[str, Run]) -> dict[str, Run]:
 
 @pytest.mark.parametrize("batch", [1, 64, 512])
 @pytest.mark.parametrize("classes", [10, 100, 1000])
-def bench_folded_inference(benchmark: BenchmarkFixture, classes: int, batch: int) -> None:
-    """A saved adapter: at B = 64 at least 25 times eager, nowhere slower than folded by hand, a tenth of the memory."""
+@pytest.mark.parametrize("prototypes", ["unit", "raw"])
+def bench_folded_inference(benchmark: BenchmarkFixture, prototypes: str, classes: int, batch: int) -> None:
+    """A saved adapter with unit prototypes, as the model runs it, or with learned ones: at B = 64 at least 25 times
+    eager, no slower than the same by hand, a tenth of the memory."""
     problem = Problem(batch, classes, "logits", training=False)
-    benchmark.group = f"folded inference B={batch} K={classes} {DEVICE}"
-    runs: dict[str, Run] = {"eager": problem.eager, "hand-folded": problem.hand_folded, "folded": problem.folded}
+    benchmark.group = f"folded inference, {prototypes} prototypes, B={batch} K={classes} {DEVICE}"
+    by_hand = problem.hand_folded_unit if prototypes == "unit" else problem.hand_folded
+    ours = problem.folded_unit if prototypes == "unit" else problem.folded
+    runs: dict[str, Run] = {"eager": problem.eager, "hand-folded": by_hand, "folded": ours}
     _compare(benchmark, problem, _with_compile(problem, runs), _rounds(batch))
 
 

@@ -81,6 +81,26 @@ def test_folded_heads_equal_the_definition(head, tasks, impl):
 
 
 @pytest.mark.parametrize("impl", EXACT_IMPLS)
+@pytest.mark.parametrize("head,tasks", [("folded", ()), ("projection", ()), ("tasks", (2, 3)), ("gram", ())])
+def test_unit_prototypes_change_nothing_but_the_work(head, tasks, impl):
+    """Scores and the gradient of hidden are those of the prototypes before they were normalised."""
+    call = Case(head=head, tasks=tasks, grads=("hidden",)).inputs()
+    unit = {**call, "prototypes": F.normalize(call["prototypes"], dim=-1), "unit_prototypes": True, "impl": impl}
+    with torch.no_grad():
+        torch.testing.assert_close(prototype_cosine(**unit), prototype_cosine(**call, impl="torch"))
+    found, want = (prototype_cosine(**arguments) for arguments in (unit, {**call, "impl": "torch"}))
+    finite = want.isfinite()
+    grads = [torch.autograd.grad(scores[finite].square().sum(), call["hidden"])[0] for scores in (found, want)]
+    torch.testing.assert_close(*grads)
+
+
+def test_unit_prototypes_that_learn_are_refused():
+    call = Case(head="folded", grads=("prototypes",)).inputs()
+    with pytest.raises(ValueError, match="unit_prototypes must be False where prototypes ask for a gradient"):
+        prototype_cosine(**call, unit_prototypes=True)
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("head", ["projection", "tokens"])
 def test_tasks_equal_the_definition(head, activation, impl):

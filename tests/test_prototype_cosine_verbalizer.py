@@ -249,9 +249,18 @@ def _data(model):
         lambda model: model.load_state_dict(build().state_dict()),
         lambda model: model.float().double(),
         lambda model: torch.nn.init.normal_(model.lm_head.bias),
+        lambda model: torch.nn.init.normal_(model.verbalizer.prototypes),
         lambda model: fit_prototypes(model, support([0, 1, 2]), lr=0.1),
     ],
-    ids=["optimiser step", "data and refresh", "load_state_dict", "dtype", "token head", "fit_prototypes"],
+    ids=[
+        "optimiser step",
+        "data and refresh",
+        "load_state_dict",
+        "dtype",
+        "token head",
+        "prototypes",
+        "fit_prototypes",
+    ],
 )
 def test_a_change_reaches_the_folded_head(change):
     """Scores without gradients follow every edit; an old product of token head and projection would not."""

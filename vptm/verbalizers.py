@@ -111,7 +111,7 @@ class PrototypicalVerbalizer(nn.Module):
             self.log_temperature = nn.Parameter(log_temperature)
         else:
             self.register_buffer("log_temperature", log_temperature)
-        self._fold: tuple[object, FoldedHead] | None = None
+        self._fold: tuple[object, FoldedHead, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fold": None}
@@ -165,31 +165,33 @@ class PrototypicalVerbalizer(nn.Module):
         """Cosine similarities (B, K) of embeddings (B, d), as `embed` makes them, to the prototypes."""
         return F.linear(F.normalize(embedding, dim=-1), F.normalize(self.prototypes, dim=-1))
 
-    def _folded_head(self, lm_head: nn.Linear) -> FoldedHead | None:
-        """Token head and projection as one map, where that is exact and neither learned nor traced."""
+    def _folded(self, lm_head: nn.Linear) -> tuple[FoldedHead, Tensor] | None:
+        """Token head and projection as one map, and unit prototypes, where that is exact and neither learned nor
+        traced."""
         if self.token_activation != "logits" or self.projection is None:
             return None
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         parts = (lm_head.weight, lm_head.bias, self.projection.weight, self.projection.bias)
-        key = tuple(None if part is None else _state(part) for part in parts)
+        key = tuple(None if part is None else _state(part) for part in (*parts, self.prototypes))
         if self._fold is None or self._fold[0] != key:
             with torch.inference_mode(False), torch.no_grad():
-                self._fold = key, fold_head(*parts)
-        return self._fold[1]
+                self._fold = key, fold_head(*parts), F.normalize(self.prototypes, dim=-1)
+        return self._fold[1:]
 
     def cosine(self, hidden: Tensor, lm_head: nn.Linear | None = None, impl: str = "auto") -> Tensor:
         """Cosine similarities (B, K) of the read-out rows (B, C) to the prototypes, in [-1, 1].
 
         What reads tokens runs in `vptm_kernels.prototype_cosine`, with its `impl`, and stores token logits only where
         that is cheapest; "reference" always stores them. Where no gradient is recorded, token head and projection are
-        one matrix, multiplied again when one of them changes.
+        one matrix and prototypes unit rows, made again when one of them changes.
         """
         if lm_head is None or self.token_activation == "hidden" or impl == "reference":
             return self.compare(self.embed(hidden, lm_head))
-        head = self._folded_head(lm_head)
-        if head is not None:
-            return prototype_cosine(hidden, head, None, self.prototypes, impl=impl)
+        folded = self._folded(lm_head)
+        if folded is not None:
+            head, prototypes = folded
+            return prototype_cosine(hidden, head, None, prototypes, unit_prototypes=True, impl=impl)
         return prototype_cosine(
             hidden,
             lm_head.weight,

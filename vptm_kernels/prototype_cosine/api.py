@@ -33,6 +33,7 @@ def prototype_cosine(
     token_gram: Tensor | None = None,
     class_offsets: Sequence[int] | None = None,
     task_ids: Tensor | None = None,
+    unit_prototypes: bool = False,
     eps: float = 1e-12,
     impl: str = "auto",
 ) -> Tensor:
@@ -52,6 +53,8 @@ def prototype_cosine(
         class_offsets: T + 1 ascending ints from 0 to ΣK. A batch can mix tasks with different class counts.
         task_ids: (B,) int32 or int64 in 0 .. T - 1, given with class_offsets. A GPU tensor is read back at every call
             to be checked, unless a graph is being traced or captured.
+        unit_prototypes: the prototypes are unit rows, or zero, as `F.normalize` leaves them, and need no division by
+            their norms: what a saved adapter gives. Refused where prototypes ask for a gradient.
         eps: lower bound of both norms, as in `torch.nn.functional.normalize`; in float16 at least 2**-14, so that a
             zero vector has finite gradients.
         impl: "auto" is "triton" for GPU tensors of float16, bfloat16 or float32 unless `token_weight` asks for a
@@ -95,7 +98,7 @@ def prototype_cosine(
     alone = token_gram is None and class_offsets is None and task_ids is None and impl != "triton"
     if alone and not torch.compiler.is_compiling():
         arguments = (token_weight, token_bias, projection, projection_bias, activation)
-        scores = _plain(hidden, *arguments, prototypes, eps, impl)
+        scores = _plain(hidden, *arguments, prototypes, unit_prototypes, eps, impl)
         if scores is not None:
             return scores
     if not isinstance(hidden, Tensor):
@@ -112,6 +115,7 @@ def prototype_cosine(
                 token_gram=token_gram,
                 class_offsets=class_offsets,
                 task_ids=task_ids,
+                unit_prototypes=unit_prototypes,
                 eps=eps,
                 impl=impl,
             )
@@ -129,6 +133,10 @@ def prototype_cosine(
     _check("prototypes", prototypes, hidden, (None, dim), "(K, d)")
     if prototypes.shape[0] < 1:
         raise ValueError(f"prototypes must have at least one row, got {tuple(prototypes.shape)}")
+    if unit_prototypes and torch.is_grad_enabled() and prototypes.requires_grad:
+        raise ValueError(
+            "unit_prototypes must be False where prototypes ask for a gradient, which is that of their norm too"
+        )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if not eps > 0:
@@ -159,7 +167,7 @@ def prototype_cosine(
         if projection_bias is not None:
             embedding = embedding + projection_bias
     if impl == "torch" and task_ids is None:
-        scores = _cosine(embedding, prototypes, eps)
+        scores = _cosine(embedding, prototypes, unit_prototypes, eps)
     else:
         scores = prototype_similarity_op(embedding, prototypes, task_ids, offsets, widest, eps, impl)
     return scores.to(hidden.dtype)
@@ -173,6 +181,7 @@ def _plain(
     projection_bias: Tensor | None,
     activation: str,
     prototypes: Tensor,
+    unit_prototypes: bool,
     eps: float,
     impl: str,
 ) -> Tensor | None:
@@ -211,17 +220,17 @@ def _plain(
             return None
         if 0 in (width, rows, embedding.shape[1], prototypes.shape[0]):
             return None
-        return cosine_(embedding, prototypes, eps)
+        return cosine_(embedding, prototypes, eps, unit_prototypes)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return None
 
 
-def _cosine(embedding: Tensor, prototypes: Tensor, eps: float) -> Tensor:
+def _cosine(embedding: Tensor, prototypes: Tensor, unit_prototypes: bool, eps: float) -> Tensor:
     """Rows against rows; overwrites the embedding where nothing is learned."""
     learned = torch.is_grad_enabled() and (embedding.requires_grad or prototypes.requires_grad)
     # cosine_ compares the batch with d, which would tie a graph to batches on one side of it.
     pure = learned or torch.compiler.is_compiling()
-    return (cosine if pure else cosine_)(embedding, prototypes, eps)
+    return (cosine if pure else cosine_)(embedding, prototypes, eps, unit_prototypes)
 
 
 def _readout(

@@ -9,18 +9,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def cosine(embedding: Tensor, prototypes: Tensor, eps: float) -> Tensor:
+def cosine(embedding: Tensor, prototypes: Tensor, eps: float, unit_prototypes: bool = False) -> Tensor:
     """Rows of (B, d) against rows of (K, d), in the dtype of the embedding; differentiable through plain ops."""
     prototypes = prototypes.to(embedding.dtype)
     embedding = embedding / torch.linalg.vector_norm(embedding, dim=1, keepdim=True).clamp_min(eps)
+    if unit_prototypes:
+        return F.linear(embedding, prototypes)
     return F.linear(embedding, prototypes / torch.linalg.vector_norm(prototypes, dim=1, keepdim=True).clamp_min(eps))
 
 
-def cosine_(embedding: Tensor, prototypes: Tensor, eps: float) -> Tensor:
+def cosine_(embedding: Tensor, prototypes: Tensor, eps: float, unit_prototypes: bool = False) -> Tensor:
     """`cosine` without gradients. Overwrites the embedding, divides the smaller of (K, d) and (B, K) by the norms."""
     prototypes = prototypes.to(embedding.dtype)
     # First the embedding, which is still in the cache. A product by the reciprocal takes half the time of a division.
     embedding /= torch.linalg.vector_norm(embedding, dim=1, keepdim=True).clamp_min_(eps)
+    if unit_prototypes:
+        return F.linear(embedding, prototypes)
     if embedding.shape[0] > embedding.shape[1]:
         norms = torch.linalg.vector_norm(prototypes, dim=1, keepdim=True).clamp_min_(eps)
         return F.linear(embedding, prototypes * norms.reciprocal_())
