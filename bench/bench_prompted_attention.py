@@ -15,8 +15,6 @@ time.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -29,17 +27,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from bench import timing
 from vptm_kernels import RelativePositionBias, prompted_attention
 from vptm_kernels.prompted_attention.bias import table_rows
 from vptm_kernels.prompted_attention.reference import prompted_attention_reference
-from vptm_kernels.testing import assert_close_to_exact
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-DTYPE = torch.bfloat16 if CUDA else torch.float32
-# On a GPU one replay of a graph of so many calls is timed, so that launches are not.
-CALLS = 10 if CUDA else 1
-PAIRED_ROUNDS = 7
+DEVICE, DTYPE = timing.selection.device, timing.selection.dtypes[0]
+CUDA = DEVICE == "cuda"
 
 
 @dataclass(frozen=True)
@@ -59,10 +53,17 @@ class Shape:
 
 
 # BEiT-B/16 at 224 in a training batch, without prompts, with a few and with as many as VPT uses; one image, where
-# launches and tails decide; and BEiT-L/16 at 384, whose bias outgrows the first-level cache. On a CPU a batch of two.
+# launches and tails decide; and BEiT-L/16 at 384, whose bias outgrows the first-level cache. Then the rest of what VPT
+# uses. On a CPU a batch of two.
 SHAPES = (
-    [Shape(64, 0), Shape(64, 10), Shape(64, 50), Shape(1, 50), Shape(16, 50, (24, 24), 16)]
-    if CUDA
+    [
+        *(Shape(64, prompts) for prompts in (0, 50, 10)),
+        Shape(1, 50),
+        Shape(16, 50, (24, 24), 16),
+        *(Shape(64, prompts) for prompts in (100, 200)),
+        *(Shape(batch, 50) for batch in (8, 256)),
+    ]
+    if timing.selection.full
     else [Shape(2, 0), Shape(2, 50)]
 )
 
@@ -140,16 +141,22 @@ def _flex(shape: Shape, x: Inputs) -> Tensor:
 
 
 Implementation = Callable[[Shape, Inputs], Tensor]
-PEERS: dict[str, Implementation] = {"eager": _eager, "sdpa": lambda s, x: _sdpa(s, x, None)}
-if CUDA:
-    PEERS = {
-        "sdpa efficient": lambda s, x: _sdpa(s, x, SDPBackend.EFFICIENT_ATTENTION),
-        "sdpa cudnn": lambda s, x: _sdpa(s, x, SDPBackend.CUDNN_ATTENTION),
-        "sdpa math": lambda s, x: _sdpa(s, x, SDPBackend.MATH),
-        "flex compiled": _flex,
-        "flash, no bias": lambda s, x: _sdpa(s, x, SDPBackend.FLASH_ATTENTION, biased=False),
-    }
-IMPLEMENTATIONS: dict[str, Implementation] = {"vptm": _vptm, **PEERS}
+
+
+def _forced(backend: SDPBackend, biased: bool = True) -> Implementation:
+    return lambda shape, x: _sdpa(shape, x, backend, biased)
+
+
+PEERS = {
+    "eager": timing.Peer(_eager),
+    "sdpa": timing.Peer(lambda shape, x: _sdpa(shape, x, None)),
+    "sdpa efficient": timing.Peer(_forced(SDPBackend.EFFICIENT_ATTENTION), needs=("cuda",)),
+    "sdpa cudnn": timing.Peer(_forced(SDPBackend.CUDNN_ATTENTION), needs=("cuda",)),
+    "sdpa math": timing.Peer(_forced(SDPBackend.MATH), needs=("cuda",)),
+    "flex compiled": timing.Peer(_flex, needs=("cuda",)),
+    "flash, no bias": timing.Peer(_forced(SDPBackend.FLASH_ATTENTION, biased=False), needs=("cuda",), paired=False),
+}
+IMPLEMENTATIONS: dict[str, Implementation] = {"vptm": _vptm} | {name: peer.run for name, peer in PEERS.items()}
 
 
 def _call(implementation: Implementation, shape: Shape, direction: str) -> Callable[[], object]:
@@ -179,16 +186,18 @@ def _exact(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return out.detach(), *grads
 
 
-def _refuse_if_wrong(name: str, implementation: Implementation, shape: Shape) -> None:
+def _check(shape: Shape) -> timing.Check:
+    """Of an implementation's name and what `_two_images` gives for it."""
+    return timing.within_budget(_exact(shape, torch.float64), _exact(shape, DTYPE), [2, 3, 3])
+
+
+def _two_images(implementation: Implementation, shape: Shape) -> tuple[Tensor, ...]:
+    """out, dqkv and dprompts of the first images alone: the definition in float64 has no room for a whole batch."""
     x = _inputs(shape)
     few = Inputs(x.qkv[:2].detach().requires_grad_(), x.prompts, x.bias, x.frozen_bias, x.grad[:2])
     small = Shape(len(few.qkv), shape.prompts, shape.window, shape.heads, shape.head_dim)
     out = implementation(small, few)
-    found = (out.detach(), *torch.autograd.grad(out, [few.qkv, few.prompts], few.grad))
-    for what, actual, exact, eager in zip(
-        ("out", "dqkv", "dprompts"), found, _exact(shape, torch.float64), _exact(shape, DTYPE)
-    ):
-        assert_close_to_exact(f"{name}: {what}", actual, exact, eager, factor=2 if what == "out" else 3)
+    return out.detach(), *torch.autograd.grad(out, [few.qkv, few.prompts], few.grad)
 
 
 def _work(shape: Shape, direction: str) -> tuple[int, int]:
@@ -205,88 +214,36 @@ def _work(shape: Shape, direction: str) -> tuple[int, int]:
     return elements * torch.finfo(DTYPE).bits // 8, operations
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    if CUDA:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-@cache
-def _ceilings() -> tuple[float, float]:
-    """(bytes per second of a copy, operations per second of a matrix product), both measured here."""
-    size = 1 << (28 if CUDA else 24)
-    source = torch.empty(size, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    n = 8192 if CUDA else 1024
-    a, b = torch.randn(2, n, n).to(DEVICE, DTYPE)
-    copy = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
-    product = min(_seconds(lambda: a @ b) for _ in range(5))
-    return 2 * size / copy, 2 * n**3 / product
-
-
-def _repeated(run: Callable[[], object]) -> Callable[[], object]:
-    """CALLS calls of `run` in one: a CUDA graph on a GPU."""
-    if not CUDA:
-        return run
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            run()
-    return graph.replay
-
-
 @pytest.mark.parametrize("direction", ["forward", "forward and backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def bench_prompted_attention(benchmark: BenchmarkFixture, name: str, shape: Shape, direction: str) -> None:
-    implementation = IMPLEMENTATIONS[name]
-    if name != "flash, no bias":
-        try:
-            _refuse_if_wrong(name, implementation, shape)
-        except (AssertionError, RuntimeError, NotImplementedError) as error:
-            if name == "vptm":
-                raise
-            pytest.skip(f"not timed: {str(error).splitlines()[0]}")
-    benchmark.group = f"prompted attention, {direction}, {shape}, {DTYPE}, {DEVICE}, {CALLS} calls"
-    run = _repeated(_call(implementation, shape, direction))
-    benchmark.pedantic(lambda: _seconds(run), rounds=7, warmup_rounds=2)
-
-    moved, operations = _work(shape, direction)
-    bandwidth, rate = _ceilings()
-    floor = max(moved / bandwidth, operations / rate)
-    seconds = benchmark.stats.stats.median / CALLS
-    benchmark.extra_info |= {
-        "implementation": name,
-        "microseconds per call": round(seconds * 1e6, 1),
-        "bytes": moved,
-        "operations": operations,
-        "measured copy bandwidth": bandwidth,
-        "measured matrix rate": rate,
-        "share of ceiling": round(floor / seconds, 3),
-    }
+    benchmark.group = f"prompted attention, {direction}, {shape}, {DTYPE}, {DEVICE}"
+    runs: dict[str, timing.Run] = {name: _call(IMPLEMENTATIONS[name], shape, direction)}
+    refused: dict[str, str] = {}
     if name == "vptm":
-        peers: dict[str, Callable[[], object]] = {}
-        for peer, other in PEERS.items():
-            if peer == "flash, no bias":
-                continue
-            try:
-                _refuse_if_wrong(peer, other, shape)
-                peers[peer] = _repeated(_call(other, shape, direction))
-            except (AssertionError, RuntimeError, NotImplementedError) as error:
-                benchmark.extra_info.setdefault("refused", {})[peer] = str(error).splitlines()[0]
-        times: dict[str, list[float]] = {each: [] for each in ("vptm", *peers)}
-        for _ in range(PAIRED_ROUNDS):
-            for each, timed in {"vptm": run, **peers}.items():
-                times[each].append(_seconds(timed))
-        for peer in peers:
-            ratios = [theirs / ours for theirs, ours in zip(times[peer], times["vptm"])]
-            benchmark.extra_info[f"speed-up over {peer}"] = round(statistics.median(ratios), 3)
+        # whoever is wrong on two images is not timed on all of them
+        _check(shape)("vptm", _two_images(_vptm, shape))
+        for peer, other in timing.present(PEERS).items():
+            why = timing.refusal(peer, lambda run=other.run: _two_images(run, shape), _check(shape))  # type: ignore[misc]
+            if other.paired and why is None:
+                runs[peer] = _call(other.run, shape, direction)
+            elif other.paired and why is not None:
+                refused[peer] = why
+    elif PEERS[name].paired and (
+        why := timing.refusal(name, lambda: _two_images(IMPLEMENTATIONS[name], shape), _check(shape))
+    ):
+        pytest.skip(f"not timed: {why}")
+    found = timing.compare(runs, name, check=None, rounds=15, device=DEVICE, graph=True)
+    found.refused |= refused
+    moved, operations = _work(shape, direction)
+    benchmark.extra_info |= found.info() | {
+        "implementation": name,
+        "prompt_length": shape.prompts,
+        "batch": shape.batch,
+        "shape": f"H={shape.heads} N={shape.tokens} D={shape.head_dim}, {direction}",
+        "dtype": str(DTYPE),
+        "peak extra bytes": {name: timing.peak_extra_bytes(runs[name], DEVICE)},
+    }
+    benchmark.extra_info |= timing.work_info(found.median(name), moved, operations, DEVICE, DTYPE)
+    benchmark.pedantic(timing.finished(runs[name], DEVICE), rounds=7, warmup_rounds=2)

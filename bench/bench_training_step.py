@@ -4,7 +4,8 @@
     pytest bench/bench_training_step.py --benchmark-only --grid full  # batch 32 on a CPU
 
 vptm against the same frozen blocks with the prompts concatenated (scaled_dot_product_attention, position bias built per
-block). Both give gradients within tolerance of the fp64 reference before they are timed. `extra_info` holds the ratio
+block), on a GPU compiled as well. Gradients are within tolerance of the fp64 reference before they are timed, compiled
+ones of the eager ones. `extra_info` holds the ratio
 of interleaved steps, the bytes each keeps between forward and backward (weights, and what is derived from them once,
 left out), and the most each holds at a time during a step.
 """
@@ -22,7 +23,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench import timing
+from bench import peers, timing
 from bench.bench_model import _backbone, _concatenate
 from vptm import PromptedBEiT
 
@@ -32,7 +33,9 @@ BATCH = (32 if timing.selection.full else 8) if DEVICE == "cpu" else 64
 TOLERANCE = 5e-2 if DEVICE == "cuda" else 1e-4
 SETTINGS = [("deep", 100), ("deep", 10), ("shallow", 10)] if timing.selection.full else [("deep", 100)]
 CLASSES = 100
-PEERS = {"concatenation": _concatenate}
+PEERS = {"concatenation": timing.Peer(lambda: None), **{name: peers.PEERS[name] for name in peers.MODES}}
+BOTH = ("vptm", "concatenation")
+SLOW = "torch.compile max-autotune"  # minutes: when asked for by name
 
 Gradients = tuple[Tensor, ...]
 
@@ -63,17 +66,30 @@ def _loss(model: PromptedBEiT, hidden: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model.verbalizer(hidden, model.lm_head).float(), labels)
 
 
-def _steps(model: PromptedBEiT, size: int) -> dict[str, Callable[[], Gradients]]:
+def _steps(model: PromptedBEiT, size: int, compiled: bool = False) -> dict[str, Callable[[], Gradients]]:
     images, labels = _batch(size)
     learned = list(model.trainable_parameters())
 
     def step(hidden: Callable[[], Tensor]) -> Callable[[], Gradients]:
         return lambda: torch.autograd.grad(_loss(model, hidden(), labels), learned)
 
-    return {
+    found = {
         "vptm": step(lambda: model.forward_hidden(images)),
         "concatenation": step(lambda: _concatenate(model, images)),
     }
+    if compiled:
+        forms = peers.compiled(lambda: _concatenate(model, images))
+        found |= {n: step(run) for n, run in forms.items() if n != SLOW or SLOW in timing.selection.peers}
+    return found
+
+
+def _like(expected: Gradients) -> timing.Check:
+    def check(name: str, found: Gradients) -> None:
+        for ours, theirs in zip(found, expected):
+            error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
+            assert error <= TOLERANCE, f"{name}: gradients differ from the eager ones by {error:.1e}"
+
+    return check
 
 
 def _check(model: PromptedBEiT) -> None:
@@ -110,11 +126,12 @@ def bench_training_step(benchmark: BenchmarkFixture, mode: str, length: int) -> 
     benchmark.group = f"training step, BEiT-B/16 at 224, {mode} prompts, P={length}, batch {BATCH}, {DTYPE}, {DEVICE}"
     model = _model(mode, length)
     _check(model)
-    steps = _steps(model, BATCH)
-    saved = {name: _saved_bytes(model, step) for name, step in steps.items()}
-    peak = {name: timing.peak_extra_bytes(step, DEVICE) for name, step in steps.items()}
+    steps = _steps(model, BATCH, compiled=(mode, length) in SETTINGS[:2])
+    check = _like(steps["concatenation"]()) if len(steps) > 2 else None
+    saved = {name: _saved_bytes(model, step) for name, step in steps.items() if name in BOTH}
+    peak = {name: timing.peak_extra_bytes(step, DEVICE) for name, step in steps.items() if name in BOTH}
     rounds = 7 if DEVICE == "cuda" else 3
-    found = timing.compare(steps, check=None, rounds=rounds, warmup=0 if DEVICE == "cpu" else 2, device=DEVICE)
+    found = timing.compare(steps, check=check, rounds=rounds, warmup=0 if DEVICE == "cpu" else 2, device=DEVICE)
     benchmark.extra_info |= {
         "model": "BEiT-B/16 at 224",
         "implementation": "vptm",
@@ -129,4 +146,4 @@ def bench_training_step(benchmark: BenchmarkFixture, mode: str, length: int) -> 
         "peak bytes": peak,
         "peak over concatenation": round(peak["vptm"] / peak["concatenation"], 3),
     } | found.info()
-    benchmark.pedantic(steps["vptm"], rounds=1)
+    benchmark.pedantic(timing.finished(steps["vptm"], DEVICE), rounds=1)
