@@ -256,6 +256,25 @@ def test_only_the_gradients_asked_for(wanted, impl):
 
 
 @pytest.mark.parametrize("impl", EXACT_IMPLS)
+@pytest.mark.parametrize("layout", ["expanded", "transposed"])
+def test_ranges_and_ids_of_any_strides(layout, impl):
+    """One range for all images by expand, start and length stacked and transposed, every other id of a longer list."""
+    call = AttentionCase(prompts="pool", bias="table", tokens=7, window=(2, 3)).inputs(DEVICE, requires_grad=True)
+    ranges = torch.tensor([[2, 3], [1, 2]], dtype=torch.int32, device=DEVICE)
+    call["prompt_ranges"] = ranges[:1].expand(2, 2) if layout == "expanded" else ranges.T.contiguous().T
+    call["bias"] = call["bias"]._replace(token_ids=call["bias"].token_ids.repeat_interleave(2)[::2])
+    assert not call["prompt_ranges"].is_contiguous() and not call["bias"].token_ids.is_contiguous()
+    exact_call = AttentionCase().converted(call, torch.float64)
+    outputs, exact = prompted_attention(**call, return_lse=True, impl=impl), reference(exact_call)
+    upstream = [torch.randn_like(t) for t in exact]
+    found, wanted = gradients(call, outputs, upstream), gradients(exact_call, exact, upstream)
+    for actual, want in zip(outputs, exact):
+        assert_close_to_exact(layout, actual, want, tolerance=1e-12)
+    for name in wanted:
+        assert_close_to_exact(name, found[name], wanted[name], tolerance=1e-10)
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
 def test_shared_prompts_equal_copies_ranges_and_concatenated_tokens(impl):
     case = AttentionCase(tokens=17, prompt_length=5)
     call = case.inputs(DEVICE)
@@ -560,6 +579,25 @@ def test_rows_and_images_beyond_two_to_the_31_elements(tmp_path):
     for qkv in (far, near):
         leaves = [qkv.detach().requires_grad_(), prompts.clone().requires_grad_()]
         out = prompted_attention(*leaves, num_heads=2, impl="triton")
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif("triton" not in IMPLS or DEVICE == "cuda", reason="needs the interpreter")
+def test_rows_of_a_bias_beyond_two_to_the_31_elements(tmp_path):
+    """A bias that is read where it lies, in a sparse file of 6 GB."""
+    strides = (0, 2**30 + 16, 1)
+    elements = 2 * strides[1] + 16
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(2 * elements)
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=elements, dtype=torch.float16)
+    far = memory.as_strided((2, 3, 3), strides)
+    far[0] = torch.randn(3, 3)
+    results = []
+    for bias in (far, far.clone()):
+        leaves = [torch.ones(2, 3, 96).cumsum(1).sin().half().requires_grad_(), bias.detach().requires_grad_()]
+        out = prompted_attention(leaves[0], num_heads=2, bias=leaves[1], impl="triton")
         results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
     for a, b in zip(*results):
         assert torch.equal(a, b)

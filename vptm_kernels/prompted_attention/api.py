@@ -84,7 +84,7 @@ def prompted_attention(
 
     Returns:
         out (B, N, H*D), or (B, N+P, H*D) with `prompt_qkv`, in the dtype of `qkv`; and lse (B, H, rows) if asked.
-        A row whose scores are all -inf gives zeros and lse = -inf.
+        A row whose scores are all -inf gives zeros and lse = -inf; Triton kernels take scores below -1e29 for -inf.
 
     Gradients, of out and of lse, reach qkv, the prompts (summed over the images that use a row) and the bias (dense or
     table). Only those asked for are computed, in a fixed order: equal inputs give bitwise equal gradients. There is no

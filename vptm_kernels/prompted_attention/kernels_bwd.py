@@ -103,7 +103,7 @@ def _query_grads(
     has_bias = row < N
     bias_row = row
     if BIAS:
-        bias_row = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH)
+        bias_row = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX)
     every = tl.arange(0, BLOCK_N) >= 0
 
     full_tokens = 0
@@ -302,16 +302,17 @@ def _key_grad_kernel(
             else:
                 q = load_block(tokens, row.to(INDEX) * stride_n, D, DP)
             image = b * rows * (H * D) + h * D
-            do = load_block(do_ptr + image, row * (H * D), D, DP)
+            out_row = row.to(INDEX) * (H * D)
+            do = load_block(do_ptr + image, out_row, D, DP)
             at = (b * H + h) * rows
             lse = _load_lse(lse_ptr + at, row, i < rows)
             if FUSE_DELTA:
-                delta = _row_delta(do, out_ptr + image + row * (H * D), dlse_ptr + at, row, D, DP, HAS_DLSE, ACC)
+                delta = _row_delta(do, out_ptr + image + out_row, dlse_ptr + at, row, D, DP, HAS_DLSE, ACC)
             else:
                 delta = tl.load(delta_ptr + at + row)
             bias = 0.0
             if HAS_BIAS:
-                at_bias = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH)
+                at_bias = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX)
                 if BIAS == TABLE:
                     bias = gathered_bias(source, at_bias, keys, HEIGHT, WIDTH, ACC)
                 else:
@@ -361,7 +362,7 @@ def _bias_grad_kernel(
     row = tl.minimum(offs_m, grad_rows - 1)
     column = tl.minimum(offs_n, grad_columns - 1)
     source = (bias_ptr + h.to(tl.int64) * stride_th, ids_ptr)
-    bias_row = bias_rows(source, row, N, stride_tn, BIAS, False, HAS_IDS, HEIGHT, WIDTH)
+    bias_row = bias_rows(source, row, N, stride_tn, BIAS, False, HAS_IDS, HEIGHT, WIDTH, INDEX)
     if BIAS == TABLE:
         keys = key_terms(load_ids(ids_ptr, offs_n, N, HAS_IDS), HEIGHT, WIDTH)
         bias = gathered_bias(source, bias_row, keys, HEIGHT, WIDTH, ACC)
@@ -448,4 +449,4 @@ def _pool_grad_kernel(
         at = (b * max_length + s - start)[:, None].to(tl.int64) * columns + c[None, :]
         total += tl.load(partial_ptr + at, mask=used[:, None] & (c < columns)[None, :], other=0.0)
     keep = (s < pool_size)[:, None] & (c < columns)[None, :]
-    tl.store(grad_ptr + s[:, None] * columns + c[None, :], total.to(grad_ptr.dtype.element_ty), mask=keep)
+    tl.store(grad_ptr + s[:, None].to(tl.int64) * columns + c[None, :], total.to(grad_ptr.dtype.element_ty), mask=keep)

@@ -94,7 +94,7 @@ def load_ids(ids_ptr, i, N, HAS_IDS: tl.constexpr):
 
 @triton.jit
 def bias_rows(source, row, N, stride_tn: tl.constexpr, BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr,
-              HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+              HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INDEX: tl.constexpr):
     """What block_bias must know of query rows: pointers into the tile, or terms of the table's index.
 
     PARTIAL_BIAS: rows from N on are prompts and have no bias.
@@ -104,7 +104,7 @@ def bias_rows(source, row, N, stride_tn: tl.constexpr, BIAS: tl.constexpr, PARTI
     else:
         if PARTIAL_BIAS:
             row = tl.minimum(row, N - 1)
-        rows = source[0] + row * stride_tn
+        rows = source[0] + row.to(INDEX) * stride_tn
     return rows
 
 

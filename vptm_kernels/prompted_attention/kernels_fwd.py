@@ -223,7 +223,7 @@ def _forward_kernel(
     has_bias = row < N
     if BIAS:
         source = (bias_ptr + h.to(tl.int64) * stride_th, ids_ptr)
-        bias_row = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH)
+        bias_row = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX)
 
     if RESIDENT:
         acc, l, m = _attend_resident(

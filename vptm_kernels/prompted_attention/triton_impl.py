@@ -78,6 +78,7 @@ class _Problem(NamedTuple):
             # The scale joins the factor of the exponent. A negative one would turn the maximum into a minimum, and zero
             # would make NaN of masked scores.
             scale, factor = 1.0, factor * scale
+        far_bias = self.rows * bias.row_stride >= 2**31
         return {
             "H": self.heads,
             "D": self.head_dim,
@@ -92,7 +93,7 @@ class _Problem(NamedTuple):
             "HEIGHT": bias.window[0],
             "WIDTH": bias.window[1],
             "ALIGNED": self.aligned,
-            "INDEX": triton.language.int64 if self.int64 else triton.language.int32,
+            "INDEX": triton.language.int64 if self.int64 or far_bias else triton.language.int32,
             "stride_n": self.row_strides[0],
             "stride_p": self.row_strides[1],
             "stride_tn": bias.row_stride,
@@ -288,6 +289,7 @@ def forward(
     scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
+    token_ids, ranges = _packed(token_ids), _packed(ranges)
     if prompts is not None and prompts.shape[-2] == 0:
         prompts = ranges = None
     problem = _problem(qkv, prompts, ranges, num_heads, prompt_queries, max_prompt_length, scale)
@@ -341,6 +343,7 @@ def backward(
     scale: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    token_ids, ranges = _packed(token_ids), _packed(ranges)
     used = None if prompts is None or prompts.shape[-2] == 0 else prompts
     problem = _problem(qkv, used, None if used is None else ranges, num_heads, prompt_queries, max_prompt_length, scale)
     dqkv = dprompts = dbias = None
@@ -355,6 +358,11 @@ def backward(
     if needs[1] and used is None:
         dprompts = _zeros(prompts)
     return dqkv, dprompts, dbias
+
+
+def _packed(t: Tensor | None) -> Tensor | None:
+    """Ids and ranges one after the other, as kernels read them; expanded and transposed ones are copied."""
+    return None if t is None else t.contiguous()
 
 
 def _zeros(t: Tensor | None) -> Tensor | None:
