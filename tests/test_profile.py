@@ -29,6 +29,9 @@ def test_stages_add_up_and_name_the_right_block(mode: str) -> None:
     assert {stage.flops["concatenation"] for stage in stages[1:-1]} == {B * (24 * rows * D**2 + 4 * rows**2 * D)}
     middle = 24 * N * D**2 + 4 * N * rows * D if mode == "deep" else 24 * rows * D**2 + 4 * rows**2 * D
     assert stages[2].flops["vptm"] == B * middle
+    # deep prompts are projected before; shallow ones get queries, keys and values in block 0, once for the batch
+    first = B * middle if mode == "deep" else B * (middle - 6 * P * D**2) + 6 * P * D**2
+    assert stages[1].flops["vptm"] == first
     last = 4 * H * N * D + 4 * P * D if mode == "deep" else 4 * H * rows * D  # projected prompts
     assert stages[L].flops["vptm"] == B * (24 * D**2 + last)
     assert stages[-1].flops["vptm"] == B * 2 * D * K
@@ -37,6 +40,14 @@ def test_stages_add_up_and_name_the_right_block(mode: str) -> None:
     prompts = 8 * P * (2 * D + 2) if mode == "deep" else 0
     assert stages[2].saved["vptm"] == pytest.approx(kept + prompts, rel=0.02)
     assert all(stage.seconds[path] > 0 for stage in stages for path in stage.seconds)
+
+
+def test_the_token_head_is_counted_folded() -> None:
+    """Inference multiplies the hidden state with the folded head; folding it is no cost of a batch."""
+    options = {"readout": "mask", "verbalizer": "prototypical", "token_activation": "logits"}
+    model = beit_model("deep", P, prototype_dim=6, vocab_size=50, **options)
+    stages = stages_of(model, images(model, B), repeats=1)
+    assert stages[-1].flops["vptm"] == B * 2 * (6 * D + 6 * K)
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -47,7 +47,7 @@ def stages_of(model: PromptedModel, images: Tensor, *, repeats: int = 5) -> list
 
     The textbook path ("concatenation") runs every prompt and patch row through every block with timm's weights and
     `scaled_dot_product_attention`. Both run the same images. FLOPs are counted by `torch.utils.flop_counter`, two a
-    multiply-add, with prompts already projected, as after the first batch.
+    multiply-add, with prompts projected and the token head folded already, as after the first batch.
 
     Args:
         model: any prompted model; it is left in the mode it was in.
@@ -81,6 +81,7 @@ def stages_of(model: PromptedModel, images: Tensor, *, repeats: int = 5) -> list
                     times[path].append(_steps(model, run, lambda: _now(images)))
         with _nothing_learns(model), torch.no_grad():
             for path, run in runs.items():
+                run()  # prompts and heads that stopped learning are projected and folded again, once
                 with FlopCounterMode(display=False) as counter:
                     flops[path] = _steps(model, run, counter.get_total_flops)
         model.train()
