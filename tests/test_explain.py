@@ -143,6 +143,7 @@ def test_the_png_shows_picture_attention_and_bars(tmp_path: Path) -> None:
         ({"layer": 3}, "layer must be an integer in -3 .. 2, got 3"),
         ({"layer": -4}, "layer must be an integer in -3 .. 2, got -4"),
         ({"image": torch.zeros(3, 8, 8)}, "images must be (B, 3, 8, 12), got (1, 3, 8, 8)"),
+        ({"image": torch.zeros(3, 8, 12, dtype=torch.uint8)}, "image must be floating point, normalised as vptm"),
         ({"image": "nowhere.png"}, "nowhere.png"),
         ({"model": torch.nn.Linear(1, 1)}, "model must be a PromptedBEiT, got Linear"),
     ],

@@ -92,6 +92,16 @@ def test_a_support_set_that_does_not_fit_changes_nothing(labels, message):
     assert torch.equal(model.verbalizer.prototypes, before)
 
 
+@pytest.mark.parametrize("wrong", [torch.tensor([[0], [1]]), torch.tensor([0.0, 1.0]), torch.tensor([0])])
+def test_labels_that_are_not_one_integer_an_image_change_nothing(wrong):
+    model = build()
+    before = model.verbalizer.prototypes.detach().clone()
+    batch = torch.zeros(2, 3, 8, 12, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"^labels must be \(2,\) integers, one for each image, got .*$"):
+        model.verbalizer.init_prototypes(model, [(batch, wrong)])
+    assert torch.equal(model.verbalizer.prototypes, before)
+
+
 def test_images_with_nan_change_nothing():
     model = build()
     before = model.verbalizer.prototypes.detach().clone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from beit_factory import tiny_beit
@@ -23,6 +25,41 @@ def test_more_prompts_than_tokens(prompt_mode: str, readout: str) -> None:
     model = build(prompt_mode=prompt_mode, readout=readout, prompt_length=57, extra_bias="neutral")
     for tensor, error in vptm.check(model, images(model)).items():
         assert error <= (1e-10 if tensor.startswith("grad") else 1e-12), tensor
+
+
+CHOICES = {
+    "prompt_mode": ("shallow", "deep", "progressive"),
+    "readout": ("mask", "cls", "mean"),
+    "extra_bias": ("zero", "cls", "neutral", "grid:1,2", "learned"),
+    "use_shared_rel_pos_bias": (True, False),
+    "init_values": (0.1, None),
+    "prompt_length": (0, 1, 10, 57),
+}
+
+
+def every_pair() -> list[dict[str, object]]:
+    """Few combinations of `CHOICES` that hold every pair of values that can meet, taken greedily."""
+    rows = [dict(zip(CHOICES, values)) for values in itertools.product(*CHOICES.values())]
+    # the grid places the mask row
+    rows = [row for row in rows if row["readout"] == "mask" or row["extra_bias"] != "grid:1,2"]
+    pairs = [set(itertools.combinations(row.items(), 2)) for row in rows]
+    missing, found = set().union(*pairs), []
+    while missing:
+        best = max(range(len(rows)), key=lambda i: len(pairs[i] & missing))
+        missing -= pairs[best]
+        found.append(rows[best])
+    return found
+
+
+def test_encoder_equals_reference_for_every_pair_of_options() -> None:
+    """Mode, read-out, bias mode, shared or per-block bias, LayerScale or none, and prompt count meet in pairs."""
+    for options in every_pair():
+        shared, init_values = options["use_shared_rel_pos_bias"], options["init_values"]
+        beit = tiny_beit(use_shared_rel_pos_bias=shared, use_rel_pos_bias=not shared, init_values=init_values)
+        own = {name: value for name, value in options.items() if name not in ("use_shared_rel_pos_bias", "init_values")}
+        model = build(beit, progressive_alpha=0.3, train_lm_head=True, **own)
+        for tensor, error in vptm.check(model, images(model)).items():
+            assert error <= (1e-10 if tensor.startswith("grad") else 1e-12), (options, tensor, error)
 
 
 @pytest.mark.parametrize(("alpha", "twin"), [(0.0, "deep"), (1.0, "shallow")])
@@ -144,5 +181,7 @@ def test_bad_images_get_one_line() -> None:
             model(torch.zeros(shape, dtype=torch.float64))
     with pytest.raises(TypeError, match=r"images must have the dtype of the model, torch\.float64, got torch\.float32"):
         model(torch.zeros(1, 3, 8, 12))
+    with pytest.raises(TypeError, match="images must be a tensor, got list"):
+        model([torch.zeros(3, 8, 12)])
     with pytest.raises(ValueError, match="images must be on the device of the model, cpu, got meta"):
         model.forward_features(torch.zeros(1, 3, 8, 12, dtype=torch.float64, device="meta"))

@@ -93,6 +93,8 @@ def inspect_tokens(
     place = model.backbone.patch_embed.proj.weight
     if not isinstance(image, Tensor):
         image = transforms(model)(image if isinstance(image, Image.Image) else read_image(image))
+    elif not image.is_floating_point():
+        raise TypeError(f"image must be floating point, normalised as vptm.transforms does, got {image.dtype}")
     pixels = image.to(place)[None]
     training = model.training
     model.eval()

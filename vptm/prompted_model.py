@@ -235,6 +235,8 @@ class PromptedModel(nn.Module):
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError or TypeError unless `images` is (B, channels, height, width) floating point of this model's
         size, on its device and, outside autocast, in its dtype."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
         height, width = self.backbone.patch_embed.img_size
         weight = self.backbone.patch_embed.proj.weight
         channels = self.default_cfg["input_size"][0]

@@ -275,7 +275,8 @@ def support_rows(model: PromptedModel, loader: Iterable[tuple[Tensor, Tensor]], 
     """Read-out rows (N, C) of a whole support set and its labels (N,), by `model` in eval mode.
 
     Raises:
-        ValueError: a label outside 0 .. classes - 1, a row that is not finite, or a class without an image.
+        ValueError: labels that are not (B,) integers, a label outside 0 .. classes - 1, a row that is not finite, or a
+            class without an image.
     """
     device, training = next(model.parameters()).device, model.training
     rows: list[Tensor] = []
@@ -284,6 +285,11 @@ def support_rows(model: PromptedModel, loader: Iterable[tuple[Tensor, Tensor]], 
     model.eval()
     try:
         for images, labels in loader:
+            if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+                raise ValueError(
+                    f"labels must be ({len(images)},) integers, one for each image, "
+                    f"got {tuple(labels.shape)} {labels.dtype}"
+                )
             check_labels(labels, classes, seen)
             hidden = model.forward_hidden(images.to(device))
             broken = (~hidden.isfinite().all(dim=1)).nonzero()
