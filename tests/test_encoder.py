@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -166,6 +167,18 @@ def test_state_dict_holds_the_original_weights_bitwise() -> None:
     twin = copy.deepcopy(model)
     twin.backbone.blocks[0].attn.proj.bias.data.add_(1.0)
     assert relative_error(twin(images(model)), model(images(model))) > 1e-6
+
+
+def test_a_pickled_model_is_the_same_and_still_follows_load_state_dict() -> None:
+    """Processes that are spawned get their model by pickle; what is derived from frozen weights stays behind."""
+    model = build(prompt_mode="deep")
+    batch = images(model)
+    expected = model(batch)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin(batch), expected)
+    other = build(tiny_beit(seed=9), prompt_mode="deep")
+    twin.load_state_dict(other.state_dict())
+    assert torch.equal(twin(batch), other(batch))
 
 
 class _Calls(TorchDispatchMode):

@@ -57,7 +57,7 @@ class PromptedModel(nn.Module):
         self._frozen = True
         self._encoder = FrozenEncoder()
         self.register_load_state_dict_pre_hook(_refuse_loading)
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+        self.register_load_state_dict_post_hook(_refresh_loaded)
         self._freeze()
         self._weight_hash = weight_hash(self._frozen_state())
         self.train(self.training)
@@ -412,6 +412,11 @@ class PromptedModel(nn.Module):
         Outputs and gradients are bitwise the same; a training step takes about a third longer.
         """
         self.grad_checkpointing = enable
+
+
+# functions and not lambdas: a model can be pickled, to be spawned with a process
+def _refresh_loaded(module: Any, *_: Any) -> None:
+    module.refresh()
 
 
 def _refuse_loading(module: Any, *_: Any) -> None:
