@@ -99,6 +99,26 @@ def test_occupancy_follows_the_cuda_rules(registers, shared, tensor_memory, targ
     assert aot.occupancy(registers, shared, 4, target, tensor_memory)[0] == blocks
 
 
+@pytest.mark.parametrize(
+    "waves,shared,warps,target,expected",
+    [
+        (3, 8192, 4, "gfx942", (3, 0.375, "registers")),
+        (8, 0, 8, "gfx942", (4, 1.0, "waves")),
+        (4, 40000, 4, "gfx942", (1, 0.125, "shared memory")),
+        (4, 40000, 4, "gfx950", (4, 0.5, "registers and shared memory")),
+    ],
+)
+def test_occupancy_of_amd_targets(waves, shared, warps, target, expected):
+    assert aot.amd_occupancy(waves, shared, warps, target) == expected
+
+
+def test_loops_and_occupancy_of_amd_kernels_are_read(reports):
+    """Kernels that stream over keys or images have a loop, with matrix instructions and exponentials in it."""
+    for report in of(reports, "gfx942", "query_grad"):
+        assert report.blocks_per_sm >= 1 and 0 < report.occupancy <= 1, report.row()
+        assert 100 < report.main_loop["total"] < report.instructions and report.main_loop["MUFU"] > 0, report.row()
+
+
 def test_faults_are_seen(tmp_path):
     """A kernel given too few registers spills, and one that reads rows at odd places reads 2 bytes at a time."""
     script = tmp_path / "faulty.py"

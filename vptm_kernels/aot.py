@@ -53,7 +53,10 @@ class Case:
 
 @dataclass
 class Report:
-    """What one compiled kernel costs. Bytes for spills and shared memory; counts are static instructions per thread."""
+    """What one compiled kernel costs. Bytes for spills and shared memory; counts are static instructions per thread.
+
+    On AMD GPUs blocks_per_sm counts programs per compute unit, and counts of instructions are those of a wave.
+    """
 
     case: str
     kernel: str
@@ -151,14 +154,30 @@ def occupancy(
     return blocks, blocks * num_warps / limits.warps, " and ".join(name for name, n in by.items() if n == blocks)
 
 
+# Bytes of local memory of a compute unit, of which every program takes a multiple of 512.
+_LOCAL_MEMORY = {"gfx942": 64 << 10, "gfx950": 160 << 10}
+
+
+def amd_occupancy(waves_per_simd: int, shared: int, num_warps: int, target: str) -> tuple[int, float, str]:
+    """(programs per compute unit, share of its waves, what limits it): four SIMDs hold up to eight waves each.
+
+    waves_per_simd: what registers allow, as the compiler notes it.
+    """
+    by = {"registers" if waves_per_simd < 8 else "waves": 4 * waves_per_simd // num_warps}
+    if shared:
+        by["shared memory"] = _LOCAL_MEMORY[target] // (math.ceil(shared / 512) * 512)
+    blocks = min(by.values())
+    return blocks, blocks * num_warps / 32, " and ".join(name for name, n in by.items() if n == blocks)
+
+
 # ------------------------------------------------------------------ reading binaries
 
 _GROUPS = {
     "HGMMA": r"HGMMA|QGMMA|WGMMA",
     "UTCMMA": r"UTC\w*MMA",
     "HMMA": r"HMMA|QMMA|IMMA|DMMA",
-    "MUFU": r"MUFU",
-    "FMNMX": r"FMNMX",
+    "MUFU": r"MUFU|v_(exp|log|rcp|rsq|sqrt)_",
+    "FMNMX": r"FMNMX|v_(pk_)?(max|min)3?_",
     "FFMA": r"FFMA",
     "FMUL": r"FMUL",
     "FADD": r"FADD",
@@ -217,7 +236,8 @@ def _innermost_loops(lines: list[tuple[str | None, str, str]]) -> list[tuple[int
     at = {label: i for i, (label, _, _) in enumerate(lines) if label}
     spans = []
     for i, (_, opcode, operands) in enumerate(lines):
-        found = re.search(r"\.L_x_\d+", operands) if opcode.startswith("BRA") else None
+        branches = opcode.startswith(("BRA", "s_cbranch", "s_branch"))
+        found = re.search(r"\.L(_x|BB\d+)_\d+", operands) if branches else None
         if found and at.get(found[0], i) < i:
             spans.append((at[found[0]], i))
     return [s for s in spans if not any(o != s and o[0] >= s[0] and o[1] <= s[1] for o in spans)]
@@ -267,7 +287,14 @@ def _read_amd(report: Report, compiled: Any) -> None:
         found = re.search(rf"\.{name}:\s+(\d+)", asm)
         return int(found[1]) if found else 0
 
-    opcodes = [line.split()[0] for line in asm.splitlines() if re.match(r"^\s+[a-z]+_\w+", line)]
+    lines, label = [], None
+    for line in asm.splitlines():
+        if found := re.match(r"(\.LBB\d+_\d+):", line):
+            label = found[1]
+        elif found := re.match(r"\s+([a-z]+_\w+)\s*([^;]*)", line):
+            lines.append((label, found[1], found[2]))
+            label = None
+    opcodes = [opcode for _, opcode, _ in lines]
     report.registers = number("vgpr_count")
     report.spills = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
     report.tensor_core = sum(opcode.startswith(("v_mfma", "v_wmma")) for opcode in opcodes)
@@ -278,7 +305,12 @@ def _read_amd(report: Report, compiled: Any) -> None:
         for width, end in widths.items()
     }
     report.instructions = len(opcodes)
-    report.limiter = "not modelled"
+    report.counts = _count(opcodes)
+    report.loops = [_count(opcodes[first : last + 1]) for first, last in _innermost_loops(lines)]
+    waves = re.search(r"; Occupancy: (\d+)", asm)
+    report.blocks_per_sm, report.occupancy, report.limiter = amd_occupancy(
+        int(waves[1]) if waves else 0, report.shared, report.num_warps, report.target
+    )
 
 
 # ------------------------------------------------------------------ compiling
