@@ -368,3 +368,16 @@ def test_exports_for_inference(run_before: bool) -> None:
         model.load_state_dict(build(tiny_beit((3, 3), seed=5), prompt_mode="deep").state_dict())
     exported = torch.export.export(model, (batch,))
     assert relative_error(exported.module()(batch), model(batch)) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("prompt_mode", "readout"), [("deep", "mask"), ("shallow", "cls"), ("progressive", "mean")], ids=str
+)
+def test_exports_for_every_batch_size(prompt_mode: str, readout: str) -> None:
+    """A size read as a Python int anywhere in the model would fix the batch of the exported graph."""
+    model = build(tiny_beit((3, 3)), prompt_mode=prompt_mode, readout=readout).eval()
+    sizes = {"images": {0: torch.export.Dim("batch", min=1, max=64)}}
+    exported = torch.export.export(model, (images(model, 5),), dynamic_shapes=sizes).module()
+    for batch_size in (1, 7):
+        batch = images(model, batch_size)
+        assert relative_error(exported(batch), model(batch)) <= 1e-12

@@ -240,6 +240,14 @@ def test_compiles_as_one_graph() -> None:
         assert error_of(found, expected) <= 1e-10
 
 
+def test_exports_for_every_batch_size() -> None:
+    """A size read as a Python int anywhere in the model would fix the batch of the exported graph."""
+    model = build(readout="mean")
+    sizes = {"images": {0: torch.export.Dim("batch", min=1, max=64)}}
+    exported = torch.export.export(model, (pictures(model, 5),), dynamic_shapes=sizes).module()
+    assert error_of(exported(pictures(model, 7)), model(pictures(model, 7))) <= 1e-12
+
+
 def test_adapter_round_trip(tmp_path: Any) -> None:
     """save_adapter and load_adapter bring back a PromptedViT with the same scores."""
     torch.manual_seed(0)

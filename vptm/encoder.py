@@ -402,10 +402,10 @@ class FrozenEncoder:
             x = x[:, :real]
         if role == "mixed":
             # nothing saved these rows yet, so they may change in place, here and below
-            x[:, real:] = prompts(layer, len(x), x[:, real:])
+            x[:, real:] = prompts(layer, x.shape[0], x[:, real:])
         elif role == "own" and prompts.per_sample() and self._prompts_attend(model, layer):
-            x = torch.cat([x, prompts(layer, len(x)).to(x.dtype)], dim=1)
-        added = prompts.added(layer, len(x))
+            x = torch.cat([x, prompts(layer, x.shape[0]).to(x.dtype)], dim=1)
+        added = prompts.added(layer, x.shape[0])
         if added is not None:
             first = model.backbone.num_prefix_tokens
             x[:, first : first + model.num_patches] += added
@@ -422,10 +422,10 @@ class FrozenEncoder:
         if x.shape[1] == real:
             own = prompts.role(layer) == "own"
             if own and self._prompts_attend(model, layer):
-                fresh = prompts.rows(layer, len(x))
+                fresh = prompts.rows(layer, x.shape[0])
                 prompt_qkv = F.linear(_normalise(fresh, block.eps_1), block.qkv_weight, block.qkv_bias)
             else:
-                prefix = self._prefix(model, layer, len(x)) if own else None
+                prefix = self._prefix(model, layer, x.shape[0]) if own else None
                 bias = None if bias is None else bias[:, :real, : None if own and not self._narrow else real]
         shared = layer == 0 and self._start is not None and x.shape[1] == real
         qkv = self._start[1] if shared and self._start is not None else _project(x, block)
@@ -451,7 +451,7 @@ class FrozenEncoder:
             prompts = F.linear(_normalise(x[:, real:], block.eps_1), qkv_weight[width:], qkv_bias[width:])
             x = x[:, :real]
         elif model.prompts.role(layer) == "own":
-            prompts = self._prefix(model, layer, len(x))
+            prompts = self._prefix(model, layer, x.shape[0])
         if bias is not None:
             bias = bias[:, :real, : real if self._narrow or prompts is None else None]
         qkv = _project(x, block)
@@ -487,9 +487,9 @@ class FrozenEncoder:
         if x.shape[1] == real and prompts.role(layer) == "own":
             if prompts.per_sample():
                 # a row of its own for every image is cheaper as one more token than projected
-                x = torch.cat([x, prompts.rows(layer, len(x)).to(x.dtype)], dim=1)
+                x = torch.cat([x, prompts.rows(layer, x.shape[0]).to(x.dtype)], dim=1)
             else:
-                prefix = self._prefix(model, layer, len(x))
+                prefix = self._prefix(model, layer, x.shape[0])
         bias = self._bias(model, layer)
         if bias is not None:
             bias = bias[:, row, : x.shape[1] + (0 if prefix is None else prompts.length)]

@@ -270,7 +270,7 @@ class PromptedBEiT(PromptedModel):
         position = backbone.pos_embed
         end = 1 + self.num_patches
         dtype = torch.promote_types(patches.dtype, backbone.cls_token.dtype)
-        x = patches.new_empty(len(patches), end + int(self.has_mask_row), self.num_features, dtype=dtype)
+        x = patches.new_empty(patches.shape[0], end + int(self.has_mask_row), self.num_features, dtype=dtype)
         x[:, 0] = backbone.cls_token[0]
         x[:, 1:end] = patches
         if self.replaced_patch is not None and self.mask_token is not None:
