@@ -118,6 +118,7 @@ def test_output_follows_every_change_of_a_frozen_weight() -> None:
         "a weight": lambda: model.backbone.blocks[0].mlp.fc1.weight.add_(0.3),
         "a norm": lambda: model.backbone.blocks[1].norm1.weight[2].mul_(-3.0),
         "LayerScale": lambda: model.backbone.blocks[2].gamma_1[0].add_(2.0),
+        "a norm's eps": lambda: setattr(model.backbone.blocks[1].norm2, "eps", 0.3),
         "the bias table": lambda: model.backbone.rel_pos_bias.relative_position_bias_table[-1].add_(4.0),
         "the prompts": lambda: model.prompts.weight[1].mul_(-1.0),
     }
@@ -132,6 +133,7 @@ def test_output_follows_every_change_of_a_frozen_weight() -> None:
     model.refresh()
     assert max(vptm.check(model, batch, gradients=False).values()) <= 1e-12
     other = build(tiny_beit(seed=9), prompt_mode="deep", extra_bias="cls")
+    other.backbone.blocks[1].norm2.eps = 0.3  # no state_dict holds it
     model.load_state_dict(other.state_dict())
     with torch.no_grad():
         assert torch.equal(model(batch), other(batch))

@@ -143,8 +143,9 @@ def _state(tensor: Tensor) -> tuple[int, int, torch.dtype, bool]:
 
 
 def _states(module: nn.Module, found: list[object]) -> list[object]:
-    """Every module's class and every parameter's state; `parameters()` takes five times as long."""
+    """Every module's class, eps, and every parameter's state; `parameters()` takes five times as long."""
     found.append(type(module))
+    found.append(module.__dict__.get("eps"))
     found += [_state(parameter) for parameter in module._parameters.values() if parameter is not None]
     for child in module._modules.values():
         if child is not None:
