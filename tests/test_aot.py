@@ -119,6 +119,16 @@ def test_loops_and_occupancy_of_amd_kernels_are_read(reports):
         assert 100 < report.main_loop["total"] < report.instructions and report.main_loop["MUFU"] > 0, report.row()
 
 
+def test_amd_kernels_compute_softmax_once(reports):
+    """A matrix instruction too large for the tile makes warps repeat each other's scores: twice the exponentials."""
+    for kernel in ("forward", "query_grad"):
+        for report in of(reports, "gfx942", kernel):
+            block_m, block_n = report.constants["BLOCK_M"], report.constants["BLOCK_N"]
+            if block_m >= 64:
+                scores = block_m * block_n / (report.num_warps * 64)
+                assert report.main_loop["MUFU"] <= 1.5 * scores, report.row()
+
+
 def test_faults_are_seen(tmp_path):
     """A kernel given too few registers spills, and one that reads rows at odd places reads 2 bytes at a time."""
     script = tmp_path / "faulty.py"

@@ -46,6 +46,11 @@ def _asynchronous_tensor_cores(arch: str) -> bool:
     return arch in ("sm90", "sm100", "sm103")
 
 
+def compiler_options(arch: str) -> dict[str, int]:
+    """16 x 16 matrix instructions on AMD GPUs: with 32 x 32, two of four warps repeat the work of the others."""
+    return {"matrix_instr_nonkdim": 16} if arch.startswith("gfx") else {}
+
+
 def forward_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *, interpreted: bool = False) -> Config:
     """arch: "sm80", "sm90", ..., "gfx942"."""
     if interpreted:

@@ -19,6 +19,7 @@ from .bias import ROW_ALIGNMENT
 from .configs import (
     Config,
     bias_grad_config,
+    compiler_options,
     fits_tile,
     forward_config,
     heads_per_table_grad,
@@ -153,13 +154,14 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _blocks(config: Config) -> dict[str, int]:
+def _blocks(config: Config, arch: str) -> dict[str, int]:
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "STAGES": config.num_stages,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        **compiler_options(arch),
     }
 
 
@@ -321,7 +323,7 @@ def forward(
         RESIDENT=resident,
         **problem.constants(source),
         **problem.key_parts(config.block_n, resident),
-        **_blocks(config),
+        **_blocks(config, problem.arch),
     )
     return out, lse
 
@@ -471,7 +473,7 @@ class _Backward:
             GRAD_SCALE=problem.scale,
             **self.constants,
             **problem.key_parts(config.block_n),
-            **_blocks(config),
+            **_blocks(config, problem.arch),
         )
 
     def _keys(
@@ -506,7 +508,7 @@ class _Backward:
             FUSE_DELTA=fuse_delta,
             GRAD_SCALE=problem.scale,
             **self.constants,
-            **_blocks(config),
+            **_blocks(config, problem.arch),
         )
 
     def _prompt_partials(self) -> tuple[Tensor, int]:
@@ -592,7 +594,7 @@ class _Backward:
             self.bias.head_stride,
             enable_fp_fusion=True,
             **{name: self.constants[name] for name in names},
-            **_blocks(config),
+            **_blocks(config, problem.arch),
         )
         return partial[0] if chunks == 1 else partial.sum(0)
 
