@@ -372,7 +372,7 @@ def test_timms_pretrained_weights_are_refused_before_any_download(arguments: dic
         ({"progressive_alpha": 1.5}, "progressive_alpha must be in \\[0, 1\\], got 1.5"),
         ({"readout": "max"}, "readout must be one of mask, cls, mean, got 'max'"),
         ({"mask_mode": "swap"}, "mask_mode must be one of insert, replace, got 'swap'"),
-        ({"verbalizer": "mlp"}, "verbalizer must be one of prototypical, linear, got 'mlp'"),
+        ({"verbalizer": "mlp"}, "verbalizer must be one of prototypical, linear, class_embeddings, got 'mlp'"),
         ({"token_activation": "relu"}, "token_activation must be one of .*, got 'relu'"),
         ({"prototype_dim": 0}, "prototype_dim must be an integer >= 1 or None, got 0"),
         ({"temperature": 0.0}, "temperature must be finite and > 0, or None to learn it, got 0.0"),

@@ -90,13 +90,14 @@ def test_ranks_together_are_one_batch(tmp_path: Path) -> None:
     whole = f.clone().requires_grad_()
     expected = feature_reformation(whole, g, temperature=0.5)
     expected.backward()
-    fork = multiprocessing.get_context("fork")
-    answers = fork.Queue()
+    # a forked process may not use autograd once its parent's backward has started threads
+    spawn = multiprocessing.get_context("spawn")
+    answers = spawn.Queue()
     parts = [slice(0, 3), slice(3, 5)]
-    ranks = [fork.Process(target=_rank, args=(r, str(tmp_path / "meet"), f, g, parts, answers)) for r in range(2)]
+    ranks = [spawn.Process(target=_rank, args=(r, str(tmp_path / "meet"), f, g, parts, answers)) for r in range(2)]
     for process in ranks:
         process.start()
-    found = {rank: (loss, grad) for rank, loss, grad in (answers.get(timeout=60) for _ in ranks)}
+    found = {rank: (loss, grad) for rank, loss, grad in (answers.get(timeout=300) for _ in ranks)}
     for process in ranks:
         process.join()
     assert sum(loss for loss, _ in found.values()) / 2 == pytest.approx(float(expected.detach()), abs=1e-12)
