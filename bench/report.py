@@ -67,6 +67,7 @@ def _accuracy_lines(content: dict[str, Any]) -> list[str]:
     # a method that has not run all the seeds yet is no fair neighbour of one that has
     seeds = max(value["seeds"] for accuracy in found.values() for value in accuracy.values())
     complete = {s: {m: v["mean"] for m, v in accuracy.items() if v["seeds"] == seeds} for s, accuracy in found.items()}
+    complete = {setting: accuracy for setting, accuracy in complete.items() if "vptm" in accuracy}
     methods = list(dict.fromkeys(m for accuracy in complete.values() for m in accuracy if not m.endswith(TWIN)))
     rows = []
     for method in methods:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,9 +198,9 @@ class _Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("extra_bias", ["zero", "neutral"])
 @pytest.mark.parametrize("prompt_mode", ["shallow", "deep", "progressive"])
-def test_triton_kernels_run_the_blocks(prompt_mode: str, extra_bias: str) -> None:
-    """On the Triton path every block before the read-out is one attention kernel: no cat, SDPA or pad, and right in
-    fp64."""
+def test_triton_kernels_run_the_blocks(prompt_mode: str, extra_bias: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the Triton path every block before the read-out is one launch of the attention kernel, the read-out row two
+    of its own: no cat, SDPA or pad, and right in fp64."""
     if torch.cuda.is_available():
         pytest.skip("fp64 Triton needs the interpreter, which runs where there is no GPU")
     beit = tiny_beit((3, 3), dim=32, depth=3)
@@ -207,8 +208,19 @@ def test_triton_kernels_run_the_blocks(prompt_mode: str, extra_bias: str) -> Non
     batch = images(model)
     errors = vptm.check(model, batch)
     assert max(errors.values()) <= 1e-10, errors
+    from triton.runtime.interpreter import GridExecutor
+
+    launches: Counter[str] = Counter()
+    launch = GridExecutor.__call__
+
+    def counted(self: Any, *args: object, **kwargs: object) -> object:
+        launches[self.fn.__name__] += 1
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
     with torch.no_grad(), _Calls() as calls:
         model(batch)
+    assert launches == {"_forward_kernel": 2, "_split_kernel": 1, "_merge_kernel": 1, "_cosine_kernel": 1}, launches
     attention = {name: count for name, count in calls.names.items() if "prompted_attention" in name}
     assert sum(attention.values()) == 2, attention
     assert calls.names["vptm::readout_attention"] == 1, "the read-out row of the last block"
