@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from op_case import converted
 from torch import Tensor
 
 from vptm_kernels import FoldedHead, prototype_cosine, token_gram
@@ -93,19 +94,6 @@ def leaves(call: dict[str, Any]) -> dict[str, Tensor]:
         elif isinstance(value, Tensor):
             found[name] = value
     return {name: t for name, t in found.items() if t.requires_grad}
-
-
-def converted(call: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The same values in another dtype, as fresh leaves."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, FoldedHead):
-            return FoldedHead(convert(value.weight), convert(value.bias))
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.detach().to(dtype).requires_grad_(value.requires_grad)
-        return value
-
-    return {name: convert(value) for name, value in call.items()}
 
 
 def reference(call: dict[str, Any]) -> Tensor:

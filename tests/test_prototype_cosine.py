@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from prototype_case import DEVICE, TENSORS, Case, check, converted, gradients, leaves, reference
+from op_case import converted
+from prototype_case import DEVICE, TENSORS, Case, check, gradients, leaves, reference
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_case import converted
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -95,14 +96,6 @@ class Case:
 
 def leaves(call: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: call[name] for name in TENSORS if call[name] is not None and call[name].requires_grad}
-
-
-def converted(call: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The same values in another dtype, as fresh leaves."""
-    return {
-        name: value.detach().to(dtype).requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
-        for name, value in call.items()
-    }
 
 
 def gradients(call: dict[str, Any], out: torch.Tensor) -> dict[str, torch.Tensor]:
