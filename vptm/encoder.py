@@ -25,6 +25,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from vptm_kernels import prompted_attention, readout_attention
+from vptm_kernels._runtime.frozen_linear import frozen_linear, runs_onednn
 from vptm_kernels._runtime.triton_support import choose
 from vptm_kernels.prompted_attention.bias import align_rows
 
@@ -174,9 +175,9 @@ def _residual(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
 
 def _add_linear(x: Tensor, inner: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
     """`x + scale * linear(inner)`."""
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if recorded or scale is not None or not x.dtype == inner.dtype == weight.dtype:
-        return _residual(x, F.linear(inner, weight, bias), scale)
+    added = scale is None and x.dtype == inner.dtype == weight.dtype
+    if not added or torch.is_grad_enabled() or torch.compiler.is_compiling() or runs_onednn(inner, weight):
+        return _residual(x, frozen_linear(inner, weight, bias), scale)
     # the product is added to x where it is: without rows of bias to add it to, and without adding x afterwards
     out = x.reshape(-1, x.shape[-1]) + bias
     return torch.addmm(out, inner.reshape(-1, inner.shape[-1]), weight.t(), out=out).view(x.shape)
@@ -185,15 +186,18 @@ def _add_linear(x: Tensor, inner: Tensor, weight: Tensor, bias: Tensor, scale: T
 def _project(x: Tensor, block: FrozenBlock) -> Tensor:
     """Queries, keys and values; only queries have a bias, so only they are added to where nothing records it."""
     x = _normalise(x, block.eps_1)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return F.linear(x, block.qkv_weight, block.qkv_bias)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or runs_onednn(x, block.qkv_weight):
+        return frozen_linear(x, block.qkv_weight, block.qkv_bias)
     qkv = F.linear(x, block.qkv_weight)
     qkv[..., : x.shape[-1]] += block.qkv_bias[: x.shape[-1]]
     return qkv
 
 
 def _mlp_inner(x: Tensor, block: FrozenBlock) -> Tensor:
-    return block.activation(F.linear(_normalise(x, block.eps_2), block.fc1_weight, block.fc1_bias))
+    x, act = _normalise(x, block.eps_2), block.activation
+    if type(act) is nn.GELU and act.approximate == "none":
+        return frozen_linear(x, block.fc1_weight, block.fc1_bias, gelu=True)
+    return act(frozen_linear(x, block.fc1_weight, block.fc1_bias))
 
 
 def _mlp(x: Tensor, block: FrozenBlock) -> Tensor:
