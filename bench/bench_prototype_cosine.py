@@ -4,19 +4,13 @@
 
 Peers: "eager" is the definition (token logits, activation, projection, two normalisations, product); "hand-folded" is
 what a clever user writes for logits, token head and projection multiplied beforehand, from the same prototypes as
-ours; on a GPU also `torch.compile` of eager. They take the same tensors as ours: "folded" is a `FoldedHead`,
-"unfolded" token head and projection. All of one group are checked against the definition in float64 before any is
-timed, then timed in turns, so that a busy machine slows them alike; `speed-up over X` is the ratio of medians.
-
-`peak extra bytes` is the most that one call holds beyond its inputs, its result and its gradients, and `memory over
-eager` its ratio. `gflop` counts two per multiply-add of the definition: 2 B (V (C + d) + K d) forward, and for a
-training step as much again for hidden and 2 B (V d + K d) for projection and prototypes.
+ours; on a GPU also `torch.compile` of eager. They take the same tensors as vptm: a `FoldedHead`, or token head and
+projection. `peak extra bytes` is the most that one call holds beyond its inputs, its result and its gradients, and
+`memory over eager` its ratio.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import pytest
@@ -24,18 +18,20 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import profile
 
+from bench import timing
 from vptm_kernels import fold_head, prototype_cosine
 from vptm_kernels.prototype_cosine.reference import prototype_cosine_reference
-from vptm_kernels.testing import assert_close_to_exact
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-DTYPE = torch.bfloat16 if CUDA else torch.float32
+DEVICE, DTYPE = timing.selection.device, timing.selection.dtypes[0]
 WIDTH, TOKENS, DIM = 768, 8192, 128
 ACTIVATIONS = ("logits", "softmax", "log_softmax")
 Run = Callable[[], Tensor | tuple[Tensor, ...]]
+PEERS = {
+    "eager": timing.Peer(lambda: None),
+    "hand-folded": timing.Peer(lambda: None),
+    "torch.compile": timing.Peer(lambda: None, needs=("cuda",)),
+}
 
 
 class Problem:
@@ -59,12 +55,25 @@ class Problem:
     def learned(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.hidden, self.projection, self.prototypes
 
-    @property
-    def gflop(self) -> float:
+    def work(self) -> tuple[int, int]:
+        """(bytes, operations) of the definition: inputs read and cosines written once, two operations a multiply-add.
+
+        Forward B (V (C + d) + K d) multiply-adds; a training step adds as many for hidden and B (V d + K d) for
+        projection and prototypes, reads the inputs again and writes their gradients.
+        """
         batch = len(self.hidden)
         forward = TOKENS * (WIDTH + DIM) + self.classes * DIM
         learned = TOKENS * DIM + self.classes * DIM
-        return 2e-9 * batch * (forward + (forward + learned) * self.training)
+        inputs = (*self.learned, self.weight, self.bias)
+        elements = sum(t.numel() for t in inputs) + batch * self.classes
+        elements += self.training * (elements + sum(t.numel() for t in self.learned))
+        return elements * self.hidden.element_size(), 2 * batch * (forward + (forward + learned) * self.training)
+
+    def folded_work(self) -> tuple[int, int]:
+        """The same with token head and projection multiplied beforehand: B d (C + K) multiply-adds."""
+        batch = len(self.hidden)
+        elements = self.hidden.numel() + DIM * (WIDTH + 1) + self.prototypes.numel() + batch * self.classes
+        return elements * self.hidden.element_size(), 2 * batch * DIM * (WIDTH + self.classes)
 
     def step(self, cosines: Callable[[], Tensor]) -> Run:
         """The cosines, or in training the gradients of the cross-entropy at temperature 0.1."""
@@ -110,81 +119,34 @@ def _tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (out,) if isinstance(out, Tensor) else out
 
 
-def _peak_extra_bytes(run: Run) -> int:
-    """Allocated at most during the call, less what it returns."""
-    if CUDA:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        out = _tuple(run())
-        return torch.cuda.max_memory_allocated() - before - sum(t.nbytes for t in out)
-    with profile(profile_memory=True) as recorded:
-        out = _tuple(run())
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    held = peak = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak - sum(t.nbytes for t in out)
-
-
-def _seconds(run: Run, calls: int) -> float:
-    """Mean duration of one call."""
-    if CUDA:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    if CUDA:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
-
-
-def _compare(benchmark: BenchmarkFixture, problem: Problem, runs: dict[str, Run], rounds: int) -> None:
-    """Time the last of `runs`; the others are peers, "eager" first."""
-    *peers, ours = runs
+def _compare(benchmark: BenchmarkFixture, problem: Problem, ours: Run, work: tuple[int, int], **peers: Run) -> None:
+    """Check all against the definition in float64, time them in turns, and report ratios, work and memory."""
+    runs: dict[str, Run] = {"vptm": ours, "eager": problem.step(problem.eager)}
+    runs |= {name.replace("_", "-"): run for name, run in peers.items()}
+    if "torch.compile" in timing.present(PEERS):
+        runs["torch.compile"] = problem.step(torch.compile(problem.eager, fullgraph=True))
     with torch.set_grad_enabled(problem.training):
-        exact, eager = problem.exact(), _tuple(runs["eager"]())
-        for name, run in runs.items():
-            for found, want, peer in zip(_tuple(run()), exact, eager):
-                assert_close_to_exact(f"{name}: not timed", found, want, peer, factor=3)
-
-        # Peers and ours take turns of at least a millisecond: a single short call would be timed with the caches as the
-        # one before left them, and the longest peer before it sweeps them.
-        calls = {name: max(1, round(1e-3 / _seconds(run, 3))) for name, run in runs.items()}
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                times[name].append(_seconds(run, calls[name]))
-        medians = {name: statistics.median(found) for name, found in times.items()}
-        bytes_held = {name: _peak_extra_bytes(run) for name, run in runs.items()}
-
-        def timed() -> None:
-            runs[ours]()
-            if CUDA:
-                torch.cuda.synchronize()
-
-        benchmark.extra_info |= {f"speed-up over {peer}": medians[peer] / medians[ours] for peer in peers}
+        check = timing.within_budget(problem.exact(), _tuple(runs["eager"]()), [3] * 3)
+        asked = {name: run for name, run in runs.items() if name == "vptm" or name in timing.present(PEERS)}
+        rounds = {1: 101, 64: 31}.get(len(problem.hidden), 9)
+        found = timing.compare(asked, check=check, rounds=rounds, device=DEVICE, graph=True, at_least=1e-3)
+        held = {name: _extra_bytes(runs[name]) for name in ("vptm", "eager")}
+        benchmark.extra_info |= found.info() | timing.work_info(found.median("vptm"), *work, DEVICE, DTYPE)
         benchmark.extra_info |= {
-            "peak extra bytes": bytes_held[ours],
-            "memory over eager": bytes_held[ours] / max(1, bytes_held["eager"]),
-            "gflop": problem.gflop,
+            "peak extra bytes": held,
+            "memory over eager": round(held["vptm"] / max(1, held["eager"]), 4),
+            "batch": len(problem.hidden),
+            "classes": problem.classes,
             "dtype": str(DTYPE),
+            "device": DEVICE,
             "threads": torch.get_num_threads(),
         }
-        benchmark.pedantic(timed, rounds=3, warmup_rounds=1)
+        benchmark.pedantic(timing.finished(ours, DEVICE), rounds=3, warmup_rounds=1)
 
 
-def _rounds(batch: int) -> int:
-    return {1: 101, 64: 31}.get(batch, 9)
-
-
-def _with_compile(problem: Problem, runs: dict[str, Run]) -> dict[str, Run]:
-    if CUDA:
-        compiled = torch.compile(problem.eager, fullgraph=True)
-        return {"eager": runs.pop("eager"), "torch.compile": problem.step(compiled), **runs}
-    return runs
+def _extra_bytes(run: Run) -> int:
+    """The most that one call holds at a time, less what it returns."""
+    return timing.peak_extra_bytes(run, DEVICE) - sum(t.nbytes for t in _tuple(run()))
 
 
 @pytest.mark.parametrize("batch", [1, 64, 512])
@@ -194,11 +156,10 @@ def bench_folded_inference(benchmark: BenchmarkFixture, prototypes: str, classes
     """A saved adapter with unit prototypes, as the model runs it, or with learned ones: at B = 64 at least 25 times
     eager, no slower than the same by hand, a tenth of the memory."""
     problem = Problem(batch, classes, "logits", training=False)
-    benchmark.group = f"folded inference, {prototypes} prototypes, B={batch} K={classes} {DEVICE}"
+    benchmark.group = f"prototype cosine, folded inference, {prototypes} prototypes, B={batch}, K={classes}, {DEVICE}"
     by_hand = problem.hand_folded_unit if prototypes == "unit" else problem.hand_folded
     ours = problem.folded_unit if prototypes == "unit" else problem.folded
-    runs: dict[str, Run] = {"eager": problem.eager, "hand-folded": by_hand, "folded": ours}
-    _compare(benchmark, problem, _with_compile(problem, runs), _rounds(batch))
+    _compare(benchmark, problem, ours, problem.folded_work(), hand_folded=by_hand)
 
 
 @pytest.mark.parametrize("batch", [1, 64, 512])
@@ -208,9 +169,8 @@ def bench_inference(benchmark: BenchmarkFixture, activation: str, classes: int, 
     """Unfolded arguments: no slower than eager after a softmax; logits stream, in a tenth of the memory, from 16 images
     on and fold, faster, from 112."""
     problem = Problem(batch, classes, activation, training=False)
-    benchmark.group = f"{activation} inference B={batch} K={classes} {DEVICE}"
-    runs: dict[str, Run] = {"eager": problem.eager, "unfolded": problem.unfolded}
-    _compare(benchmark, problem, _with_compile(problem, runs), _rounds(batch))
+    benchmark.group = f"prototype cosine, {activation} inference, B={batch}, K={classes}, {DEVICE}"
+    _compare(benchmark, problem, problem.unfolded, problem.work())
 
 
 @pytest.mark.parametrize("batch", [1, 64, 512])
@@ -219,6 +179,5 @@ def bench_inference(benchmark: BenchmarkFixture, activation: str, classes: int, 
 def bench_training_step(benchmark: BenchmarkFixture, activation: str, classes: int, batch: int) -> None:
     """Gradients of hidden, projection, prototypes: at B = 512 in logits mode at least 3 times eager, never slower."""
     problem = Problem(batch, classes, activation, training=True)
-    benchmark.group = f"{activation} training B={batch} K={classes} {DEVICE}"
-    runs: dict[str, Run] = {"eager": problem.step(problem.eager), "unfolded": problem.step(problem.unfolded)}
-    _compare(benchmark, problem, _with_compile(problem, runs), _rounds(batch))
+    benchmark.group = f"prototype cosine, {activation} training step, B={batch}, K={classes}, {DEVICE}"
+    _compare(benchmark, problem, problem.step(problem.unfolded), problem.work())

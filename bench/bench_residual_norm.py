@@ -134,7 +134,7 @@ def bench_residual_norm(
     result = timing.compare(runs, check=check, rounds=15, device=DEVICE, graph=True)
     kind = "LayerScale and drop path" if factors else "plain"
     benchmark.group = f"residual norm, {kind}, {direction}, {size}, {dtype}, {DEVICE}"
-    benchmark.pedantic(runs["vptm"], rounds=7, warmup_rounds=2)
+    benchmark.pedantic(timing.finished(runs["vptm"], DEVICE), rounds=7, warmup_rounds=2)
     benchmark.extra_info |= result.info()
     moved, operations = _work(size, direction, dtype)
     benchmark.extra_info |= timing.work_info(result.median("vptm"), moved, operations, DEVICE, dtype)

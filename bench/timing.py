@@ -223,6 +223,7 @@ def compare(
     warmup: int = 2,
     device: str = "cpu",
     graph: bool = False,
+    at_least: float = 0.0,
     clock: Clock | None = None,
 ) -> Comparison:
     """Time all of `runs` in turns, after checking each.
@@ -233,6 +234,8 @@ def compare(
         check: what a result must be; None where there is nothing to compare, as with imports.
         rounds: calls timed of each. The order rotates, so that nobody always runs behind the same neighbour.
         graph: on a GPU, time replays of a CUDA graph. A peer that cannot be captured is refused, not timed otherwise.
+        at_least: on a CPU, seconds of a turn: shorter calls are repeated and count with their mean. One short call
+            would find the caches as its neighbour left them.
         clock: seconds of one call; by default events behind a flushed cache on a GPU, the host's clock elsewhere.
     """
     if ours not in runs:
@@ -255,12 +258,27 @@ def compare(
             timed.pop(name, None)
             found.refused[name] = reason(error)
     names = list(timed)
+    calls = dict.fromkeys(names, 1)
+    if at_least and device != "cuda":
+        calls = {name: max(1, round(at_least / clock(run))) for name, run in timed.items()}
     found.seconds = {name: [] for name in names}
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            found.seconds[name].append(clock(timed[name]))
+            found.seconds[name].append(clock(repeated(timed[name], calls[name])) / calls[name])
     return found
+
+
+def repeated(run: Run, times: int) -> Run:
+    """`run` so many times over."""
+    if times == 1:
+        return run
+
+    def runs() -> None:
+        for _ in range(times):
+            run()
+
+    return runs
 
 
 def within_budget(exact: Sequence[Tensor], eager: Sequence[Tensor], factors: Sequence[float]) -> Check:

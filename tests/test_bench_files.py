@@ -6,7 +6,15 @@ import pytest
 import torch
 from counting_clock import CountingClock
 
-from bench import bench_import, bench_model, bench_prompt_init, bench_prompted_attention, bench_task_bank, timing
+from bench import (
+    bench_import,
+    bench_model,
+    bench_prompt_init,
+    bench_prompted_attention,
+    bench_prototype_cosine,
+    bench_task_bank,
+    timing,
+)
 from vptm import PromptedBEiT
 
 
@@ -164,3 +172,33 @@ def test_the_attention_bench_refuses_a_wrong_peer(counted, monkeypatch):
     assert "speed-up over eager" in info
     with pytest.raises(pytest.skip.Exception, match="not timed: sdpa: result 1: error inf"):
         attention_info("sdpa")
+
+
+@pytest.fixture
+def cosine_info(counted, monkeypatch):
+    """What the bench of prototype_cosine reports of a small folded head."""
+    for name, size in (("WIDTH", 24), ("TOKENS", 60), ("DIM", 8)):
+        monkeypatch.setattr(bench_prototype_cosine, name, size)
+    monkeypatch.setattr(timing, "work_info", lambda *_: {})
+
+    def report():
+        benchmark = Benchmark()
+        bench_prototype_cosine.bench_folded_inference(benchmark, "raw", 5, 3)
+        return benchmark.extra_info
+
+    return report
+
+
+def test_the_cosine_bench_sees_a_slower_vptm(cosine_info, monkeypatch):
+    honest = cosine_info()
+    monkeypatch.setattr(bench_prototype_cosine, "prototype_cosine", thrice(bench_prototype_cosine.prototype_cosine))
+    for peer in ("eager", "hand-folded"):
+        assert cosine_info()[f"speed-up over {peer}"] == pytest.approx(honest[f"speed-up over {peer}"] / 3, rel=1e-2)
+
+
+def test_the_cosine_bench_refuses_a_wrong_peer(cosine_info, monkeypatch):
+    right = bench_prototype_cosine.Problem.hand_folded
+    monkeypatch.setattr(bench_prototype_cosine.Problem, "hand_folded", lambda problem: right(problem) + 0.01)
+    info = cosine_info()
+    assert "exceeds the budget" in info["refused"]["hand-folded"] and "speed-up over hand-folded" not in info
+    assert "speed-up over eager" in info

@@ -135,6 +135,21 @@ def test_drift_cancels_in_paired_ratios():
     assert {ratio > 2 for ratio in found.ratios("eager")} == {True, False}
 
 
+def test_short_calls_are_repeated_and_count_once():
+    """A turn of many calls must not look like one long call, nor a long call be repeated."""
+    clock, called = CountingClock(), {"long": 0, "vptm": 0}
+
+    def work(name, operations):
+        called[name] += 1
+        for _ in range(operations):
+            X + X
+
+    runs = {"long": lambda: work("long", 8), "vptm": lambda: work("vptm", 2)}
+    found = timing.compare(runs, check=None, rounds=3, warmup=0, at_least=10, clock=clock.seconds)
+    assert found.seconds == {"long": [8.0] * 3, "vptm": [2.0] * 3}
+    assert called == {"long": 1 + 3 * 1, "vptm": 1 + 3 * 5}
+
+
 def test_peak_memory_counts_what_is_held_at_once():
     """Two buffers one after the other are half of two at a time."""
 

@@ -192,9 +192,10 @@ def _plain(
     """
     try:
         dtype = hidden.dtype
-        if dtype is not prototypes.dtype or dtype not in (torch.float32, torch.float64) or not hidden.is_cpu:
+        if dtype not in (torch.float32, torch.float64) or not hidden.is_cpu or not eps > 1e-30:
             return None
-        if isinstance(weight, FoldedHead):
+        folded = isinstance(weight, FoldedHead)
+        if folded:
             if activation != "logits" or not (bias is projection is projection_bias is None):
                 return None
             weight, bias = weight
@@ -208,17 +209,22 @@ def _plain(
             t is not None and t.requires_grad for t in (hidden, weight, bias, projection, projection_bias, prototypes)
         ):
             return None
-        rows, width = weight.shape
-        if (bias is not None and bias.shape != (rows,)) or not eps > 1e-30 or impl not in IMPLEMENTATIONS:
+        if (bias is not None and bias.shape != weight.shape[:1]) or impl not in IMPLEMENTATIONS:
             return None
-        embedding = torch_impl.activations(hidden, weight, bias, activation, None)
-        if projection is not None:
+        if folded:
+            embedding = F.linear(hidden, weight, bias)
+        else:
             if projection_bias is not None and projection_bias.shape != projection.shape[:1]:
                 return None
-            embedding = F.linear(embedding, projection, projection_bias)
-        if embedding.dtype is not dtype or embedding.ndim != 2 or prototypes.ndim != 2:
+            embedding = F.linear(
+                torch_impl.activations(hidden, weight, bias, activation, None), projection, projection_bias
+            )
+        _, dim = embedding.shape
+        classes, width = prototypes.shape
+        # autocast and a prototype of another type show in the dtypes, empty sums in the sizes
+        if embedding.dtype is not dtype or prototypes.dtype is not dtype or dim != width or 0 in (dim, classes):
             return None
-        if 0 in (width, rows, embedding.shape[1], prototypes.shape[0]):
+        if hidden.shape[1] == 0 or (not folded and projection.shape[1] == 0):
             return None
         return cosine_(embedding, prototypes, eps, unit_prototypes)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):

@@ -20,9 +20,10 @@ def cosine(embedding: Tensor, prototypes: Tensor, eps: float, unit_prototypes: b
 
 def cosine_(embedding: Tensor, prototypes: Tensor, eps: float, unit_prototypes: bool = False) -> Tensor:
     """`cosine` without gradients. Overwrites the embedding, divides the smaller of (K, d) and (B, K) by the norms."""
-    prototypes = prototypes.to(embedding.dtype)
+    if prototypes.dtype is not embedding.dtype:  # a `to` that does nothing takes a tenth of the time of one image
+        prototypes = prototypes.to(embedding.dtype)
     # First the embedding, which is still in the cache. A product by the reciprocal takes half the time of a division.
-    embedding /= torch.linalg.vector_norm(embedding, dim=1, keepdim=True).clamp_min_(eps)
+    embedding /= torch.linalg.vector_norm(embedding, 2, 1, True).clamp_min_(eps)
     if unit_prototypes:
         return F.linear(embedding, prototypes)
     if embedding.shape[0] > embedding.shape[1]:

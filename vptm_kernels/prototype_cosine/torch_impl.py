@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .._runtime.frozen_linear import frozen_linear
 from .folding import accumulator
 from .plan import choose_plan
 
@@ -91,10 +92,22 @@ def fold_forward(
     folded = torch.mm(reader, token_weight, out=folded.view(reader.shape[0], -1))
     out.copy_(hidden @ folded.mT)
     if token_bias is not None:
-        out += torch.mv(reader.to(out.dtype), token_bias.to(out.dtype))
+        out += _through_reader(token_bias.to(out.dtype), reader)
     if squared.numel():
         assert gram is not None
         torch.sum(_gram_rows(hidden, gram).square_(), 1, out=squared)
+
+
+def _through_reader(bias: Tensor, reader: Tensor) -> Tensor:
+    """reader @ bias by pairwise sums, in slices of rows.
+
+    What a matrix-vector product loses in 8192 sums is the same for every image, so that gradients of a batch, in which
+    other errors cancel, add it up.
+    """
+    out = bias.new_empty(reader.shape[0])
+    for rows in _slices(reader.shape[0], (1 << 17) // max(1, reader.shape[1])):
+        torch.sum(reader[rows] * bias, 1, out=out[rows])
+    return out
 
 
 def fold_backward(
@@ -210,7 +223,7 @@ def activations(
 ) -> Tensor:
     """(B, V), into `out` if given."""
     if out is None:
-        out = torch.nn.functional.linear(hidden, token_weight, token_bias)
+        out = frozen_linear(hidden, token_weight, token_bias)
     elif token_bias is None:
         torch.mm(hidden, token_weight.mT, out=out)
     else:
