@@ -79,12 +79,13 @@ def random_twin(seed: int) -> Beit:
 
 def build(method: str, classes: int, seed: int) -> vptm.PromptedBEiT:
     name = method.removesuffix(", random weights")
-    vocabulary = vptm.load_backbone("builtin").lm_head.out_features
+    builtin = vptm.load_backbone("builtin")
     source: str | Beit = "builtin" if name == method else random_twin(seed)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a random mask token and head are what the twin is for
-        model = vptm.PromptedBEiT(source, classes, vocab_size=vocabulary, **PROMPTED[name])
+        model = vptm.PromptedBEiT(source, classes, vocab_size=builtin.lm_head.out_features, **PROMPTED[name])
+    model.default_cfg = dict(builtin.default_cfg)  # a twin sees the same pixels: normalised alike and not cropped
     return model.unfreeze() if name == "fine-tuning" else model
 
 

@@ -33,12 +33,12 @@ def _run(
     bias = torch.empty(heads, tokens + prompts, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
     with patch.object(triton_impl, "architecture", lambda device: target):
         if passes == "forward":
-            triton_impl.forward(x, absorbed, scores, bias, 1e-6, 0.125, bool(learned))
+            triton_impl.forward(x, absorbed, scores, bias, 1e-6, bool(learned))
             return
         kept = (torch.empty(batch, heads, width, dtype=dtype), torch.empty(batch, heads))
         grads = (absorbed, torch.empty(batch, heads, prompts, dtype=dtype), torch.empty(batch, heads, dtype=dtype))
         needs = ["x" in learned, "q" in learned, "prompts" in learned and prompts > 0, "bias" in learned]
-        triton_impl.backward(*grads, x, absorbed, scores, bias, *kept, torch.empty(2, batch, tokens), 0.125, needs)
+        triton_impl.backward(*grads, x, absorbed, scores, bias, *kept, torch.empty(2, batch, tokens), needs)
 
 
 def cases() -> Iterator[Case]:

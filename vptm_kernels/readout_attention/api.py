@@ -67,7 +67,7 @@ def readout_attention(
         n = layer_norm(x, (C,), norm_weight, norm_bias, eps)
         k, v = n @ k_weight.T, n @ v_weight.T + v_bias                  # (B, N, H*D), then split into heads
         k, v = cat([k, prompt_k], 1), cat([v, prompt_v], 1)
-        out = softmax(q @ k.mT * scale + bias) @ v                      # (B, H, 1, D), then heads joined
+        out = softmax((q * scale) @ k.mT + bias) @ v                    # (B, H, 1, D), then heads joined
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
@@ -110,7 +110,8 @@ def readout_attention(
         impl = "torch"  # the kernels walk over tokens, and only prompts are left
 
     # Products with weights and shared prompts are one matrix product per head, so heads come first around the core.
-    query = q.unflatten(1, (num_heads, head_dim)).transpose(0, 1)
+    # Scaled first: unscaled scores of 16 bits would overflow where scaled ones do not.
+    query = (q * scale).unflatten(1, (num_heads, head_dim)).transpose(0, 1)
     absorbed = torch.bmm(query, k_weight.unflatten(0, (num_heads, head_dim))).transpose(0, 1)
     prompt_scores = prompt_v = None
     shared = prompt_kv is not None and prompt_kv.ndim == 2
@@ -130,7 +131,7 @@ def readout_attention(
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, absorbed, prompt_scores, bias)
     )
-    inputs = (x, absorbed, prompt_scores, bias, float(eps), float(scale))
+    inputs = (x, absorbed, prompt_scores, bias, float(eps))
     if impl == "torch" and not keep and not torch.compiler.is_compiling():
         # Nothing to differentiate or to trace: the registered op would only take its time.
         mixed, prompt_weights, mass, _ = torch_impl.forward(*inputs)
@@ -157,7 +158,7 @@ def _shape(t: Tensor) -> tuple[int, ...]:
 def _check(named: dict[str, Tensor], num_heads: int, eps: float) -> int:
     """The head dimension, if the tensors fit each other."""
     x, q = named["x"], named["q"]
-    if not isinstance(num_heads, int) or num_heads < 1:
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
         raise ValueError(f"num_heads must be a positive int, got {num_heads!r}")
     if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         raise ValueError(f"eps must be a finite non-negative number, got {eps!r}")

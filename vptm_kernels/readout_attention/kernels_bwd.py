@@ -3,8 +3,8 @@
 With n_j the normalised token, a_hj its weight, g_h the gradient of the mixed token, and G_h = that of the weights' sum,
 
     da_hj = n_j . g_h + G_h      ds_hj = a_hj (da_hj - delta_h)      delta_h = sum over tokens and prompts of a da
-    dw_h  = scale sum_j ds_hj n_j
-    dn_j  = sum_h (scale ds_hj w_h + a_hj g_h)
+    dw_h  = sum_j ds_hj n_j
+    dn_j  = sum_h (ds_hj w_h + a_hj g_h)
     dx_j  = (dn_j - mean(dn_j) - n_j mean(dn_j n_j)) / std_j
 
 where delta_h = g_h . mixed_h + ... needs the outputs only, and both means over channels are sums over heads of products
@@ -30,7 +30,7 @@ def _grad_kernel(
     C: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, HAS_PROMPTS: tl.constexpr,
     PROMPT_BIAS: tl.constexpr, OF_X: tl.constexpr, OF_W: tl.constexpr, OF_PROMPTS: tl.constexpr, OF_BIAS: tl.constexpr,
-    CENTRE: tl.constexpr, SCALE: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    CENTRE: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dw_ptr: sums of one split each (splits, B, H, C). ds_ptr: gradient of the bias per image (B, H, columns). If only
@@ -65,7 +65,7 @@ def _grad_kernel(
         for first in range(0, P, BLOCK_P):
             p = first + tl.arange(0, BLOCK_P)
             inside = (p < P)[None, :]
-            t = prompt_logits(prompts, bias_row, p, N, P, stride_ph, stride_pp, head, SCALE, PROMPT_BIAS, ACC)
+            t = prompt_logits(prompts, bias_row, p, N, P, stride_ph, stride_pp, head, PROMPT_BIAS, ACC)
             gp = tl.load(gp_ptr + at_head[:, None] * P + p[None, :], mask=inside, other=0.0).to(ACC)
             delta += tl.sum(tl.exp2(t * LOG2E - lse[:, None]) * (gp - grad_mass[:, None]), 1)
 
@@ -99,7 +99,7 @@ def _grad_kernel(
     u = (u - w_sum[:, None] * offset) * rstd[None, :]
     v = (v - g_sum[:, None] * offset) * rstd[None, :]
 
-    s = u * SCALE
+    s = u
     if BIAS:
         s += tl.load(bias_row[:, None] + row[None, :]).to(ACC)
     live = (h < H)[:, None] & (j < N)[None, :]
@@ -113,18 +113,18 @@ def _grad_kernel(
             for first in range(0, P, BLOCK_P):
                 p = first + tl.arange(0, BLOCK_P)
                 inside = (p < P)[None, :]
-                t = prompt_logits(prompts, bias_row, p, N, P, stride_ph, stride_pp, head, SCALE, PROMPT_BIAS, ACC)
+                t = prompt_logits(prompts, bias_row, p, N, P, stride_ph, stride_pp, head, PROMPT_BIAS, ACC)
                 gp = tl.load(gp_ptr + at_head[:, None] * P + p[None, :], mask=inside, other=0.0).to(ACC)
                 dt = tl.exp2(t * LOG2E - lse[:, None]) * (gp - delta[:, None])
                 stored = (h < H)[:, None] & inside
                 if OF_PROMPTS:
                     tl.store(dprompts_ptr + (b * H + h[:, None]) * P + p[None, :],
-                             (dt * SCALE).to(dprompts_ptr.dtype.element_ty), mask=stored)
+                             dt.to(dprompts_ptr.dtype.element_ty), mask=stored)
                 if OF_BIAS and PROMPT_BIAS:
                     tl.store(ds_ptr + (b * H + h[:, None]) * columns + (N + p)[None, :], dt, mask=stored)
 
     if OF_X or OF_W:
-        du = (ds * SCALE).to(dtype)
+        du = ds.to(dtype)
         a = a.to(dtype)
         # Of the rounded factors, so that dx keeps no part along the mean or the token itself.
         du_wide = du.to(ACC)

@@ -50,11 +50,11 @@ def first_mean(base, row_offset, C: tl.constexpr, EVEN: tl.constexpr, BLOCK_C: t
 
 
 @triton.jit
-def prompt_logits(prompts_ptr, bias_row, p, N, P, stride_ph, stride_pp, h, SCALE: tl.constexpr,
+def prompt_logits(prompts_ptr, bias_row, p, N, P, stride_ph, stride_pp, h,
                   PROMPT_BIAS: tl.constexpr, ACC: tl.constexpr):
     """Scaled scores of prompts p with their bias, -inf beyond P."""
     inside = (p < P)[None, :]
-    t = tl.load(prompts_ptr + h[:, None] * stride_ph + p[None, :] * stride_pp, mask=inside, other=0.0).to(ACC) * SCALE
+    t = tl.load(prompts_ptr + h[:, None] * stride_ph + p[None, :] * stride_pp, mask=inside, other=0.0).to(ACC)
     if PROMPT_BIAS:
         t += tl.load(bias_row[:, None] + (N + p)[None, :], mask=inside, other=0.0).to(ACC)
     return tl.where(inside, t, float("-inf"))
@@ -66,7 +66,7 @@ def _split_kernel(
     B, N, splits, stride_b, stride_n: tl.constexpr, stride_wb, stride_wh, stride_bias,
     C: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     EVEN: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, CENTRE: tl.constexpr, EPS: tl.constexpr,
-    SCALE: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """part_ptr (B, splits, H, C) weighted sums; statistics_ptr (B, splits, 2, H) maximum and sum."""
     pid = tl.program_id(0)
@@ -106,7 +106,7 @@ def _split_kernel(
     rstd = 1.0 / tl.sqrt(tl.maximum(tl.sum(squares, 1) / C - offset * offset, 0.0) + EPS)
     if not CENTRE:
         offset = mean
-    s = (s - w_sum[:, None] * offset[None, :]) * (rstd * SCALE)[None, :]
+    s = (s - w_sum[:, None] * offset[None, :]) * rstd[None, :]
     if BIAS:
         s += tl.load(bias_ptr + head[:, None] * stride_bias + row[None, :]).to(ACC)
     s = tl.where((j < N)[None, :], s * LOG2E, float("-inf"))
@@ -135,7 +135,7 @@ def _merge_kernel(
     part_ptr, statistics_ptr, prompts_ptr, bias_ptr, mixed_ptr, weights_ptr, mass_ptr, lse_ptr,
     N, P, splits, stride_pb, stride_ph, stride_pp, stride_bias,
     C: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-    HAS_PROMPTS: tl.constexpr, PROMPT_BIAS: tl.constexpr, KEEP: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+    HAS_PROMPTS: tl.constexpr, PROMPT_BIAS: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr,
 ):
     """lse_ptr (B, H): log-sum-exp in base 2, -inf where nothing is attended to."""
     b = tl.program_id(0).to(tl.int64)
@@ -164,7 +164,7 @@ def _merge_kernel(
         prompts = prompts_ptr + b * stride_pb
         for first in range(0, P, BLOCK_P):
             p = first + tl.arange(0, BLOCK_P)
-            t = prompt_logits(prompts, bias_row, p, N, P, stride_ph, stride_pp, head, SCALE, PROMPT_BIAS, ACC) * LOG2E
+            t = prompt_logits(prompts, bias_row, p, N, P, stride_ph, stride_pp, head, PROMPT_BIAS, ACC) * LOG2E
             new = tl.maximum(top, tl.max(t, 1))
             l = l * tl.exp2(top - new) + tl.sum(tl.exp2(t - new[:, None]), 1)
             top = new
@@ -180,7 +180,7 @@ def _merge_kernel(
             inverse = 1.0 / tl.where(l == 0.0, 1.0, l)
             for first in range(0, P, BLOCK_P):
                 p = first + tl.arange(0, BLOCK_P)
-                t = prompt_logits(prompts, bias_row, p, N, P, stride_ph, stride_pp, head, SCALE, PROMPT_BIAS, ACC)
+                t = prompt_logits(prompts, bias_row, p, N, P, stride_ph, stride_pp, head, PROMPT_BIAS, ACC)
                 weights = tl.exp2(t * LOG2E - top[:, None]) * inverse[:, None]
                 tl.store(weights_ptr + (b * H + h[:, None]) * P + p[None, :],
                          weights.to(weights_ptr.dtype.element_ty), mask=(h < H)[:, None] & (p < P)[None, :])

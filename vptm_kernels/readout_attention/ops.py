@@ -1,8 +1,8 @@
 """The registered op: softmax over un-projected tokens, its shapes, autograd, and the branch between Triton and PyTorch.
 
-`absorbed` (B, H, C) is the query multiplied by the key weights, `prompt_scores` (B, H, P) are not yet scaled. Outputs:
-mixed (B, H, C), the weighted sum of normalised tokens; the weights of the prompts (B, H, P); the sum of the tokens'
-weights (B, H); and with `keep` what the backward pass needs of the softmax, weights (B, H, N+P) in PyTorch and
+`absorbed` (B, H, C) is the scaled query multiplied by the key weights, `prompt_scores` (B, H, P) that by their keys.
+Outputs: mixed (B, H, C), the weighted sum of normalised tokens; the weights of the prompts (B, H, P); the sum of the
+tokens' weights (B, H); and with `keep` what the backward pass needs of the softmax, weights (B, H, N+P) in PyTorch and
 log-sum-exp (B, H) in Triton, which needs mean and 1/sqrt(variance + eps) of every token too (2, B, N). Outputs not
 asked for are empty tensors, because an op cannot return None.
 """
@@ -27,12 +27,11 @@ def readout_attention_op(
     prompt_scores: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    scale: float,
     keep: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if impl == "torch":
-        mixed, prompt_weights, mass, weights = torch_impl.forward(x, absorbed, prompt_scores, bias, eps, scale)
+        mixed, prompt_weights, mass, weights = torch_impl.forward(x, absorbed, prompt_scores, bias, eps)
         kept = weights if keep else absorbed.new_empty(0)
         # A copy, as two outputs of an op must not share memory.
         prompt_weights = prompt_weights.clone(memory_format=torch.contiguous_format)
@@ -40,7 +39,7 @@ def readout_attention_op(
     from . import triton_impl
 
     with device_of(x):
-        return triton_impl.forward(x, absorbed, prompt_scores, bias, eps, scale, keep)
+        return triton_impl.forward(x, absorbed, prompt_scores, bias, eps, keep)
 
 
 @readout_attention_op.register_fake
@@ -50,7 +49,6 @@ def _(
     prompt_scores: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    scale: float,
     keep: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -84,18 +82,17 @@ def readout_attention_backward_op(
     kept: Tensor,
     moments: Tensor,
     eps: float,
-    scale: float,
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = (grad_mixed, grad_prompt_weights, grad_mass)
     if impl == "torch":
-        found = torch_impl.backward(*grads, x, absorbed, bias, kept, eps, scale, needs)
+        found = torch_impl.backward(*grads, x, absorbed, bias, kept, eps, needs)
     else:
         from . import triton_impl
 
         with device_of(x):
-            found = triton_impl.backward(*grads, x, absorbed, prompt_scores, bias, mixed, kept, moments, scale, needs)
+            found = triton_impl.backward(*grads, x, absorbed, prompt_scores, bias, mixed, kept, moments, needs)
     dx, dabsorbed, dprompt_scores, dbias = (x.new_empty(0) if grad is None else grad for grad in found)
     return dx, dabsorbed, dprompt_scores, dbias
 
@@ -113,7 +110,6 @@ def _(
     kept: Tensor,
     moments: Tensor,
     eps: float,
-    scale: float,
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -125,7 +121,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, absorbed, prompt_scores, bias, ctx.eps, ctx.scale, _keep, ctx.impl = inputs
+    x, absorbed, prompt_scores, bias, ctx.eps, _keep, ctx.impl = inputs
     mixed, _prompt_weights, _mass, kept, moments = output
     ctx.mark_non_differentiable(kept, moments)
     # PyTorch's path has all it needs in the weights.
@@ -138,8 +134,8 @@ def _backward(ctx: Any, grad_mixed: Tensor, grad_prompt_weights: Tensor, grad_ma
     needs = list(ctx.needs_input_grad[:4])
     grads = (grad_mixed, grad_prompt_weights, grad_mass)
     known = (x, absorbed, prompt_scores, bias, mixed, kept, moments)
-    found = readout_attention_backward_op(*grads, *known, ctx.eps, ctx.scale, needs, ctx.impl)
-    return (*(grad if needed else None for grad, needed in zip(found, needs)), None, None, None, None)
+    found = readout_attention_backward_op(*grads, *known, ctx.eps, needs, ctx.impl)
+    return (*(grad if needed else None for grad, needed in zip(found, needs)), None, None, None)
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:

@@ -34,7 +34,7 @@ def readout_attention_reference(
         k, v = torch.cat([k, prompt_k], 1), torch.cat([v, prompt_v], 1)
     k, v = (t.unflatten(2, (num_heads, -1)).transpose(1, 2) for t in (k, v))
     query = q.unflatten(1, (num_heads, 1, -1))
-    scores = query @ k.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ k.mT
     if bias is not None:
         scores = scores + F.pad(bias, (0, scores.shape[-1] - bias.shape[-1])).to(scores.dtype)[:, None]
     # A head that attends to nothing gives zeros.

@@ -17,7 +17,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(
-    x: Tensor, absorbed: Tensor, prompt_scores: Tensor | None, bias: Tensor | None, eps: float, scale: float
+    x: Tensor, absorbed: Tensor, prompt_scores: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """mixed (B, H, C), weights of the prompts (B, H, P), sum of the tokens' weights (B, H), all weights."""
     tokens = F.layer_norm(x, x.shape[-1:], eps=eps).to(absorbed.dtype)
@@ -25,14 +25,11 @@ def forward(
     if prompt_scores is not None:
         scores = torch.cat([scores, prompt_scores.to(scores.dtype)], -1)
     masked = None
-    if bias is None:
-        scores *= scale
-    elif bias.shape[-1] == scores.shape[-1]:
-        scores = torch.add(bias.to(scores.dtype), scores, alpha=scale)
+    if bias is not None and bias.shape[-1] == scores.shape[-1]:
+        scores = scores + bias.to(scores.dtype)
         # Scores are finite, so a head attends to nothing where its bias is all -inf.
         masked = (bias.amax(-1, keepdim=True) == float("-inf")) if scores.shape[-1] else None
-    else:
-        scores *= scale
+    elif bias is not None:
         scores[..., : bias.shape[-1]] += bias
     weights = scores.softmax(-1)
     if masked is not None:
@@ -51,7 +48,6 @@ def backward(
     bias: Tensor | None,
     weights: Tensor,
     eps: float,
-    scale: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, absorbed, prompt_scores and bias."""
@@ -66,7 +62,7 @@ def backward(
         grad = torch.cat([grad, grad_prompt_weights.to(exact)], -1)
     grad_scores = weights * (grad - (weights * grad).sum(-1, keepdim=True))
     dbias = grad_scores[..., : bias.shape[-1]].sum(0).to(bias.dtype) if bias is not None and needs[3] else None
-    grad_scores = (grad_scores * scale).to(absorbed.dtype)
+    grad_scores = grad_scores.to(absorbed.dtype)
     of_tokens = grad_scores[..., :count]
     dabsorbed = of_tokens @ tokens if needs[1] else None
     dx = None

@@ -29,7 +29,6 @@ class _Problem(NamedTuple):
     width: int
     int64: bool
     exact: torch.dtype
-    scale: float
     arch: str
     stream_bits: int
     dtype_bits: int
@@ -44,7 +43,6 @@ class _Problem(NamedTuple):
             "C": self.width,
             "H": self.heads,
             "HP": max(16, next_power_of_2(self.heads)),
-            "SCALE": self.scale,
             "ACC": _TRITON_DTYPES[self.exact],
             "enable_fp_fusion": True,
         }
@@ -83,7 +81,7 @@ def _bias_row(bias: Tensor | None, exact: torch.dtype) -> Tensor | None:
     return _unit_stride(bias.float() if bias.dtype == torch.float64 and exact != torch.float64 else bias)
 
 
-def _problem(x: Tensor, absorbed: Tensor, prompt_scores: Tensor | None, scale: float) -> _Problem:
+def _problem(x: Tensor, absorbed: Tensor, prompt_scores: Tensor | None) -> _Problem:
     batch, tokens, width = x.shape
     return _Problem(
         batch=batch,
@@ -93,7 +91,6 @@ def _problem(x: Tensor, absorbed: Tensor, prompt_scores: Tensor | None, scale: f
         width=width,
         int64=tokens * _token_stride(x) >= 2**31,
         exact=accumulator(absorbed.dtype),
-        scale=scale,
         arch=architecture(x.device),
         stream_bits=8 * x.element_size(),
         dtype_bits=8 * absorbed.element_size(),
@@ -106,10 +103,9 @@ def forward(
     prompt_scores: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = _problem(x, absorbed, prompt_scores, scale)
+    problem = _problem(x, absorbed, prompt_scores)
     batch, tokens, heads, width, prompts = problem.batch, problem.tokens, problem.heads, problem.width, problem.prompts
     exact, constants = problem.exact, problem.constants()
     mixed = absorbed.new_empty(batch, heads, width)
@@ -163,11 +159,10 @@ def backward(
     mixed: Tensor | None,
     lse: Tensor,
     moments: Tensor,
-    scale: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, absorbed, prompt_scores and bias."""
-    problem = _problem(x, absorbed, prompt_scores, scale)
+    problem = _problem(x, absorbed, prompt_scores)
     batch, tokens, heads, width, prompts = problem.batch, problem.tokens, problem.heads, problem.width, problem.prompts
     exact = problem.exact
     columns = 0 if bias is None else bias.shape[1]
