@@ -1,60 +1,201 @@
-"""Write the measured results into the README and draw them: `python -m bench.report` after a bench run has stored its
-json.
+"""Tables and pictures of measured results: `python -m bench.report` after a bench run has stored its json.
 
     pytest bench/bench_model.py --benchmark-only --benchmark-json bench/results/inference_cpu.json
-    python -m bench.report
+    python -m bench.report                            # README, bench/results/results.md and bench/results/plots
+    python -m bench.report mine.json                  # tables of a run of your own, on the terminal
+    python -m bench.report mine.json --out report     # the same in report/results.md, and its pictures
 
-The text between the result markers of README.md is made here from `bench/results/` and nowhere else; a test fails when
-they differ.
+The text between the result markers of README.md and `bench/results/results.md` are made here from `bench/results/` and
+nowhere else; a test fails when they differ.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import plots
+from bench.plots import BENCHES, OURS, PEER_TITLES, SPEED_UP, Source, Timed
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-# what stands in the README, by bench
-TABLES = {"bench_model": "Inference", "bench_training_step": "Training step"}
+TABLES = "results.md"
+# tabled by prompts
+MODELS = ("model", "training step")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+# in the README, of one bench and json
+FEW_TABLES, FEW_ROWS = 3, 12
+
+LEGEND = (
+    "Speed-up: time of the peer over that of vptm, median of the ratios of interleaved runs. "
+    "Memory: that of vptm over the peer's."
+)
+
+# ------------------------------------------------------------------ tables
+
+Info = dict[str, Any]
 
 
-PEER_TITLES = {"concatenation": "concatenated prompts", "timm without prompts": "timm without any prompt"}
-RATIO = "speed-up over "
+def _times(value: float) -> str:
+    return f"{value:.1f}x" if value >= 10 else f"{value:.2f}x" if value >= 0.1 else f"{value:.3f}x"
 
 
-def _ratio_tables(content: dict[str, Any], bench: str, what: str) -> list[str]:
-    """One table of a bench file's results for every batch and dtype: prompts by peers, ratios of interleaved runs."""
-    runs = [run["extra_info"] for run in content["benchmarks"] if f"{bench}.py" in run["fullname"]]
-    runs = [info for info in runs if any(name.startswith(RATIO) for name in info)]
-    machine = content["machine_info"]
+def _duration(microseconds: float) -> str:
+    return f"{microseconds / 1000:.1f} ms" if microseconds >= 1000 else f"{microseconds:.1f} µs"
+
+
+def _exponent(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
+
+
+# columns that compare with no peer: name in extra_info, heading, how its value is written
+OTHERS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("microseconds per image", "time per image", _duration),
+    ("share of ceiling", "share of this machine's ceiling", "{:.0%}".format),
+    ("seconds beyond torch", "beyond torch", "{:.2f} s".format),
+    ("expected exponent of time", "exponent of time, expected", _exponent),
+    ("exponent of time", "exponent of time", _exponent),
+    ("exponent of memory", "exponent of memory", _exponent),
+)
+
+
+def _shares(info: Info, what: str) -> dict[str, float]:
+    """Bytes of vptm over those of each peer: "saved" for backward, or at the "peak"."""
+    keys = ("bytes saved for backward",) if what == "saved" else ("peak bytes", "peak extra bytes")
+    held = next((info[key] for key in keys if isinstance(info.get(key), dict)), {})
+    if OURS in held:
+        return {peer: held[OURS] / size for peer, size in held.items() if peer != OURS and size}
+    # a run that counted the bytes of vptm alone says the share itself
+    starts = (f"{what} over ", "memory over ") if what == "peak" else (f"{what} over ",)
+    return {
+        name.removeprefix(start): share for start in starts for name, share in info.items() if name.startswith(start)
+    }
+
+
+def _speed_up(info: Info, peer: str, full: bool) -> str:
+    if SPEED_UP + peer not in info:
+        return ""
+    quartiles = info.get("ratio quartiles", {}).get(peer) if full else None
+    spread = f" [{_times(quartiles[0])}, {_times(quartiles[2])}]" if quartiles else ""
+    return _times(info[SPEED_UP + peer]) + spread
+
+
+def _columns(infos: Sequence[Info], full: bool) -> dict[str, list[str]]:
+    """Cells by heading. What takes no prompts, and so is no peer, stands after the peers; in the README bytes are
+    compared with the first peer alone."""
+
+    def order(peer: str) -> tuple[bool, bool]:
+        return "without" in peer, peer not in PEER_TITLES
+
+    def ordered(peers: Iterable[str]) -> list[str]:
+        return sorted(dict.fromkeys(peers), key=order)
+
+    peers = ordered(name.removeprefix(SPEED_UP) for info in infos for name in info if name.startswith(SPEED_UP))
+    found = {
+        f"speed-up over {PEER_TITLES.get(peer, peer)}": [_speed_up(i, peer, full) for i in infos] for peer in peers
+    }
+    for what, heading in (("saved", "bytes kept for backward"), ("peak", "peak memory")):
+        shares = [_shares(info, what) for info in infos]
+        peers = ordered(peer for share in shares for peer in share)
+        for peer in peers if full else peers[:1]:
+            cells = [_times(share[peer]) if peer in share else "" for share in shares]
+            found[f"{heading} over {PEER_TITLES.get(peer, peer)}"] = cells
+    for key, heading, write in OTHERS:
+        if any(key in info for info in infos):
+            found[heading] = [write(info[key]) if key in info else "" for info in infos]
+    medians = [info.get("microseconds", {}).get(OURS) for info in infos]
+    if full and any(medians):
+        found["median time of vptm"] = [_duration(median[1]) if median else "" for median in medians]
+    return found
+
+
+def _label(run: Timed) -> str:
+    """The first cell of a row: kind and number of prompts, or what the group says beyond the table's title."""
+    if run.bench in MODELS:
+        length = run.info["prompt_length"]
+        return "none" if length == 0 else f"{run.info['mode']}, P = {length}"
+    text = re.sub(r",? \b(torch\.\w+|cpu|cuda)\b", "", run.group)
+    return text.removeprefix(f"{run.bench}, ").removeprefix(f"{run.bench} in ")
+
+
+def _few(rows: list[tuple[str, Info]]) -> list[tuple[str, Info]]:
+    """The rows for the README: if there are more than it takes, those of 64 images and of the largest number of
+    classes, and of what is left the first, as benches run what matters most first."""
+    if len(rows) > FEW_ROWS:
+        rows = [row for row in rows if re.search(r"\bB=64\b", row[0])] or rows
+        counted = [int(found[1]) if (found := re.search(r"\bK=(\d+)", label)) else 0 for label, _ in rows]
+        rows = [row for row, count in zip(rows, counted) if count == max(counted)]
+    return rows[:FEW_ROWS]
+
+
+def _tables(source: Source, bench: str, full: bool) -> list[str]:
+    """The tables of one bench in one json: of whole models one for every model, batch and dtype, else for every dtype.
+
+    Raises:
+        ValueError: one setting was measured twice.
+    """
+    where, what = plots.machine(source[1]), BENCHES.get(bench, bench)
+    runs = [run for run in plots.load([source]) if run.bench == bench]
+    held: dict[str, dict[str, int]] = {}
+    for run in runs:
+        # implementations timed one by one say their own bytes
+        if isinstance(sizes := run.info.get("peak extra bytes"), dict):
+            held[run.group] = held.get(run.group, {}) | sizes
+    tables: dict[str, list[tuple[str, Info]]] = {}
+    for run in runs:
+        if run.info.get("implementation", OURS) != OURS or not _columns([run.info], full):
+            continue
+        title = f"{what}, {run.dtype}, {where}" if run.dtype else f"{what}, {where}"
+        if bench in MODELS:
+            model = run.info.get("model", "a model without a name")
+            title = f"{what} of {model}, batch {run.info['batch']}, {run.dtype}, random weights, {where}"
+        rows, label = tables.setdefault(title, []), _label(run)
+        if label in dict(rows):
+            raise ValueError(f"{title}: {label!r} must be measured once, got it twice in {source[0]}")
+        rows.append((label, run.info | ({"peak extra bytes": held[run.group]} if run.group in held else {})))
     lines: list[str] = []
-    for batch, dtype in dict.fromkeys((info["batch"], info["dtype"]) for info in runs):
-        rows = [info for info in runs if (info["batch"], info["dtype"]) == (batch, dtype)]
-        peers = list(dict.fromkeys(name for info in rows for name in info if name.startswith(RATIO)))
-        peers.sort(key=lambda name: name.removeprefix(RATIO) not in PEER_TITLES)
-        peers.sort(key=lambda name: "without" in name)
-        titles = [f"vptm over {PEER_TITLES.get(name := peer.removeprefix(RATIO), name)}" for peer in peers]
-        threads = machine.get("threads") or rows[0].get("threads")
-        where = machine["gpu"] or f"{machine['cpu']['brand_raw']}, {threads} threads"
+    for title, rows in list(tables.items())[: None if full else FEW_TABLES]:
+        rows = rows if full else _few(rows)
+        columns = _columns([info for _, info in rows], full)
         lines += [
-            f"{what} of {rows[0].get('model', 'BEiT-B/16 at 224')}, batch {batch}, {dtype.removeprefix('torch.')}, "
-            f"random weights, {where}, torch {machine['versions']['torch']}; ratios of interleaved runs:",
+            f"{title}:",
             "",
-            f"| prompts | {' | '.join(titles)} |",
-            "|---" * (1 + len(peers)) + "|",
+            f"| {'prompts' if bench in MODELS else 'case'} | {' | '.join(columns)} |",
+            "|---" * (1 + len(columns)) + "|",
+            *(f"| {' | '.join(cells)} |" for cells in zip([label for label, _ in rows], *columns.values())),
+            "",
         ]
-        for info in rows:
-            prompts = "none" if info["prompt_length"] == 0 else f"{info['mode']}, P = {info['prompt_length']}"
-            cells = [f"{info[peer]:.2f}x" if peer in info else "" for peer in peers]
-            lines.append(f"| {prompts} | {' | '.join(cells)} |")
-        lines.append("")
+    if full:
+        refused = {f"{run.group}: {peer}: {why}" for run in runs for peer, why in run.info.get("refused", {}).items()}
+        lines += ["Refused, not timed:", "", *(f"- {line}" for line in sorted(refused)), ""] if refused else []
     return lines
+
+
+def _benches(sources: Iterable[Source]) -> list[str]:
+    """In the order of the tables."""
+    found = dict.fromkeys(run.bench for run in plots.load(sources))
+    return sorted(found, key=lambda bench: list(BENCHES).index(bench) if bench in BENCHES else len(BENCHES))
+
+
+def tables(sources: Sequence[Source]) -> str:
+    """Everything that was measured, by json, with the machine it was measured on."""
+    lines = ["# Measured results", "", f"Made by `python -m bench.report`. {LEGEND} Quartiles stand in brackets.", ""]
+    for source in sources:
+        name, content = source
+        machine = content["machine_info"]
+        versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items() if version)
+        state = [f"{what} {value}" for what, value in (machine.get("gpu state") or {}).items()]
+        lines += [f"## {name}", "", f"{plots.machine(content).rsplit(', torch', 1)[0]}; {versions}.", ""]
+        lines += [f"{', '.join(state)}.", ""] if state else []
+        lines += [f"Commit {machine.get('commit') or 'unknown'}, `{machine.get('command') or 'command unknown'}`.", ""]
+        for bench in _benches([source]):
+            lines += _tables(source, bench, full=True)
+    return "\n".join(lines)
 
 
 TWIN = ", random weights"
@@ -95,10 +236,11 @@ def _accuracy_lines(content: dict[str, Any]) -> list[str]:
 
 def section() -> str:
     """The README text between the markers, from the json files that are there."""
-    lines: list[str] = []
-    for bench, what in TABLES.items():
-        for _, content in plots.contents(RESULTS):
-            lines += _ratio_tables(content, bench, what)
+    sources = plots.contents(RESULTS)
+    lines = [f"{LEGEND} Every setting: [{TABLES}](bench/results/{TABLES}); pictures: [plots](bench/results/plots).", ""]
+    for bench in _benches(sources):
+        for source in sources:
+            lines += _tables(source, bench, full=False)
     accuracy = RESULTS / "accuracy" / "builtin.json"
     if accuracy.is_file():
         lines += [*_accuracy_lines(json.loads(accuracy.read_text(encoding="utf-8"))), ""]
@@ -114,51 +256,153 @@ def updated(readme: str) -> str:
 
 # ------------------------------------------------------------------ claims
 
-_GPU = re.compile(r"\bGPUs?\b|\bCUDA graphs?\b|\b(?:A|H|B|L|V)\d{2,3}S?\b|\bMI\d{3}X?\b|\bRTX\b|TFLOP/s|TB/s")
+_GPU = re.compile(
+    r"\b(?:[A-Z]?[AHBLV]\d{2,3}S?|P100|[TL]4|MI\d{2,3}[AX]?|[RG]TX|[DH]GX|gfx\d\w+|sm_?\d{2,3}a?)\b"
+    r"|\b(?:Hopper|Blackwell|Ampere|Ada|Turing|Volta|CDNA)\b|TFLOP|[TP]B/s"
+    r"|(?i:\b(?:GPUs?|CUDA|NVIDIA|GeForce|Radeon|Instinct|tensor cores?|graphics cards?)\b)"
+)
+_NUMBER = r"(?:\d[\d.,]*|\b(?:two|three|four|five|six|seven|eight|nine|ten|twelve|twenty|fifty|hundred))"
+_UNIT = (
+    r"(?:x\b(?! ?\d)|×|%|percent\b|times\b|-?fold\b|(?:[µμmnu]?s|(?:micro|milli|nano)?sec(?:ond)?s?|min(?:ute)?s?|hours?)\b"
+    r"|[GTP]?FLOPS?\b|[GT]op/s|\w+/s\b|\w+ per second\b)"
+)
 # a time, a rate, a ratio or a share; not a size, which a download has as well
-_FIGURE = re.compile(r"\d(?:[\d.,]*\d)?\s?(?:x\b|×|[µmn]s\b|us\b|TFLOP/s|[GT]B/s|%|images/s|times\b|-fold)")
+_FIGURE = re.compile(
+    rf"{_NUMBER}[\s-]?{_UNIT}"
+    r"|\b(?:twice|thrice|double|triple|half|a third) (?:as|of)? ?(?:the )?(?:fast|speed|time|rate)",
+    re.IGNORECASE,
+)
+# beside these words a number needs no unit
+_SPEED = re.compile(rf"speed-?ups?\b|\b(?:faster|slower|quicker|latency|throughput)\b|[|(,] ?{_UNIT}", re.IGNORECASE)
+
+
+def _pieces(block: str) -> list[str]:
+    """Sentences; of a table its rows, each with the header."""
+    lines = [line for line in block.splitlines() if line.lstrip().startswith("|")]
+    prose = [line for line in block.splitlines() if line not in lines]
+    found = re.split(r"(?<=[.;!?])\s|\s(?=[-*] )", " ".join(" ".join(prose).split()))
+    return found + ([lines[0], *(f"{lines[0]} {line}" for line in lines[1:])] if lines else [])
+
+
+def _blocks(markdown: str) -> list[tuple[str, str]]:
+    """(text, what it stands under) of every paragraph, list, table and code block of a markdown text.
+
+    Under: the headings above it and, for a list, a table or code, the paragraph before. Of program code only comments
+    are text; the rest are calls, outputs and shapes.
+    """
+    found: list[tuple[str, str]] = []
+    headings: dict[int, str] = {}
+    paragraph = ""
+    for block in re.findall(r"^```[^`]*^```$|^#+ [^\n]*|(?:^(?!```|#+ )[^\n]*\S[^\n]*\n?)+", markdown, re.MULTILINE):
+        if (heading := re.match(r"(#+) ", block)) is not None:
+            level = len(heading[1])
+            headings = {above: text for above, text in headings.items() if above < level} | {level: block}
+            paragraph = ""
+            continue
+        program = re.match(r"```(?:bash|sh|python|py)\b", block)
+        text = "\n".join(re.findall(r"(?:^|\s)#(.*)", block, re.MULTILINE)) if program else block
+        led = block.startswith(("```", "|", "- ", "* ", "1.")) or paragraph.rstrip().endswith(":")
+        found.append((text, "\n".join([*headings.values(), paragraph if led else ""])))
+        paragraph = "" if led else block
+    return found
 
 
 def unsupported_claims(readme: str) -> list[str]:
-    """Sentences and table rows with a measured GPU figure that stand outside the result markers, where no json is
-    behind them, and GPUs named inside that no json was measured on."""
+    """Paragraphs, lists, tables and comments of code with a figure of speed that name a GPU or stand under one, outside
+    of the result markers, where no json is behind them; and GPUs named inside that no json was measured on.
+
+    A figure in a sentence or row about a CPU that names no GPU is none.
+    """
     before, rest = readme.split(BEGIN)
     inside, after = rest.split(END)
     found = []
-    for text in (before, after):
-        # of code, only what is said in comments could be a claim; those are outputs and shapes
-        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-        for paragraph in re.split(r"\n\s*\n|\n(?=[|\-*#])", prose):
-            for sentence in re.split(r"(?<=[.;!?])\s", " ".join(paragraph.split())):
-                if _GPU.search(sentence) and _FIGURE.search(sentence):
-                    found.append(sentence)
-    measured = {content["machine_info"].get("gpu") for _, content in plots.contents(RESULTS)} - {None}
+    for text, under in _blocks(f"{before}\n\n{after}"):
+        if _GPU.search(f"{under}\n{text}") and any(
+            _FIGURE.search(piece) or (_SPEED.search(piece) and re.search(_NUMBER, piece))
+            for piece in _pieces(text)
+            if _GPU.search(piece) or "CPU" not in piece
+        ):
+            found.append(" ".join(text.split()))
+    machines = [content["machine_info"] for _, content in plots.contents(RESULTS)]
+    measured = [str(machine.get("gpu") or machine.get("cpu", {}).get("brand_raw")) for machine in machines]
     named = re.findall(r"\b(?:NVIDIA|AMD|Tesla) [A-Z][\w-]*(?: [A-Z\d][\w-]*)?", inside)
-    return found + [f"{name}: no json was measured on it" for name in named if not any(name in gpu for gpu in measured)]
+    return found + [f"{name}: no json was measured on it" for name in named if not any(name in one for one in measured)]
 
 
 def evidence_missing(content: dict[str, Any]) -> list[str]:
-    """What a json measured on a GPU must say and does not: where, with what, by which command, and of which commit."""
+    """What a json must say and does not: with what, by which command and of which commit it was measured; on a GPU also
+    its driver and clocks, and a commit without changes."""
     machine = content["machine_info"]
     wanted = {
-        "driver and clocks": machine.get("gpu state"),
         "command": machine.get("command"),
         "commit": machine.get("commit"),
         "torch version": machine.get("versions", {}).get("torch"),
-        "triton version": machine.get("versions", {}).get("triton"),
+        "processor": machine.get("gpu") or machine.get("cpu", {}).get("brand_raw"),
     }
-    return [] if machine.get("gpu") is None else [name for name, value in wanted.items() if not value]
+    if machine.get("gpu") is not None:
+        wanted |= {
+            "driver and clocks": machine.get("gpu state"),
+            "triton version": machine.get("versions", {}).get("triton"),
+            "commit without changes": not str(machine.get("commit")).endswith("+"),
+        }
+    return [name for name, value in wanted.items() if not value]
 
 
-def main() -> None:
-    path = ROOT / "README.md"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+# ------------------------------------------------------------------ command
+
+
+def read(path: Path) -> list[Source]:
+    """The results in one json.
+
+    Raises:
+        ValueError: there is no such file, or it holds no results of these benches.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"JSON must be a file that can be read, got {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"JSON must be a json file, got {path}: {error}") from None
+    found = [(path.name, result) for result in plots.results_of(content) if result["benchmarks"]]
+    if not found or any("versions" not in result["machine_info"] for _, result in found):
+        raise ValueError(f"JSON must hold timings of bench/ (--benchmark-json), {path} does not")
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-    print(f"wrote the result section of {path}")
-    for picture in plots.draw(RESULTS, RESULTS / "plots"):
-        print(f"wrote {picture.relative_to(ROOT)}")
+    print(f"wrote {path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("json", nargs="*", type=Path, metavar="JSON", help="of a bench run, or of bench.gpu_check")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"write {TABLES} and pictures of the JSONs there")
+    options = parser.parse_args(argv)
+    if options.out is not None and not options.json:
+        parser.error("--out needs a JSON: without one, the README and bench/results are written")
+    try:
+        sources = [source for path in options.json for source in read(path)] or plots.contents(RESULTS)
+        text = tables(sources)
+        if not options.json:
+            readme = ROOT / "README.md"
+            _write(readme, updated(readme.read_text(encoding="utf-8")))
+        elif options.out is None:
+            print(text)
+            return 0
+        out = options.out or RESULTS
+        _write(out / TABLES, text)
+        for picture in plots.draw(sources, out if options.json else out / "plots"):
+            print(f"wrote {picture}")
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,34 +19,147 @@ def test_results_come_from_the_json_files() -> None:
     assert report.updated(README) == README, "run: python -m bench.report"
 
 
+def test_tables_and_pictures_of_the_results_folder_are_current() -> None:
+    """A json measured again without `python -m bench.report`, or a picture of numbers that are gone, fails here."""
+    sources = plots.contents(report.RESULTS)
+    committed = (report.RESULTS / report.TABLES).read_text(encoding="utf-8")
+    assert report.tables(sources) == committed, "run: python -m bench.report"
+    drawn = {name for name, make in plots.pictures(plots.load(sources)).items() if make is not None}
+    files = {path.name for path in (report.RESULTS / "plots").iterdir()}
+    assert files == {f"{name}.{ending}" for name in drawn for ending in ("png", "svg")}
+
+
+def timed(file: str, group: str, **info: object) -> dict[str, object]:
+    return {"fullname": f"bench/bench_{file}.py::bench_x", "group": group, "extra_info": info}
+
+
+def model(file: str = "model", **info: object) -> dict[str, object]:
+    shared = {"model": "BEiT-B/16 at 224", "mode": "deep", "prompt_length": 50, "batch": 64, "dtype": "torch.bfloat16"}
+    return timed(file, "inference", **shared | info)
+
+
+def measured(*runs: dict[str, object], gpu: str | None = "NVIDIA H200") -> dict[str, object]:
+    info = {"gpu": gpu, "cpu": {"brand_raw": "A CPU"}, "threads": 2, "versions": {"torch": "2.11.0", "triton": "3.6"}}
+    return {"machine_info": info, "benchmarks": list(runs)}
+
+
+def lines_of(bench: str, *runs: dict[str, object], full: bool = False) -> list[str]:
+    return [line for line in report._tables(("x.json", measured(*runs)), bench, full) if line]
+
+
 def test_every_batch_has_a_table_and_every_peer_a_column() -> None:
     """A peer that one setting lacks leaves its cell empty, not its number under another's name."""
-
-    def run(file: str, batch: int, **info: object) -> dict[str, object]:
-        shared = {"mode": "deep", "prompt_length": 50, "batch": batch, "dtype": "torch.bfloat16"}
-        return {"fullname": f"bench/{file}.py::bench_x", "extra_info": shared | info}
-
-    content = {
-        "machine_info": {"gpu": "NVIDIA H200", "versions": {"torch": "2.11.0"}},
-        "benchmarks": [
-            run("bench_model", 64, **{"speed-up over concatenation": 1.8, "speed-up over torch.compile": 1.5}),
-            run("bench_model", 64, **{"speed-up over concatenation": 1.2, "prompt_length": 0}),
-            run("bench_model", 1, **{"speed-up over concatenation": 2.5}),
-            run("bench_model", 1, implementation="concatenation"),
-            run("bench_other", 64, **{"speed-up over concatenation": 9.9}),
-        ],
-    }
-    lines = report._ratio_tables(content, "bench_model", "Inference")
-    assert [line for line in lines if line.startswith("|")] == [
-        "| prompts | vptm over concatenated prompts | vptm over torch.compile |",
+    lines = lines_of(
+        "model",
+        model(**{"speed-up over concatenation": 1.8, "speed-up over torch.compile": 1.5}),
+        model(**{"speed-up over concatenation": 1.2, "prompt_length": 0, "mode": "no"}),
+        model(batch=1, **{"speed-up over concatenation": 2.5}),
+        model(batch=1, implementation="concatenation"),
+        timed("other", "other", **{"speed-up over concatenation": 9.9}),
+    )
+    assert lines == [
+        "Inference of BEiT-B/16 at 224, batch 64, bfloat16, random weights, NVIDIA H200, torch 2.11.0:",
+        "| prompts | speed-up over concatenated prompts | speed-up over torch.compile |",
         "|---|---|---|",
         "| deep, P = 50 | 1.80x | 1.50x |",
         "| none | 1.20x |  |",
-        "| prompts | vptm over concatenated prompts |",
+        "Inference of BEiT-B/16 at 224, batch 1, bfloat16, random weights, NVIDIA H200, torch 2.11.0:",
+        "| prompts | speed-up over concatenated prompts |",
         "|---|---|",
         "| deep, P = 50 | 2.50x |",
     ]
-    assert "batch 64, bfloat16, random weights, NVIDIA H200, torch 2.11.0" in lines[0]
+
+
+def test_models_and_dtypes_never_share_a_table() -> None:
+    """A ratio of BEiT-L at 384 under the title of BEiT-B at 224 would be a claim nobody measured."""
+    large = {"model": "BEiT-L/16 at 384", "speed-up over concatenation": 1.4}
+    lines = lines_of(
+        "model",
+        model(**{"speed-up over concatenation": 1.8}),
+        model(**large),
+        model(dtype="torch.float16", **large),
+    )
+    titles = [line.split(", random")[0] for line in lines if "random weights" in line]
+    assert titles == [
+        "Inference of BEiT-B/16 at 224, batch 64, bfloat16",
+        "Inference of BEiT-L/16 at 384, batch 64, bfloat16",
+        "Inference of BEiT-L/16 at 384, batch 64, float16",
+    ]
+    assert [line for line in lines if "x |" in line] == [
+        f"| deep, P = 50 | {ratio}x |" for ratio in ("1.80", *["1.40"] * 2)
+    ]
+
+
+def test_a_setting_measured_twice_is_refused() -> None:
+    """Else a reader picks whichever row reads better."""
+    run = model(**{"speed-up over concatenation": 1.8})
+    with pytest.raises(ValueError, match=r"'deep, P = 50' must be measured once, got it twice in x\.json"):
+        lines_of("model", run, run)
+
+
+def test_bytes_of_a_training_step_stand_beside_its_speed() -> None:
+    """Memory is half of the claim: a table without it, or with the ratio upside down, would mislead."""
+    info = {
+        "speed-up over concatenation": 1.7,
+        "bytes saved for backward": {"vptm": 30, "concatenation": 50},
+        "peak bytes": {"vptm": 40, "concatenation": 50},
+    }
+    assert lines_of("training step", model("training_step", **info))[1:] == [
+        "| prompts | speed-up over concatenated prompts | bytes kept for backward over concatenated prompts "
+        "| peak memory over concatenated prompts |",
+        "|---|---|---|---|",
+        "| deep, P = 50 | 1.70x | 0.60x | 0.80x |",
+    ]
+
+
+def test_kernels_have_tables_with_bytes_of_separately_timed_peers() -> None:
+    """Implementations timed one by one each say their own bytes; what one of them says alone is no comparison."""
+
+    def attention(name: str, held: int, **info: object) -> dict[str, object]:
+        group = "prompted attention, forward, B=64 N=197 P=50, torch.bfloat16, cuda"
+        return timed("prompted_attention", group, implementation=name, **{"peak extra bytes": {name: held}}, **info)
+
+    ours = {"speed-up over sdpa": 1.31, "ratio quartiles": {"sdpa": [1.3, 1.31, 1.4]}, "share of ceiling": 0.62}
+    runs = [attention("vptm", 5, **ours), attention("sdpa", 10, **{"share of ceiling": 0.5})]
+    assert lines_of("prompted attention", *runs) == [
+        "Prompted attention, bfloat16, NVIDIA H200, torch 2.11.0:",
+        "| case | speed-up over sdpa | peak memory over sdpa | share of this machine's ceiling |",
+        "|---|---|---|---|",
+        "| forward, B=64 N=197 P=50 | 1.31x | 0.50x | 62% |",
+    ]
+    assert "| 1.31x [1.30x, 1.40x] |" in lines_of("prompted attention", *runs, full=True)[3]
+
+
+def test_figures_that_compare_with_no_peer_are_tabled() -> None:
+    """Exponents and import times come from the same json files; a bench without a table would be evidence unseen."""
+    sweep = {"exponent of time": 1.04, "exponent of memory": None, "expected exponent of time": 1}
+    lines = lines_of("complexity", timed("complexity", "complexity in batch B, torch.float32, cpu", **sweep))
+    assert lines[1:] == [
+        "| case | exponent of time, expected | exponent of time | exponent of memory |",
+        "|---|---|---|---|",
+        "| batch B | 1.00 | 1.04 | none |",
+    ]
+    lines = lines_of("import", timed("import", "import of vptm beyond torch", **{"seconds beyond torch": 0.25}))
+    assert lines[-1] == "| import of vptm beyond torch | 0.25 s |"
+
+
+def test_the_readme_shows_few_rows_and_the_results_all() -> None:
+    """Those of 64 images and most classes: a choice by rule, which no good number can change."""
+    runs = [
+        timed(
+            "prototype_cosine",
+            f"prototype cosine, {kind}, B={batch}, K={classes}, cpu",
+            **{"speed-up over eager": ratio},
+        )
+        for ratio, kind in ((0.8, "logits"), (1.1, "softmax"))
+        for batch in (1, 64, 512)
+        for classes in (10, 100, 1000)
+    ]
+    few = lines_of("prototype cosine", *runs)[3:]
+    assert few == ["| logits, B=64, K=1000 | 0.80x |", "| softmax, B=64, K=1000 | 1.10x |"]
+    assert len(lines_of("prototype cosine", *runs, full=True)[3:]) == len(runs) == 18
+    many = [timed("task_bank", f"{count} tasks", **{"speed-up over call per task": 2.0}) for count in range(20)]
+    assert len(lines_of("task bank", *many)[3:]) == report.FEW_ROWS
 
 
 def test_gpu_figures_have_a_json_behind_them() -> None:
@@ -64,6 +177,21 @@ def test_gpu_figures_have_a_json_behind_them() -> None:
         "- attention runs at 640 TFLOP/s",
         "| H200, batch 64 | 2.1× |",
         "With CUDA graphs batch 1 is 3 times as fast.",
+        "| batch | vptm on H200 |\n|---|---|\n| 64 | 1.8x |",
+        "| batch | speed-up on H200 |\n|---|---|\n| 64 | 1.8 |",
+        "| batch | µs, H200 |\n|---|---|\n| 64 | 72 |",
+        "Measured on an H200. The model is 1.8x faster than eager.",
+        "On a GPU the speed-up is 1.8.",
+        "A GPU makes it faster by a factor of 1.8.",
+        "On a GPU it is twice as fast.",
+        "A GPU needs 72 microseconds for an image.",
+        "1.8x faster on CUDA",
+        "On Hopper the step is 1.7x.",
+        "GH200: an image takes 72 µs.",
+        "Built for sm_90 it reaches 1.8x.",
+        "On a GPU, half the time of eager.",
+        "On a GPU 14000 images per second.",
+        "On a CPU it is 1.6x faster, on an H100 1.8x.",
     ],
 )
 def test_a_gpu_figure_typed_into_the_readme_is_found(claim: str) -> None:
@@ -74,8 +202,33 @@ def test_a_gpu_figure_typed_into_the_readme_is_found(claim: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "claim"),
+    [
+        (
+            "Measured on an H200:\n\n| batch | vptm |\n|---|---|\n| 64 | 1.8x |",
+            "| batch | vptm | |---|---| | 64 | 1.8x |",
+        ),
+        ("Measured on an H200:\n\n- batch 64: 1.8x", "- batch 64: 1.8x"),
+        ("### On an H200\n\nThe model is 1.8x faster.", "The model is 1.8x faster."),
+        ("```python\nmodel(images)  # 1.8x on an H200\n```", "1.8x on an H200"),
+        ("```text\nH200 1.8x\n```", "```text H200 1.8x ```"),
+    ],
+)
+def test_a_gpu_figure_is_found_by_what_it_stands_under(text: str, claim: str) -> None:
+    """A table does not repeat the name of the machine, and a comment in an example is read like any sentence."""
+    before, after = README.split("## Limits")
+    assert report.unsupported_claims(f"{before}\n\n{text}\n\n## Limits{after}") == [claim]
+
+
+@pytest.mark.parametrize(
     "sentence",
-    ["With a GPU the download is 5 GB.", "On two CPU cores it is 1.6x faster.", "No kernel has run on a GPU yet."],
+    [
+        "With a GPU the download is 5 GB.",
+        "On two CPU cores it is 1.6x faster.",
+        "No kernel has run on a GPU yet.",
+        "On a CPU it is 1.6x faster. GPU speed is not measured.",
+        "Kernels for sm_90 hold tiles of 64 x 64 in 4 warps.",
+    ],
 )
 def test_a_sentence_without_a_gpu_figure_is_no_claim(sentence: str) -> None:
     assert report.unsupported_claims(f"{README}\n\n{sentence}\n") == []
@@ -84,12 +237,77 @@ def test_a_sentence_without_a_gpu_figure_is_no_claim(sentence: str) -> None:
 def test_a_gpu_in_the_results_without_a_json_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The section names a machine: it must be one that a json was measured on."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    forged = f"{report.BEGIN}\nbatch 64, NVIDIA H200, torch 2.11\n{report.END}"
-    assert report.unsupported_claims(forged) == ["NVIDIA H200: no json was measured on it"]
+    forged = f"{report.BEGIN}\nbatch 64, NVIDIA H200, torch 2.11\nbatch 4, AMD EPYC, torch 2.11\n{report.END}"
+    missing = ["NVIDIA H200: no json was measured on it", "AMD EPYC: no json was measured on it"]
+    assert report.unsupported_claims(forged) == missing
     content = {"machine_info": {"gpu": "NVIDIA H200", "versions": {"torch": "2.11.0"}}, "benchmarks": []}
     (tmp_path / "h200.json").write_text(json.dumps(content))
+    assert report.unsupported_claims(forged) == missing[1:]
+    content["machine_info"] |= {"gpu": None, "cpu": {"brand_raw": "AMD EPYC 9554"}}
+    (tmp_path / "cpu.json").write_text(json.dumps(content))
     assert report.unsupported_claims(forged) == []
-    assert report.evidence_missing(content) == ["driver and clocks", "command", "commit", "triton version"]
+
+
+def test_a_json_without_its_evidence_is_found() -> None:
+    """A figure nobody can measure again is no evidence: on a CPU without command and commit, on a GPU without more."""
+    content = {"machine_info": {"gpu": None, "versions": {}}, "benchmarks": []}
+    assert report.evidence_missing(content) == ["command", "commit", "torch version", "processor"]
+    machine = {"gpu": "NVIDIA H200", "versions": {"torch": "2.11.0"}, "command": "pytest bench", "commit": "abc+"}
+    missing = report.evidence_missing({"machine_info": machine, "benchmarks": []})
+    assert missing == ["driver and clocks", "triton version", "commit without changes"]
+    machine |= {
+        "versions": {"torch": "2.11.0", "triton": "3.6"},
+        "commit": "abc",
+        "gpu state": {"driver_version": "570"},
+    }
+    assert report.evidence_missing({"machine_info": machine, "benchmarks": []}) == []
+
+
+def test_tables_of_a_run_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A user sees the run that was just made, on the terminal or in a folder, and no file of the project changes."""
+    info = {"speed-up over concatenation": 1.8, "refused": {"sdpa cudnn": "nan"}}
+    path, out = tmp_path / "mine.json", tmp_path / "out"
+    runs = [model(prompt_length=length, **info) for length in (10, 50)]
+    path.write_text(json.dumps({"stages": [{"result": measured(*runs)}]}))
+    kept = {file: file.stat().st_mtime_ns for file in (ROOT / "README.md", report.RESULTS / report.TABLES)}
+    assert report.main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    for said in ("## mine.json", "| deep, P = 50 | 1.80x |", "- inference: sdpa cudnn: nan"):
+        assert said in printed
+    assert report.main([str(path), "--out", str(out)]) == 0
+    assert (out / report.TABLES).read_text(encoding="utf-8") + "\n" == printed
+    assert (out / "speedup_prompts.svg").is_file()
+    assert kept == {file: file.stat().st_mtime_ns for file in kept}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "JSON must be a file that can be read"),
+        ("{", "JSON must be a json file"),
+        ("[1]", "JSON must hold timings of bench/"),
+        ('{"machine_info": {"versions": {}}, "benchmarks": []}', "JSON must hold timings of bench/"),
+        ('{"machine_info": {}, "benchmarks": [{}]}', "JSON must hold timings of bench/"),
+    ],
+)
+def test_a_json_that_is_none_of_ours_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, said: str
+) -> None:
+    """In one line that names it, not by a traceback or an empty report."""
+    path = tmp_path / "mine.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as caught:
+        report.main([str(path)])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and said in last and str(path) in last
+
+
+def test_a_folder_without_a_json_is_refused() -> None:
+    """`--out` alone would look as if the committed tables had been written there."""
+    with pytest.raises(SystemExit) as caught:
+        report.main(["--out", "somewhere"])
+    assert caught.value.code == 2
 
 
 def test_every_named_test_exists() -> None:
