@@ -5,9 +5,11 @@
 
 Implementations of one setting share a group: timm's own forward without any prompt, the same blocks with the prompts
 concatenated (scaled_dot_product_attention, position bias built per block, as eager code does it), and vptm. vptm is
-compared in turns with those and, on a GPU, in the two settings that come first with the concatenated form compiled and
-transformers' BEiT without prompts, and for few images with both captured in CUDA graphs. Compiling with max-autotune
-takes minutes and happens when asked for by name. Whoever takes prompts is checked against the fp64 reference first.
+compared in turns with those and, on a GPU, with deep prompts as cached keys and values that every block concatenates,
+which is what PEFT's prefix tuning does; in the settings that come first also with the concatenated form compiled and
+with transformers' BEiT without prompts. For few images on a GPU a second comparison has both sides in CUDA graphs.
+Compiling with max-autotune takes minutes and happens when asked for by name. Whoever takes prompts is checked against
+the fp64 reference first.
 
 BEiT-B/16 at 224 and batch 4 on a CPU: the smallest batch at which linear layers, not overhead, take the time. On a GPU
 every size, resolution, number of prompts and batch, most important first, so that a run cut short has those.
@@ -18,7 +20,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache, partial
 from itertools import product
 from typing import NamedTuple
 
@@ -33,16 +35,15 @@ from bench import peers, timing
 from vptm import PromptedBEiT
 from vptm.reference import block_forward, sdpa
 
-DEVICE, DTYPE = timing.selection.device, timing.selection.dtypes[0]
+DEVICE = timing.selection.device
 CUDA = DEVICE == "cuda"
-TOLERANCE = 2e-2 if DTYPE in (torch.float16, torch.bfloat16) else 1e-4
 SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16)}
 EAGER = ("timm without prompts", "concatenation")
-# (implementation, in a CUDA graph): launches of few images take longer than their work
-GRAPHS = {"concatenation in a CUDA graph": "concatenation", "vptm in a CUDA graph": "vptm"}
+PREFIX = "prefix as keys and values, as PEFT does it"
+IN_GRAPHS = " (CUDA graphs)"
 PEERS = {
-    **{name: timing.Peer(lambda: None) for name in EAGER},
-    **{name: timing.Peer(lambda: None, needs=("cuda",)) for name in GRAPHS},
+    **{name: timing.Peer(lambda: None) for name in (*EAGER, PREFIX)},
+    "concatenation" + IN_GRAPHS: timing.Peer(lambda: None, needs=("cuda",)),
     **peers.PEERS,
 }
 
@@ -59,10 +60,12 @@ class Setting(NamedTuple):
         return f"{self.mode}-{self.length}-{self.batch}{larger}"
 
 
-def _settings() -> list[Setting]:
+def _settings() -> list[tuple[Setting, torch.dtype]]:
+    """With every dtype, most important first."""
     prompts = [("deep", 100), ("deep", 50), ("deep", 10), ("shallow", 100), ("shallow", 10), ("no", 0)]
+    dtypes = timing.selection.dtypes
     if not timing.selection.full:
-        return [Setting(*each, 4) for each in prompts]
+        return list(product([Setting(*each, 4) for each in prompts], dtypes))
     first = [Setting(*each, 64) for each in (("deep", 100), ("shallow", 10), ("deep", 50), ("no", 0))]
     first += [Setting("deep", 100, batch) for batch in (1, 8)]
     every = [*prompts, ("deep", 200), ("shallow", 50), ("shallow", 200)]
@@ -70,11 +73,13 @@ def _settings() -> list[Setting]:
         Setting(*each, batch, size, side)
         for (size, side), batch, each in product(product("BL", (224, 384)), (64, 1, 8, 256), every)
     ]
-    return list(dict.fromkeys(first + rest))
+    rest = [setting for setting in rest if setting not in first]
+    return [(setting, dtype) for part in (first, rest) for dtype in dtypes for setting in part]
 
 
 SETTINGS = _settings()
-COMPILED = SETTINGS[:2]  # compiling takes half a minute each
+# compiling takes half a minute each, and transformers' BEiT as long as the others on a CPU
+FIRST = [setting for setting, _ in SETTINGS[: 2 if CUDA else 1]]
 
 
 @cache
@@ -98,13 +103,14 @@ def _backbone(size: str = "B", side: int = 224) -> Beit:
     return beit.eval()
 
 
-@cache
-def _images(batch: int, side: int) -> Tensor:
-    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1)).to(DEVICE, DTYPE)
+@lru_cache(maxsize=1)
+def _images(batch: int, side: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
 
 
-@cache
-def _model(setting: Setting) -> tuple[PromptedBEiT, Tensor]:
+# one at a time: the settings of a full grid together fill a GPU
+@lru_cache(maxsize=1)
+def _model(setting: Setting, dtype: torch.dtype) -> tuple[PromptedBEiT, Tensor]:
     """The model, and the read-out rows its fp64 reference gives for the first two of the images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # random weights are what is timed
@@ -119,64 +125,64 @@ def _model(setting: Setting) -> tuple[PromptedBEiT, Tensor]:
     oracle = copy.deepcopy(model).to(DEVICE).double()
     oracle.impl = "reference"
     with torch.inference_mode():
-        expected = oracle.forward_hidden(_images(setting.batch, setting.side)[:2].double())
-    return model.to(DEVICE, DTYPE), expected
+        expected = oracle.forward_hidden(_images(setting.batch, setting.side, dtype)[:2].double())
+    return model.to(DEVICE, dtype), expected
 
 
-def _runs(setting: Setting) -> dict[str, Callable[[], Tensor]]:
-    model, images = _model(setting)[0], _images(setting.batch, setting.side)
-    plain = copy.deepcopy(_backbone(setting.size, setting.side)).to(DEVICE, DTYPE)
+def _runs(setting: Setting, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+    model, images = _model(setting, dtype)[0], _images(setting.batch, setting.side, dtype)
+    plain = copy.deepcopy(_backbone(setting.size, setting.side)).to(DEVICE, dtype)
     return {
+        "vptm": lambda: model.forward_hidden(images),
         "timm without prompts": lambda: plain(images),
         "concatenation": lambda: _concatenate(model, images),
-        "vptm": lambda: model.forward_hidden(images),
     }
 
 
-def _check(setting: Setting) -> timing.Check:
-    expected = _model(setting)[1]
+def _check(setting: Setting, dtype: torch.dtype) -> timing.Check:
+    expected = _model(setting, dtype)[1]
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
 
     def check(name: str, found: Tensor) -> None:
         if name == peers.TRANSFORMERS:
-            peers.hugging_face_check(_images(setting.batch, setting.side), TOLERANCE)(name, found)
+            peers.hugging_face_check(_images(setting.batch, setting.side, dtype), tolerance)(name, found)
         elif name != "timm without prompts":  # another function: it is there as the speed without prompts
             error = (found[:2].double() - expected).abs().max() / expected.abs().max().clamp(min=1)
-            assert error <= TOLERANCE, f"{name} differs from the fp64 reference by {error:.1e}"
+            assert error <= tolerance, f"{name} differs from the fp64 reference by {error:.1e}"
 
     return check
 
 
-def _peers(setting: Setting) -> dict[str, Callable[[], Tensor]]:
+def _peers(setting: Setting, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
     """vptm and everything that is here, was asked for and belongs to this setting."""
-    eager = _runs(setting)
-    found = {name: run for name, run in eager.items() if name == "vptm" or name in timing.present(PEERS)}
-    if setting in COMPILED and CUDA:
-        slow = "torch.compile max-autotune"
-        compiled = peers.compiled(eager["concatenation"])
-        found |= {name: run for name, run in compiled.items() if name != slow or slow in timing.selection.peers}
-    asked = CUDA or peers.TRANSFORMERS in timing.selection.peers
-    if asked and setting in COMPILED and peers.TRANSFORMERS in timing.present(PEERS):
-        found[peers.TRANSFORMERS] = peers.hugging_face(_images(setting.batch, setting.side))
-    if setting.batch <= 8 and CUDA:
-        # a replay writes its result where the capture put it
-        found |= {name: _replayed(eager[of]) for name, of in GRAPHS.items() if name in timing.present(PEERS)}
-    return found
+    found, present = _runs(setting, dtype), timing.present(PEERS)
+    model, images = _model(setting, dtype)[0], _images(setting.batch, setting.side, dtype)
+    first = setting in FIRST
+    if setting.mode == "deep" and (CUDA or first):
+        prefixes = _prefixes(model)
+        found[PREFIX] = lambda: _with_prefixes(model, prefixes, images)
+    if first and CUDA:
+        found |= peers.compiled(found["concatenation"])
+    if first and peers.TRANSFORMERS in present:
+        found[peers.TRANSFORMERS] = _made_when_called(lambda: peers.hugging_face(images))
+    return {name: run for name, run in found.items() if name == "vptm" or name in present}
 
 
-def _replayed(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    result: list[Tensor] = []
+def _made_when_called(make: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    """A peer that cannot even be built is then refused like any other."""
+    made = cache(make)
+    return lambda: made()()
 
-    def kept() -> Tensor:
-        result[:] = [run()]
-        return result[0]
 
-    replay = timing.captured(kept)
-
-    def replayed() -> Tensor:
-        replay()
-        return result[0]
-
-    return replayed
+def _in_graphs(runs: dict[str, Callable[[], Tensor]], check: timing.Check, device: str = DEVICE) -> dict[str, object]:
+    """For `extra_info`: vptm over concatenation, launches left out on both sides."""
+    present = timing.present(PEERS)
+    names = ["vptm", *(name for name in ("concatenation",) if name in runs and name + IN_GRAPHS in present)]
+    graphs = {name + IN_GRAPHS: runs[name] for name in names}
+    try:
+        return timing.compare(graphs, "vptm" + IN_GRAPHS, check=check, device=device, graph=True).info()
+    except RuntimeError as error:  # what was timed without graphs stands
+        return {"refused": {"vptm" + IN_GRAPHS: timing.reason(error)}}
 
 
 def _concatenate(model: PromptedBEiT, images: Tensor) -> Tensor:
@@ -193,29 +199,95 @@ def _concatenate(model: PromptedBEiT, images: Tensor) -> Tensor:
     return backbone.norm(x)[:, 0]
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def _prefixes(model: PromptedBEiT) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (H, P, D) of the deep prompts of every block."""
+    found = []
+    for block, prompts in zip(model.backbone.blocks, model.prompts.weight.detach()):
+        attn = block.attn
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        rows = F.linear(block.norm1(prompts), attn.qkv.weight, bias).unflatten(1, (3, attn.num_heads, -1))
+        _, key, value = rows.permute(1, 2, 0, 3).contiguous()
+        found.append((key, value))
+    return found
+
+
+def _with_prefixes(model: PromptedBEiT, prefixes: list[tuple[Tensor, Tensor]], images: Tensor) -> Tensor:
+    """What PEFT's prefix tuning does: past keys and values, expanded to the batch and concatenated in every block."""
+    backbone, length = model.backbone, model.prompts.length
+    x = backbone.patch_embed(images)
+    x = torch.cat([backbone.cls_token.expand(len(x), -1, -1), x], dim=1)
+    for block, past in zip(backbone.blocks, prefixes):
+        bias = F.pad(block.attn._get_rel_pos_bias(), (0, length))
+        x = block_forward(block, x, bias, partial(_attention_to_past, *past))
+    return backbone.norm(x)[:, 0]
+
+
+def _attention_to_past(
+    past_key: Tensor, past_value: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+) -> Tensor:
+    batch = len(query)
+    key = torch.cat([key, past_key.expand(batch, -1, -1, -1)], dim=2)
+    value = torch.cat([value, past_value.expand(batch, -1, -1, -1)], dim=2)
+    return sdpa(query, key, value, bias)
+
+
+def work(setting: Setting, dtype: torch.dtype, step: bool = False) -> timing.Work:
+    """Of B images of N tokens through L blocks with P prompts, C channels and H heads, the last block for its read-out
+    row alone.
+
+    Operations per image: patch embedding 2 (N-1) 768 C; L-1 blocks of 24 N C² + 4 N (N+P) C; the last one 24 C² +
+    4 H N C + 4 P C: keys and values of deep prompts are cached. Shallow prompts are rows, T = N+P in place of N, which
+    block 0 projects once for the batch. A training step projects prompts, 4 P C² per block and batch, and goes back
+    once through every linear but the projection of image rows in block 0, and with five products for the two of
+    attention.
+
+    Bytes: weights and images once, and 24 C elements per row and block: input and output of its five steps, with
+    residual sums and norms inside of them. A step reads the weights twice and moves 34 C elements more: gradients of
+    the same, and 10 C that were kept.
+    """
+    mode, length, batch, size, side = setting
+    width, depth, heads = SIZES[size]
+    square, tokens = width**2, (side // 16) ** 2 + 1
+    carried = length if mode == "shallow" else 0
+    rows, keys = tokens + carried, tokens + length
+    linear = 24 * (depth - 1) * rows * square - 6 * carried * square
+    attention = (depth - 1) * rows * keys * width
+    readout = 4 * heads * rows * width + 4 * (length - carried) * width
+    once = 6 * carried * square
+    weights, kept = (12 * depth * square + 768 * width), batch * (depth - 1) * rows * width
+    moved = weights + 24 * kept + batch * (rows * width + 3 * side**2)
+    operations = 2 * (tokens - 1) * 768 * width + linear + 4 * attention + 24 * square + readout
+    if step and length:
+        operations += linear - 6 * tokens * square + 10 * attention + 24 * square + 2 * readout
+        once = 12 * carried * square + 8 * depth * (length - carried) * square
+        moved += weights + 34 * kept
+    return timing.Work(moved * dtype.itemsize, batch * operations + once)
+
+
 @pytest.mark.parametrize("implementation", ["vptm", *EAGER])
+@pytest.mark.parametrize(("setting", "dtype"), SETTINGS, ids=timing.label)
 @torch.inference_mode()
-def bench_inference(benchmark: BenchmarkFixture, implementation: str, setting: Setting) -> None:
+def bench_inference(benchmark: BenchmarkFixture, implementation: str, setting: Setting, dtype: torch.dtype) -> None:
     mode, length, batch, size, side = setting
     name = f"BEiT-{size}/16 at {side}"
-    benchmark.group = f"inference, {name}, {mode} prompts, P={length}, batch {batch}, {DTYPE}, {DEVICE}"
-    run, check = _runs(setting)[implementation], _check(setting)
-    if implementation == "vptm":
-        found = timing.compare(_peers(setting), check=check, device=DEVICE)
-        held = {name: timing.peak_extra_bytes(run, DEVICE) for name, run in _runs(setting).items()}
-        benchmark.extra_info |= found.info() | {"peak extra bytes": held}
+    benchmark.group = f"inference, {name}, {mode} prompts, P={length}, batch {batch}, {dtype}, {DEVICE}"
+    benchmark.extra_info |= {"model": name, "mode": mode, "prompt_length": length, "batch": batch}
+    ours, check = implementation == "vptm", _check(setting, dtype)
+    runs = _peers(setting, dtype) if ours else _runs(setting, dtype)
+    found = timing.report(
+        benchmark,
+        implementation,
+        runs,
+        check=check,
+        work=work(setting, dtype),
+        device=DEVICE,
+        dtype=dtype,
+        held=("vptm", *EAGER),
+        table=(5, 1) if CUDA else (3 if ours else 1, 0),
+        rounds=7 if CUDA else 5,
+        warmup=2 if CUDA else 1,
+    )
+    if found:
         benchmark.extra_info["microseconds per image"] = round(1e6 * found.median("vptm") / batch, 2)
-    elif why := timing.refusal(implementation, run, check):
-        pytest.skip(f"not timed: {why}")
-    benchmark.extra_info |= {
-        "model": name,
-        "implementation": implementation,
-        "mode": mode,
-        "prompt_length": length,
-        "batch": batch,
-        "dtype": str(DTYPE),
-        "device": DEVICE,
-        "threads": torch.get_num_threads(),
-    }
-    benchmark.pedantic(timing.finished(run, DEVICE), rounds=5, warmup_rounds=1)
+        if CUDA and batch <= 8:  # launches of few images take longer than their work
+            benchmark.extra_info |= timing.merged(benchmark.extra_info, _in_graphs(runs, check))

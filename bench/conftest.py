@@ -2,13 +2,15 @@
 
     pytest bench/ --benchmark-only --device cuda --dtype bfloat16,float16 --peers "sdpa efficient,flex compiled"
 
-What is asked for and not here is skipped by name; a run that times nothing is an error.
+What is asked for and not here is skipped by name; a run that times nothing of what was asked for is an error. Peers
+that are not here are listed with the reason below the tables and in the json, asked for or not.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -17,8 +19,13 @@ import torch
 from bench import timing
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SPEED_UP = "speed-up over "
 # parameters of bench functions whose values are names of implementations
 IMPLEMENTATION = ("implementation", "name", "peer")
+STARTED = pytest.StashKey[float]()
+BEFORE = pytest.StashKey[dict[str, Any]]()
+ABSENT = pytest.StashKey[dict[str, dict[str, str]]]()
+"""What is not timed with the reason, by bench file."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,10 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
     names = _split(config.getoption("--dtype"))
     if unknown := set(names) - set(DTYPES):
         raise pytest.UsageError(f"--dtype must be of {', '.join(DTYPES)}, got {', '.join(sorted(unknown))}")
-    fallback = (torch.bfloat16 if device == "cuda" else torch.float32,)
     grid = config.getoption("--grid") or ("full" if device == "cuda" else "small")
-    dtypes = tuple(DTYPES[name] for name in names) or fallback
+    dtypes = tuple(DTYPES[name] for name in names) or timing.DTYPES[device]
     timing.select(timing.Selection(device, dtypes, _split(config.getoption("--peers")), grid == "full"))
+    config.stash[STARTED] = time.monotonic()
+    state = timing.gpu_state() if device == "cuda" and torch.cuda.is_available() else None
+    config.stash[BEFORE] = {"load average before": timing.load_average(), "gpu state before": state}
 
 
 def _implementation(item: pytest.Item) -> str | None:
@@ -63,11 +72,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
     for item in items:
-        if reason := _why_not(item):
+        if reason := _why_not(item, bool(config.getoption("--dtype"))):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _why_not(item: pytest.Item) -> str | None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """After all deselection, -k included."""
+    modules = dict.fromkeys(module for item in session.items if (module := getattr(item, "module", None)))
+    found = {}
+    for module in modules:
+        absent = timing.absent(getattr(module, "PEERS", {}))
+        dtype = getattr(module, "DTYPE", None)
+        if dtype is not None and dtype in timing.selection.dtypes:
+            others = [other for other in timing.selection.dtypes if other != dtype]
+            absent |= {f"dtype {_short(other)}": f"{_short(dtype)} alone is timed" for other in others}
+        if absent:
+            found[module.__name__.rpartition(".")[2]] = absent
+    session.config.stash[ABSENT] = found
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _why_not(item: pytest.Item, dtype_asked: bool) -> str | None:
     """What was asked for and this bench cannot time."""
     if reason := timing.selection.missing():
         return reason
@@ -75,26 +103,35 @@ def _why_not(item: pytest.Item) -> str | None:
     peer = getattr(module, "PEERS", {}).get(name)
     if isinstance(peer, timing.Peer) and (needed := peer.missing()):
         return f"{name}: {needed}"
-    # a bench that times on one device or in one dtype says which
+    # a bench that times on one device or in one dtype says which; that dtype is its default
     device, dtype = getattr(module, "DEVICE", None), getattr(module, "DTYPE", None)
     if device not in (None, timing.selection.device):
         return f"device {timing.selection.device} is not timed by {item.path.name}, {device} is"
-    if dtype is not None and dtype not in timing.selection.dtypes:
-        asked = ", ".join(str(wanted).removeprefix("torch.") for wanted in timing.selection.dtypes)
-        return f"dtype {asked} is not timed by {item.path.name}, {str(dtype).removeprefix('torch.')} is"
+    if dtype_asked and dtype is not None and dtype not in timing.selection.dtypes:
+        asked = ", ".join(_short(wanted) for wanted in timing.selection.dtypes)
+        return f"dtype {asked} is not timed by {item.path.name}, {_short(dtype)} is"
     return None
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """A run in which nothing was timed must not look like one in which everything was well."""
-    timed = getattr(getattr(session.config, "_benchmarksession", None), "benchmarks", [])
-    if exitstatus == pytest.ExitCode.OK and not timed and not session.config.getoption("collectonly"):
+    """A run in which nothing of what was asked for was timed must not look like one in which everything was well."""
+    benches = getattr(getattr(session.config, "_benchmarksession", None), "benchmarks", [])
+    idle = not benches or not _asked_and_timed(benches)
+    if exitstatus == pytest.ExitCode.OK and idle and not session.config.getoption("collectonly"):
         session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def _asked_and_timed(benches: Iterable[Any]) -> bool:
+    """Whether any of --peers was timed; True without it."""
+    timed = {name.removeprefix(SPEED_UP) for bench in benches for name in bench.extra_info if name.startswith(SPEED_UP)}
+    timed |= {name for bench in benches for name in (bench.params or {}).values() if isinstance(name, str)}
+    return not timing.selection.peers or not timed.isdisjoint(timing.selection.peers)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.pop("node", None)
-    machine_info |= timing.environment()
+    machine_info |= timing.environment() | config.stash[BEFORE]
+    machine_info["absent"] = config.stash.get(ABSENT, {})
     machine_info["command"] = command(config.invocation_params.args)
 
 
@@ -109,7 +146,8 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
         "python_implementation_version",
     ):
         machine.pop(name, None)
-    machine["cpu"] = {name: machine["cpu"][name] for name in ("brand_raw", "count", "arch") if name in machine["cpu"]}
+    kept = ("brand_raw", "count", "arch", "hz_advertised_friendly", "hz_actual_friendly")
+    machine["cpu"] = {name: machine["cpu"][name] for name in kept if name in machine["cpu"]}
 
 
 def command(arguments: Sequence[str | object]) -> str:
@@ -122,7 +160,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     ratios, refused, growth, work = [], [], [], []
     benches = getattr(session, "benchmarks", [])
     for bench in benches:
-        found = {name: value for name, value in bench.extra_info.items() if name.startswith("speed-up over ")}
+        found = {name: value for name, value in bench.extra_info.items() if name.startswith(SPEED_UP)}
         if found:
             text = ", ".join(f"{value:.2f}x {name.removeprefix('speed-up ')}" for name, value in found.items())
             ratios.append(f"{bench.group}: {text}")
@@ -134,22 +172,32 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 f"{info['operations'] / 1e9:.2f} GFLOP, {info['share of ceiling']:.0%} of the ceiling"
             )
         if "exponent of time" in bench.extra_info:
-            time, memory, expected = (
+            taken, held, expected = (
                 bench.extra_info[name]
                 for name in ("exponent of time", "exponent of memory", "expected exponent of time")
             )
-            time, memory = ("none" if found is None else f"{found:.2f}" for found in (time, memory))
-            growth.append(f"{bench.group}: time {time} (expected {expected:g}), memory {memory}")
+            taken, held = ("none" if found is None else f"{found:.2f}" for found in (taken, held))
+            growth.append(f"{bench.group}: time {taken} (expected {expected:g}), memory {held}")
     sections = {
         "interleaved ratios, medians": ratios,
         "bytes that must move, operations, share of this machine's ceiling": work,
         "fitted exponents": growth,
         "refused, not timed": refused,
+        "absent, not timed": [
+            f"{bench}: {name}: {why}"
+            for bench, found in config.stash.get(ABSENT, {}).items()
+            for name, why in found.items()
+        ],
     }
     for title, lines in sections.items():
         if lines:
             terminalreporter.section(title)
             for line in lines:
                 terminalreporter.line(line)
-    if not benches and not config.getoption("collectonly"):
+    if config.getoption("collectonly"):
+        return
+    if not benches:
         terminalreporter.line("nothing was timed", red=True)
+    elif not _asked_and_timed(benches):
+        terminalreporter.line(f"nothing was timed of --peers {', '.join(timing.selection.peers)}", red=True)
+    terminalreporter.line(f"all benches took {time.monotonic() - config.stash[STARTED]:.0f} s")

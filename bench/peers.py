@@ -1,6 +1,6 @@
 """Peers of a whole model: the eager form compiled, and Hugging Face transformers' own BEiT.
 
-    runs |= compiled(lambda: concatenate(model, images))          # two names, on a GPU
+    runs |= compiled(lambda: concatenate(model, images))          # on a GPU; max-autotune when asked for by name
     runs |= {"transformers without prompts": hugging_face(images)}
 
 A compiled form is the same function, so it is checked like the eager one. transformers' BEiT takes no prompts (its
@@ -21,22 +21,14 @@ from torch import Tensor
 
 from bench import timing
 
-# compiled forms by the mode of torch.compile; without its CUDA graphs, which would hide launches of this peer alone
-MODES = {"torch.compile": None, "torch.compile max-autotune": "max-autotune-no-cudagraphs"}
 TRANSFORMERS = "transformers without prompts"
-PEERS = {
-    **{name: timing.Peer(lambda: None, needs=("cuda",)) for name in MODES},
-    TRANSFORMERS: timing.Peer(lambda: None, needs=("transformers",)),
-}
+COMPILED = timing.compiled(lambda: None)
+PEERS = {**COMPILED, TRANSFORMERS: timing.Peer(lambda: None, needs=("transformers",))}
 
 
 def compiled(eager: Callable[[], Any], *, backend: str = "inductor") -> dict[str, Callable[[], Any]]:
     """`eager` in one graph, by mode; those that are here and were asked for."""
-    found = {}
-    for name in MODES.keys() & timing.present(PEERS).keys():
-        mode = MODES[name] if backend == "inductor" else None
-        found[name] = torch.compile(eager, fullgraph=True, dynamic=False, mode=mode, backend=backend)
-    return found
+    return {name: timing.one_graph(eager, timing.MODES[name], backend) for name in timing.present(COMPILED)}
 
 
 @cache

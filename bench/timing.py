@@ -17,10 +17,10 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,14 +36,19 @@ Clock = Callable[[Run], float]
 # ------------------------------------------------------------------ what is asked for
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16)}
+"""What is timed by device unless the command line says otherwise."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """What the command line of a bench run asks for; empty `peers` means all of them."""
 
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16 if torch.cuda.is_available() else torch.float32,)
+    device: str = DEVICE
+    dtypes: tuple[torch.dtype, ...] = DTYPES[DEVICE]
     peers: tuple[str, ...] = ()
-    full: bool = torch.cuda.is_available()
+    full: bool = DEVICE == "cuda"
 
     def missing(self) -> str | None:
         """Why nothing can be timed with this device and these dtypes; None when it can."""
@@ -64,14 +69,42 @@ def select(chosen: Selection) -> None:
     selection = chosen
 
 
+def one_graph(function: Callable[..., Any], mode: str = "default", backend: str = "inductor") -> Callable[..., Any]:
+    """`function` compiled as a whole for the shapes it gets, with nothing compiled before it.
+
+    torch.compile keeps a handful of forms of a function and runs any further shape eagerly, under the compiled name.
+    So what was compiled earlier is dropped here, and reaching that limit is an error.
+    """
+    from torch._dynamo import config  # loads in seconds
+
+    torch.compiler.reset()
+    if hasattr(config, "fail_on_recompile_limit_hit"):
+        config.fail_on_recompile_limit_hit = True
+    return torch.compile(
+        function, fullgraph=True, dynamic=False, mode=mode if backend == "inductor" else None, backend=backend
+    )
+
+
+# compiled forms by the mode of torch.compile; without its CUDA graphs, which would hide launches of this peer alone
+MODES = {"torch.compile": "default", "torch.compile max-autotune": "max-autotune-no-cudagraphs"}
+
+
 @dataclass(frozen=True)
 class Peer:
-    """An implementation to compare with. needs: "cuda", or packages by import name. paired: False for one that computes
-    less than the others and stands for the speed of light."""
+    """An implementation to compare with.
+
+    Attributes:
+        needs: "cuda", or packages by import name.
+        paired: False for one that computes less than the others and stands for the speed of light.
+        mode: of torch.compile, in which `run` is timed; None for as it is.
+        named: it takes minutes, and is timed when asked for by name.
+    """
 
     run: Callable[..., Any]
     needs: tuple[str, ...] = ()
     paired: bool = True
+    mode: str | None = None
+    named: bool = False
 
     def missing(self) -> str | None:
         """What it needs and is not here."""
@@ -83,11 +116,52 @@ class Peer:
                 return f"needs the package {need}, which is not installed"
         return None
 
+    def form(self, group: str) -> Callable[..., Any]:
+        """`run`, or a compiled form of it: one for all benches of `group`, made anew for the next group."""
+        global _formed
+        if self.mode is None:
+            return self.run
+        if _formed[0] != group:
+            _formed = (group, {})
+        forms = _formed[1]
+        if (self.run, self.mode) not in forms:
+            forms[self.run, self.mode] = one_graph(self.run, self.mode)
+        return forms[self.run, self.mode]
+
+
+_formed: tuple[str, dict[tuple[Callable[..., Any], str], Callable[..., Any]]] = ("", {})
+
+
+def compiled(
+    run: Callable[..., Any], name: str = "torch.compile", needs: tuple[str, ...] = ("cuda",)
+) -> dict[str, Peer]:
+    """Peers by name: `run` compiled by default, and with max-autotune, which takes minutes."""
+    return {
+        name: Peer(run, needs, mode=MODES["torch.compile"]),
+        f"{name} max-autotune": Peer(run, needs, mode=MODES["torch.compile max-autotune"], named=True),
+    }
+
+
+def absent(peers: Mapping[str, Peer]) -> dict[str, str]:
+    """The peers that cannot be timed here, or are only when named, each with the reason."""
+    found = {}
+    for name, peer in peers.items():
+        if needed := peer.missing():
+            found[name] = needed
+        elif peer.named and name not in selection.peers:
+            found[name] = f'takes minutes, timed with --peers "{name}"'
+    return found
+
 
 def present(peers: Mapping[str, Peer]) -> dict[str, Peer]:
     """The peers that were asked for and are here."""
-    asked = selection.peers or tuple(peers)
-    return {name: peer for name, peer in peers.items() if name in asked and peer.missing() is None}
+    asked, gone = selection.peers or tuple(peers), absent(peers)
+    return {name: peer for name, peer in peers.items() if name in asked and name not in gone}
+
+
+def rows(peers: Mapping[str, Peer]) -> list[str]:
+    """Names for `parametrize`: vptm, which compares, then every peer but those that are only timed when named."""
+    return ["vptm", *(name for name, peer in peers.items() if not peer.named or name in selection.peers)]
 
 
 # ------------------------------------------------------------------ clocks
@@ -130,7 +204,7 @@ def clock_of(device: str, ahead: bool = False) -> Clock:
 
 
 def captured(run: Run) -> Run:
-    """One replay of a CUDA graph of `run`, so that launches cost the host nothing."""
+    """One replay of a CUDA graph of `run`, so that launches cost the host nothing; it returns what `run` does."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -139,8 +213,13 @@ def captured(run: Run) -> Run:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+        result = run()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def finished(run: Run, device: str) -> Run:
@@ -233,7 +312,8 @@ def compare(
         ours: the one whose error is an error; every other is a peer.
         check: what a result must be; None where there is nothing to compare, as with imports.
         rounds: calls timed of each. The order rotates, so that nobody always runs behind the same neighbour.
-        graph: on a GPU, time replays of a CUDA graph. A peer that cannot be captured is refused, not timed otherwise.
+        graph: on a GPU, time replays of a CUDA graph, whose results are checked as well. A peer that cannot be captured
+            is refused, not timed otherwise.
         at_least: on a CPU, seconds of a turn: shorter calls are repeated and count with their mean. One short call
             would find the caches as its neighbour left them.
         clock: seconds of one call; by default events behind a flushed cache on a GPU, the host's clock elsewhere.
@@ -249,9 +329,12 @@ def compare(
         try:
             if check is not None:
                 check(name, runs[name]())
-            timed[name] = captured(runs[name]) if graph and device == "cuda" else runs[name]
-            for _ in range(warmup):
-                timed[name]()
+            replayed = graph and device == "cuda"
+            timed[name] = captured(runs[name]) if replayed else runs[name]
+            for turn in range(warmup):
+                result = timed[name]()
+                if replayed and turn == 0 and check is not None:
+                    check(name, result)
         except Exception as error:  # whatever is wrong with a peer, the others are still compared
             if name == ours:
                 raise
@@ -298,12 +381,13 @@ def within_budget(exact: Sequence[Tensor], eager: Sequence[Tensor], factors: Seq
 # ------------------------------------------------------------------ memory and ceilings
 
 
-def peak_extra_bytes(run: Run, device: str) -> int:
+def peak_extra_bytes(run: Run, device: str, warm: bool = False) -> int:
     """The most that one call holds at a time beyond what was there before it, its result included.
 
-    A first call, not counted, leaves what is kept between calls.
+    A first call, not counted, leaves what is kept between calls; `warm` says that there has been one.
     """
-    run()
+    if not warm:
+        run()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -326,9 +410,13 @@ def peak_extra_bytes(run: Run, device: str) -> int:
 
 @functools.cache
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """(bytes per second of a copy, reads and writes counted, operations per second of a square matrix product)."""
-    size, n = (1 << 30, 8192) if device == "cuda" else (1 << 24, 1024)
-    source = torch.empty(size, dtype=torch.uint8, device=device)
+    """(bytes per second of a copy, reads and writes counted, operations per second of a square matrix product).
+
+    The best of several turns, of sizes that leave caches behind and keep every core busy: what others take of the
+    machine meanwhile lowers no ceiling.
+    """
+    size, n = (1 << 30, 8192) if device == "cuda" else (1 << 28, 2048)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a, b = torch.randn(2, n, n, dtype=torch.float32).to(device, dtype)
     clock = clock_of(device, True)
@@ -336,13 +424,15 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
     for _ in range(7):
         copied.append(clock(lambda: target.copy_(source)))
         multiplied.append(clock(lambda: a @ b))
-    return 2 * size / statistics.median(copied[2:]), 2 * n**3 / statistics.median(multiplied[2:])
+    return 2 * size / min(copied), 2 * n**3 / min(multiplied)
 
 
 def work_info(seconds: float, moved: int, operations: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """For `extra_info`: what must be moved and computed, and the share of the ceilings measured here that was reached.
 
     "share of ceiling" is the larger of the two times the machine needs at its own ceilings, over the measured time.
+    Above 1 the implementation does fewer operations than the formula counts, or finds in a cache what the formula moves
+    from memory: then it is no measure of how well the machine is used.
     """
     bandwidth, rate = ceilings(device, dtype)
     return {
@@ -354,6 +444,95 @@ def work_info(seconds: float, moved: int, operations: int, device: str, dtype: t
         "achieved rate": operations / seconds,
         "share of ceiling": round(max(moved / bandwidth, operations / rate) / seconds, 3),
     }
+
+
+# ------------------------------------------------------------------ one row of a bench
+
+
+class Work(NamedTuple):
+    """What no implementation can avoid: bytes moved, floating-point operations."""
+
+    moved: int
+    operations: int
+
+
+_last: dict[str, Comparison] = {}  # of the group that was compared last
+
+
+def report(
+    benchmark: Any,
+    implementation: str,
+    runs: Mapping[str, Run],
+    *,
+    check: Check,
+    work: Work,
+    device: str,
+    dtype: torch.dtype,
+    alone: Collection[str] = (),
+    held: Collection[str] | None = None,
+    table: tuple[int, int] = (5, 1),
+    **options: Any,
+) -> Comparison | None:
+    """One row of pytest-benchmark's table. That of vptm comes first in its group and compares all of `runs`.
+
+    `extra_info` gets the implementation, dtype, device, threads and `work_info`, on vptm's row also the comparison and
+    the "peak extra bytes" of each. A peer that is wrong or fails is skipped with the reason.
+
+    Args:
+        runs: implementations by name, vptm among them.
+        work: of one call.
+        alone: names that take no part in the comparison.
+        held: names whose memory is measured; None for all that are timed.
+        table: rounds and warm-up rounds of pytest-benchmark's own table.
+        options: `rounds`, `warmup`, `graph` and `at_least` of `compare`.
+
+    Returns:
+        The comparison, on vptm's row.
+    """
+    import pytest
+
+    found = _last.get(benchmark.group)
+    if implementation == "vptm":
+        paired = {name: run for name, run in runs.items() if name not in alone}
+        found = compare(paired, check=check, device=device, **options)
+        _last.clear()
+        _last[benchmark.group] = found
+        timed = [name for name in found.seconds if held is None or name in held]
+        memory = {name: peak_extra_bytes(runs[name], device, warm=True) for name in timed}
+        benchmark.extra_info |= found.info() | {"peak extra bytes": memory}
+    elif found is None or implementation not in found.seconds:
+        why = found.refused.get(implementation) if found else None
+        if why is None:
+            try:
+                found = compare(
+                    {implementation: runs[implementation]}, implementation, check=check, device=device, **options
+                )
+            except Exception as error:  # a peer may fail in any way
+                why = reason(error)
+        if why is not None:
+            pytest.skip(f"not timed: {why}")
+    assert found is not None
+    benchmark.extra_info |= {
+        "implementation": implementation,
+        "dtype": str(dtype),
+        "device": device,
+        "threads": torch.get_num_threads(),
+    } | work_info(found.median(implementation), *work, device, dtype)
+    rounds, warmup = table
+    benchmark.pedantic(finished(runs[implementation], device), rounds=rounds, warmup_rounds=warmup)
+    return found if implementation == "vptm" else None
+
+
+def merged(info: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """`info` and `more`, with the dictionaries that both have joined."""
+    return info | {
+        name: info[name] | value if isinstance(value, dict) and name in info else value for name, value in more.items()
+    }
+
+
+def label(value: object) -> str:
+    """A dtype or a shape in the name of a bench."""
+    return str(value).removeprefix("torch.")
 
 
 # ------------------------------------------------------------------ where it ran
@@ -384,6 +563,11 @@ def gpu_state() -> dict[str, str] | None:
     return dict(zip(fields, (value.strip() for value in text.splitlines()[0].split(","))))
 
 
+def load_average() -> list[float] | None:
+    """Processes that ran or waited in the last 1, 5 and 15 minutes; None where the system does not count them."""
+    return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
 def commit() -> str | None:
     """The commit of the checkout, with "+" if files differ from it; VPTM_COMMIT where there is no git."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
@@ -403,6 +587,7 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "gpu state": gpu_state() if gpu else None,
         "threads": torch.get_num_threads(),
+        "load average": load_average(),
         "versions": versions(),
         "commit": commit(),
     }

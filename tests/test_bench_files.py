@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from counting_clock import CountingClock
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import (
     bench_import,
@@ -13,6 +17,8 @@ from bench import (
     bench_prompted_attention,
     bench_prototype_cosine,
     bench_task_bank,
+    bench_training_step,
+    peers,
     timing,
 )
 from vptm import PromptedBEiT
@@ -72,9 +78,10 @@ def test_images_that_get_another_tasks_prompts_or_prototypes_are_refused(where, 
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Time that only work moves, wherever a bench asks for a clock."""
+    """Time that only work moves, wherever a bench asks for a clock, and ceilings that nobody measures."""
     clock = CountingClock().seconds
     monkeypatch.setattr(timing, "clock_of", lambda *_: clock)
+    monkeypatch.setattr(timing, "ceilings", lambda *_: (1e9, 1e9))
 
 
 def thrice(function):
@@ -86,41 +93,160 @@ def thrice(function):
     return slow
 
 
+FP32 = torch.float32
+
+
 @pytest.fixture
 def tiny_model(monkeypatch):
     monkeypatch.setitem(bench_model.SIZES, "tiny", (48, 2, 3))
     return bench_model.Setting("deep", 3, 2, "tiny", 32)
 
 
-def ratios_of_model(setting):
-    with torch.inference_mode():
-        return timing.compare(
-            bench_model._peers(setting), check=bench_model._check(setting), device=timing.selection.device
-        )
+def model_info(setting, name="vptm"):
+    benchmark = Benchmark()
+    bench_model.bench_inference(benchmark, name, setting, FP32)
+    return benchmark.extra_info
+
+
+def step_info(setting, name="vptm"):
+    benchmark = Benchmark()
+    bench_training_step.bench_training_step(benchmark, name, setting, FP32)
+    return benchmark.extra_info
 
 
 def test_the_whole_model_bench_sees_a_slower_vptm(counted, tiny_model, monkeypatch):
     """The ratio of the README's first table, with vptm made to do everything three times: a third must be left."""
-    honest = ratios_of_model(tiny_model).speed_up("concatenation")
+    honest = model_info(tiny_model)["speed-up over concatenation"]
     monkeypatch.setattr(PromptedBEiT, "forward_hidden", thrice(PromptedBEiT.forward_hidden))
-    assert ratios_of_model(tiny_model).speed_up("concatenation") == pytest.approx(honest / 3)
+    assert model_info(tiny_model)["speed-up over concatenation"] == pytest.approx(honest / 3, abs=1e-3)
 
 
 @pytest.mark.parametrize("wrong", [lambda x: x * float("nan"), lambda x: x.flip(0), lambda x: x + 0.05])
 def test_the_whole_model_bench_refuses_a_wrong_peer(counted, tiny_model, monkeypatch, wrong):
     concatenate = bench_model._concatenate
     monkeypatch.setattr(bench_model, "_concatenate", lambda *arguments: wrong(concatenate(*arguments)))
-    found = ratios_of_model(tiny_model)
-    assert "differs from the fp64 reference" in found.refused["concatenation"]
-    assert "concatenation" not in found.seconds and "timm without prompts" in found.seconds
+    info = model_info(tiny_model)
+    assert "differs from the fp64 reference" in info["refused"]["concatenation"]
+    assert "speed-up over concatenation" not in info and "speed-up over timm without prompts" in info
+    assert "concatenation" not in info["peak extra bytes"]
+    with pytest.raises(pytest.skip.Exception, match="not timed: concatenation differs"):
+        model_info(tiny_model, "concatenation")
 
 
 def test_the_whole_model_bench_times_nothing_when_vptm_is_wrong(counted, tiny_model, monkeypatch):
     forward = PromptedBEiT.forward_hidden
-    bench_model._model(tiny_model)  # the reference is right; what is timed is not
+    bench_model._model(tiny_model, FP32)  # the reference is right; what is timed is not
     monkeypatch.setattr(PromptedBEiT, "forward_hidden", lambda *arguments: forward(*arguments) + 0.05)
     with pytest.raises(AssertionError, match="vptm differs from the fp64 reference"):
-        ratios_of_model(tiny_model)
+        model_info(tiny_model)
+
+
+def test_prompts_as_past_keys_and_values_are_the_same_function(counted, tiny_model, monkeypatch):
+    """PEFT's form is compared where prompts are deep; one that computed something else would be refused every time."""
+
+    def refuse(*_):
+        raise RuntimeError("cannot be built")
+
+    monkeypatch.setattr(bench_model, "FIRST", [tiny_model])
+    monkeypatch.setattr(peers, "hugging_face", refuse)
+    info = model_info(tiny_model)
+    assert f"speed-up over {bench_model.PREFIX}" in info
+    assert info["refused"] == {peers.TRANSFORMERS: "cannot be built"}, "and the others are compared all the same"
+
+
+def test_graphs_are_a_comparison_of_their_own(counted, tiny_model, monkeypatch):
+    """A capture that fails must not cost vptm the ratios that are there without graphs, nor be left out in silence."""
+    monkeypatch.setattr(timing, "present", dict)
+    runs, check = bench_model._runs(tiny_model, FP32), bench_model._check(tiny_model, FP32)
+    replayed = []
+
+    def captured(run):
+        replayed.append(run)
+        return run
+
+    monkeypatch.setattr(timing, "captured", captured)
+    with torch.inference_mode():
+        info = bench_model._in_graphs(runs, check, "cuda")
+        assert "speed-up over concatenation (CUDA graphs)" in info and replayed == [runs["vptm"], runs["concatenation"]]
+        for broken in ("vptm", "concatenation"):
+
+            def failing(run, broken=broken):
+                if run is runs[broken]:
+                    raise RuntimeError("operation not permitted when stream is capturing")
+                return run
+
+            monkeypatch.setattr(timing, "captured", failing)
+            refused = bench_model._in_graphs(runs, check, "cuda")["refused"]
+            assert refused == {f"{broken} (CUDA graphs)": "operation not permitted when stream is capturing"}
+    both = timing.merged({"refused": {"a": "x"}, "speed-up over b": 1}, info | {"refused": refused})
+    assert both["refused"] == {"a": "x", **refused} and "speed-up over concatenation (CUDA graphs)" in both
+
+
+@pytest.mark.parametrize("mode, length", [("deep", 3), ("shallow", 3), ("no", 0)])
+def test_operations_of_the_whole_model_are_those_that_pytorch_counts(monkeypatch, mode, length):
+    """The share of the ceiling is worth as much as this formula."""
+    monkeypatch.setitem(bench_model.SIZES, "four blocks", (48, 4, 3))
+    setting = bench_model.Setting(mode, length, 2, "four blocks", 32)
+    run = bench_model._runs(setting, torch.float64)["vptm"]  # float32 may run in oneDNN, which is not counted
+    with torch.inference_mode():
+        run()  # keys and values of deep prompts are kept
+        with FlopCounterMode(display=False) as counter:
+            run()
+    assert bench_model.work(setting, FP32).operations == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("length, forward, step", [(0, 32.24, None), (100, 32.91, 68.5), (200, 33.57, 70.9)])
+def test_operations_are_those_of_the_published_cost_model(length, forward, step):
+    """BEiT-B/16 at 224, GFLOP per image at batch 64, prompts cached in inference; a step may differ in its last block,
+    where the read-out never forms keys and values."""
+    setting = bench_model.Setting("deep", length, 64)
+    assert bench_model.work(setting, FP32).operations / 64e9 == pytest.approx(forward, rel=1e-3)
+    if step:
+        assert bench_model.work(setting, FP32, step=True).operations / 64e9 == pytest.approx(step, rel=0.03)
+
+
+def test_one_model_is_held_at_a_time(tiny_model):
+    """All settings of a full grid at once do not fit a GPU."""
+    other = tiny_model._replace(length=1)
+    held = weakref.ref(bench_model._model(tiny_model, FP32)[0])
+    assert bench_model._model(tiny_model, FP32)[0] is held()
+    bench_model._model(other, FP32)
+    gc.collect()
+    assert held() is None
+
+
+def test_the_training_bench_sees_a_slower_vptm(counted, tiny_model, monkeypatch):
+    honest = step_info(tiny_model)["speed-up over concatenation"]
+    monkeypatch.setattr(PromptedBEiT, "forward_hidden", thrice(PromptedBEiT.forward_hidden))
+    # the backward pass, which runs once, stays as it is
+    assert step_info(tiny_model)["speed-up over concatenation"] < 0.75 * honest
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 1.1])
+def test_the_training_bench_refuses_a_wrong_peer_and_times_the_others(counted, tiny_model, monkeypatch, factor):
+    """A wrong peer that raised would take vptm's own time with it."""
+    concatenate = bench_training_step._concatenate
+    monkeypatch.setattr(bench_training_step, "_concatenate", lambda *arguments: concatenate(*arguments) * factor)
+    info = step_info(tiny_model)
+    assert "gradients differ from the fp64 reference" in info["refused"]["concatenation"]
+    assert "speed-up over concatenation" not in info and set(info["microseconds"]) == {"vptm"}
+    assert set(info["bytes saved for backward"]) == {"vptm"}
+    with pytest.raises(pytest.skip.Exception, match="not timed: concatenation: gradients differ"):
+        step_info(tiny_model, "concatenation")
+
+
+def test_the_training_bench_times_nothing_when_vptm_is_wrong(counted, tiny_model, monkeypatch):
+    forward = PromptedBEiT.forward_hidden
+    bench_training_step._exact(tiny_model, FP32)
+    monkeypatch.setattr(PromptedBEiT, "forward_hidden", lambda *arguments: forward(*arguments) * 1.1)
+    with pytest.raises(AssertionError, match="vptm: gradients differ from the fp64 reference"):
+        step_info(tiny_model)
+
+
+def test_a_training_step_without_prompts_is_timed(counted, tiny_model):
+    """An empty parameter has no gradient that autograd could give."""
+    info = step_info(tiny_model._replace(mode="no", length=0))
+    assert "speed-up over concatenation" in info and info["prompt_length"] == 0
 
 
 class Benchmark:

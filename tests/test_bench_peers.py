@@ -10,11 +10,20 @@ from bench import peers, timing
 
 @pytest.fixture
 def gpu_selected():
-    """As on a machine with a GPU: the compiled peers are there. Nothing is compiled for one."""
+    """As on a machine with a GPU where every compiled peer is asked for. Nothing is compiled for one."""
     before = timing.selection
-    timing.select(timing.Selection(device="cuda"))
+    timing.select(timing.Selection(device="cuda", peers=tuple(timing.MODES)))
     yield
     timing.select(before)
+
+
+@pytest.fixture(autouse=True)
+def limits():
+    """torch's own, whatever was imported before, and put back as they were."""
+    from torch._dynamo import config
+
+    with config.patch(fail_on_recompile_limit_hit=False, recompile_limit=8):
+        yield
 
 
 def test_compiled_peers_are_one_graph_of_the_eager_form(gpu_selected):
@@ -36,6 +45,67 @@ def test_a_peer_with_a_graph_break_is_refused(gpu_selected):
     runs = {"vptm": lambda: x + 1} | peers.compiled(broken, backend="eager")
     found = timing.compare(runs, check=lambda name, value: None, clock=lambda run: 1.0)
     assert set(found.refused) == {"torch.compile", "torch.compile max-autotune"}
+
+
+@pytest.fixture
+def graphs():
+    """Sizes that a backend got a graph for; every call of what it made is kept as well."""
+
+    class Counting(list):
+        called = 0
+
+        def __call__(self, module, inputs):
+            self.append(tuple(value.shape for value in inputs if isinstance(value, torch.Tensor)))
+
+            def run(*arguments):
+                self.called += 1
+                return module(*arguments)
+
+            return run
+
+    return Counting()
+
+
+SHAPES = range(2, 2 + 9)  # one more than the forms that torch.compile keeps of a function
+
+
+def test_every_bench_gets_a_compiled_peer_of_its_own(graphs):
+    """Beyond its limit of eight forms torch.compile runs eagerly without a word: ratios over "compiled" would be ratios
+    over eager from the ninth shape on."""
+    for size in SHAPES:
+        timing.one_graph(torch.sin, backend=graphs)(torch.ones(size))
+    assert graphs == [(torch.Size([size]),) for size in SHAPES] and graphs.called == len(SHAPES)
+
+
+def test_a_form_that_is_used_for_too_many_shapes_is_an_error(graphs):
+    """A bench that keeps one form for all its shapes must fail, not time eager code."""
+    form = timing.one_graph(torch.sin, backend=graphs)
+    with pytest.raises(Exception, match="Hard failure"):
+        for size in SHAPES:
+            form(torch.ones(size))
+    assert graphs.called == len(graphs) == len(SHAPES) - 1
+
+
+def test_a_compiled_peer_is_made_once_for_all_rows_of_a_group(monkeypatch):
+    """Compiling takes longer than timing: a row of the table takes the form that was compared. The next group must not
+    get it."""
+    made = []
+    monkeypatch.setattr(timing, "one_graph", lambda function, mode: made.append(mode) or (lambda *a: function(*a)))
+    peer, other = timing.compiled(torch.sin).values()
+    first = peer.form("a")
+    assert peer.form("a") is first and other.form("a") is not first and made == list(timing.MODES.values())
+    assert peer.form("b") is not first and len(made) == 3
+    assert timing.Peer(torch.sin).form("a") is torch.sin
+
+
+def test_what_takes_minutes_is_timed_when_named_and_listed_otherwise(gpu_selected):
+    """A default run that compiled with max-autotune would not end; one that left it out unsaid would look complete."""
+    named = timing.compiled(torch.sin, "absorbed compiled")
+    assert timing.absent(named)["absorbed compiled max-autotune"].startswith("takes minutes")
+    assert timing.rows(named) == ["vptm", "absorbed compiled"]
+    timing.select(timing.Selection(device="cuda", peers=("absorbed compiled max-autotune",)))
+    assert timing.absent(named) == {} and list(timing.present(named)) == ["absorbed compiled max-autotune"]
+    assert timing.rows(named) == ["vptm", *named]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from counting_clock import CountingClock
@@ -97,6 +99,15 @@ def test_a_peer_that_no_graph_captures_is_refused_and_not_timed_otherwise(monkey
     assert replayed.count(eager) == replayed.count(ours) == 4
 
 
+def test_a_replay_that_differs_from_its_call_is_refused(monkeypatch):
+    """A graph reads the addresses it was captured with: right once, it may be wrong ever after."""
+    stale = lambda: X + X  # noqa: E731
+    monkeypatch.setattr(timing, "captured", lambda run: (lambda: X * 3) if run is stale else run)
+    runs = {"stale": stale, "vptm": lambda: X * 2}
+    found = timing.compare(runs, check=close_to(X * 2), device="cuda", graph=True, clock=CountingClock().seconds)
+    assert set(found.refused) == {"stale"} and set(found.seconds) == {"vptm"}
+
+
 def test_nan_exceeds_every_error_budget():
     """Comparisons with NaN are all false: a budget written the other way round would let a NaN peer through."""
     exact = torch.ones(3, dtype=torch.float64)
@@ -164,11 +175,29 @@ def test_peak_memory_counts_what_is_held_at_once():
     assert 4000 <= single < 8000 <= timing.peak_extra_bytes(both_at_once, "cpu")
 
 
+def test_the_ceilings_are_the_best_of_several_turns(monkeypatch):
+    """A neighbour that takes the machine for a turn would lower a ceiling: plain products would come out above 1."""
+    seconds = iter([4.0, 2.0, 1.0, 0.5] + [8.0, 4.0] * 5)
+    monkeypatch.setattr(timing, "clock_of", lambda *_: lambda run: next(seconds))
+    timing.ceilings.cache_clear()
+    bandwidth, rate = timing.ceilings("cpu", torch.float32)
+    timing.ceilings.cache_clear()
+    assert bandwidth == 2 * (1 << 28) / 1.0 and rate == 2 * 2048**3 / 0.5
+
+
+def test_share_of_ceiling_is_the_slower_of_the_two_times(monkeypatch):
+    monkeypatch.setattr(timing, "ceilings", lambda *_: (100.0, 1000.0))
+    for moved, operations, share in ((50, 100, 0.25), (5, 4000, 2.0)):
+        info = timing.work_info(2.0, moved, operations, "cpu", torch.float32)
+        assert info["share of ceiling"] == share
+        assert (info["achieved bandwidth"], info["achieved rate"]) == (moved / 2, operations / 2)
+
+
 def test_environment_says_where_and_what():
     found = timing.environment()
     assert found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"]
     assert (found["gpu"] is None) == (not torch.cuda.is_available())
-    assert {"threads", "commit", "gpu state"} <= set(found)
+    assert {"threads", "commit", "gpu state", "load average"} <= set(found)
 
 
 @pytest.mark.parametrize("arguments, message", [({"ours": "mine"}, "ours must be one of a"), ({"rounds": 0}, "rounds")])
@@ -204,17 +233,36 @@ def bench_doubling(benchmark, name):
 """
 
 
+# a bench that is not parametrised by implementation, and times in one dtype
+PLAIN = """
+import torch
+from bench import timing
+
+DTYPE = torch.float32
+PEERS = {"eager": timing.Peer(lambda: 1), "xformers": timing.Peer(lambda: 1, needs=("no_such_package",))}
+
+def bench_plain(benchmark):
+    benchmark.group = "plain"
+    runs = {"vptm": lambda: 1} | {n: p.run for n, p in timing.present(PEERS).items()}
+    benchmark.extra_info |= timing.compare(runs, check=None).info()
+    benchmark.pedantic(runs["vptm"], rounds=1)
+"""
+
+
 @pytest.fixture
 def benches(pytester, monkeypatch):
-    """A bench folder with one file, run with arguments in this process; the selection is put back afterwards."""
+    """A bench folder with two files, run with arguments in this process; the selection is put back afterwards."""
     before = timing.selection
     # the machine's description costs seconds and is tested above
     monkeypatch.setattr(timing, "environment", lambda: {"gpu": None})
     pytester.makeconftest("from bench.conftest import *")
     pytester.makeini("[pytest]\npython_files = bench_*.py\npython_functions = bench_*")
     pytester.makepyfile(bench_doubling=BENCH)
+    pytester.mkdir("plain").joinpath("bench_plain.py").write_text(PLAIN)
     monkeypatch.setattr("pytest_benchmark.plugin.get_commit_info", lambda *_: {"id": "none"})
-    yield lambda *arguments: pytester.runpytest_inprocess("--benchmark-only", "-rs", *arguments)
+    yield lambda *arguments, file="bench_doubling.py": pytester.runpytest_inprocess(
+        "--benchmark-only", "-rs", file, *arguments
+    )
     timing.select(before)
 
 
@@ -236,6 +284,46 @@ def test_peers_can_be_chosen_and_an_absent_one_is_skipped_by_name(benches):
     result.assert_outcomes(passed=1, skipped=1, deselected=2)
     result.stdout.fnmatch_lines(["*absent: needs the package no_such_package*"])
     result.stdout.no_fnmatch_line("*over eager*")
+
+
+NO_PACKAGE = "needs the package no_such_package, which is not installed"
+
+
+def test_peers_that_are_not_here_are_listed_though_nobody_asked_for_them(benches, pytester):
+    """A table without xformers would read as if it had been beaten. The json says it as well, with the machine's load
+    and clock, and what the run took."""
+    result = benches("--benchmark-json", "found.json", file="plain")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["*absent, not timed*", f"bench_plain: xformers: {NO_PACKAGE}", "all benches took * s"])
+    machine = json.loads(pytester.path.joinpath("found.json").read_text())["machine_info"]
+    assert machine["absent"] == {"bench_plain": {"xformers": NO_PACKAGE}}
+    assert {"load average before", "gpu state before"} <= set(machine)
+
+
+@pytest.mark.parametrize("file, name", [("plain", "xformers"), ("bench_doubling.py", "absent")])
+def test_a_run_of_absent_peers_alone_is_no_success(benches, file, name):
+    """vptm alone is timed then, and nothing that was asked for."""
+    result = benches("--peers", name, file=file)
+    assert result.ret == 5
+    result.stdout.fnmatch_lines([f"bench_*: {name}: {NO_PACKAGE}", f"nothing was timed of --peers {name}"])
+
+
+@pytest.mark.parametrize("peer", ["wrong", "eager"])
+def test_a_run_of_refused_peers_alone_is_no_success(benches, peer):
+    assert benches("--peers", peer).ret == (5 if peer == "wrong" else 0)
+
+
+def test_one_peer_of_two_is_enough(benches):
+    result = benches("--peers", "xformers,eager", file="plain")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines([f"bench_plain: xformers: {NO_PACKAGE}"])
+
+
+def test_a_dtype_that_is_left_out_is_named(benches):
+    """Asked for two, a bench that times one of them in silence would be taken for both."""
+    result = benches("--dtype", "float32,float16", file="plain")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["bench_plain: dtype float16: float32 alone is timed"])
 
 
 @pytest.mark.parametrize(
