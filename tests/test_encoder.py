@@ -17,6 +17,7 @@ import pytest
 import torch
 from beit_factory import randomize, tiny_beit
 from test_prompted_beit import build, images, relative_error
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vptm
@@ -155,9 +156,74 @@ def test_inference_mode_leaves_nothing_behind_that_training_cannot_use() -> None
 
 @torch.inference_mode()
 def test_model_made_under_inference_mode_runs() -> None:
-    """Tensors made under inference_mode have no version counter; reading it would raise."""
-    model = build(prompt_mode="deep")
+    """Tensors made under inference_mode have no version counter: reading it would raise, and an adapter that is loaded
+    afterwards would go unnoticed."""
+    model, other = build(prompt_mode="deep"), build(prompt_mode="deep", seed=2)
     assert max(vptm.check(model, images(model), gradients=False).values()) <= 1e-12
+    before = model(images(model))
+    model.load_learned_state_dict(other.learned_state_dict())
+    assert relative_error(model(images(model)), before) > 1e-2
+    assert max(vptm.check(model, images(model), gradients=False).values()) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["prompts.weight", "backbone.blocks.0.mlp.fc1.weight", "verbalizer.prototypes"])
+@torch.no_grad()
+def test_a_replaced_tensor_at_a_reused_address_is_noticed(name: str) -> None:
+    """Memory that was freed is given out again: an address and a version alone would find the old constants."""
+    model = build(prompt_mode="deep")
+    batch, weight = images(model), model.get_parameter(name).detach().clone()
+    for factor in (1.0, 2.0, 3.0, -4.0, 0.5):
+        expected = copy.deepcopy(model)
+        expected.get_parameter(name).copy_(weight * factor)
+        found = functional_call(model, {name: weight * factor}, (batch,))
+        assert relative_error(found, expected(batch)) <= 1e-12, factor
+
+
+@torch.no_grad()
+def test_what_is_not_a_parameter_is_noticed_too() -> None:
+    """Another activation, a hook, and drop path in training mode change the function; folded constants hold none."""
+    model = build(tiny_beit(drop_path_rate=0.5), prompt_mode="deep")
+    batch = images(model)
+    before = model(batch)
+    model.backbone.blocks[0].mlp.act = torch.nn.GELU(approximate="tanh")
+    assert max(vptm.check(model, batch, gradients=False).values()) <= 1e-12
+    assert not torch.equal(model(batch), before)
+    hook = model.backbone.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: 0 * output)
+    assert not model._encoder.runs(model) and "blocks with forward hooks" in model._unfolded()
+    assert max(vptm.check(model, batch, gradients=False).values()) <= 1e-12
+    hook.remove()
+    assert model._encoder.runs(model)
+    model.unfreeze().requires_grad_(False).train()
+    assert not model._encoder.runs(model) and not torch.equal(model(batch), model(batch))
+
+
+def test_a_norm_with_a_forward_of_its_own_is_not_folded() -> None:
+    class Doubled(torch.nn.LayerNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = build(prompt_mode="deep")
+    model.backbone.blocks[1].norm2 = Doubled(16).double().requires_grad_(False)
+    assert not model._encoder.runs(model)
+    assert max(vptm.check(model, images(model)).values()) <= 1e-10
+
+
+def test_parts_of_another_dtype_or_device_are_refused_by_name() -> None:
+    """PyTorch would speak of mat1 and mat2."""
+    changes = [
+        (lambda model: model.prompts.to(torch.bfloat16), "prompts must have the dtype of the backbone, torch.float64"),
+        (lambda model: model.verbalizer.float(), "verbalizer must have the dtype of the backbone, torch.float64"),
+        (lambda model: model.prompts.to("meta"), "prompts must be on the device of the backbone, cpu, got meta"),
+    ]
+    for change, message in changes:
+        model = build(prompt_mode="deep")
+        change(model)
+        with pytest.raises((TypeError, ValueError), match=message):
+            model(images(model))
+    model = build(prompt_mode="deep").float()
+    wrong = "images must have the dtype of the model, torch.float32, got torch.float64"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=wrong):
+        model(images(model))
 
 
 def test_state_dict_holds_the_original_weights_bitwise() -> None:

@@ -209,6 +209,7 @@ def test_freeze_for_inference_drops_the_originals(kind: str) -> None:
         "moving or casting": lambda: model.to(torch.bfloat16),
         "reference path": lambda: vptm.check(model, batch),
     }
+    needs_originals["keep_originals=True"] = lambda: model.freeze_for_inference(keep_originals=True)
     for name, use in needs_originals.items():
         with pytest.raises(RuntimeError, match=f"{name}.* freeze_for_inference dropped them"):
             use()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from beit_factory import tiny_beit
 from test_prompted_beit import build, images
 from test_prompted_vit import build as build_vit
 from test_prompted_vit import pictures, tiny_vit
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +21,15 @@ from vptm_kernels._runtime.frozen_linear import frozen_linear, runs_onednn
 from vptm_kernels.testing import assert_close_to_exact
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Calls of oneDNN's operator."""
+    found: list[int] = []
+    own = module._onednn
+    monkeypatch.setattr(module, "_onednn", lambda *arguments: found.append(1) or own(*arguments))
+    return found
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "default"])
@@ -74,26 +86,77 @@ def test_flops_are_counted(onednn: bool) -> None:
     assert counter.get_total_flops() == 2 * 2 * 5 * 7 * 3
 
 
+@torch.no_grad()
+def test_a_forward_mode_derivative_is_not_lost(onednn: bool) -> None:
+    """Forward mode works where grad mode is off, and oneDNN's operator would drop the tangent without a word."""
+    x, tangent, weight = torch.randn(4, 7), torch.randn(4, 7), torch.randn(3, 7)
+    with forward_ad.dual_level():
+        dual = frozen_linear(forward_ad.make_dual(x, tangent), weight)
+        assert torch.equal(forward_ad.unpack_dual(dual).tangent, F.linear(tangent, weight))
+    pushed = torch.func.jvp(lambda x: frozen_linear(x, weight, gelu=True), (x,), (tangent,))[1]
+    torch.testing.assert_close(pushed, torch.func.jvp(lambda x: F.gelu(F.linear(x, weight)), (x,), (tangent,))[1])
+
+
+@torch.no_grad()
+def test_the_users_switch_turns_it_off(onednn: bool) -> None:
+    x, weight = torch.randn(4, 7), torch.randn(3, 7)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not runs_onednn(x, weight)
+
+
+@torch.no_grad()
+def test_nothing_traced_holds_it(onednn: bool, calls: list[int]) -> None:
+    """A graph made here runs elsewhere; TorchScript cannot even express the operator's arguments."""
+    model = build_vit(tiny_vit(), prompt_mode="deep", prompt_length=3).float()
+    batch = pictures(model, 3).float()
+    expected = model(batch)
+    assert bool(calls) == onednn
+    calls.clear()
+    traced = torch.jit.trace(model, (batch,), check_trace=False)
+    exported = torch.export.export(model, (batch,)).module()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for run in (traced, exported, compiled, make_fx(model)(batch)):
+        torch.testing.assert_close(run(batch), expected)
+    assert not calls
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("mode", ["shallow", "deep", "progressive"])
 @pytest.mark.parametrize("readout", ["mask", "cls", "mean"])
 @torch.no_grad()
-def test_beit_equals_reference(onednn: bool, mode: str, readout: str) -> None:
+def test_beit_equals_reference(onednn: bool, calls: list[int], mode: str, readout: str, precision: str) -> None:
+    """Whole models, in every precision oneDNN is used in, and it must be used: eager frozen inference is what it is
+    for."""
     model = build(tiny_beit(), prompt_mode=mode, prompt_length=3, readout=readout)
-    _equals_reference(model.float(), images(model, 3).float())
+    _equals_reference(model, images(model, 3), precision)
+    assert bool(calls) == onednn
 
 
 @pytest.mark.parametrize("act", ["gelu", "quick_gelu", "gelu_tanh"])
 @torch.no_grad()
-def test_vit_equals_reference(onednn: bool, act: str) -> None:
+def test_vit_equals_reference(onednn: bool, calls: list[int], act: str) -> None:
     """Only the exact GELU runs inside the product: CLIP's and the tanh form must not."""
     model = build_vit(tiny_vit(act_layer=act), prompt_mode="deep", prompt_length=3)
-    _equals_reference(model.float(), pictures(model, 3).float())
+    _equals_reference(model, pictures(model, 3), "float32")
+    assert bool(calls) == onednn
 
 
-def _equals_reference(model, batch: torch.Tensor) -> None:
+def _equals_reference(model: Any, batch: torch.Tensor, precision: str) -> None:
+    if precision == "autocast":
+        model = model.float()
+        batch = batch.float()
+        exact, eager = copy.deepcopy(model).double(), copy.deepcopy(model)
+        exact.impl = eager.impl = "reference"
+        with torch.autocast("cpu", torch.bfloat16):
+            found, peer = model.forward_hidden(batch).double(), eager.forward_hidden(batch).double()
+        want = exact.forward_hidden(batch.double())
+        assert (found - want).abs().max() <= 2 * (peer - want).abs().max() + torch.finfo(torch.bfloat16).eps
+        return
+    dtype = getattr(torch, precision)
+    model, batch = model.to(dtype), batch.to(dtype)
     exact, eager = copy.deepcopy(model).double(), copy.deepcopy(model)
     exact.impl = eager.impl = "reference"
     want = exact.forward_hidden(batch.double())
     # so small a model is off by an eps or two: which of two orders of summation is nearer is chance
     error, peer = ((m.forward_hidden(batch) - want).abs().max() for m in (model, eager))
-    assert error <= 2 * peer + 4 * torch.finfo(torch.float32).eps * want.abs().max()
+    assert error <= 2 * peer + 4 * torch.finfo(dtype).eps * want.abs().max()

@@ -42,6 +42,13 @@ def test_stages_add_up_and_name_the_right_block(mode: str) -> None:
     assert all(stage.seconds[path] > 0 for stage in stages for path in stage.seconds)
 
 
+def test_a_trainable_backbone_is_refused() -> None:
+    """It runs unfolded; counting it frozen would report a path that does not run."""
+    model = beit_model("deep", P).unfreeze()
+    with pytest.raises(ValueError, match="stages_of needs a frozen backbone, got a trainable one"):
+        stages_of(model, images(model, B), repeats=1)
+
+
 def test_the_token_head_is_counted_folded() -> None:
     """Inference multiplies the hidden state with the folded head; folding it is no cost of a batch."""
     options = {"readout": "mask", "verbalizer": "prototypical", "token_activation": "logits"}

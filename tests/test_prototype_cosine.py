@@ -559,6 +559,8 @@ BAD = [
     ({"class_offsets": [0, 4], "task_ids": torch.tensor([0, -1, 0])}, "lie in 0 .. 0, got -1 for image 1"),
     ({"token_gram": torch.zeros(11, 11)}, "token_gram must be None with a projection"),
     ({"token_weight": FoldedHead(torch.zeros(5, 10), torch.zeros(5))}, "token_bias must be None with a FoldedHead"),
+    ({"projection": torch.zeros(11, 5).mT}, "projection must have a unit last stride"),
+    ({"class_offsets": 4, "task_ids": torch.zeros(3).long()}, "class_offsets must be a sequence of ints, got int"),
 ]
 
 
@@ -597,6 +599,7 @@ def test_an_activation_of_a_folded_head_is_refused():
         ({"prototypes": torch.zeros(4, 5).double()}, "prototypes must have the dtype of hidden"),
         ({"eps": 0.0}, "eps must be > 0, got 0.0"),
         ({"eps": float("nan")}, "eps must be > 0, got nan"),
+        ({"eps": "x"}, "eps must be a number > 0, got 'x'"),
         ({"impl": "fast"}, "impl must be one of ('auto', 'triton', 'torch'), got 'fast'"),
     ],
     ids=str,
@@ -610,6 +613,24 @@ def test_bad_input_of_a_folded_head(change, message):
     with torch.no_grad(), pytest.raises((ValueError, TypeError), match=re.escape(message)) as error:
         prototype_cosine(**{**call, **change})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-23, 1e-35])
+@pytest.mark.parametrize("activation", ["logits", "log_softmax"])
+def test_a_zero_vector_in_token_space_has_cosine_zero(activation, eps):
+    """The square of a small eps is zero in float32: the norm would be zero, and the cosine and its gradient NaN."""
+    call = Case(head="tokens", activation=activation, dtype=torch.float32, grads=("hidden",), batch=4).inputs()
+    zero = torch.zeros_like(call["prototypes"])
+    zero[1:] = call["prototypes"][1:]
+    call |= {"prototypes": zero, "eps": eps}
+    if activation == "logits":
+        call["token_bias"] = None
+        call["hidden"] = (call["hidden"].detach() * torch.arange(4, device=DEVICE)[:, None]).requires_grad_()
+    scores = prototype_cosine(**call)
+    (gradient,) = torch.autograd.grad(scores.sum(), call["hidden"])
+    assert bool(scores.isfinite().all()) and bool((scores[:, 0] == 0).all())
+    assert activation != "logits" or bool((scores[0] == 0).all())
+    assert bool(gradient[1:].isfinite().all())
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-35, 1e-300])

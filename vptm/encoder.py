@@ -13,12 +13,12 @@ pre-norm blocks of timm's BEiT or ViT, runs through `vptm.reference` with fused 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from timm.layers import LayerScale, Mlp
+from timm.layers import LayerNorm, LayerScale, Mlp
 from timm.models import beit, vision_transformer
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -52,8 +52,17 @@ class FrozenBlock(NamedTuple):
     activation: nn.Module
 
 
+_NORMS = (nn.LayerNorm, LayerNorm)
+
+
+def _hooks(module: nn.Module) -> int:
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)
+
+
 def can_fold(block: Any) -> bool:
     """Whether a block is norm, attention, LayerScale, norm, two-layer MLP, LayerScale, and nothing else."""
+    if any(_hooks(module) for module in block.modules()):
+        return False  # a hook on a part that never runs would never fire
     if type(block) is beit.Block:
         plain = type(block.attn) is beit.Attention
     elif type(block) is vision_transformer.Block:
@@ -67,8 +76,8 @@ def can_fold(block: Any) -> bool:
         plain
         and type(block.mlp) is Mlp
         and isinstance(block.mlp.norm, nn.Identity)
-        and isinstance(block.norm1, nn.LayerNorm)
-        and isinstance(block.norm2, nn.LayerNorm)
+        and type(block.norm1) in _NORMS
+        and type(block.norm2) in _NORMS
         # an adapter library may have put its own module in place of a linear
         and all(type(linear) is nn.Linear for linear in _linears(block))
         and block.attn.qkv.out_features == 3 * block.attn.qkv.in_features
@@ -138,20 +147,25 @@ def fold_block(block: Any, dtype: torch.dtype) -> FrozenBlock:
 
 
 def _state(tensor: Tensor) -> tuple[int, int, torch.dtype, bool]:
-    """What changes when the values of `tensor` do; tensors made under inference_mode have no version to look at."""
+    """What changes when the values of `tensor` do, while its storage is held; tensors made under inference_mode have no
+    version to look at."""
     version = -1 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.dtype, tensor.requires_grad
 
 
 def _states(module: nn.Module, found: list[object]) -> list[object]:
-    """Every module's class, eps, and every parameter's state; `parameters()` takes five times as long."""
-    found.append(type(module))
-    found.append(module.__dict__.get("eps"))
+    """Every module, its mode, eps and hooks, and every parameter's state; `parameters()` takes five times as long."""
+    found += (module, module.training, module.__dict__.get("eps"), _hooks(module))
     found += [_state(parameter) for parameter in module._parameters.values() if parameter is not None]
     for child in module._modules.values():
         if child is not None:
             _states(child, found)
     return found
+
+
+def storages(tensors: Iterable[Tensor | None]) -> list[torch.UntypedStorage]:
+    """What keeps the addresses in `_state` from being given to other tensors."""
+    return [tensor.untyped_storage() for tensor in tensors if tensor is not None]
 
 
 def _bias_values(bias: Tensor, dtype: torch.dtype, triton: bool) -> Tensor:
@@ -215,6 +229,7 @@ class FrozenEncoder:
     def __init__(self) -> None:
         self._key: tuple[object, ...] | None = None
         self._walked: list[object] = []
+        self._held: list[torch.UntypedStorage] = []
         self._foldable = False
         self._blocks: list[FrozenBlock] = []
         self._biases: list[Tensor | None] = []
@@ -222,6 +237,7 @@ class FrozenEncoder:
         self._narrow = False
         self.sealed = False
         self._prefix_key: tuple[object, ...] | None = None
+        self._prefix_held: list[torch.UntypedStorage] = []
         self._prefixes: dict[int, Tensor] = {}
         self._start: tuple[Tensor, Tensor] | None = None
 
@@ -232,13 +248,22 @@ class FrozenEncoder:
 
     def __getstate__(self) -> dict[str, object]:
         derived = self.__dict__ if self.sealed else FrozenEncoder().__dict__
-        return derived | {"_prefix_key": None, "_prefixes": {}, "_start": None}
+        return derived | {"_prefix_key": None, "_prefix_held": [], "_prefixes": {}, "_start": None}
+
+    def seal(self) -> None:
+        """Be all there is of the frozen weights: nothing is looked at, or derived, again."""
+        assert self._key is not None
+        self.sealed, self._key, self._walked, self._held = True, self._key[:2], [], []
+
+    def forget_prompts(self) -> None:
+        """Project the prompts again: tensors made under inference_mode do not tell that they changed."""
+        self._prefix_key = None
 
     @staticmethod
     def supports(model: PromptedModel) -> bool:
-        """Whether the backbone is frozen and made of blocks that fold."""
-        frozen = not any(parameter.requires_grad for parameter in model.backbone.parameters())
-        return frozen and all(can_fold(block) for block in model.backbone.blocks)
+        """Whether the backbone is frozen, drops nothing at random, and is made of blocks that fold."""
+        learns = model.backbone.training or any(parameter.requires_grad for parameter in model.backbone.parameters())
+        return not learns and all(can_fold(block) for block in model.backbone.blocks)
 
     def runs(self, model: PromptedModel) -> bool:
         """Whether `model` runs folded; then the constants are those of its weights, derived again where one changed."""
@@ -248,6 +273,7 @@ class FrozenEncoder:
             walked = _states(model.backbone, [])
             if walked != self._walked:
                 self._foldable, self._walked = self.supports(model), walked
+                self._held = storages(model.backbone.parameters())
         if self._foldable:
             self._refresh(model)
         return self._foldable
@@ -317,6 +343,7 @@ class FrozenEncoder:
             key = tuple(_state(parameter) for parameter in prompts.parameters())
             if key != self._prefix_key:
                 self._prefix_key = key
+                self._prefix_held = storages(prompts.parameters())
                 fresh = [i for i in range(len(self._blocks)) if prompts.role(i) == "own"]
                 self._prefixes = {i: self._project_prefix(model, i, batch) for i in fresh}
             return self._prefixes[layer]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula, sdpa_flop_count
 
 from .reference import reference_features, sdpa
 
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from .prompted_model import PromptedModel
 
 PATHS = ("vptm", "concatenation")
+
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+if _CPU_ATTENTION not in flop_registry:  # torch before 2.15 counts nothing for it
+
+    @register_flop_formula(_CPU_ATTENTION)
+    def _cpu_attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
 
 
 @dataclass
@@ -63,6 +70,8 @@ def stages_of(model: PromptedModel, images: Tensor, *, repeats: int = 5) -> list
         >>> sum(stage.flops["vptm"] for stage in stages) < sum(stage.flops["concatenation"] for stage in stages)
         True
     """
+    if any(parameter.requires_grad for parameter in model.backbone.parameters()):
+        raise ValueError("stages_of needs a frozen backbone, got a trainable one: it runs every row of every block")
     if model.impl == "reference":
         raise ValueError("stages_of compares model.impl with the reference path, got impl='reference' itself")
     training = model.training

@@ -178,8 +178,8 @@ class PromptedModel(nn.Module):
     def refresh(self) -> None:
         """Derive the folded constants of encoder and verbalizer again.
 
-        Needed only after an edit PyTorch does not count as a change (through `.data`), or of a compiled model's frozen
-        weights; any other change is noticed.
+        Needed only after an edit PyTorch does not count as a change (through `.data`, or of a tensor made under
+        `inference_mode`), or of a compiled model's frozen weights; any other change is noticed.
         """
         self._refuse_dropped("refresh()")
         self._encoder = FrozenEncoder()
@@ -193,8 +193,9 @@ class PromptedModel(nn.Module):
         and training can unfreeze, and folded copies in the encoder, which run. Afterwards the block's four linear
         weights in `backbone` are without values (on the meta device): the model is for inference as it stands, on its
         device and in its dtype. `state_dict`, `load_state_dict`, `train`, `unfreeze`, `refresh`, `.to` and the
-        reference path then raise RuntimeError. `learned_state_dict`, `vptm.save_adapter` and `weight_hash` go on
-        working.
+        reference path then raise RuntimeError; edits of the norms and biases that are left change nothing.
+        `learned_state_dict`, `vptm.save_adapter` and `weight_hash` go on working. A pickle of such a model, as a
+        spawned process gets it, holds the folded weights; nothing else writes them.
 
         Args:
             keep_originals: only fold now, before the first image; everything stays possible.
@@ -210,13 +211,15 @@ class PromptedModel(nn.Module):
         if self.impl == "reference" or not self._encoder.runs(self):
             raise ValueError(f"freeze_for_inference needs a model that runs folded, got {self._unfolded()}")
         if self._encoder.sealed:
+            if keep_originals:
+                self._refuse_dropped("freeze_for_inference(keep_originals=True)")
             return self
         self.eval()
         if not keep_originals:
             for block in self.backbone.blocks:
                 for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
                     linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
-            self._encoder.sealed = True
+            self._encoder.seal()
         return self
 
     def _refuse_dropped(self, action: str) -> None:
@@ -234,7 +237,7 @@ class PromptedModel(nn.Module):
 
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError or TypeError unless `images` is (B, channels, height, width) floating point of this model's
-        size, on its device and, outside autocast, in its dtype."""
+        size, on its device and, outside autocast, in its dtype, and the model is on one device in one dtype."""
         if not isinstance(images, Tensor):
             raise TypeError(f"images must be a tensor, got {type(images).__name__}")
         height, width = self.backbone.patch_embed.img_size
@@ -246,8 +249,16 @@ class PromptedModel(nn.Module):
             raise TypeError(f"images must be floating point, normalised as vptm.transforms does, got {images.dtype}")
         if images.device != weight.device:
             raise ValueError(f"images must be on the device of the model, {weight.device}, got {images.device}")
-        if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+        autocast = torch.is_autocast_enabled(images.device.type)
+        if images.dtype != weight.dtype and (not autocast or torch.float64 in (images.dtype, weight.dtype)):
             raise TypeError(f"images must have the dtype of the model, {weight.dtype}, got {images.dtype}")
+        for name, part in (("prompts", self.prompts.weight), ("verbalizer", next(self.verbalizer.parameters(), None))):
+            if part is None:
+                continue
+            if part.device != weight.device:
+                raise ValueError(f"{name} must be on the device of the backbone, {weight.device}, got {part.device}")
+            if part.dtype != weight.dtype and not autocast:
+                raise TypeError(f"{name} must have the dtype of the backbone, {weight.dtype}, got {part.dtype}")
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Rows `[prefix | patches | mask?]` after the backbone's final norm; prompts do not enter what is returned,
@@ -278,9 +289,13 @@ class PromptedModel(nn.Module):
         """What keeps this model from the folded path."""
         if any(parameter.requires_grad for parameter in self.backbone.parameters()):
             return "a trainable one"
+        if self.backbone.training:
+            return "one in training mode"
         if self.impl == "reference":
             return "impl='reference'"
         block = next(block for block in self.backbone.blocks if not can_fold(block))
+        if any(part._forward_hooks or part._forward_pre_hooks for part in block.modules()):
+            return "blocks with forward hooks"
         mlp = getattr(block, "mlp", None)
         if mlp is not None and type(mlp) is not Mlp:
             return f"{type(mlp).__name__} blocks"
@@ -369,6 +384,9 @@ class PromptedModel(nn.Module):
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
+        self._encoder.forget_prompts()
+        if isinstance(self.verbalizer, PrototypicalVerbalizer):
+            self.verbalizer.refresh()
 
     def get_classifier(self) -> nn.Module:
         """The verbalizer."""

@@ -278,6 +278,8 @@ def evaluate(
         for images, labels in loader:
             _check_batch_labels(labels, classes)
             scores = model(images.to(place)).float().cpu()
+            if scores.shape[1] != classes:
+                raise ValueError(f"model must give a score for each of its {classes} classes, got {scores.shape[1]}")
             labels = labels.cpu().long()
             total += F.cross_entropy(scores, labels, reduction="sum").double()
             counts += torch.bincount(labels * classes + scores.argmax(1), minlength=classes**2).view(classes, classes)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from vptm_kernels import FoldedHead, fold_head, prototype_cosine
 
 from .choices import number, one_of
-from .encoder import _state
+from .encoder import _state, storages
 from .losses import check_labels, protoverb_loss
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class PrototypicalVerbalizer(nn.Module):
             isinstance(prototype_dim, bool) or not isinstance(prototype_dim, int) or prototype_dim < 1
         ):
             raise ValueError(f"prototype_dim must be an integer >= 1 or None, got {prototype_dim!r}")
-        if temperature is not None and not 0 < number("temperature", temperature) < math.inf:
+        # as the float32 it is kept as
+        if temperature is not None and not 0 < torch.tensor(float(number("temperature", temperature))) < math.inf:
             raise ValueError(f"temperature must be finite and > 0, or None to learn it, got {temperature!r}")
         self.token_activation = token_activation
         self.projection = None
@@ -111,14 +112,16 @@ class PrototypicalVerbalizer(nn.Module):
             self.log_temperature = nn.Parameter(log_temperature)
         else:
             self.register_buffer("log_temperature", log_temperature)
-        self._fold: tuple[object, FoldedHead, Tensor] | None = None
+        self._fold: tuple[object, object, FoldedHead, Tensor] | None = None
+        self._cast: tuple[object, object, Tensor, Tensor | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fold": None}
+        return {**self.__dict__, "_fold": None, "_cast": None}
 
     def refresh(self) -> None:
-        """Forget the folded head; needed only after an edit PyTorch does not count as a change (through `.data`)."""
-        self._fold = None
+        """Forget the folded head; needed only after an edit PyTorch does not count as a change (through `.data`, or of
+        a tensor made under `inference_mode`)."""
+        self._fold = self._cast = None
 
     @property
     def temperature(self) -> Tensor:
@@ -176,8 +179,25 @@ class PrototypicalVerbalizer(nn.Module):
         key = tuple(None if part is None else _state(part) for part in (*parts, self.prototypes))
         if self._fold is None or self._fold[0] != key:
             with torch.inference_mode(False), torch.no_grad():
-                self._fold = key, fold_head(*parts), F.normalize(self.prototypes, dim=-1)
-        return self._fold[1:]
+                held = storages((*parts, self.prototypes))
+                self._fold = key, held, fold_head(*parts), F.normalize(self.prototypes, dim=-1)
+        return self._fold[2:]
+
+    def _token_head(self, lm_head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the token head, under autocast cast once while they are frozen."""
+        parts, device = (lm_head.weight, lm_head.bias), lm_head.weight.device.type
+        learned = any(part is not None and part.requires_grad for part in parts)
+        if learned or torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+            return parts
+        dtype = torch.get_autocast_dtype(device)
+        if lm_head.weight.dtype in (dtype, torch.float64):
+            return parts
+        key = (dtype, *(None if part is None else _state(part) for part in parts))
+        if self._cast is None or self._cast[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                bias = None if lm_head.bias is None else lm_head.bias.to(dtype)
+                self._cast = key, storages(parts), lm_head.weight.to(dtype), bias
+        return self._cast[2:]
 
     def cosine(self, hidden: Tensor, lm_head: nn.Linear | None = None, impl: str = "auto") -> Tensor:
         """Cosine similarities (B, K) of the read-out rows (B, C) to the prototypes, in [-1, 1].
@@ -194,8 +214,7 @@ class PrototypicalVerbalizer(nn.Module):
             return prototype_cosine(hidden, head, None, prototypes, unit_prototypes=True, impl=impl)
         return prototype_cosine(
             hidden,
-            lm_head.weight,
-            lm_head.bias,
+            *self._token_head(lm_head),
             self.prototypes,
             projection=None if self.projection is None else self.projection.weight,
             projection_bias=None if self.projection is None else self.projection.bias,
@@ -285,6 +304,8 @@ def support_rows(model: PromptedModel, loader: Iterable[tuple[Tensor, Tensor]], 
     model.eval()
     try:
         for images, labels in loader:
+            if not isinstance(labels, Tensor):
+                raise ValueError(f"labels must be a tensor (B,) of integers, got {type(labels).__name__}")
             if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
                 raise ValueError(
                     f"labels must be ({len(images)},) integers, one for each image, "
@@ -390,8 +411,15 @@ def fit_prototypes(
 
 
 def check_finite(model: PromptedModel) -> None:
-    """Raise ValueError where something learned, or a frozen verbalizer, holds NaN or infinite values."""
-    for name, parameter in model.named_parameters():
+    """Raise ValueError where something learned, or a frozen verbalizer, holds NaN or infinite values, or another number
+    of prototypes than the model has classes."""
+    verbalizer = model.verbalizer
+    if isinstance(verbalizer, PrototypicalVerbalizer) and len(verbalizer.prototypes) != model.num_classes:
+        raise ValueError(
+            f"verbalizer.prototypes must have a row for each of the model's {model.num_classes} classes, "
+            f"got {len(verbalizer.prototypes)}"
+        )
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if parameter.requires_grad or name.startswith("verbalizer."):
             wrong = (~parameter.detach().isfinite()).nonzero()
             if len(wrong):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from .tracing import nothing_traces
 
 # Below so many weights (768 x 128 is a tie) the call itself costs more than the product gains.
 _FEWEST_WEIGHTS = 1 << 17
@@ -32,8 +33,8 @@ def onednn_is_faster() -> bool:
 
 def runs_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `frozen_linear` sends this product to oneDNN."""
-    # the operator has no gradient, and a traced graph must not depend on the processor it was traced on
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    # its operator has no gradient, backward or forward, and what is traced must not depend on the processor
+    if torch.is_grad_enabled() or not nothing_traces(x) or forward_ad._current_level >= 0:
         return False
     wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return (
@@ -41,6 +42,7 @@ def runs_onednn(x: Tensor, weight: Tensor) -> bool:
         and weight.dtype == wanted
         and wanted in (torch.float32, torch.bfloat16)
         and weight.numel() >= _FEWEST_WEIGHTS
+        and bool(torch.backends.mkldnn.enabled)
         and onednn_is_faster()
     )
 
@@ -48,21 +50,14 @@ def runs_onednn(x: Tensor, weight: Tensor) -> bool:
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
     """`linear(x, weight, bias)`, then the exact (erf) GELU if asked for: x (..., I), weight (O, I), bias (O,)."""
     if runs_onednn(x, weight):
-        activation, algorithm = ("gelu", "none") if gelu else ("none", "")
-        return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, activation, [], algorithm)
+        return _onednn(x.to(weight.dtype), weight, bias, gelu)
     out = F.linear(x, weight, bias)
     if not gelu:
         return out
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    recorded = torch.is_grad_enabled() or not nothing_traces(out) or forward_ad._current_level >= 0
     return F.gelu(out) if recorded else torch.ops.aten.gelu_.default(out)
 
 
-def _flops(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
-    rows = 1
-    for size in x[:-1]:
-        rows *= size
-    return 2 * rows * weight[0] * weight[1]
-
-
-if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._linear_pointwise not in flop_registry:
-    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    activation, algorithm = ("gelu", "none") if gelu else ("none", "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._runtime.tracing import nothing_traces
 from .._runtime.triton_support import IMPLEMENTATIONS, has_triton, interpreting
 from . import torch_impl
 from .cosine import cosine, cosine_
 from .folding import FoldedHead, accumulator
-from .ops import nothing_traces, prototype_similarity_op, readout, task_linear_op
+from .ops import prototype_similarity_op, readout, task_linear_op
 from .plan import KEEP_BYTES, can_fold, room_to_keep
 
 ACTIVATIONS = ("logits", "softmax", "log_softmax")
@@ -139,6 +140,8 @@ def prototype_cosine(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number > 0, got {eps!r}")
     if not eps > 0:
         raise ValueError(f"eps must be > 0, got {eps!r}")
     offsets, widest = [0, prototypes.shape[0]], prototypes.shape[0]
@@ -194,8 +197,7 @@ def _plain(
         dtype = hidden.dtype
         if dtype not in (torch.float32, torch.float64) or not hidden.is_cpu or not eps > 1e-30:
             return None
-        folded = isinstance(weight, FoldedHead)
-        if folded:
+        if isinstance(weight, FoldedHead):
             if activation != "logits" or not (bias is projection is projection_bias is None):
                 return None
             weight, bias = weight
@@ -211,20 +213,21 @@ def _plain(
             return None
         if (bias is not None and bias.shape != weight.shape[:1]) or impl not in IMPLEMENTATIONS:
             return None
-        if folded:
+        if projection is None:
             embedding = F.linear(hidden, weight, bias)
         else:
             if projection_bias is not None and projection_bias.shape != projection.shape[:1]:
                 return None
-            embedding = F.linear(
-                torch_impl.activations(hidden, weight, bias, activation, None), projection, projection_bias
-            )
+            if projection.shape[1] == 0 or projection.stride(1) != 1:
+                return None
+            tokens = torch_impl.activations(hidden, weight, bias, activation, None)
+            embedding = F.linear(tokens, projection, projection_bias)
         _, dim = embedding.shape
         classes, width = prototypes.shape
         # autocast and a prototype of another type show in the dtypes, empty sums in the sizes
         if embedding.dtype is not dtype or prototypes.dtype is not dtype or dim != width or 0 in (dim, classes):
             return None
-        if hidden.shape[1] == 0 or (not folded and projection.shape[1] == 0):
+        if hidden.shape[1] == 0 or hidden.stride(1) != 1 or weight.stride(1) != 1 or prototypes.stride(1) != 1:
             return None
         return cosine_(embedding, prototypes, eps, unit_prototypes)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
@@ -303,7 +306,8 @@ def _token_space(
     unit = (prototypes / norms).to(hidden.dtype)
     products, squared = _readout(hidden, weight, bias, unit, gram, activation, True, impl)
     # sqrt after the clamp, so that a zero row has gradient 0 through its norm and not 0 * inf.
-    lengths = squared.clamp_min(eps * eps).sqrt()
+    least = max(eps * eps, torch.finfo(squared.dtype).tiny)  # the square of a tiny eps is no number of this dtype
+    lengths = squared.clamp_min(least).sqrt()
     return (products / lengths[:, None]).to(hidden.dtype)
 
 
@@ -435,7 +439,7 @@ def _check_tasks(
     if class_offsets is None or task_ids is None:
         missing = "class_offsets" if class_offsets is None else "task_ids"
         raise ValueError(f"{missing} must be given when {'task_ids' if class_offsets is None else 'class_offsets'} is")
-    if isinstance(class_offsets, Tensor) or not all(isinstance(offset, int) for offset in class_offsets):
+    if not isinstance(class_offsets, Sequence) or not all(isinstance(offset, int) for offset in class_offsets):
         raise TypeError(f"class_offsets must be a sequence of ints, got {type(class_offsets).__name__}")
     offsets = list(class_offsets)
     counts = [end - start for start, end in pairwise(offsets)]

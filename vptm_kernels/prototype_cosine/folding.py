@@ -64,11 +64,13 @@ def fold_head(
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor {shape}, got {type(t).__name__}")
-        if t.ndim != ndim or t.dtype != token_weight.dtype:
+        if t.ndim != ndim or t.dtype != token_weight.dtype or not t.is_floating_point():
             raise ValueError(
-                f"{name} must be {shape} in the dtype of token_weight, {token_weight.dtype}, "
+                f"{name} must be {shape} in the floating-point dtype of token_weight, {token_weight.dtype}, "
                 f"got {tuple(t.shape)} {t.dtype}"
             )
+        if t.device != token_weight.device:
+            raise ValueError(f"{name} must be on the device of token_weight, {token_weight.device}, got {t.device}")
     tokens, dim = token_weight.shape[0], projection.shape[0]
     if projection.shape[1] != tokens:
         raise ValueError(f"projection must be (d, V) with V = {tokens}, got {tuple(projection.shape)}")
@@ -77,8 +79,9 @@ def fold_head(
     if projection_bias is not None and projection_bias.shape[0] != dim:
         raise ValueError(f"projection_bias must be (d,) with d = {dim}, got {tuple(projection_bias.shape)}")
     exact, dtype = accumulator(token_weight.dtype), token_weight.dtype
-    weight = projection.to(exact) @ token_weight.to(exact)
-    bias = weight.new_zeros(dim) if token_bias is None else projection.to(exact) @ token_bias.to(exact)
+    with torch.autocast(token_weight.device.type, enabled=False):  # what is folded once is read outside autocast too
+        weight = projection.to(exact) @ token_weight.to(exact)
+        bias = weight.new_zeros(dim) if token_bias is None else projection.to(exact) @ token_bias.to(exact)
     if projection_bias is not None:
         bias = bias + projection_bias.to(exact)
     return FoldedHead(weight.to(dtype), bias.to(dtype))
@@ -109,8 +112,9 @@ def token_gram(token_weight: Tensor, token_bias: Tensor | None = None) -> Tensor
     """
     if not isinstance(token_weight, Tensor) or token_weight.ndim != 2:
         raise ValueError(f"token_weight must be a tensor (V, C), got {getattr(token_weight, 'shape', token_weight)!r}")
-    if token_bias is not None and token_bias.shape != token_weight.shape[:1]:
-        raise ValueError(f"token_bias must be (V,) with V = {token_weight.shape[0]}, got {tuple(token_bias.shape)}")
+    if token_bias is not None and getattr(token_bias, "shape", None) != token_weight.shape[:1]:
+        found = tuple(token_bias.shape) if isinstance(token_bias, Tensor) else type(token_bias).__name__
+        raise ValueError(f"token_bias must be a tensor (V,) with V = {token_weight.shape[0]}, got {found}")
     column = token_weight.new_zeros(token_weight.shape[0]) if token_bias is None else token_bias
     augmented = torch.cat([token_weight.double(), column.double()[:, None]], 1)
     return torch.linalg.qr(augmented, mode="r").R.to(accumulator(token_weight.dtype)).contiguous()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .._runtime.tracing import nothing_traces
 from .._runtime.triton_support import device_of
 from . import cosine, torch_impl
 from .folding import accumulator
@@ -177,16 +178,6 @@ def readout(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
         return token_readout_op(hidden, *args)
     needs = args[-3]
     return _TokenReadout.apply(hidden, *args) if any(needs) else _run_readout(hidden, *args)
-
-
-def nothing_traces(t: Tensor) -> bool:
-    """Whether a call on `t` runs now and for itself: no graph, no fake tensors, no mode, no transform is listening."""
-    return (
-        type(t) is Tensor
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._functorch.peek_interpreter_stack()
-    )
 
 
 @torch.library.custom_op("vptm::task_linear", mutates_args=())
