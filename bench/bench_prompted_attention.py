@@ -6,7 +6,8 @@ Peers get what they need: prompts concatenated to keys and values, and the bias 
 table, permuted, made contiguous) with zero columns for prompts. `scaled_dot_product_attention` runs once per backend,
 by force: the backend it would choose can be wrong (cuDNN before 9.26 with a mask). "flash, no bias" computes less
 than the others and is there as the speed of light. Every implementation is checked against the definition in float64
-first; one that exceeds its error budget is reported and not timed.
+first, on two images alone and on the first two of the batch; one that exceeds its error budget is reported and not
+timed.
 
 `extra_info` holds the bytes that must move and the floating-point operations (formulas in `_work`), and `share of
 ceiling`: the time this machine needs for them at its own measured copy bandwidth and matrix rate, over the measured
@@ -15,10 +16,12 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +35,7 @@ from vptm_kernels import RelativePositionBias, prompted_attention
 from vptm_kernels.prompted_attention.bias import table_rows
 from vptm_kernels.prompted_attention.reference import prompted_attention_reference
 
-DEVICE, DTYPE = timing.selection.device, timing.selection.dtypes[0]
+DEVICE = timing.selection.device
 CUDA = DEVICE == "cuda"
 
 
@@ -52,20 +55,24 @@ class Shape:
         return f"B={self.batch} H={self.heads} N={self.tokens} P={self.prompts} D={self.head_dim}"
 
 
-# BEiT-B/16 at 224 in a training batch, without prompts, with a few and with as many as VPT uses; one image, where
-# launches and tails decide; and BEiT-L/16 at 384, whose bias outgrows the first-level cache. Then the rest of what VPT
-# uses. On a CPU a batch of two.
-SHAPES = (
-    [
-        *(Shape(64, prompts) for prompts in (0, 50, 10)),
-        Shape(1, 50),
-        Shape(16, 50, (24, 24), 16),
-        *(Shape(64, prompts) for prompts in (100, 200)),
-        *(Shape(batch, 50) for batch in (8, 256)),
-    ]
-    if timing.selection.full
-    else [Shape(2, 0), Shape(2, 50)]
-)
+def _shapes() -> list[tuple[Shape, torch.dtype]]:
+    """With every dtype, most important first.
+
+    BEiT-B/16 at 224 in a training batch, without prompts, with a few and with as many as VPT uses; one image, where
+    launches and tails decide; and BEiT-L/16 at 384, whose bias outgrows the first-level cache. Then every number of
+    prompts, batch, size and resolution. On a CPU a batch of two.
+    """
+    dtypes = timing.selection.dtypes
+    if not timing.selection.full:
+        return list(product([Shape(2, 0), Shape(2, 50)], dtypes))
+    first = [Shape(64, 0), Shape(64, 50), Shape(64, 10), Shape(1, 50), Shape(16, 50, (24, 24), 16)]
+    grid = product(((14, 14), (24, 24)), (12, 16), (64, 1, 8, 256), (50, 0, 10, 100, 200))
+    rest = [Shape(batch, prompts, window, heads) for window, heads, batch, prompts in grid]
+    rest = [shape for shape in rest if shape not in first]
+    return [(shape, dtype) for part in (first, rest) for dtype in dtypes for shape in part]
+
+
+SHAPES = _shapes()
 
 
 @dataclass
@@ -77,13 +84,13 @@ class Inputs:
     grad: Tensor
 
 
-@cache
-def _inputs(shape: Shape) -> Inputs:
+@lru_cache(maxsize=1)
+def _inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     width = shape.heads * shape.head_dim
 
     def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(DEVICE, DTYPE)
+        return torch.randn(*size, generator=generator).to(DEVICE, dtype)
 
     table = torch.randn(table_rows(shape.window), shape.heads, generator=generator).to(DEVICE)
     bias = RelativePositionBias(table, shape.window)
@@ -91,7 +98,7 @@ def _inputs(shape: Shape) -> Inputs:
         qkv=random(shape.batch, shape.tokens, 3 * width).requires_grad_(),
         prompts=random(shape.prompts, 2 * width).requires_grad_(),
         bias=bias,
-        frozen_bias=bias.dense(torch.float16 if CUDA else DTYPE),
+        frozen_bias=bias.dense(torch.float16 if CUDA else dtype),
         grad=random(shape.batch, shape.tokens, width),
     )
 
@@ -107,7 +114,7 @@ def _concatenated(shape: Shape, x: Inputs, biased: bool) -> tuple[Tensor, Tensor
     pk, pv = x.prompts.view(shape.prompts, 2, shape.heads, shape.head_dim).permute(1, 2, 0, 3)
     k = torch.cat([k, pk.expand(shape.batch, -1, -1, -1)], 2)
     v = torch.cat([v, pv.expand(shape.batch, -1, -1, -1)], 2)
-    mask = pad(x.bias.dense().contiguous(), (0, shape.prompts)).to(DTYPE)[None] if biased else None
+    mask = pad(x.bias.dense().contiguous(), (0, shape.prompts)).to(x.qkv.dtype)[None] if biased else None
     return q, k, v, mask
 
 
@@ -122,14 +129,9 @@ def _eager(shape: Shape, x: Inputs) -> Tensor:
     return prompted_attention_reference(x.qkv, x.prompts, num_heads=shape.heads, bias=x.bias)[0]
 
 
-@cache
-def _compiled_flex() -> Callable[..., Tensor]:
+def _flex(shape: Shape, x: Inputs) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def _flex(shape: Shape, x: Inputs) -> Tensor:
     q, k, v, mask = _concatenated(shape, x, True)
     assert mask is not None
     dense = mask[0]
@@ -137,7 +139,20 @@ def _flex(shape: Shape, x: Inputs) -> Tensor:
     def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score + dense[h, i, j]
 
-    return _compiled_flex()(q, k, v, score_mod=add_bias).transpose(1, 2).flatten(2)
+    out = flex_attention(q, k, v, score_mod=add_bias)
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _xformers(shape: Shape, x: Inputs) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v, mask = _concatenated(shape, x, True)
+    assert mask is not None
+    # it wants rows of eight: a slice of a wider bias, expanded to the batch
+    wide = pad(mask, (0, -mask.shape[-1] % 8))[..., : mask.shape[-1]]
+    out = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), wide.expand(shape.batch, -1, -1, -1))
+    return out.flatten(2)
 
 
 Implementation = Callable[[Shape, Inputs], Tensor]
@@ -153,14 +168,20 @@ PEERS = {
     "sdpa efficient": timing.Peer(_forced(SDPBackend.EFFICIENT_ATTENTION), needs=("cuda",)),
     "sdpa cudnn": timing.Peer(_forced(SDPBackend.CUDNN_ATTENTION), needs=("cuda",)),
     "sdpa math": timing.Peer(_forced(SDPBackend.MATH), needs=("cuda",)),
-    "flex compiled": timing.Peer(_flex, needs=("cuda",)),
+    "flex compiled": timing.Peer(_flex, needs=("cuda",), mode=timing.MODES["torch.compile"]),
+    "xformers": timing.Peer(_xformers, needs=("cuda", "xformers")),
+    **timing.compiled(_eager),
     "flash, no bias": timing.Peer(_forced(SDPBackend.FLASH_ATTENTION, biased=False), needs=("cuda",), paired=False),
 }
-IMPLEMENTATIONS: dict[str, Implementation] = {"vptm": _vptm} | {name: peer.run for name, peer in PEERS.items()}
+Call = Callable[[], Any]
 
 
-def _call(implementation: Implementation, shape: Shape, direction: str) -> Callable[[], object]:
-    x = _inputs(shape)
+def _forms(group: str) -> dict[str, Implementation]:
+    return {"vptm": _vptm} | {name: peer.form(group) for name, peer in timing.present(PEERS).items()}
+
+
+def _call(implementation: Implementation, shape: Shape, x: Inputs, direction: str) -> Call:
+    """One call; its result is out, or (dqkv, dprompts)."""
     if direction == "forward":
 
         def forward() -> Tensor:
@@ -169,39 +190,46 @@ def _call(implementation: Implementation, shape: Shape, direction: str) -> Calla
 
         return forward
 
-    def both() -> object:
-        return torch.autograd.grad(implementation(shape, x), [x.qkv, x.prompts], x.grad, allow_unused=True)
-
-    return both
+    return lambda: torch.autograd.grad(implementation(shape, x), [x.qkv, x.prompts], x.grad, allow_unused=True)
 
 
-@cache
-def _exact(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _two_images(implementation: Implementation, shape: Shape, x: Inputs) -> tuple[Tensor, ...]:
+    """out, dqkv and dprompts of the first images alone: the definition in float64 has no room for a whole batch."""
+    few = Inputs(x.qkv[:2].detach().requires_grad_(), x.prompts, x.bias, x.frozen_bias, x.grad[:2])
+    out = implementation(replace(shape, batch=len(few.qkv)), few)
+    return out.detach(), *torch.autograd.grad(out, [few.qkv, few.prompts], few.grad)
+
+
+@lru_cache(maxsize=4)
+def _exact(shape: Shape, dtype: torch.dtype, of: torch.dtype, biased: bool) -> tuple[Tensor, ...]:
     """out, dqkv, dprompts of the definition on two images, in float64 or in the dtype that is timed."""
-    x = _inputs(shape)
+    x = _inputs(shape, of)
     qkv, prompts = (t.detach().to(dtype).requires_grad_() for t in (x.qkv[:2], x.prompts))
-    bias = x.bias._replace(table=x.bias.table.to(dtype))
+    bias = x.bias._replace(table=x.bias.table.to(dtype)) if biased else None
     out, _ = prompted_attention_reference(qkv, prompts, num_heads=shape.heads, bias=bias)
     grads = torch.autograd.grad(out, [qkv, prompts], x.grad[:2].to(dtype))
     return out.detach(), *grads
 
 
-def _check(shape: Shape) -> timing.Check:
-    """Of an implementation's name and what `_two_images` gives for it."""
-    return timing.within_budget(_exact(shape, torch.float64), _exact(shape, DTYPE), [2, 3, 3])
+def _check(shape: Shape, dtype: torch.dtype, direction: str, forms: Mapping[str, Implementation]) -> timing.Check:
+    """Of the first two images, alone and in the batch: what a batch adds to them is that there are others."""
+    x, factors = _inputs(shape, dtype), [2, 3, 3]
+    which = 0 if direction == "forward" else 1
+
+    def check(name: str, found: Tensor | tuple[Tensor, ...]) -> None:
+        biased = name == "vptm" or PEERS[name].paired
+        exact, eager = (_exact(shape, each, dtype, biased) for each in (torch.float64, dtype))
+        timing.within_budget(exact, eager, factors)(name, _two_images(forms[name], shape, x))
+        results = (found,) if isinstance(found, Tensor) else found
+        assert all(t is None or t.isfinite().all() for t in results), f"{name}: not finite in the batch"
+        in_batch = timing.within_budget(exact[which : which + 1], eager[which : which + 1], factors[which:])
+        in_batch(f"{name}: in the batch", results[0][:2])
+
+    return check
 
 
-def _two_images(implementation: Implementation, shape: Shape) -> tuple[Tensor, ...]:
-    """out, dqkv and dprompts of the first images alone: the definition in float64 has no room for a whole batch."""
-    x = _inputs(shape)
-    few = Inputs(x.qkv[:2].detach().requires_grad_(), x.prompts, x.bias, x.frozen_bias, x.grad[:2])
-    small = Shape(len(few.qkv), shape.prompts, shape.window, shape.heads, shape.head_dim)
-    out = implementation(small, few)
-    return out.detach(), *torch.autograd.grad(out, [few.qkv, few.prompts], few.grad)
-
-
-def _work(shape: Shape, direction: str) -> tuple[int, int]:
-    """(bytes, floating-point operations) that no implementation can avoid.
+def _work(shape: Shape, dtype: torch.dtype, direction: str) -> timing.Work:
+    """Of what no implementation can avoid.
 
     Forward reads qkv and the prompts and writes out: (4*B*N + 2*P) * H*D elements; 4*B*H*N*(N+P)*D operations. Forward
     and backward together read qkv, out and dout again and write dqkv and dprompts: (13*B*N + 6*P) * H*D elements, and
@@ -211,39 +239,32 @@ def _work(shape: Shape, direction: str) -> tuple[int, int]:
     rows = shape.batch * shape.tokens
     elements = (4 * rows + 2 * shape.prompts if direction == "forward" else 13 * rows + 6 * shape.prompts) * width
     operations = (4 if direction == "forward" else 14) * shape.batch * shape.heads * pairs * shape.head_dim
-    return elements * torch.finfo(DTYPE).bits // 8, operations
+    return timing.Work(elements * dtype.itemsize, operations)
 
 
+@pytest.mark.parametrize("implementation", timing.rows(PEERS))
 @pytest.mark.parametrize("direction", ["forward", "forward and backward"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def bench_prompted_attention(benchmark: BenchmarkFixture, name: str, shape: Shape, direction: str) -> None:
-    benchmark.group = f"prompted attention, {direction}, {shape}, {DTYPE}, {DEVICE}"
-    runs: dict[str, timing.Run] = {name: _call(IMPLEMENTATIONS[name], shape, direction)}
-    refused: dict[str, str] = {}
-    if name == "vptm":
-        # whoever is wrong on two images is not timed on all of them
-        _check(shape)("vptm", _two_images(_vptm, shape))
-        for peer, other in timing.present(PEERS).items():
-            why = timing.refusal(peer, lambda run=other.run: _two_images(run, shape), _check(shape))  # type: ignore[misc]
-            if other.paired and why is None:
-                runs[peer] = _call(other.run, shape, direction)
-            elif other.paired and why is not None:
-                refused[peer] = why
-    elif PEERS[name].paired and (
-        why := timing.refusal(name, lambda: _two_images(IMPLEMENTATIONS[name], shape), _check(shape))
-    ):
-        pytest.skip(f"not timed: {why}")
-    found = timing.compare(runs, name, check=None, rounds=15, device=DEVICE, graph=True)
-    found.refused |= refused
-    moved, operations = _work(shape, direction)
-    benchmark.extra_info |= found.info() | {
-        "implementation": name,
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=timing.label)
+def bench_prompted_attention(
+    benchmark: BenchmarkFixture, implementation: str, shape: Shape, dtype: torch.dtype, direction: str
+) -> None:
+    benchmark.group = f"prompted attention, {direction}, {shape}, {dtype}, {DEVICE}"
+    benchmark.extra_info |= {
         "prompt_length": shape.prompts,
         "batch": shape.batch,
         "shape": f"H={shape.heads} N={shape.tokens} D={shape.head_dim}, {direction}",
-        "dtype": str(DTYPE),
-        "peak extra bytes": {name: timing.peak_extra_bytes(runs[name], DEVICE)},
     }
-    benchmark.extra_info |= timing.work_info(found.median(name), moved, operations, DEVICE, DTYPE)
-    benchmark.pedantic(timing.finished(runs[name], DEVICE), rounds=7, warmup_rounds=2)
+    x, forms = _inputs(shape, dtype), _forms(benchmark.group)
+    timing.report(
+        benchmark,
+        implementation,
+        {name: _call(form, shape, x, direction) for name, form in forms.items()},
+        check=_check(shape, dtype, direction, forms),
+        work=_work(shape, dtype, direction),
+        device=DEVICE,
+        dtype=dtype,
+        alone=[name for name, peer in PEERS.items() if not peer.paired],
+        table=(7, 2),
+        rounds=15,
+        graph=True,
+    )

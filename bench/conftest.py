@@ -156,6 +156,8 @@ def command(arguments: Sequence[str | object]) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("collectonly"):
+        return
     session = getattr(config, "_benchmarksession", None)
     ratios, refused, growth, work = [], [], [], []
     benches = getattr(session, "benchmarks", [])
@@ -194,8 +196,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.section(title)
             for line in lines:
                 terminalreporter.line(line)
-    if config.getoption("collectonly"):
-        return
     if not benches:
         terminalreporter.line("nothing was timed", red=True)
     elif not _asked_and_timed(benches):

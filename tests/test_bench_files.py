@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import types
 import weakref
 
 import pytest
@@ -262,17 +264,19 @@ class Benchmark:
 SMALL = bench_prompted_attention.Shape(2, 3, (3, 3), 2, 16)
 
 
-def attention_info(name="vptm"):
+def attention_info(name="vptm", direction="forward and backward"):
     benchmark = Benchmark()
-    bench_prompted_attention.bench_prompted_attention(benchmark, name, SMALL, "forward and backward")
+    bench_prompted_attention.bench_prompted_attention(benchmark, name, SMALL, FP32, direction)
     return benchmark.extra_info
+
+
+def replace_peer(monkeypatch, name, run):
+    monkeypatch.setitem(bench_prompted_attention.PEERS, name, timing.Peer(run, paired=name != "flash, no bias"))
 
 
 def test_the_attention_bench_sees_a_slower_vptm(counted, monkeypatch):
     honest = attention_info()["speed-up over sdpa"]
-    monkeypatch.setitem(
-        bench_prompted_attention.IMPLEMENTATIONS, "vptm", thrice(bench_prompted_attention.IMPLEMENTATIONS["vptm"])
-    )
+    monkeypatch.setattr(bench_prompted_attention, "_vptm", thrice(bench_prompted_attention._vptm))
     # the backward pass, which runs once, stays as it is
     assert attention_info()["speed-up over sdpa"] < 0.75 * honest
 
@@ -290,14 +294,52 @@ def test_the_attention_bench_refuses_a_wrong_peer(counted, monkeypatch):
             return gradient * float("nan")
 
     right = bench_prompted_attention.PEERS["sdpa"].run
-    wrong = timing.Peer(lambda shape, x: NanGradient.apply(right(shape, x)))
-    monkeypatch.setitem(bench_prompted_attention.PEERS, "sdpa", wrong)
-    monkeypatch.setitem(bench_prompted_attention.IMPLEMENTATIONS, "sdpa", wrong.run)
+    replace_peer(monkeypatch, "sdpa", lambda shape, x: NanGradient.apply(right(shape, x)))
+    for direction in ("forward", "forward and backward"):
+        info = attention_info(direction=direction)
+        assert "exceeds the budget" in info["refused"]["sdpa"] and "speed-up over sdpa" not in info
+        assert "speed-up over eager" in info
+        with pytest.raises(pytest.skip.Exception, match="not timed: sdpa: result 1: error inf"):
+            attention_info("sdpa", direction)
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward and backward"])
+@pytest.mark.parametrize("wrong", [lambda out: out.flip(0), lambda out: torch.cat([out[:-1], out[-1:] * float("nan")])])
+def test_the_attention_bench_refuses_a_peer_that_is_right_on_two_images_alone(counted, monkeypatch, direction, wrong):
+    """A kernel that mixes up images, or fails beyond some batch size, passes a check of two."""
+    right = bench_prompted_attention.PEERS["sdpa"].run
+    monkeypatch.setattr(f"{__name__}.SMALL", bench_prompted_attention.Shape(3, 3, (3, 3), 2, 16))
+    replace_peer(monkeypatch, "sdpa", lambda shape, x: right(shape, x) if shape.batch < 3 else wrong(right(shape, x)))
+    assert "in the batch" in attention_info(direction=direction)["refused"]["sdpa"]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_the_speed_of_light_is_checked_against_attention_without_a_bias(counted, monkeypatch, factor):
+    """It takes no part in the ratios, and a wrong one would put the limit in a wrong place."""
+    plain = bench_prompted_attention._sdpa
+    replace_peer(monkeypatch, "flash, no bias", lambda shape, x: factor * plain(shape, x, None, biased=False))
     info = attention_info()
-    assert "exceeds the budget" in info["refused"]["sdpa"] and "speed-up over sdpa" not in info
-    assert "speed-up over eager" in info
-    with pytest.raises(pytest.skip.Exception, match="not timed: sdpa: result 1: error inf"):
-        attention_info("sdpa")
+    assert "flash, no bias" not in info["microseconds"]
+    if factor == 1:
+        assert attention_info("flash, no bias")["implementation"] == "flash, no bias"
+    else:
+        with pytest.raises(pytest.skip.Exception, match=r"flash, no bias: result 0: .* exceeds the budget"):
+            attention_info("flash, no bias")
+
+
+def test_xformers_gets_a_bias_it_can_take(counted, monkeypatch):
+    """Its kernels read rows of eight and refuse a bias that is not expanded to the batch."""
+
+    def memory_efficient_attention(q, k, v, bias):
+        assert bias.shape == (len(q), q.shape[2], q.shape[1], k.shape[1]) and bias.stride(-2) % 8 == 0
+        rows = (t.transpose(1, 2) for t in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(*rows, bias).transpose(1, 2)
+
+    ops = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(ops=ops))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    replace_peer(monkeypatch, "xformers", bench_prompted_attention._xformers)
+    assert "speed-up over xformers" in attention_info()
 
 
 @pytest.fixture
