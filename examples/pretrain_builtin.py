@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.decomposition import PCA
@@ -87,6 +87,21 @@ class Recipe:
             raise ValueError(f"heads: must divide dim {self.dim}, got {self.heads}")
         if not 1 <= self.teacher_layer <= self.depth:
             raise ValueError(f"teacher_layer: must be in 1..depth {self.depth}, got {self.teacher_layer}")
+        masked = round(self.mask_ratio * self.grid**2)
+        limits = {
+            "mask_ratio": (0 < masked < self.grid**2, f"must hide 1 to {self.grid**2 - 1} of {self.grid**2} patches"),
+            "unmasked": (0 <= self.unmasked < 1, "must be in [0, 1)"),
+            "steps": (self.steps[0] > 0 and self.steps[1] >= 0, "must be > 0 for round one and >= 0 for round two"),
+            "codes": (min(self.codes) >= 1, "must be at least 1 each"),
+            "ema": (0 <= self.ema < 1, "must be in [0, 1)"),
+        }
+        positive = ("batch", "code_dim", "softness", "lr", "clip", "kmeans_images")
+        limits |= {name: (0 < getattr(self, name) < math.inf, "must be finite and > 0") for name in positive}
+        others = ("shift", "warmup", "min_lr", "weight_decay", "bag_weight")
+        limits |= {name: (0 <= getattr(self, name) < math.inf, "must be finite and >= 0") for name in others}
+        for name, (fits, rule) in limits.items():
+            if not fits:
+                raise ValueError(f"{name}: {rule}, got {getattr(self, name)}")
         for name, allowed in (("precision", ("bf16", "fp32")), ("bag_of", ("original", "augmented"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: must be one of {allowed}, got {getattr(self, name)!r}")
@@ -360,7 +375,7 @@ def fit_tokenizer(features: Tensor, recipe: Recipe, components: int | None) -> t
         dead.append(unused)
         nearest = torch.cdist(torch.from_numpy(x[:20_000]), state[f"centres{i}"]).min(1).values.square().mean()
         spread.append(float(nearest))
-    state["spread"] = torch.tensor(spread)
+    state |= {"spread": torch.tensor(spread), "dead": torch.tensor(dead)}
     return Tokenizer(state, grid, recipe.softness), dead
 
 
@@ -513,6 +528,10 @@ def train_round(
     began = time.perf_counter() - seconds
 
     def save(step: int) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            raise ValueError(
+                f"lr: weights became NaN or infinite before step {step} with {recipe.lr:g}, use a lower one"
+            )
         state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
         with replacing(checkpoint) as temporary:
             torch.save(
@@ -748,39 +767,45 @@ def write_json(value: Any, path: Path) -> None:
 
 def pretrain(recipe: Recipe, data: dict[str, np.ndarray], out: Path, resume: bool, every: int = 500) -> dict[str, Any]:
     """Every round with steps; writes out/{builtin.safetensors, report.json, log*.csv, loss.png, masks.png}."""
+    chosen, held = pretraining_split(data)
     stored = out / "recipe.json"
-    if stored.is_file() and not resume:
-        raise ValueError(f"out: {out} holds a run; give --resume to go on with it, or another folder")
-    if stored.is_file() and json.loads(stored.read_text()) != json.loads(json.dumps(asdict(recipe))):
-        raise ValueError(f"resume: {stored} holds another recipe than the one given")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(asdict(recipe), stored)
+    digest = hashlib.sha256(data["train_images"][chosen].tobytes()).hexdigest()
+    started = json.loads(json.dumps({**asdict(recipe), "images": digest}))
+    if stored.is_file():
+        if not resume:
+            raise ValueError(f"out: {out} holds a run; give --resume to go on with it, or another folder")
+        found = json.loads(stored.read_text())
+        if found.pop("images", None) != started.pop("images"):
+            raise ValueError(f"resume: {stored} belongs to a run on other images than the ones given")
+        if found != started:
+            raise ValueError(f"resume: {stored} holds another recipe than the one given")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    chosen, held = pretraining_split(data)
     images = torch.from_numpy(data["train_images"][chosen]).to(device)
     held_out, labels = torch.from_numpy(data["train_images"][held]).to(device), data["train_labels"][held]
 
     average: MaskedBeit | None = None
     log: list[list[Any]] = []
+    dead: dict[int, list[int]] = {}
     for round_ in (k for k in (1, 2) if recipe.steps[k - 1]):
         teacher, start = average, None
         if teacher is not None:
             start = {name: t for name, t in teacher.state_dict().items() if not name.startswith("lm_head")}
         extract = feature_extractor(teacher, recipe, dtype)
         path = out / f"tokenizer{round_}.safetensors"
-        if not path.is_file():
+        if not (resume and path.is_file()):
             sample = in_chunks(extract, images[: recipe.kmeans_images]).cpu()
-            tokenizer, dead = fit_tokenizer(sample, recipe, None if teacher is None else recipe.code_dim)
-            console.print(f"round {round_}: codebooks of {tokenizer.sizes}, of which dead {dead}")
+            tokenizer, _ = fit_tokenizer(sample, recipe, None if teacher is None else recipe.code_dim)
+            # a run is there once its first codebook is: one that was refused leaves the folder free
+            write_json({**asdict(recipe), "images": digest}, stored)
             save_tokenizer(tokenizer, path)
         tokenizer = Tokenizer(load_file(path), recipe.grid, recipe.softness).to(device)
+        dead[round_] = tokenizer.state["dead"].tolist()
+        console.print(f"round {round_}: codebooks of {tokenizer.sizes}, of which dead {dead[round_]}")
         average = train_round(recipe, round_, images, tokenizer, extract, start, out, resume, every)
         with open(out / f"log{round_}.csv", newline="") as file:
             log += list(csv.reader(file))[1:]
-    if average is None:
-        raise ValueError(f"steps: at least one round needs steps, got {recipe.steps}")
-
+    assert average is not None
     save_weights(average, recipe, tokenizer.vocab_size, out / "builtin.safetensors")
     exported = load_weights(out / "builtin.safetensors")[0].to(device)
     loss_curve(log, out / "loss.png")
@@ -788,6 +813,7 @@ def pretrain(recipe: Recipe, data: dict[str, np.ndarray], out: Path, resume: boo
     report = {
         "recipe": asdict(recipe),
         "training_images": len(images),
+        "dead_codes": dead,
         "seconds": {row[0]: float(row[-1]) for row in log},
         "held_out": held_out_report(exported, tokenizer, extract, held_out, recipe),
         "few_shot_proxy": proxy(exported, recipe.architecture(), held_out, labels),
@@ -843,7 +869,7 @@ def main(argv: list[str] | None = None) -> int:
             model, about = load_weights(args.weights)
             images, labels = torch.from_numpy(data["train_images"][held]), data["train_labels"][held]
             print_scores(proxy(model, about["architecture"], images, labels, shots=args.shots))
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, EOFError, ValueError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

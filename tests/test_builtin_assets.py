@@ -188,7 +188,24 @@ def test_missing_data_names_the_package_and_returns_1(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("patch", 5), ("heads", 5), ("teacher_layer", 9), ("precision", "fp8"), ("bag_of", "words")]
+    ("name", "value"),
+    [
+        ("patch", 5),
+        ("heads", 5),
+        ("teacher_layer", 9),
+        ("precision", "fp8"),
+        ("bag_of", "words"),
+        ("mask_ratio", 0.0),
+        ("mask_ratio", 1.5),
+        ("unmasked", 1.0),
+        ("steps", (0, 3)),
+        ("steps", (-5, 0)),
+        ("codes", (0, 6, 5)),
+        ("batch", 0),
+        ("lr", float("nan")),
+        ("softness", 0.0),
+        ("ema", 1.0),
+    ],
 )
 def test_a_recipe_that_cannot_run_is_refused_by_name(name, value):
     """Breaks when a bad argument surfaces as a shape error an hour into the run."""
@@ -330,7 +347,8 @@ def test_both_rounds_end_in_loadable_weights_and_a_report(tmp_path, capsys, monk
     data = fake_fashion(1500, 40)
     recipe = replace(TINY, steps=(3, 3))
     report = script.pretrain(recipe, data, tmp_path / "run", resume=False)
-    assert "dead" in capsys.readouterr().out
+    assert set(report["dead_codes"]) == {1, 2} and all(len(dead) == 3 for dead in report["dead_codes"].values())
+    assert f"of which dead {report['dead_codes'][2]}" in capsys.readouterr().out
     model, about = script.load_weights(tmp_path / "run" / "builtin.safetensors")
     assert about["vocab_size"] == 23 == model.lm_head.out_features
     assert report["held_out"]["images"] == 150 and report["training_images"] <= 1350
@@ -342,3 +360,23 @@ def test_both_rounds_end_in_loadable_weights_and_a_report(tmp_path, capsys, monk
         script.pretrain(recipe, data, tmp_path / "run", resume=False)
     with pytest.raises(ValueError, match="another recipe"):
         script.pretrain(replace(recipe, lr=1.0), data, tmp_path / "run", resume=True)
+    other = {**data, "train_images": 255 - data["train_images"]}
+    with pytest.raises(ValueError, match="other images"):
+        script.pretrain(recipe, other, tmp_path / "run", resume=True)
+
+
+def test_what_is_refused_leaves_the_folder_free(tmp_path):
+    """Breaks when a codebook that cannot be made blocks the folder it was to go to, or the next run takes over a
+    codebook nobody asked to resume."""
+    data = fake_fashion(600, 40)
+    with pytest.raises(ValueError, match="codebook of 100000 needs as many distinct features"):
+        script.pretrain(replace(TINY, codes=(100_000, 6, 5)), data, tmp_path / "run", resume=False)
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path):
+    """Breaks when a run that diverged ends in a file of NaN."""
+    with pytest.raises(ValueError, match="lr: weights became NaN or infinite"):
+        script.pretrain(replace(TINY, lr=1e30), fake_fashion(600, 40), tmp_path / "run", resume=False)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert "builtin.safetensors" not in names and "checkpoint1.pt" not in names

@@ -559,7 +559,7 @@ BAD = [
     ({"class_offsets": [0, 4], "task_ids": torch.tensor([0, -1, 0])}, "lie in 0 .. 0, got -1 for image 1"),
     ({"token_gram": torch.zeros(11, 11)}, "token_gram must be None with a projection"),
     ({"token_weight": FoldedHead(torch.zeros(5, 10), torch.zeros(5))}, "token_bias must be None with a FoldedHead"),
-    ({"projection": torch.zeros(11, 5).mT}, "projection must have a unit last stride"),
+    ({"projection": torch.zeros(37, 5, dtype=torch.float64).mT}, "projection must have a unit last stride"),
     ({"class_offsets": 4, "task_ids": torch.zeros(3).long()}, "class_offsets must be a sequence of ints, got int"),
 ]
 

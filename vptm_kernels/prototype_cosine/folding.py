@@ -64,13 +64,15 @@ def fold_head(
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor {shape}, got {type(t).__name__}")
-        if t.ndim != ndim or t.dtype != token_weight.dtype or not t.is_floating_point():
+        if t.ndim != ndim or t.dtype != token_weight.dtype:
             raise ValueError(
-                f"{name} must be {shape} in the floating-point dtype of token_weight, {token_weight.dtype}, "
+                f"{name} must be {shape} in the dtype of token_weight, {token_weight.dtype}, "
                 f"got {tuple(t.shape)} {t.dtype}"
             )
         if t.device != token_weight.device:
             raise ValueError(f"{name} must be on the device of token_weight, {token_weight.device}, got {t.device}")
+    if not token_weight.is_floating_point():
+        raise ValueError(f"token_weight must be floating point, got {token_weight.dtype}")
     tokens, dim = token_weight.shape[0], projection.shape[0]
     if projection.shape[1] != tokens:
         raise ValueError(f"projection must be (d, V) with V = {tokens}, got {tuple(projection.shape)}")
