@@ -175,9 +175,13 @@ def _png(report: TokenReport) -> bytes:
     place: dict[str, Any] = {"extent": (0, width, height, 0), "interpolation": "nearest"}
     axes[0].imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1, **place)
     axes[0].set_title("picture as the model gets it", fontsize=10)
-    axes[1].imshow(report.picture.mean(0).numpy(), cmap="gray", vmin=0, vmax=1, **place)
     attention = report.attention.mean(0).numpy()
-    drawn = axes[1].imshow(attention, cmap="viridis", vmin=0, alpha=0.6, **place)
+    drawn = axes[1].imshow(attention, cmap="viridis", vmin=0, **place)
+    # in the colours of the bar, with the picture as their brightness: blended, they would be on no bar
+    tall, wide = height // len(attention), width // attention.shape[1]
+    colours = drawn.to_rgba(attention)[..., :3].repeat(tall, 0).repeat(wide, 1)
+    lightness = 0.7 + 0.3 * report.picture.mean(0).numpy()
+    axes[1].imshow(colours * lightness[: len(colours), : colours.shape[1], None], **place)
     bar = figure.colorbar(drawn, ax=axes[1], fraction=0.046, pad=0.03)
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     layer, depth = report.layer
