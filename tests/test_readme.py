@@ -205,7 +205,7 @@ def test_a_gpu_figure_typed_into_the_readme_is_found(claim: str) -> None:
     ("text", "claim"),
     [
         (
-            "Measured on an H200:\n\n| batch | vptm |\n|---|---|\n| 64 | 1.8x |",
+            "Measured on an H200.\n\n| batch | vptm |\n|---|---|\n| 64 | 1.8x |",
             "| batch | vptm | |---|---| | 64 | 1.8x |",
         ),
         ("Measured on an H200:\n\n- batch 64: 1.8x", "- batch 64: 1.8x"),
