@@ -37,6 +37,7 @@ from vptm.reference import block_forward, sdpa
 
 DEVICE = timing.selection.device
 CUDA = DEVICE == "cuda"
+# channels, blocks, heads
 SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16)}
 EAGER = ("timm without prompts", "concatenation")
 PREFIX = "prefix as keys and values, as PEFT does it"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from vptm import PromptedBEiT, init_prompts
 from vptm.prompt_init import layer_tokens, pooling_windows
 
 DEVICE, FULL = timing.selection.device, timing.selection.full
+DTYPE = torch.float32
 PROMPTS, IMAGES, BATCH = 10, 1024 if FULL else 512, 16
 PEERS = {"every image forwarded": timing.Peer(lambda: None)}
 
@@ -72,6 +73,7 @@ def _ours(method: str) -> Tensor:
     return _model().prompts.weight.detach().clone()
 
 
+@lru_cache(maxsize=1)
 def each_is_a_token(method: str) -> Callable[[str, Tensor], None]:
     every = every_token(method)
 
@@ -87,17 +89,33 @@ def each_is_a_token(method: str) -> Callable[[str, Tensor], None]:
     return check
 
 
+def _work() -> timing.Work:
+    """What P images of its own for every layer cost, drawn first: L (L-1) / 2 blocks of 24 N C² + 4 N² C operations and
+    L patch embeddings each; weights and those images are read once."""
+    backbone = _model().backbone
+    blocks, embed = backbone.blocks, backbone.patch_embed.proj
+    depth, width, patches = len(blocks), embed.weight.shape[0], _model().num_patches
+    block = 24 * (patches + 1) * width**2 + 4 * (patches + 1) ** 2 * width
+    operations = PROMPTS * (depth * (depth - 1) // 2 * block + depth * 2 * patches * embed.weight.numel())
+    elements = sum(p.numel() for p in blocks.parameters()) + embed.weight.numel()
+    elements += PROMPTS * depth * patches * embed.weight[0].numel()
+    return timing.Work(elements * DTYPE.itemsize, operations)
+
+
+@pytest.mark.parametrize("implementation", timing.rows(PEERS))
 @pytest.mark.parametrize("method", ["random", "mean"])
-@pytest.mark.parametrize("implementation", ["every image forwarded", "vptm"])
 def bench_prompt_init(benchmark: BenchmarkFixture, implementation: str, method: str) -> None:
     benchmark.group = f"prompt initialisation, {method}, P={PROMPTS}, {IMAGES} images, {DEVICE}"
     runs: dict[str, timing.Run] = {"vptm": lambda: _ours(method), "every image forwarded": lambda: _published(method)}
-    chosen = {name: run for name, run in runs.items() if name == "vptm" or name in timing.present(PEERS)}
-    if implementation == "vptm":
-        found = timing.compare(chosen, check=each_is_a_token(method), rounds=3, warmup=1, device=DEVICE)
-        held = {name: timing.peak_extra_bytes(run, DEVICE) for name, run in chosen.items()}
-        benchmark.extra_info |= found.info() | {"peak extra bytes": held}
-    elif why := timing.refusal(implementation, chosen[implementation], each_is_a_token(method)):
-        pytest.skip(f"not timed: {why}")
-    clock = timing.clock_of(DEVICE)
-    benchmark.pedantic(lambda: clock(chosen[implementation]), rounds=3)
+    timing.report(
+        benchmark,
+        implementation,
+        {name: run for name, run in runs.items() if name == "vptm" or name in timing.present(PEERS)},
+        check=each_is_a_token(method),
+        work=_work(),
+        device=DEVICE,
+        dtype=DTYPE,
+        table=(3, 0),
+        rounds=3,
+        warmup=1,
+    )

@@ -4,9 +4,9 @@
 
 Peers: "sdpa" normalises all tokens, projects keys and values of all of them, concatenates the prompts and runs
 `scaled_dot_product_attention` for one query row, as a block of timm does; "absorbed" multiplies the query by the key
-weights first, as we do, with plain PyTorch operations on normalised tokens; both compiled on a GPU. Every
-implementation is checked against the definition in float64 first; one that exceeds its error budget is reported and not
-timed.
+weights first, as we do, with plain PyTorch operations on normalised tokens; both compiled on a GPU, with max-autotune
+when asked for by name. Every implementation is checked against the definition in float64 first; one that exceeds its
+error budget is reported and not timed.
 
 `extra_info` holds the bytes that must move and the floating-point operations (formulas in `_work`), and `share of
 ceiling`: the time this machine needs for them at its own measured copy bandwidth and matrix rate, over the measured
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ class Inputs:
         return Inputs(**{name: t.requires_grad_(name in ("x", "q", "prompts")) for name, t in copies.items()})
 
 
-@cache
+@lru_cache(maxsize=1)
 def _inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
     generator = torch.Generator().manual_seed(0)
 
@@ -136,16 +136,11 @@ def _absorbed(shape: Shape, i: Inputs) -> Tensor:
     return value.flatten(1) + i.v_bias * of_tokens.sum(-1).repeat_interleave(shape.head_dim, 1)
 
 
-@cache
-def _compiled(implementation: Implementation) -> Implementation:
-    return torch.compile(implementation, dynamic=False)
-
-
 PEERS = {
     "sdpa": timing.Peer(_sdpa),
     "absorbed": timing.Peer(_absorbed),
-    "sdpa compiled": timing.Peer(lambda s, i: _compiled(_sdpa)(s, i), needs=("cuda",)),
-    "absorbed compiled": timing.Peer(lambda s, i: _compiled(_absorbed)(s, i), needs=("cuda",)),
+    **timing.compiled(_sdpa, "sdpa compiled"),
+    **timing.compiled(_absorbed, "absorbed compiled"),
 }
 
 
@@ -165,8 +160,15 @@ def _call(implementation: Implementation, shape: Shape, inputs: Inputs, directio
     return forward if direction == "forward" else both
 
 
-def _work(shape: Shape, direction: str, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, floating-point operations) that no implementation can avoid.
+@lru_cache(maxsize=1)
+def _check(shape: Shape, direction: str, dtype: torch.dtype) -> timing.Check:
+    inputs = _inputs(shape, dtype)
+    exact, eager = (_call(_definition, shape, i, direction)() for i in (inputs.to(torch.float64), inputs))
+    return timing.within_budget(exact, eager, [2, 3, 3, 3])
+
+
+def _work(shape: Shape, direction: str, dtype: torch.dtype) -> timing.Work:
+    """Of what no implementation can avoid.
 
     Forward reads the tokens once, both weights, queries, prompts, and writes one row per image: B*N*C + 2*C² + 2*B*C +
     2*P*C elements, with C = H*D; 4*B*H*N*C operations for scores and weighted sums of tokens, 4*B*C² for the weights
@@ -179,22 +181,33 @@ def _work(shape: Shape, direction: str, dtype: torch.dtype) -> tuple[int, int]:
     elements = (1 if forward else 3) * tokens + 2 * square + (2 if forward else 4) * (rows + prompts)
     operations = (4 if forward else 12) * shape.heads * tokens
     operations += (4 if forward else 8) * (shape.batch * square + shape.batch * prompts)
-    return elements * torch.finfo(dtype).bits // 8, operations
+    return timing.Work(elements * dtype.itemsize, operations)
 
 
-@pytest.mark.parametrize("dtype", timing.selection.dtypes, ids=str)
+@pytest.mark.parametrize("implementation", timing.rows(PEERS))
 @pytest.mark.parametrize("direction", ["forward", "forward and backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_readout_attention(benchmark: BenchmarkFixture, shape: Shape, direction: str, dtype: torch.dtype) -> None:
-    inputs = _inputs(shape, dtype)
-    exact = _call(_definition, shape, inputs.to(torch.float64), direction)()
-    eager = _call(_definition, shape, inputs, direction)()
-    runs: dict[str, timing.Run] = {"vptm": _call(_vptm, shape, inputs, direction)}
-    runs |= {name: _call(peer.run, shape, inputs, direction) for name, peer in timing.present(PEERS).items()}
-    check = timing.within_budget(exact, eager, [2, 3, 3, 3])
-    result = timing.compare(runs, check=check, rounds=15, device=DEVICE, graph=True)
+@pytest.mark.parametrize("dtype", timing.selection.dtypes, ids=timing.label)
+def bench_readout_attention(
+    benchmark: BenchmarkFixture, implementation: str, shape: Shape, direction: str, dtype: torch.dtype
+) -> None:
     benchmark.group = f"readout attention, {direction}, {shape}, {dtype}, {DEVICE}"
-    benchmark.pedantic(timing.finished(runs["vptm"], DEVICE), rounds=7, warmup_rounds=2)
-    benchmark.extra_info |= result.info()
-    moved, operations = _work(shape, direction, dtype)
-    benchmark.extra_info |= timing.work_info(result.median("vptm"), moved, operations, DEVICE, dtype)
+    benchmark.extra_info |= {
+        "prompt_length": shape.prompts,
+        "batch": shape.batch,
+        "shape": f"H={shape.heads} N={shape.tokens} D={shape.head_dim}, {direction}",
+    }
+    inputs = _inputs(shape, dtype)
+    forms = {"vptm": _vptm} | {name: peer.form(benchmark.group) for name, peer in timing.present(PEERS).items()}
+    timing.report(
+        benchmark,
+        implementation,
+        {name: _call(form, shape, inputs, direction) for name, form in forms.items()},
+        check=_check(shape, direction, dtype),
+        work=_work(shape, direction, dtype),
+        device=DEVICE,
+        dtype=dtype,
+        table=(7, 2),
+        rounds=15,
+        graph=True,
+    )

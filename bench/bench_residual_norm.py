@@ -4,15 +4,16 @@
 
 Two settings. "plain" adds the output of a linear to the residual stream and normalises; its peer "addmm" lets the
 matrix product add the residual itself (`torch.addmm` with beta=1), then runs LayerNorm. "LayerScale and drop path" has
-a factor per channel and per image as well, which a matrix product cannot apply. The linear, without a bias, is part of
-what is timed. Every implementation is checked against the definition in float64 first.
+a factor per channel and per image as well, which a matrix product cannot apply; there the definition compiled, which
+fuses all but the product, is the peer on a CPU too. The linear, without a bias, is part of what is timed. Every
+implementation is checked against the definition in float64 first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ class Inputs:
         return Inputs(x.requires_grad_(), inner.requires_grad_(), weight, gamma, row_scale)
 
 
-@cache
+@lru_cache(maxsize=1)
 def _inputs(size: tuple[int, int, int], factors: bool, dtype: torch.dtype) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     batch, tokens, width = size
@@ -78,16 +79,18 @@ def _addmm(i: Inputs) -> tuple[Tensor, Tensor]:
     return x_new, F.layer_norm(x_new, x_new.shape[-1:], eps=EPS)
 
 
-@cache
-def _compiled() -> Implementation:
-    return torch.compile(_eager, dynamic=False)
-
-
 PEERS = {
     "eager": timing.Peer(_eager),
     "addmm": timing.Peer(_addmm),
-    "compiled": timing.Peer(lambda i: _compiled()(i)),
+    **timing.compiled(_eager, needs=()),
 }
+
+
+def _takes_part(name: str, factors: bool) -> bool:
+    if name == "addmm":
+        return not factors
+    # a CPU compiles for half a minute: once per direction
+    return PEERS[name].mode is None or factors or DEVICE == "cuda"
 
 
 def _call(implementation: Implementation, inputs: Inputs, direction: str) -> Call:
@@ -105,8 +108,15 @@ def _call(implementation: Implementation, inputs: Inputs, direction: str) -> Cal
     return forward if direction == "forward" else both
 
 
-def _work(size: tuple[int, int, int], direction: str, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, floating-point operations) that no implementation can avoid, with rows of C channels.
+@lru_cache(maxsize=1)
+def _check(size: tuple[int, int, int], factors: bool, direction: str, dtype: torch.dtype) -> timing.Check:
+    inputs = _inputs(size, factors, dtype)
+    exact, eager = (_call(_eager, i, direction)() for i in (inputs.to(torch.float64), inputs))
+    return timing.within_budget(exact, eager, [2, 2, 3, 3])
+
+
+def _work(size: tuple[int, int, int], direction: str, dtype: torch.dtype) -> timing.Work:
+    """Of what no implementation can avoid, with rows of C channels.
 
     Forward reads both inputs and the weight and writes both outputs, 4*rows*C + C² elements, 2*rows*C² operations;
     forward and backward also read x_new and two gradients and write two, 9*rows*C + C² elements, 4*rows*C² operations.
@@ -114,27 +124,39 @@ def _work(size: tuple[int, int, int], direction: str, dtype: torch.dtype) -> tup
     batch, tokens, width = size
     elements = (4 if direction == "forward" else 9) * batch * tokens * width + width**2
     operations = (2 if direction == "forward" else 4) * batch * tokens * width**2
-    return elements * torch.finfo(dtype).bits // 8, operations
+    return timing.Work(elements * dtype.itemsize, operations)
 
 
-@pytest.mark.parametrize("dtype", timing.selection.dtypes, ids=str)
+@pytest.mark.parametrize("implementation", timing.rows(PEERS))
 @pytest.mark.parametrize("direction", ["forward", "forward and backward"])
 @pytest.mark.parametrize("factors", [False, True], ids=["plain", "LayerScale and drop path"])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("dtype", timing.selection.dtypes, ids=timing.label)
 def bench_residual_norm(
-    benchmark: BenchmarkFixture, size: tuple[int, int, int], factors: bool, direction: str, dtype: torch.dtype
+    benchmark: BenchmarkFixture,
+    implementation: str,
+    size: tuple[int, int, int],
+    factors: bool,
+    direction: str,
+    dtype: torch.dtype,
 ) -> None:
-    inputs = _inputs(size, factors, dtype)
-    exact = _call(_eager, inputs.to(torch.float64), direction)()
-    eager = _call(_eager, inputs, direction)()
-    peers = {name: peer for name, peer in timing.present(PEERS).items() if not (factors and name == "addmm")}
-    runs: dict[str, timing.Run] = {"vptm": _call(_vptm, inputs, direction)}
-    runs |= {name: _call(peer.run, inputs, direction) for name, peer in peers.items()}
-    check = timing.within_budget(exact, eager, [2, 2, 3, 3])
-    result = timing.compare(runs, check=check, rounds=15, device=DEVICE, graph=True)
     kind = "LayerScale and drop path" if factors else "plain"
+    if implementation != "vptm" and not _takes_part(implementation, factors):
+        pytest.skip(f"not timed: {implementation} takes no part in {kind!r} here")
+    batch, tokens, width = size
     benchmark.group = f"residual norm, {kind}, {direction}, {size}, {dtype}, {DEVICE}"
-    benchmark.pedantic(timing.finished(runs["vptm"], DEVICE), rounds=7, warmup_rounds=2)
-    benchmark.extra_info |= result.info()
-    moved, operations = _work(size, direction, dtype)
-    benchmark.extra_info |= timing.work_info(result.median("vptm"), moved, operations, DEVICE, dtype)
+    benchmark.extra_info |= {"batch": batch, "shape": f"{kind}, N={tokens} C={width}, {direction}"}
+    inputs, peers = _inputs(size, factors, dtype), timing.present(PEERS)
+    forms = {"vptm": _vptm} | {n: p.form(benchmark.group) for n, p in peers.items() if _takes_part(n, factors)}
+    timing.report(
+        benchmark,
+        implementation,
+        {name: _call(form, inputs, direction) for name, form in forms.items()},
+        check=_check(size, factors, direction, dtype),
+        work=_work(size, direction, dtype),
+        device=DEVICE,
+        dtype=dtype,
+        table=(7, 2),
+        rounds=15,
+        graph=True,
+    )

@@ -11,7 +11,7 @@ once for each; "prompts per image" gathers every image's prompts and concatenate
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from bench import timing
 from vptm_kernels import FoldedHead, prompted_attention, prototype_cosine
 
-DEVICE, DTYPE, FULL = timing.selection.device, timing.selection.dtypes[0], timing.selection.full
+DEVICE, FULL = timing.selection.device, timing.selection.full
 # BEiT-B/16 at 224. One task is the case that must cost nothing; as many as images the one where nothing can be shared.
 BATCH, TASKS = (64, (1, 8, 64)) if FULL else (8, (1, 8))
 HEADS, TOKENS, PROMPTS, WIDTH, DIM, CLASSES = 12, 197, 10, 768, 128, 100
@@ -49,12 +49,12 @@ class Problem(NamedTuple):
         return Problem(*fields)._replace(head=head)
 
 
-@cache
-def _problem(tasks: int) -> Problem:
+@lru_cache(maxsize=1)
+def _problem(tasks: int, dtype: torch.dtype) -> Problem:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, DTYPE)
+        return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
 
     task_ids = torch.arange(BATCH, device=DEVICE) % tasks
     return Problem(
@@ -134,32 +134,53 @@ WHERE = {
 }
 
 
-@cache
-def _check(where: str, tasks: int) -> timing.Check:
+@lru_cache(maxsize=1)
+def _check(where: str, tasks: int, dtype: torch.dtype) -> timing.Check:
     """Against the gathered form in float64, with its error in the timed dtype as the measure."""
-    gathered, x = WHERE[where]["prompts per image"], _problem(tasks)
+    gathered, x = WHERE[where]["prompts per image"], _problem(tasks, dtype)
     with torch.inference_mode():
         return timing.within_budget([gathered(x.to(torch.float64))], [gathered(x)], [2])
 
 
+def _work(where: str, tasks: int, dtype: torch.dtype) -> timing.Work:
+    """Of B images and T tasks, whose prompts and heads are read once.
+
+    Attention with P prompts: 4 B N C + 2 T P C elements, 4 B N (N+P) C operations. The verbalizer with K classes per
+    task: B (C + K) + T d (C + 1 + K) elements, 2 B d (C + K) operations.
+    """
+    if where == "verbalizer":
+        elements = BATCH * (WIDTH + CLASSES) + tasks * DIM * (WIDTH + 1 + CLASSES)
+        operations = 2 * BATCH * DIM * (WIDTH + CLASSES)
+    else:
+        elements = (4 * BATCH * TOKENS + 2 * tasks * PROMPTS) * WIDTH
+        operations = 4 * BATCH * TOKENS * (TOKENS + PROMPTS) * WIDTH
+    return timing.Work(elements * dtype.itemsize, operations)
+
+
+@pytest.mark.parametrize("implementation", timing.rows(PEERS))
 @pytest.mark.parametrize("tasks", TASKS)
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("implementation", ["call per task", "prompts per image", "vptm"])
+@pytest.mark.parametrize("dtype", timing.selection.dtypes, ids=timing.label)
 @torch.inference_mode()
-def bench_task_bank(benchmark: BenchmarkFixture, implementation: str, where: str, tasks: int) -> None:
-    benchmark.group = f"{where}, {tasks} tasks in a batch of {BATCH}, {DTYPE}, {DEVICE}"
-    x, check = _problem(tasks), _check(where, tasks)
-    runs = {
-        name: lambda run=run: run(x)
-        for name, run in WHERE[where].items()
-        if name == "vptm" or name in timing.present(PEERS)
-    }
-    if implementation == "vptm":
-        found = timing.compare(runs, check=check, device=DEVICE, rounds=15)
-        held = {name: timing.peak_extra_bytes(run, DEVICE) for name, run in runs.items()}
-        benchmark.extra_info |= found.info() | {"peak extra bytes": held, "tasks": tasks, "batch": BATCH}
-    elif why := timing.refusal(implementation, runs[implementation], check):
-        pytest.skip(f"not timed: {why}")
-    benchmark.extra_info["implementation"] = implementation
-    clock = timing.clock_of(DEVICE)
-    benchmark.pedantic(lambda: clock(runs[implementation]), rounds=5, warmup_rounds=1)
+def bench_task_bank(
+    benchmark: BenchmarkFixture, implementation: str, where: str, tasks: int, dtype: torch.dtype
+) -> None:
+    benchmark.group = f"{where}, {tasks} tasks in a batch of {BATCH}, {dtype}, {DEVICE}"
+    benchmark.extra_info |= {"tasks": tasks, "batch": BATCH, "shape": f"{where}, {tasks} tasks"}
+    x = _problem(tasks, dtype)
+    present = timing.present(PEERS)
+    timing.report(
+        benchmark,
+        implementation,
+        {
+            name: lambda run=run: run(x)  # type: ignore[misc]
+            for name, run in WHERE[where].items()
+            if name == "vptm" or name in present
+        },
+        check=_check(where, tasks, dtype),
+        work=_work(where, tasks, dtype),
+        device=DEVICE,
+        dtype=dtype,
+        rounds=15,
+        at_least=1e-3,
+    )

@@ -170,8 +170,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         if "share of ceiling" in bench.extra_info:
             info = bench.extra_info
             work.append(
-                f"{bench.group}: {info.get('implementation', bench.name)}: {info['bytes'] / 1e6:.1f} MB, "
-                f"{info['operations'] / 1e9:.2f} GFLOP, {info['share of ceiling']:.0%} of the ceiling"
+                f"{bench.group}: {info.get('implementation', bench.name)}: {info['bytes'] / 1e6:.3g} MB, "
+                f"{info['operations'] / 1e9:.3g} GFLOP, {info['share of ceiling']:.0%} of the ceiling"
             )
         if "exponent of time" in bench.extra_info:
             taken, held, expected = (

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import bench_complexity as bench
 from bench import timing
@@ -48,6 +53,29 @@ def test_measure_reports_what_the_clock_saw(power):
     found = bench.measure(sweep, rounds=1, clock=Growing())
     assert found["exponent of time"] == pytest.approx(power, abs=0.01)
     assert found["seconds"] == [5 + size**power for size in (2, 4, 8)]
+
+
+@pytest.mark.parametrize("name", bench.SWEEPS)
+def test_every_exponent_is_fitted_as_designed(name):
+    """By a clock that counts floating-point operations: quadratic in N inside attention alone, linear in P, B and K,
+    constant in the number of tasks. A sweep of something else, or fitted against something else, shows here."""
+    # float32 may run in oneDNN, which is not counted
+    sweep = replace(bench.SWEEPS[name], make=partial(bench.SWEEPS[name].make, dtype=torch.float64))
+
+    def operations(run):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return float(counter.get_total_flops())
+
+    found = bench.measure(sweep, rounds=1, clock=operations)
+    assert found["exponent of time"] == pytest.approx(sweep.expected, abs=0.03)
+    assert (
+        found["expected exponent of time"]
+        == sweep.expected
+        == {"tokens N, attention alone": 2, "tasks": 0}.get(name, 1)
+    )
+    largest = sweep.sizes[-1]
+    assert found["seconds"][-1] == sweep.work(largest, torch.float64).operations, "what its share of the ceiling is of"
 
 
 @pytest.mark.parametrize(

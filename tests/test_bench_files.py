@@ -6,6 +6,8 @@ import gc
 import sys
 import types
 import weakref
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +15,14 @@ from counting_clock import CountingClock
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import (
+    bench_complexity,
     bench_import,
     bench_model,
     bench_prompt_init,
     bench_prompted_attention,
     bench_prototype_cosine,
+    bench_readout_attention,
+    bench_residual_norm,
     bench_task_bank,
     bench_training_step,
     peers,
@@ -25,13 +30,15 @@ from bench import (
 )
 from vptm import PromptedBEiT
 
+FP32 = torch.float32
+
 
 def test_prompts_that_are_no_tokens_are_refused(monkeypatch):
     """Prompts drawn from noise cost nothing to make: they must not count as a fast initialisation."""
     loader = bench_prompt_init._loader().dataset
     few = torch.utils.data.DataLoader(torch.utils.data.Subset(loader, range(20)), batch_size=8)
     monkeypatch.setattr(bench_prompt_init, "_loader", lambda: few)
-    check = bench_prompt_init.each_is_a_token("random")
+    check = bench_prompt_init.each_is_a_token.__wrapped__("random")
     honest = bench_prompt_init._ours("random")
     check("vptm", honest)
     check("every image forwarded", bench_prompt_init._published("random"))
@@ -67,10 +74,10 @@ def test_images_that_get_another_tasks_prompts_or_prototypes_are_refused(where, 
     monkeypatch.setattr(bench_task_bank, "CLASSES", 7)
     for cached in (bench_task_bank._problem, bench_task_bank._check):
         cached.cache_clear()
-    x = bench_task_bank._problem(4)
+    x = bench_task_bank._problem(4, FP32)
     shifted = x._replace(ranges=x.ranges.roll(1, 0), task_ids=x.task_ids.roll(1, 0))
     ours, peer = bench_task_bank.WHERE[where]["vptm"], bench_task_bank.WHERE[where]["call per task"]
-    check = bench_task_bank._check(where, 4)
+    check = bench_task_bank._check(where, 4, FP32)
     runs = {"shifted": lambda: ours(shifted), "peer": lambda: peer(x), "vptm": lambda: ours(x)}
     found = timing.compare(runs, check=check)
     assert set(found.seconds) == {"vptm", "peer"} and "exceeds the budget" in found.refused["shifted"]
@@ -83,7 +90,7 @@ def counted(monkeypatch):
     """Time that only work moves, wherever a bench asks for a clock, and ceilings that nobody measures."""
     clock = CountingClock().seconds
     monkeypatch.setattr(timing, "clock_of", lambda *_: clock)
-    monkeypatch.setattr(timing, "ceilings", lambda *_: (1e9, 1e9))
+    monkeypatch.setattr(timing, "ceilings", lambda *_: (1e3, 1e3))
 
 
 def thrice(function):
@@ -93,9 +100,6 @@ def thrice(function):
         return function(*arguments, **options)
 
     return slow
-
-
-FP32 = torch.float32
 
 
 @pytest.fixture
@@ -343,30 +347,141 @@ def test_xformers_gets_a_bias_it_can_take(counted, monkeypatch):
 
 
 @pytest.fixture
-def cosine_info(counted, monkeypatch):
-    """What the bench of prototype_cosine reports of a small folded head."""
+def tiny_ops(counted, monkeypatch):
+    """Benches of single ops at sizes that take no time, by name: a function that gives what one row reports."""
     for name, size in (("WIDTH", 24), ("TOKENS", 60), ("DIM", 8)):
         monkeypatch.setattr(bench_prototype_cosine, name, size)
-    monkeypatch.setattr(timing, "work_info", lambda *_: {})
+    bench_prototype_cosine._problem.cache_clear()
+    for name, size in (("TOKENS", 5), ("CLASSES", 7)):
+        monkeypatch.setattr(bench_task_bank, name, size)
+    monkeypatch.setattr(bench_prompt_init, "IMAGES", 64)
+    for cached in (
+        bench_task_bank._problem,
+        bench_task_bank._check,
+        bench_prompt_init._loader,
+        bench_prompt_init.each_is_a_token,
+    ):
+        cached.cache_clear()
+    # compiling is tested elsewhere
+    monkeypatch.setattr(timing, "one_graph", lambda function, mode: function)
+    sweep = replace(bench_complexity.SWEEPS["tasks"], sizes=(4, 8, 12))
+    monkeypatch.setitem(bench_complexity.SWEEPS, "tasks", sweep)
+    readout = bench_readout_attention.Shape(2, 3, 5, 2, 16)
+    rows = {
+        "bench_prompted_attention": ("bench_prompted_attention", SMALL, FP32, "forward"),
+        "bench_readout_attention": ("bench_readout_attention", readout, "forward", FP32),
+        "bench_residual_norm": ("bench_residual_norm", (2, 5, 32), True, "forward", FP32),
+        "bench_prototype_cosine": ("bench_folded_inference", "raw", 5, 3, FP32),
+        "bench_prototype_cosine, unfolded": ("bench_inference", "softmax", 5, 3, FP32),
+        "bench_prototype_cosine, training": ("bench_training_step", "logits", 5, 3, FP32),
+        "bench_task_bank": ("bench_task_bank", "verbalizer", 4, FP32),
+        "bench_prompt_init": ("bench_prompt_init", "mean"),
+        "bench_complexity": ("bench_complexity", "tasks", FP32),
+    }
 
-    def report():
-        benchmark = Benchmark()
-        bench_prototype_cosine.bench_folded_inference(benchmark, "raw", 5, 3)
+    def report(bench, implementation="vptm"):
+        benchmark, (function, *arguments) = Benchmark(), rows[bench]
+        first = [] if bench == "bench_complexity" else [implementation]
+        getattr(BENCHES[bench.partition(",")[0]], function)(benchmark, *first, *arguments)
         return benchmark.extra_info
 
-    return report
+    yield report
+    for cached in (
+        bench_prototype_cosine._problem,
+        bench_task_bank._problem,
+        bench_task_bank._check,
+        bench_prompt_init._loader,
+        bench_prompt_init.each_is_a_token,
+    ):
+        cached.cache_clear()
 
 
-def test_the_cosine_bench_sees_a_slower_vptm(cosine_info, monkeypatch):
-    honest = cosine_info()
-    monkeypatch.setattr(bench_prototype_cosine, "prototype_cosine", thrice(bench_prototype_cosine.prototype_cosine))
-    for peer in ("eager", "hand-folded"):
-        assert cosine_info()[f"speed-up over {peer}"] == pytest.approx(honest[f"speed-up over {peer}"] / 3, rel=1e-2)
+BENCHES = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (
+        bench_complexity,
+        bench_model,
+        bench_prompt_init,
+        bench_prompted_attention,
+        bench_prototype_cosine,
+        bench_readout_attention,
+        bench_residual_norm,
+        bench_task_bank,
+        bench_training_step,
+    )
+}
+# what vptm runs, a peer, what that peer runs, and one that stays as it is
+OPS = {
+    "bench_readout_attention": ("_vptm", "absorbed", None, "sdpa"),
+    "bench_residual_norm": ("_vptm", "torch.compile", None, "eager"),
+    "bench_prototype_cosine": ("prototype_cosine", "hand-folded", "hand_folded", "eager"),
+    "bench_prototype_cosine, unfolded": ("prototype_cosine", "eager", "eager", None),
+}
 
 
-def test_the_cosine_bench_refuses_a_wrong_peer(cosine_info, monkeypatch):
-    right = bench_prototype_cosine.Problem.hand_folded
-    monkeypatch.setattr(bench_prototype_cosine.Problem, "hand_folded", lambda problem: right(problem) + 0.01)
-    info = cosine_info()
-    assert "exceeds the budget" in info["refused"]["hand-folded"] and "speed-up over hand-folded" not in info
-    assert "speed-up over eager" in info
+@pytest.mark.parametrize("bench", OPS)
+def test_the_bench_of_an_op_sees_a_slower_vptm(tiny_ops, monkeypatch, bench):
+    """An op that does everything three times must be left with a third of its ratios."""
+    function, *peers_of_it = OPS[bench]
+    module, honest = BENCHES[bench.partition(",")[0]], tiny_ops(bench)
+    monkeypatch.setattr(module, function, thrice(getattr(module, function)))
+    slowed = tiny_ops(bench)
+    for peer in (peers_of_it[0], peers_of_it[2]):
+        if peer:
+            ratio = f"speed-up over {peer}"
+            assert slowed[ratio] == pytest.approx(honest[ratio] / 3, rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [lambda out: out + 0.01, lambda out: out * float("nan")], ids=["off", "nan"])
+@pytest.mark.parametrize("bench", [name for name, (_, _, _, right) in OPS.items() if right])
+def test_the_bench_of_an_op_refuses_a_wrong_peer(tiny_ops, monkeypatch, bench, wrong):
+    _, peer, method, other = OPS[bench]
+    module = BENCHES[bench]
+    if method:
+        right = getattr(module.Problem, method)
+        monkeypatch.setattr(module.Problem, method, lambda problem: wrong(right(problem)))
+    else:
+        entry = module.PEERS[peer]
+
+        def run(*arguments):
+            out = entry.run(*arguments)
+            return wrong(out) if isinstance(out, torch.Tensor) else (out[0], wrong(out[1]))
+
+        monkeypatch.setitem(module.PEERS, peer, replace(entry, run=run, needs=()))
+    info = tiny_ops(bench)
+    assert "exceeds the budget" in info["refused"][peer] and f"speed-up over {peer}" not in info
+    assert f"speed-up over {other}" in info
+    with pytest.raises(pytest.skip.Exception, match=f"not timed: {peer}"):
+        tiny_ops(bench, peer)
+    assert tiny_ops(bench, other)["implementation"] == other
+
+
+REPORTED = {
+    *("bytes", "operations", "achieved bandwidth", "achieved rate", "share of ceiling", "peak extra bytes", "dtype"),
+    *("measured copy bandwidth", "measured matrix rate", "device"),
+}
+
+
+def test_every_bench_reports_work_and_memory(tiny_ops, tiny_model):
+    """A speed-up without the share of what the machine can do says nothing about what is left to win."""
+    found = {name: tiny_ops(name) for name in ("bench_complexity", "bench_prompt_init", "bench_task_bank", *OPS)}
+    found |= {"bench_prompted_attention": attention_info(), "bench_prototype_cosine": found["bench_prototype_cosine"]}
+    found |= {"training": tiny_ops("bench_prototype_cosine, training")}
+    found |= {"bench_model": model_info(tiny_model), "bench_training_step": step_info(tiny_model)}
+    for name, info in found.items():
+        assert set(info) >= REPORTED, name
+        assert info["share of ceiling"] > 0 and info["peak extra bytes"]["vptm"] > 0, name
+        if name != "bench_complexity":
+            assert info["implementation"] == "vptm", name
+            assert set(info["peak extra bytes"]) <= set(info["microseconds"]), name
+    folder = Path(timing.__file__).parent
+    files = {path.stem for path in folder.glob("bench_*.py")} - {"bench_import"}
+    assert files == set(BENCHES) and files <= set(found), "a bench that is not in this test"
+
+
+def test_rows_of_peers_take_the_time_of_the_comparison(tiny_ops):
+    """Timed a second time, a peer would have another share of the ceiling than in the ratios."""
+    ours, theirs = tiny_ops("bench_readout_attention"), tiny_ops("bench_readout_attention", "sdpa")
+    assert theirs["achieved rate"] * ours["microseconds"]["sdpa"][1] == pytest.approx(1e6 * theirs["operations"])
+    timing._last.clear()
+    assert tiny_ops("bench_readout_attention", "sdpa")["achieved rate"] == theirs["achieved rate"]

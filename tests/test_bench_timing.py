@@ -8,7 +8,7 @@ import pytest
 import torch
 from counting_clock import CountingClock
 
-from bench import timing
+from bench import conftest, timing
 from vptm_kernels import prompted_attention
 from vptm_kernels.prompted_attention.reference import prompted_attention_reference
 
@@ -245,6 +245,9 @@ def bench_plain(benchmark):
     benchmark.group = "plain"
     runs = {"vptm": lambda: 1} | {n: p.run for n, p in timing.present(PEERS).items()}
     benchmark.extra_info |= timing.compare(runs, check=None).info()
+    benchmark.extra_info |= timing.work_info(1.0, 10**6, 10**9, "cpu", DTYPE)
+    names = ("exponent of time", "exponent of memory", "expected exponent of time")
+    benchmark.extra_info |= dict(zip(names, (1.04, None, 1)))
     benchmark.pedantic(runs["vptm"], rounds=1)
 """
 
@@ -255,6 +258,7 @@ def benches(pytester, monkeypatch):
     before = timing.selection
     # the machine's description costs seconds and is tested above
     monkeypatch.setattr(timing, "environment", lambda: {"gpu": None})
+    monkeypatch.setattr(timing, "ceilings", lambda *_: (1e7, 4e9))
     pytester.makeconftest("from bench.conftest import *")
     pytester.makeini("[pytest]\npython_files = bench_*.py\npython_functions = bench_*")
     pytester.makepyfile(bench_doubling=BENCH)
@@ -289,6 +293,17 @@ def test_peers_can_be_chosen_and_an_absent_one_is_skipped_by_name(benches):
 NO_PACKAGE = "needs the package no_such_package, which is not installed"
 
 
+def test_the_closing_tables_show_exponents_and_work(benches):
+    """What the complexity bench claims must be seen without opening a json."""
+    benches(file="plain").stdout.fnmatch_lines(
+        [
+            "plain: bench_plain: 1 MB, 1 GFLOP, 25% of the ceiling",
+            "*fitted exponents*",
+            "plain: time 1.04 (expected 1), memory none",
+        ]
+    )
+
+
 def test_peers_that_are_not_here_are_listed_though_nobody_asked_for_them(benches, pytester):
     """A table without xformers would read as if it had been beaten. The json says it as well, with the machine's load
     and clock, and what the run took."""
@@ -298,6 +313,14 @@ def test_peers_that_are_not_here_are_listed_though_nobody_asked_for_them(benches
     machine = json.loads(pytester.path.joinpath("found.json").read_text())["machine_info"]
     assert machine["absent"] == {"bench_plain": {"xformers": NO_PACKAGE}}
     assert {"load average before", "gpu state before"} <= set(machine)
+
+
+def test_the_clock_of_the_cpu_stays_in_the_json():
+    """A machine is described without what tells nothing of its speed; its clocks tell."""
+    cpu = {"brand_raw": "x", "hz_advertised_friendly": "2.5 GHz", "hz_actual_friendly": "3.1 GHz", "flags": ["sse"]}
+    output = {"machine_info": {"cpu": dict(cpu), "release": "1"}}
+    conftest.pytest_benchmark_update_json(None, [], output)
+    assert output == {"machine_info": {"cpu": {name: cpu[name] for name in cpu if name != "flags"}}}
 
 
 @pytest.mark.parametrize("file, name", [("plain", "xformers"), ("bench_doubling.py", "absent")])
