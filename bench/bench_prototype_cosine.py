@@ -177,7 +177,7 @@ def bench_folded_inference(
     eager, no slower than the same by hand, a tenth of the memory."""
     problem, kind = _problem(batch, classes, "logits", False, dtype), f"folded inference, {prototypes} prototypes"
     benchmark.group = f"prototype cosine, {kind}, B={batch}, K={classes}, {dtype}, {DEVICE}"
-    benchmark.extra_info["shape"] = f"{kind}, K={classes}"
+    benchmark.extra_info["shape"] = kind
     ours, by_hand = (
         (problem.folded_unit, problem.hand_folded_unit)
         if prototypes == "unit"
@@ -215,6 +215,6 @@ def bench_training_step(
 def _unfolded(benchmark: BenchmarkFixture, implementation: str, problem: Problem, what: str) -> None:
     kind, sizes = f"{problem.activation} {what}", f"B={len(problem.hidden)}, K={problem.classes}"
     benchmark.group = f"prototype cosine, {kind}, {sizes}, {problem.hidden.dtype}, {DEVICE}"
-    benchmark.extra_info["shape"] = f"{kind}, K={problem.classes}"
+    benchmark.extra_info["shape"] = kind
     functions = {"vptm": problem.unfolded, "eager": problem.eager}
     _report(benchmark, implementation, problem, functions, problem.work())

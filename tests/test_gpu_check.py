@@ -53,7 +53,26 @@ def test_a_stage_that_fails_is_recorded_and_the_others_run(check):
     assert (tool["status"], tool["why"]) == ("skipped", "no-such-program is not installed")
     assert writes["status"] == "passed" and writes["result"] == {"benchmarks": [], "proposals": []}
     assert saved(check)["finished"] is True
+    assert "gpu state after" in saved(check), "clocks that fell during the run explain its numbers"
     assert "the reason" in (check.out / gpu_check.LOG).read_text()
+
+
+def test_a_bench_of_two_stages_is_one_row(check):
+    """The stage of peers that take minutes compares with vptm again: as a second row the report would refuse it."""
+    first = {"batch": 64, "speed-up over a": 2.0, "microseconds": {"vptm": [1, 1, 1], "a": [2, 2, 2]}}
+    later = {"batch": 64, "speed-up over b": 1.5, "microseconds": {"vptm": [9, 9, 9], "b": [3, 3, 3]}}
+    write = "import json,sys; json.dump({{'benchmarks': {!r}}}, open(sys.argv[1], 'w'))"
+
+    def stage(name, *benches):
+        found = [{"fullname": full, "group": "g", "extra_info": info, "stats": {}} for full, info in benches]
+        return python(name, write.format(found), 5.0, "{result}")
+
+    check = check()
+    check.run([stage("all", ("x", first)), stage("named", ("x", later), ("y", later))])
+    both, named = (entry["result"]["benchmarks"] for entry in saved(check)["stages"])
+    assert [bench["fullname"] for bench in both + named] == ["x", "y"] and named[0]["extra_info"] == later
+    times = {"vptm": [1, 1, 1], "a": [2, 2, 2], "b": [3, 3, 3]}
+    assert both[0]["extra_info"] == later | first | {"microseconds": times}
 
 
 def test_the_file_is_complete_after_every_stage(check):
@@ -160,6 +179,8 @@ def test_stages_cover_every_bench_and_every_op_within_the_budget():
     for path in (gpu_check.ROOT / "vptm_kernels").glob("*/api.py"):
         assert f"tests/test_{path.parent.name}.py" in commands, path.parent.name
     assert sum(stage.seconds for stage in stages) <= 60 * gpu_check.MINUTES
+    names = [stage.name for stage in stages]
+    assert names.index("max-autotune") > max(names.index(gpu_check._title(bench)) for bench in gpu_check.BENCHES)
     assert [stage.name for stage in stages][:3] == ["kernel tests", "prompted attention", "model"]
     for name in (part for stage in stages for part in stage.command if part.endswith(".py")):
         assert (gpu_check.ROOT / name).is_file(), name
@@ -192,7 +213,7 @@ def test_dry_run_tries_commands_from_a_checkout_without_an_install(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(gpu_check.ROOT)}
     command = [sys.executable, "-m", "bench.gpu_check", "--dry-run", "--out", str(tmp_path), "--minutes", "3"]
     done = subprocess.run(
-        [*command, "--only", "prompted attention,autotune"],
+        [*command, "--only", "prompted attention,autotune,max-autotune"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -200,6 +221,6 @@ def test_dry_run_tries_commands_from_a_checkout_without_an_install(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads((tmp_path / gpu_check.JSON).read_text())
-    assert [entry["status"] for entry in document["stages"]] == ["passed", "passed"]
+    assert [entry["status"] for entry in document["stages"]] == ["passed", "passed", "passed"]
     assert "--device cuda" in document["stages"][0]["command"]
     assert str(tmp_path) not in document["command"]
