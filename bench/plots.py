@@ -64,9 +64,8 @@ class Timed:
         info = self.info
         mode = info.get("mode")
         named = [info.get("model"), f"{mode} prompts" if mode else None, info.get("shape")]
-        if any(named):
-            return ", ".join(filter(None, named))
-        return re.sub(r",? \b(torch\.\w+|cpu|cuda|[BPK]=\d+|batch \d+)(?=,|\s|$)", "", self.group)
+        text = ", ".join(filter(None, named)) or self.group
+        return re.sub(r",? \b(torch\.\w+|cpu|cuda|[BPK]=\d+|batch \d+)(?=,|\s|$)", "", text)
 
     @property
     def sizes(self) -> dict[str, float]:
@@ -212,7 +211,7 @@ def roofline(runs: Iterable[Timed]) -> dict[Panel, tuple[Series, float, float]]:
         info = run.info
         if not {"bytes", "operations", "achieved rate", "measured copy bandwidth", "measured matrix rate"} <= set(info):
             continue
-        panel = Panel(run.bench, ", ".join(filter(None, (run.bench, run.dtype))), run.machine)
+        panel = Panel(run.bench, ", ".join(filter(None, (BENCHES.get(run.bench, run.bench), run.dtype))), run.machine)
         series, bandwidth, ceiling = found.get(panel, ({}, 0.0, 0.0))
         rate = info["achieved rate"]
         point = Point(info["operations"] / info["bytes"], rate, rate, rate)
@@ -240,7 +239,6 @@ BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = (
     "#56B4E9",
     "#000000",
 )
-# the same in all pictures; what stands side by side in one bench differs in colour
 LOOKS: Looks = {
     OURS: (BLUE, "o"),
     "concatenation": (RED, "s"),
@@ -249,20 +247,14 @@ LOOKS: Looks = {
     "hand-folded": (GREEN, "D"),
     "sdpa": (GREEN, "D"),
     "torch.compile": (PINK, "^"),
-    "compiled": (PINK, "^"),
-    "flex compiled": (PINK, "^"),
-    "sdpa compiled": (PINK, "^"),
     "torch.compile max-autotune": (ORANGE, "P"),
-    "sdpa efficient": (ORANGE, "P"),
     "transformers without prompts": (SKY, "v"),
-    "sdpa cudnn": (SKY, "v"),
-    "sdpa math": (BLACK, "X"),
 }
 
 
 def looks(names: Iterable[str]) -> Looks:
-    """Of `LOOKS`; who has no place there gets a colour and marker of its own."""
-    others = ((colour, marker) for marker in "*hp<>" for colour in (BLACK, RED, SKY, ORANGE, GREEN, PINK))
+    """The same in all pictures: of `LOOKS`, and for who has no place there a colour and marker of its own."""
+    others = ((colour, marker) for marker in "*hp<>" for colour in (BLACK, SKY, ORANGE, PINK, GREEN, RED))
     return LOOKS | dict(zip(sorted(set(names) - set(LOOKS)), cycle(others)))
 
 

@@ -56,7 +56,7 @@ def _exponent(value: float | None) -> str:
 # columns that compare with no peer: name in extra_info, heading, how its value is written
 OTHERS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("microseconds per image", "time per image", _duration),
-    ("share of ceiling", "share of this machine's ceiling", "{:.0%}".format),
+    ("share of ceiling", "share of ceiling", "{:.0%}".format),
     ("seconds beyond torch", "beyond torch", "{:.2f} s".format),
     ("expected exponent of time", "exponent of time, expected", _exponent),
     ("exponent of time", "exponent of time", _exponent),
@@ -184,13 +184,23 @@ def _benches(sources: Iterable[Source]) -> list[str]:
 
 def tables(sources: Sequence[Source]) -> str:
     """Everything that was measured, by json, with the machine it was measured on."""
-    lines = ["# Measured results", "", f"Made by `python -m bench.report`. {LEGEND} Quartiles stand in brackets.", ""]
+    ceiling = (
+        "Share of ceiling: time that the copy bandwidth and matrix rate measured in the same run allow, over the time"
+    )
+    lines = [
+        "# Measured results",
+        "",
+        f"Made by `python -m bench.report`. {LEGEND} {ceiling} taken. Quartiles stand in brackets.",
+        "",
+    ]
     for source in sources:
         name, content = source
         machine = content["machine_info"]
         versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items() if version)
         state = [f"{what} {value}" for what, value in (machine.get("gpu state") or {}).items()]
         lines += [f"## {name}", "", f"{plots.machine(content).rsplit(', torch', 1)[0]}; {versions}.", ""]
+        if load := machine.get("load average"):
+            state.append(f"load average before {load[0]:g}")
         lines += [f"{', '.join(state)}.", ""] if state else []
         lines += [f"Commit {machine.get('commit') or 'unknown'}, `{machine.get('command') or 'command unknown'}`.", ""]
         for bench in _benches([source]):
@@ -263,7 +273,8 @@ _GPU = re.compile(
 )
 _NUMBER = r"(?:\d[\d.,]*|\b(?:two|three|four|five|six|seven|eight|nine|ten|twelve|twenty|fifty|hundred))"
 _UNIT = (
-    r"(?:x\b(?! ?\d)|×|%|percent\b|times\b|-?fold\b|(?:[µμmnu]?s|(?:micro|milli|nano)?sec(?:ond)?s?|min(?:ute)?s?|hours?)\b"
+    r"(?:x\b(?! ?\d)|×|%|percent\b|times\b|-?fold\b"
+    r"|(?:[µμmnu]?s|(?:micro|milli|nano)?sec(?:ond)?s?|min(?:ute)?s?|hours?)\b"
     r"|[GTP]?FLOPS?\b|[GT]op/s|\w+/s\b|\w+ per second\b)"
 )
 # a time, a rate, a ratio or a share; not a size, which a download has as well

@@ -115,7 +115,7 @@ def test_points_are_the_numbers_of_the_json(tmp_path):
     held = next(iter(plots.memory(runs, "batch").values()))
     assert [point[:2] for point in held["vptm"]] == [(1, 1), (8, 8), (64, 64)]
     (((_, title, _), (series, bandwidth, rate)),) = plots.roofline(runs).items()
-    assert (title, bandwidth, rate) == ("prompted attention, bfloat16", 4.3e12, 7.9e14)
+    assert (title, bandwidth, rate) == ("Prompted attention, bfloat16", 4.3e12, 7.9e14)
     assert series["vptm"][0][:2] == pytest.approx((20, 0.8 * 2e9 / (1e8 / 4.3e12)))
 
 
@@ -153,18 +153,20 @@ def test_models_and_dtypes_have_panels_of_their_own(tmp_path):
     }
     assert len(panels) == 3
     assert {panel.title: ceiling for panel, (_, _, ceiling) in plots.roofline(loaded).items()} == {
-        "readout attention, bfloat16": 800,
-        "readout attention, float32": 50,
+        "Read-out attention, bfloat16": 800,
+        "Read-out attention, float32": 50,
     }
 
 
-def test_kernels_are_drawn_by_what_their_group_says(tmp_path):
-    """A bench of a kernel names no model: its group keeps cases apart, and says batch and classes."""
+@pytest.mark.parametrize("said", [{}, {"shape": "KIND, K={k}"}])
+def test_kernels_are_drawn_by_what_their_group_or_shape_says(tmp_path, said):
+    """A bench of a kernel names no model: its group or shape keeps cases apart, and says batch and classes."""
     runs = content(
         *(
             entry(
                 "prototype_cosine",
                 f"prototype cosine, {kind}, B={b}, K={k}, cpu",
+                **{name: text.replace("KIND", kind).format(k=k) for name, text in said.items()},
                 **{"speed-up over eager": 10 * k + b},
             )
             for kind in ("folded inference", "softmax inference")
@@ -174,8 +176,9 @@ def test_kernels_are_drawn_by_what_their_group_says(tmp_path):
     )
     save(tmp_path, cpu=runs)
     panels = plots.speed_ups(plots.load(plots.contents(tmp_path)), "batch")
+    start = "" if said else "prototype cosine, "
     assert [panel.title for panel in panels] == [
-        f"prototype cosine, {kind}, K = 1000" for kind in ("folded inference", "softmax inference")
+        f"{start}{kind}, K = 1000" for kind in ("folded inference", "softmax inference")
     ]
     assert all([point[:2] for point in series["eager"]] == [(1, 10001), (64, 10064)] for series in panels.values())
     names = {path.stem for path in plots.draw(plots.contents(tmp_path), tmp_path / "plots")}

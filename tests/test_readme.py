@@ -123,7 +123,7 @@ def test_kernels_have_tables_with_bytes_of_separately_timed_peers() -> None:
     runs = [attention("vptm", 5, **ours), attention("sdpa", 10, **{"share of ceiling": 0.5})]
     assert lines_of("prompted attention", *runs) == [
         "Prompted attention, bfloat16, NVIDIA H200, torch 2.11.0:",
-        "| case | speed-up over sdpa | peak memory over sdpa | share of this machine's ceiling |",
+        "| case | speed-up over sdpa | peak memory over sdpa | share of ceiling |",
         "|---|---|---|---|",
         "| forward, B=64 N=197 P=50 | 1.31x | 0.50x | 62% |",
     ]
