@@ -8,6 +8,7 @@ from beit_factory import randomize
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from vptm.label_mapping import LabelMapping, assign, frequency_mapping, label_counts, random_mapping
 from vptm.visual_prompts import MAPPING_UPDATES, ReprogrammedClassifier, VisualPrompt, fit_visual_prompt
@@ -84,6 +85,22 @@ def test_a_small_image_has_few_patches_of_its_own() -> None:
     model.patch_embed.proj.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     VisualPrompt("expansive", image_size=32).patches(model.patch_embed, torch.rand(5, 3, 32, 32))
     assert [tuple(pixels.shape) for pixels in seen] == [(1, 3, 224, 224), (5, 3, 32, 32)]
+
+
+def test_a_small_image_has_few_rows_of_its_own_in_the_first_block() -> None:
+    """8 pixels in 24 with patches of 4: block 0 projects keys and values of 4 rows per image and of 33 once."""
+    made, model, images = prompt("expansive", image_size=8), vit(), torch.rand(5, 3, 8, 8, dtype=torch.float64)
+    reprogrammed = ReprogrammedClassifier(model, LabelMapping(random_mapping(3, 6)).double(), made)
+
+    def flops(run: nn.Module, given: Tensor) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run(given)
+        return int(counter.get_total_flops())
+
+    embedded = 2 * 36 * 3 * 4 * 4 * 16
+    saved = flops(model, made(images)) - flops(model.patch_embed, made(images))
+    saved -= flops(reprogrammed.source_logits, images) - embedded - 5 * 2 * 4 * 3 * 4 * 4 * 16
+    assert saved == 2 * 3 * 16 * 16 * (5 * 37 - (5 * 4 + 33))
 
 
 def task() -> tuple[nn.Module, DataLoader]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from .choices import one_of
+from .encoder import can_fold
 from .label_mapping import LabelMapping, bayesian_mapping, frequency_mapping, label_counts
 
 PIXEL_PROMPTS = ("expansive", "additive")
@@ -86,6 +87,18 @@ class VisualPrompt(nn.Module):
         right = self.size - self.inside.stop
         return F.pad((images - self.mean) / self.std, (left, right, left, right)) + self.border()
 
+    def _own(self, patch_embed: nn.Module) -> tuple[slice, slice]:
+        """Rows and columns of the grid of patches that hold pixels of the image."""
+        sides = patch_embed.patch_size
+        rows, columns = (slice(self.inside.start // side, -(-self.inside.stop // side)) for side in sides)  # type: ignore[union-attr]
+        return rows, columns
+
+    def own_patches(self, patch_embed: nn.Module) -> Tensor:
+        """Places of those patches, in the order of `patches`."""
+        rows, columns = self._own(patch_embed)
+        places = torch.arange(patch_embed.num_patches, device=self.delta.device).view(patch_embed.grid_size)  # type: ignore[call-overload]
+        return places[rows, columns].flatten()
+
     def patches(self, patch_embed: nn.Module, images: Tensor) -> Tensor:
         """`patch_embed(self(images))` of a ViT, (B, N, C), computing patches of the border once for the batch.
 
@@ -97,8 +110,7 @@ class VisualPrompt(nn.Module):
             shift = patch_embed(self.border()[None]) - patch_embed(torch.zeros_like(self.delta)[None])
             return patch_embed(images) + shift
         proj, norm = patch_embed.proj, patch_embed.norm
-        rows = slice(self.inside.start // height, -(-self.inside.stop // height))
-        columns = slice(self.inside.start // width, -(-self.inside.stop // width))
+        rows, columns = self._own(patch_embed)
         pixels = self(images)[
             ..., rows.start * height : rows.stop * height, columns.start * width : columns.stop * width
         ]
@@ -145,11 +157,32 @@ class ReprogrammedClassifier(nn.Module):
         ):
             return vit(self.prompt(images))
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(self.prompt.patches(vit.patch_embed, images))))
-        return vit.forward_head(vit.norm(vit.blocks(x)))
+        blocks = list(vit.blocks)
+        if self.prompt.mode == "expansive" and can_fold(blocks[0]):
+            own = vit.num_prefix_tokens + self.prompt.own_patches(vit.patch_embed)
+            x = _block_with_shared_rows(blocks.pop(0), x, own)
+        for block in blocks:
+            x = block(x)
+        return vit.forward_head(vit.norm(x))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, K) scores."""
         return self.mapping(self.source_logits(images))
+
+
+def _block_with_shared_rows(block: nn.Module, x: Tensor, own: Tensor) -> Tensor:
+    """`block(x)` for rows (B, T, C) that are the same for every image but where `own` says: their queries, keys and
+    values are made once for the batch."""
+    attn: Any = block.attn
+    shared = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+    shared[own] = False
+    of_own, of_shared = attn.qkv(block.norm1(x[:, own])), attn.qkv(block.norm1(x[:1, shared]))  # type: ignore[operator]
+    qkv = of_own.new_empty(*x.shape[:2], of_own.shape[-1])
+    qkv[:, own], qkv[:, shared] = of_own, of_shared
+    query, key, value = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(query, key, value, scale=attn.scale).transpose(1, 2).flatten(2)
+    x = x + block.ls1(attn.proj(mixed))  # type: ignore[operator]
+    return x + block.ls2(block.mlp(block.norm2(x)))  # type: ignore[operator]
 
 
 class _Source(nn.Module):
