@@ -234,7 +234,9 @@ class _Casts(TorchDispatchMode):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.sizes = {p.numel() for p in model.backbone.parameters() if p.ndim >= 2 and p.numel() > WIDTH * 4}
+        head = () if model.lm_head is None else (model.lm_head.weight,)
+        frozen = (*model.backbone.parameters(), *head)
+        self.sizes = {p.numel() for p in frozen if p.ndim >= 2 and p.numel() > WIDTH * 4}
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -291,11 +293,14 @@ def test_bf16_weights_and_autocast_stay_within_the_budget(prompt_mode: str) -> N
 
 
 def test_autocast_and_back_again() -> None:
-    """Leaving autocast brings the fp32 constants back, bitwise."""
+    """Leaving autocast brings the fp32 constants back, bitwise, and none that was derived inside is a 16-bit one."""
     model = small().eval()
     batch = images(model, 2).float()
     with torch.no_grad():
-        expected = model(batch)
+        expected = copy.deepcopy(model)(batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(batch)
+        assert torch.equal(model(batch), expected)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             low = model(batch)
         assert torch.equal(model(batch), expected)
