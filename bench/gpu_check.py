@@ -241,8 +241,8 @@ def _without_samples(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def join(stages: Sequence[dict[str, Any]]) -> None:
-    """Benches that an earlier stage has timed as well are taken out of the last one and add to that what it lacks: peers
-    that take minutes get a stage of their own, and a row is measured once."""
+    """Benches that an earlier stage has timed are taken out of the last one and add to that what it lacks: peers that
+    take minutes have a stage of their own, and a row is measured once."""
     *earlier, last = (stage.get("result", {}).get("benchmarks", []) for stage in stages)
     known = {bench["fullname"]: bench for benches in earlier for bench in benches}
     for bench in [bench for bench in last if bench["fullname"] in known]:
