@@ -40,7 +40,7 @@ CUDA = DEVICE == "cuda"
 # channels, blocks, heads
 SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16)}
 EAGER = ("timm without prompts", "concatenation")
-PREFIX = "prefix as keys and values, as PEFT does it"
+PREFIX = "PEFT-style prefix"
 IN_GRAPHS = " (CUDA graphs)"
 PEERS = {
     **{name: timing.Peer(lambda: None) for name in (*EAGER, PREFIX)},

@@ -4,7 +4,7 @@
 
 Peers get what they need: prompts concatenated to keys and values, and the bias as timm builds it (gathered from the
 table, permuted, made contiguous) with zero columns for prompts. `scaled_dot_product_attention` runs once per backend,
-by force: the backend it would choose can be wrong (cuDNN before 9.26 with a mask). "flash, no bias" computes less
+by force: the backend it would choose can be wrong (cuDNN before 9.26 with a mask). "flash without bias" computes less
 than the others and is there as the speed of light. Every implementation is checked against the definition in float64
 first, on two images alone and on the first two of the batch; one that exceeds its error budget is reported and not
 timed.
@@ -171,7 +171,7 @@ PEERS = {
     "flex compiled": timing.Peer(_flex, needs=("cuda",), mode=timing.MODES["torch.compile"]),
     "xformers": timing.Peer(_xformers, needs=("cuda", "xformers")),
     **timing.compiled(_eager),
-    "flash, no bias": timing.Peer(_forced(SDPBackend.FLASH_ATTENTION, biased=False), needs=("cuda",), paired=False),
+    "flash without bias": timing.Peer(_forced(SDPBackend.FLASH_ATTENTION, biased=False), needs=("cuda",), paired=False),
 }
 Call = Callable[[], Any]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from counting_clock import CountingClock
+from torch._dynamo import config
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import (
@@ -275,7 +276,7 @@ def attention_info(name="vptm", direction="forward and backward"):
 
 
 def replace_peer(monkeypatch, name, run):
-    monkeypatch.setitem(bench_prompted_attention.PEERS, name, timing.Peer(run, paired=name != "flash, no bias"))
+    monkeypatch.setitem(bench_prompted_attention.PEERS, name, timing.Peer(run, paired=name != "flash without bias"))
 
 
 def test_the_attention_bench_sees_a_slower_vptm(counted, monkeypatch):
@@ -321,14 +322,14 @@ def test_the_attention_bench_refuses_a_peer_that_is_right_on_two_images_alone(co
 def test_the_speed_of_light_is_checked_against_attention_without_a_bias(counted, monkeypatch, factor):
     """It takes no part in the ratios, and a wrong one would put the limit in a wrong place."""
     plain = bench_prompted_attention._sdpa
-    replace_peer(monkeypatch, "flash, no bias", lambda shape, x: factor * plain(shape, x, None, biased=False))
+    replace_peer(monkeypatch, "flash without bias", lambda shape, x: factor * plain(shape, x, None, biased=False))
     info = attention_info()
-    assert "flash, no bias" not in info["microseconds"]
+    assert "flash without bias" not in info["microseconds"]
     if factor == 1:
-        assert attention_info("flash, no bias")["implementation"] == "flash, no bias"
+        assert attention_info("flash without bias")["implementation"] == "flash without bias"
     else:
-        with pytest.raises(pytest.skip.Exception, match=r"flash, no bias: result 0: .* exceeds the budget"):
-            attention_info("flash, no bias")
+        with pytest.raises(pytest.skip.Exception, match=r"flash without bias: result 0: .* exceeds the budget"):
+            attention_info("flash without bias")
 
 
 def test_xformers_gets_a_bias_it_can_take(counted, monkeypatch):
@@ -485,3 +486,45 @@ def test_rows_of_peers_take_the_time_of_the_comparison(tiny_ops):
     assert theirs["achieved rate"] * ours["microseconds"]["sdpa"][1] == pytest.approx(1e6 * theirs["operations"])
     timing._last.clear()
     assert tiny_ops("bench_readout_attention", "sdpa")["achieved rate"] == theirs["achieved rate"]
+
+
+@pytest.mark.parametrize("bench", [*BENCHES, "bench_import"])
+def test_every_peer_can_be_asked_for_by_name(bench):
+    """--peers splits at commas: a name with one could never be selected."""
+    names = getattr(BENCHES.get(bench, bench_import), "PEERS", {})
+    assert not any("," in name for name in names)
+
+
+def compiled_peers():
+    """What torch.compile gets from every bench, as a call without arguments, and the result it must have."""
+    x = bench_prompted_attention._inputs(SMALL, FP32)
+    # FlexAttention has no backward on a CPU
+    x = replace(x, qkv=x.qkv.detach(), prompts=x.prompts.detach())
+    eager = bench_prompted_attention._eager(SMALL, x)
+    for run in (bench_prompted_attention._eager, bench_prompted_attention._flex):
+        yield run, (SMALL, x), eager
+    shape = bench_readout_attention.Shape(2, 3, 5, 2, 16)
+    inputs = bench_readout_attention._inputs(shape, FP32)
+    expected = bench_readout_attention._definition(shape, inputs)
+    for run in (bench_readout_attention._sdpa, bench_readout_attention._absorbed):
+        yield run, (shape, inputs), expected
+    inputs = bench_residual_norm._inputs((2, 5, 32), True, FP32)
+    yield bench_residual_norm._eager, (inputs,), bench_residual_norm._eager(inputs)
+    problem = bench_prototype_cosine.Problem(3, 5, "logits", True, FP32)
+    yield problem.eager, (), problem.eager()
+    for mode in ("deep", "shallow"):
+        run = bench_model._runs(bench_model.Setting(mode, 3, 2, "tiny", 32), FP32)["concatenation"]
+        yield run, (), run()
+
+
+def test_compiled_peers_are_whole_graphs(tiny_model, monkeypatch):
+    """A graph break would refuse the peer on a GPU, where alone it is compiled."""
+    for name, size in (("WIDTH", 24), ("TOKENS", 60), ("DIM", 8)):
+        monkeypatch.setattr(bench_prototype_cosine, name, size)
+    monkeypatch.setattr(config, "fail_on_recompile_limit_hit", False)
+    found = 0
+    for run, arguments, expected in compiled_peers():
+        form = timing.one_graph(run, backend="eager")
+        torch.testing.assert_close(form(*arguments), expected, rtol=1e-4, atol=1e-5)
+        found += 1
+    assert found == 8
