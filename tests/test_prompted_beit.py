@@ -243,7 +243,8 @@ def test_prompt_dropout_is_per_sample_and_only_in_training() -> None:
     """VPT drops prompts after expanding to the batch: equal images differ in training, and agree in eval."""
     model = build(prompt_dropout=0.5, prompt_mode="deep")
     batch = images(model, 1).expand(2, -1, -1, -1)
-    assert torch.equal(model(batch)[0], model(batch)[1])
+    first, second = model(batch)
+    assert relative_error(first, second) <= 1e-14  # a BLAS may round rows of one product differently
     model.train()
     torch.manual_seed(0)
     first, second = model(batch)

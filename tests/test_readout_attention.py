@@ -374,11 +374,11 @@ def test_kernels_allocate_results_and_one_sum_per_split():
 
     x, absorbed = torch.randn(2, 40, 64, device=DEVICE), torch.randn(2, 3, 64, device=DEVICE)
     with Allocations() as forward:
-        outputs = triton_impl.forward(x, absorbed, None, None, 1e-6, 1.0, True)
+        outputs = triton_impl.forward(x, absorbed, None, None, 1e-6, True)
     mixed, weights, mass, lse, moments = outputs
     with Allocations() as backward:
         triton_impl.backward(
-            mixed, weights, mass, x, absorbed, None, None, mixed, lse, moments, 1.0, [False, True, False, False]
+            mixed, weights, mass, x, absorbed, None, None, mixed, lse, moments, [False, True, False, False]
         )
     splits = -(-40 // 16)
     per_split = [(2, splits, 3, 64), (2, splits, 2, 3)]
