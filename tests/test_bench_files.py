@@ -34,6 +34,14 @@ from vptm import PromptedBEiT
 FP32 = torch.float32
 
 
+def timed(report, *arguments):
+    """What a row reports that must not be skipped: pytest would count the test as skipped then."""
+    try:
+        return report(*arguments)
+    except pytest.skip.Exception as skipped:
+        pytest.fail(str(skipped))
+
+
 def test_prompts_that_are_no_tokens_are_refused(monkeypatch):
     """Prompts drawn from noise cost nothing to make: they must not count as a fast initialisation."""
     loader = bench_prompt_init._loader().dataset
@@ -326,7 +334,7 @@ def test_the_speed_of_light_is_checked_against_attention_without_a_bias(counted,
     info = attention_info()
     assert "flash without bias" not in info["microseconds"]
     if factor == 1:
-        assert attention_info("flash without bias")["implementation"] == "flash without bias"
+        assert timed(attention_info, "flash without bias")["implementation"] == "flash without bias"
     else:
         with pytest.raises(pytest.skip.Exception, match=r"flash without bias: result 0: .* exceeds the budget"):
             attention_info("flash without bias")
@@ -454,7 +462,7 @@ def test_the_bench_of_an_op_refuses_a_wrong_peer(tiny_ops, monkeypatch, bench, w
     assert f"speed-up over {other}" in info
     with pytest.raises(pytest.skip.Exception, match=f"not timed: {peer}"):
         tiny_ops(bench, peer)
-    assert tiny_ops(bench, other)["implementation"] == other
+    assert timed(tiny_ops, bench, other)["implementation"] == other
 
 
 REPORTED = {
@@ -482,10 +490,10 @@ def test_every_bench_reports_work_and_memory(tiny_ops, tiny_model):
 
 def test_rows_of_peers_take_the_time_of_the_comparison(tiny_ops):
     """Timed a second time, a peer would have another share of the ceiling than in the ratios."""
-    ours, theirs = tiny_ops("bench_readout_attention"), tiny_ops("bench_readout_attention", "sdpa")
+    ours, theirs = (timed(tiny_ops, "bench_readout_attention", name) for name in ("vptm", "sdpa"))
     assert theirs["achieved rate"] * ours["microseconds"]["sdpa"][1] == pytest.approx(1e6 * theirs["operations"])
     timing._last.clear()
-    assert tiny_ops("bench_readout_attention", "sdpa")["achieved rate"] == theirs["achieved rate"]
+    assert timed(tiny_ops, "bench_readout_attention", "sdpa")["achieved rate"] == theirs["achieved rate"]
 
 
 @pytest.mark.parametrize("bench", [*BENCHES, "bench_import"])
