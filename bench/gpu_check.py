@@ -59,12 +59,12 @@ class Stage:
 
 # Benches in this order; one that is not named here runs after them.
 BENCHES = {
-    "bench_prompted_attention.py": 65,
-    "bench_model.py": 75,
-    "bench_training_step.py": 50,
-    "bench_readout_attention.py": 20,
-    "bench_residual_norm.py": 15,
-    "bench_prototype_cosine.py": 30,
+    "bench_prompted_attention.py": 60,
+    "bench_model.py": 65,
+    "bench_training_step.py": 45,
+    "bench_readout_attention.py": 28,
+    "bench_residual_norm.py": 26,
+    "bench_prototype_cosine.py": 33,
 }
 # Compiled for minutes, so late and for the first setting alone: files, what -k selects, the peer by name.
 MAX_AUTOTUNE = (
@@ -99,13 +99,13 @@ def stages() -> list[Stage]:
     present = {path.name for path in (ROOT / "bench").glob("bench_*.py")}
     benches = [name for name in BENCHES if name in present]
     kernels = _kernel_tests()
-    found = [Stage("kernel tests", _pytest_tests(kernels), 90)]
+    found = [Stage("kernel tests", _pytest_tests(kernels), 85)]
     found += [Stage(_title(name), _pytest_bench(f"bench/{name}"), BENCHES[name]) for name in benches]
-    found.append(Stage("autotune", ("-m", "bench.autotune", "--seconds", "{seconds}", "--json", "{result}"), 50))
-    for tool, seconds in (("memcheck", 30), ("racecheck", 15)):
+    found.append(Stage("autotune", ("-m", "bench.autotune", "--seconds", "{seconds}", "--json", "{result}"), 45))
+    for tool, seconds in (("memcheck", 28), ("racecheck", 20)):
         command = ("--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "bench.small_case")
         found.append(Stage(f"compute-sanitizer {tool}", command, seconds, program="compute-sanitizer"))
-    found.append(Stage("max-autotune", _pytest_bench(*MAX_AUTOTUNE), 70))
+    found.append(Stage("max-autotune", _pytest_bench(*MAX_AUTOTUNE), 75))
     rest = sorted(present - set(benches) - CPU_BENCHES)
     found += [Stage(_title(name), _pytest_bench(f"bench/{name}"), 10) for name in rest]
     others = sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py"))
