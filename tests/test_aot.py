@@ -15,7 +15,7 @@ from vptm_kernels import aot
 
 @pytest.fixture(scope="module")
 def reports():
-    return aot.run(list(aot.CI_TARGETS), pattern="prompted_attention", ci=True)
+    return aot.run(aot.CI_TARGETS, pattern="prompted_attention", ci=True)
 
 
 def of(reports, target, kernel=None):
@@ -26,16 +26,20 @@ def of(reports, target, kernel=None):
 
 @pytest.mark.parametrize("target", aot.CI_TARGETS)
 def test_no_spills_no_serialised_tensor_cores_and_matrix_instructions_everywhere(reports, target):
+    """Each costs more than any tuning wins, and none shows in a result."""
     for report in of(reports, target):
         assert not report.problems, report.row()
 
 
 def test_nothing_is_lost_against_the_committed_baseline(reports, against_baseline):
-    """More spills than committed, or mma where there was wgmma, fails; every other difference is printed at the end."""
+    """More spills, mma for wgmma or a kernel that is gone fails; every other difference is printed at the end."""
     against_baseline(reports)
 
 
-@pytest.mark.parametrize("target,kind", [("sm80", "mma"), ("sm90", "wgmma"), ("sm100", "tcgen05"), ("gfx942", "mfma")])
+@pytest.mark.parametrize(
+    "target,kind",
+    [("sm80", "mma"), ("sm90", "wgmma"), ("sm100", "tcgen05"), ("gfx942", "mfma"), ("gfx950", "mfma")],
+)
 def test_the_tensor_core_of_the_architecture_is_used(reports, target, kind):
     """Short tails and narrow prompt blocks may use any; blocks of 64 must use the architecture's own."""
     for kernel in ("forward", "query_grad"):
@@ -112,17 +116,19 @@ def test_occupancy_of_amd_targets(waves, shared, warps, target, expected):
     assert aot.amd_occupancy(waves, shared, warps, target) == expected
 
 
-def test_loops_and_occupancy_of_amd_kernels_are_read(reports):
+@pytest.mark.parametrize("target,smallest", [("gfx942", 100), ("gfx950", 60)])
+def test_loops_and_occupancy_of_amd_kernels_are_read(reports, target, smallest):
     """Kernels that stream over keys or images have a loop, with matrix instructions and exponentials in it."""
-    for report in of(reports, "gfx942", "query_grad"):
+    for report in of(reports, target, "query_grad"):
         assert report.blocks_per_sm >= 1 and 0 < report.occupancy <= 1, report.row()
-        assert 100 < report.main_loop["total"] < report.instructions and report.main_loop["MUFU"] > 0, report.row()
+        assert smallest < report.main_loop["total"] < report.instructions and report.main_loop["MUFU"] > 0, report.row()
 
 
-def test_amd_kernels_compute_softmax_once(reports):
+@pytest.mark.parametrize("target", ["gfx942", "gfx950"])
+def test_amd_kernels_compute_softmax_once(reports, target):
     """A matrix instruction too large for the tile makes warps repeat each other's scores: twice the exponentials."""
     for kernel in ("forward", "query_grad"):
-        for report in of(reports, "gfx942", kernel):
+        for report in of(reports, target, kernel):
             block_m, block_n = report.constants["BLOCK_M"], report.constants["BLOCK_N"]
             if block_m >= 64:
                 scores = block_m * block_n / (report.num_warps * 64)

@@ -1,12 +1,18 @@
 """The committed costs of compiled kernels: what counts as lost against them, and how they are kept."""
 
+import os
+import threading
+from pathlib import Path
+
 import pytest
 
 from vptm_kernels import aot
 
+AOT_BASELINE = Path(__file__).parent.parent / "bench" / "results" / "aot_baseline.json"
+
 
 def test_what_counts_as_lost_and_what_as_changed():
-    """A spill and another tensor-core instruction are lost; registers, new and vanished kernels only differ."""
+    """A spill, another tensor-core instruction, a vanished kernel: lost. More registers, a new kernel: only changed."""
 
     def report(kernel="forward", **values):
         given = {"registers": 100, "dots": 2, "tensor_core": 8, "tensor_core_kind": "wgmma", **values}
@@ -22,11 +28,46 @@ def test_what_counts_as_lost_and_what_as_changed():
     assert lost == [
         "sm90 case forward #2: spills 0 -> 16 bytes",
         "sm90 case forward #2: tensor cores wgmma -> mma",
+        "sm90 case gone: gone",
     ]
     assert "sm90 case forward: registers 100 -> 120" in changed
-    assert {"sm90 case gone: gone", "sm90 case fresh: new"} < set(changed)
+    assert "sm90 case fresh: new" in changed
     lost, _ = aot.compare([report(tensor_core=0, tensor_core_kind="")], baseline)
-    assert lost == ["sm90 case forward: tensor cores wgmma -> none"]
+    assert lost == [
+        "sm90 case forward: tensor cores wgmma -> none",
+        *("sm90 case forward #2: gone", "sm90 case gone: gone"),
+    ]
+    assert (
+        aot.compare([aot.Report("case", "", "sm90", error="does not compile")], baseline)[0][-1]
+        == "sm90 case gone: gone"
+    )
+
+
+def test_every_target_has_the_same_kernels_and_every_case_of_ci_is_there():
+    """A kernel that one target's baseline lacks could spill there, or vanish, and no comparison would see it."""
+    pytest.importorskip("triton")
+    kernels = aot.read_baseline(AOT_BASELINE)["kernels"]
+    of = {target: {key.split(" ", 1)[1] for key in kernels if key.startswith(f"{target} ")} for target in aot.TARGETS}
+    for target, names in of.items():
+        assert names == of["sm90"], f"{target}: {sorted(names ^ of['sm90'])}"
+    assert len(kernels) == len(aot.TARGETS) * len(of["sm90"])
+    assert {name.split()[0] for name in of["sm90"]} == {case.name for case in aot.all_cases() if case.ci}
+
+
+def test_targets_compile_side_by_side_and_report_in_order(monkeypatch):
+    """Six targets one after the other take more than the time there is; a target that waits for none stays in place."""
+    both = threading.Barrier(2, timeout=60)
+
+    def one(target, pattern, ci):
+        both.wait()
+        yield aot.Report(pattern, "forward", target)
+
+    monkeypatch.setattr(aot, "_run_target", one)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    seen = []
+    reports = aot.run(["sm90", "sm80"], "a", on_report=seen.append)
+    assert [report.target for report in reports] == ["sm90", "sm80"]
+    assert sorted(report.target for report in seen) == ["sm80", "sm90"]
 
 
 def test_baseline_keeps_what_was_not_compiled_again(tmp_path, monkeypatch):

@@ -11,9 +11,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def reports():
+    return aot.run(aot.CI_TARGETS, "prototype_cosine/", ci=True)
+
+
 @pytest.mark.parametrize("target", aot.CI_TARGETS)
-def test_kernels_compile_without_spills(target, against_baseline):
-    reports = aot.run([target], "prototype_cosine/", ci=True)
-    assert {report.kernel for report in reports} >= {"readout", "combine", "reader_grad", "hidden_grad", "cosine"}
-    assert not [report.row() for report in reports if report.problems]
-    against_baseline(reports)
+def test_kernels_compile_without_spills(target, reports, against_baseline):
+    """A spill, a lost tensor-core instruction or a kernel that is gone costs more than any tuning wins."""
+    found = [report for report in reports if report.target == target]
+    assert {report.kernel for report in found} >= {"readout", "combine", "reader_grad", "hidden_grad", "cosine"}
+    assert not [report.row() for report in found if report.problems]
+    against_baseline(found)

@@ -11,13 +11,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def reports():
+    return aot.run(aot.CI_TARGETS, "readout_attention/", ci=True)
+
+
 @pytest.mark.parametrize("target", aot.CI_TARGETS)
-def test_kernels_compile_without_spills(target, against_baseline):
-    reports = aot.run([target], "readout_attention/", ci=True)
-    assert {report.kernel for report in reports} == {"split", "merge", "grad"}
-    assert not [report.row() for report in reports if report.problems]
-    against_baseline(reports)
-    for report in reports:
+def test_kernels_compile_without_spills(target, reports, against_baseline):
+    """A spill, a lost tensor-core instruction or a kernel that is gone costs more than any tuning wins."""
+    found = [report for report in reports if report.target == target]
+    assert {report.kernel for report in found} == {"split", "merge", "grad"}
+    assert not [report.row() for report in found if report.problems]
+    against_baseline(found)
+    for report in found:
         if report.kernel != "merge":
             assert report.tensor_core > 0, report.row()
         if report.kernel == "split" and target.startswith("sm"):
