@@ -15,7 +15,7 @@ from vptm_kernels import aot
 
 @pytest.fixture(scope="module")
 def reports():
-    return aot.run(aot.CI_TARGETS, pattern="prompted_attention", ci=True)
+    return aot.run(aot.TARGETS, pattern="prompted_attention", ci=True)
 
 
 def of(reports, target, kernel=None):
@@ -24,7 +24,7 @@ def of(reports, target, kernel=None):
     return found
 
 
-@pytest.mark.parametrize("target", aot.CI_TARGETS)
+@pytest.mark.parametrize("target", aot.TARGETS)
 def test_no_spills_no_serialised_tensor_cores_and_matrix_instructions_everywhere(reports, target):
     """Each costs more than any tuning wins, and none shows in a result."""
     for report in of(reports, target):

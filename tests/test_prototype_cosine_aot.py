@@ -13,10 +13,10 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def reports():
-    return aot.run(aot.CI_TARGETS, "prototype_cosine/", ci=True)
+    return aot.run(aot.TARGETS, "prototype_cosine/", ci=True)
 
 
-@pytest.mark.parametrize("target", aot.CI_TARGETS)
+@pytest.mark.parametrize("target", aot.TARGETS)
 def test_kernels_compile_without_spills(target, reports, against_baseline):
     """A spill, a lost tensor-core instruction or a kernel that is gone costs more than any tuning wins."""
     found = [report for report in reports if report.target == target]

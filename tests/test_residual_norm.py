@@ -398,7 +398,7 @@ def test_it_is_not_among_the_public_ops():
 
 
 @needs_triton
-@pytest.mark.parametrize("target", aot.CI_TARGETS)
+@pytest.mark.parametrize("target", aot.TARGETS)
 def test_kernels_compile_without_spills(target, against_baseline):
     reports = aot.run([target], "residual_norm/", ci=True)
     assert {report.kernel for report in reports} == {"forward", "backward"}

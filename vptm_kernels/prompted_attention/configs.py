@@ -105,8 +105,8 @@ def query_grad_config(
         return Config(64, 32 if prompts_attend and arch != "sm90" else 64, 4, 1)
     if arch.startswith("gfx"):
         return Config(32, 16, 4, 1) if prompts_attend else Config(64, 32, 4, 1)
-    # The taller block spills a few registers on sm120.
-    return Config(64, 32, 4, 1) if arch == "sm80" else Config(32, 32, 4, 1)
+    # Larger blocks spill a few registers on sm120.
+    return Config(64, 32, 4, 1) if arch == "sm80" else Config(32, 16 if prompts_attend else 32, 4, 1)
 
 
 def key_grad_config(
