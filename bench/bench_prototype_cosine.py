@@ -1,6 +1,6 @@
 """From hidden state to class cosines through 8192 visual tokens: inference, training steps and memory.
 
-    pytest bench/bench_prototype_cosine.py --benchmark-only --benchmark-json bench/results/prototype_cosine_cpu.json
+    pytest bench/bench_prototype_cosine.py --benchmark-only --grid full   # as in bench/results/prototype_cosine_cpu.json
 
 Peers: "eager" is the definition (token logits, activation, projection, two normalisations, product); "hand-folded" is
 what a clever user writes for logits, token head and projection multiplied beforehand, from the same prototypes as
@@ -29,8 +29,9 @@ WIDTH, TOKENS, DIM = 768, 8192, 128
 ACTIVATIONS = ("logits", "softmax", "log_softmax")
 BATCHES = (1, 64, 512)
 # folded, the number of classes decides what is left to do; unfolded, the two ends of it show that it does not
-UNIT, OTHERS = (10, 100, 1000), (10, 1000)
-FOLDED = [("unit", classes) for classes in UNIT] + [("raw", classes) for classes in (UNIT if FULL else OTHERS)]
+UNIT = (10, 100, 1000)
+OTHERS = UNIT if FULL else (10, 1000)
+FOLDED = [("unit", classes) for classes in UNIT] + [("raw", classes) for classes in OTHERS]
 Run = Callable[[], Tensor | tuple[Tensor, ...]]
 COMPILED = timing.compiled(lambda: None)
 PEERS = {"eager": timing.Peer(lambda: None), "hand-folded": timing.Peer(lambda: None), **COMPILED}
