@@ -1,6 +1,6 @@
 """From hidden state to class cosines through 8192 visual tokens: inference, training steps and memory.
 
-    pytest bench/bench_prototype_cosine.py --benchmark-only --grid full   # as in bench/results/prototype_cosine_cpu.json
+    pytest bench/bench_prototype_cosine.py --benchmark-only --grid full   # bench/results/prototype_cosine_cpu.json
 
 Peers: "eager" is the definition (token logits, activation, projection, two normalisations, product); "hand-folded" is
 what a clever user writes for logits, token head and projection multiplied beforehand, from the same prototypes as

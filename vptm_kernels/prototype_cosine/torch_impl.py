@@ -88,8 +88,9 @@ def fold_forward(
     kept: Tensor,
 ) -> None:
     size = reader.shape[0] * hidden.shape[1]
-    folded = kept[:size] if kept.numel() >= size else hidden.new_empty(size)
-    folded = torch.mm(reader, token_weight, out=folded.view(reader.shape[0], -1))
+    folded = frozen_linear(reader, token_weight.mT)
+    if kept.numel() >= size:
+        kept[:size].view_as(folded).copy_(folded)
     out.copy_(hidden @ folded.mT)
     if token_bias is not None:
         out += _through_reader(token_bias.to(out.dtype), reader)
@@ -132,7 +133,7 @@ def fold_backward(
     if needs[1] or needs[3]:
         moment = grad.mT @ hidden
         dweight = reader.mT @ moment if needs[1] else None
-        dreader = moment @ token_weight.mT if needs[3] else None
+        dreader = frozen_linear(moment, token_weight) if needs[3] else None
         if dreader is not None and token_bias is not None:
             dreader.addr_(total.to(dreader.dtype), token_bias)
     if needs[2] and token_bias is not None:
