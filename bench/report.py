@@ -1,6 +1,6 @@
 """Tables and pictures of measured results: `python -m bench.report` after a bench run has stored its json.
 
-    pytest bench/bench_model.py --benchmark-only --benchmark-json bench/results/inference_cpu.json
+    pytest bench/ --benchmark-only --benchmark-json bench/results/cpu.json
     python -m bench.report                            # README, bench/results/results.md and bench/results/plots
     python -m bench.report mine.json                  # tables of a run of your own, on the terminal
     python -m bench.report mine.json --out report     # the same in report/results.md, and its pictures
@@ -28,7 +28,8 @@ TABLES = "results.md"
 # tabled by prompts
 MODELS = ("model", "training step")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-# in the README, of one bench and json
+# in the README: what a user of the model gets, and so much of one bench and json
+FRONT = (*MODELS, "prompted attention", "readout attention", "prototype cosine")
 FEW_TABLES, FEW_ROWS = 3, 12
 
 LEGEND = (
@@ -248,7 +249,7 @@ def section() -> str:
     """The README text between the markers, from the json files that are there."""
     sources = plots.contents(RESULTS)
     lines = [f"{LEGEND} Every setting: [{TABLES}](bench/results/{TABLES}); pictures: [plots](bench/results/plots).", ""]
-    for bench in _benches(sources):
+    for bench in (bench for bench in _benches(sources) if bench in FRONT):
         for source in sources:
             lines += _tables(source, bench, full=False)
     accuracy = RESULTS / "accuracy" / "builtin.json"
