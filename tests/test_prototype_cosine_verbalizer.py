@@ -9,7 +9,7 @@ import pytest
 import torch
 from beit_factory import randomize, tiny_beit
 
-from vptm import PromptedBEiT, fit_prototypes, save_adapter
+from vptm import PromptedBEiT, evaluate, fit, fit_prototypes, save_adapter
 from vptm.losses import protoverb_loss
 from vptm.verbalizers import PrototypicalVerbalizer
 from vptm_kernels import FoldedHead, prototype_cosine
@@ -283,3 +283,37 @@ def test_a_change_reaches_the_folded_head(change):
         with torch.no_grad():
             found = at(images)
         torch.testing.assert_close(found, model(images).detach(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"in_features": 0}, "in_features must be an integer >= 1, got 0"),
+        ({"temperature": 0.0}, "temperature must be finite and > 0, or None to learn it, got 0.0"),
+        ({"temperature": 1e-320}, "temperature must be finite and > 0, or None to learn it, got 1e-320"),
+        ({"temperature": 1e39}, "temperature must be finite and > 0, or None to learn it, got 1e+39"),
+    ],
+)
+def test_a_verbalizer_that_could_not_score_is_refused(arguments, message):
+    """As a float32 a tiny temperature is zero and a huge one infinite: every score would be NaN or alike."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PrototypicalVerbalizer(**{"in_features": 7, "num_classes": 3} | arguments)
+
+
+def test_prototypes_for_other_classes_are_found_before_anything_is_trained():
+    """Two prototypes for three classes train as long as no label is 2, and end in an IndexError when one is."""
+    model = build()
+    model.verbalizer.prototypes = torch.nn.Parameter(torch.rand(2, 4, dtype=torch.float64))
+    data = [(image, label) for images, labels in support([0, 1, 0, 1]) for image, label in zip(images, labels)]
+    loader = torch.utils.data.DataLoader(data, batch_size=2)
+    for train in (lambda: fit(model, loader, epochs=1, lr=1e-3), lambda: fit_prototypes(model, loader)):
+        with pytest.raises(ValueError, match="a row for each of the model's 3 classes, got 2"):
+            train()
+    with pytest.raises(ValueError, match="a score for each of its 3 classes, got 2"):
+        evaluate(model, loader)
+
+
+def test_labels_that_are_no_tensor_are_refused():
+    images, _ = support([0, 1])[0]
+    with pytest.raises(ValueError, match=r"labels must be a tensor \(B,\) of integers, got list"):
+        fit_prototypes(build(), [(images, [0, 1])])

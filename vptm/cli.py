@@ -911,6 +911,8 @@ def explain(
         raise ValueError(f"--out must be a .png file, got {target}")
     if not image.exists():
         raise FileNotFoundError(f"image not found: {image}")
+    if target.is_dir():
+        raise ValueError(f"--out must be a file, got the folder {target}")
     if target.exists() and target.samefile(image):
         raise ValueError(f"--out must be another file than the image, got {target}")
     if not target.parent.is_dir():

@@ -48,9 +48,10 @@ def read_tokens(hidden: Tensor, lm_head: nn.Linear | None, token_activation: str
     return logits
 
 
-def _check_num_classes(num_classes: int) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes must be an integer >= 1, got {num_classes!r}")
+def _check_sizes(in_features: int, num_classes: int) -> None:
+    for name, size in (("in_features", in_features), ("num_classes", num_classes)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
 
 
 class PrototypicalVerbalizer(nn.Module):
@@ -92,7 +93,7 @@ class PrototypicalVerbalizer(nn.Module):
         temperature: float | None = None,
     ) -> None:
         super().__init__()
-        _check_num_classes(num_classes)
+        _check_sizes(in_features, num_classes)
         one_of("token_activation", token_activation, TOKEN_ACTIVATIONS)
         if prototype_dim is not None and (
             isinstance(prototype_dim, bool) or not isinstance(prototype_dim, int) or prototype_dim < 1
@@ -246,7 +247,7 @@ class ClassEmbeddings(nn.Module):
 
     def __init__(self, in_features: int, num_classes: int, *, dim: int | None, temperature: float) -> None:
         super().__init__()
-        _check_num_classes(num_classes)
+        _check_sizes(in_features, num_classes)
         self.embeddings = nn.Parameter(torch.zeros(num_classes, dim or in_features), requires_grad=False)
         self.projection = None
         if dim is not None:
@@ -277,7 +278,7 @@ class LinearVerbalizer(nn.Module):
 
     def __init__(self, in_features: int, num_classes: int, *, token_activation: str = "hidden") -> None:
         super().__init__()
-        _check_num_classes(num_classes)
+        _check_sizes(in_features, num_classes)
         one_of("token_activation", token_activation, TOKEN_ACTIVATIONS)
         self.token_activation = token_activation
         self.head = nn.Linear(in_features, num_classes)
