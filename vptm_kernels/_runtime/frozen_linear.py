@@ -31,10 +31,15 @@ def onednn_is_faster() -> bool:
         return False
 
 
+def _recorded(x: Tensor) -> bool:
+    """Whether a derivative, backward or forward, or a trace may be taken of what happens to `x`."""
+    return torch.is_grad_enabled() or not nothing_traces(x) or forward_ad._current_level >= 0
+
+
 def runs_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `frozen_linear` sends this product to oneDNN."""
-    # its operator has no gradient, backward or forward, and what is traced must not depend on the processor
-    if torch.is_grad_enabled() or not nothing_traces(x) or forward_ad._current_level >= 0:
+    # its operator has no gradient, and what is traced must not depend on the processor
+    if _recorded(x):
         return False
     wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return (
@@ -54,8 +59,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu
     out = F.linear(x, weight, bias)
     if not gelu:
         return out
-    recorded = torch.is_grad_enabled() or not nothing_traces(out) or forward_ad._current_level >= 0
-    return F.gelu(out) if recorded else torch.ops.aten.gelu_.default(out)
+    return F.gelu(out) if _recorded(out) else torch.ops.aten.gelu_.default(out)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
