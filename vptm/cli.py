@@ -166,7 +166,8 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help="builtin, fashion-mnist, digits, mnist5k, a folder of class folders, or a .csv of path,label[,split]."
+            help="builtin, fashion-mnist, digits, mnist5k, stamps, a folder of class folders, or a .csv of "
+            "path,label[,split]."
         ),
     ] = "builtin",
     recipe: Annotated[

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, Subset
 
 from .choices import hint, one_of
 
-SOURCES = ("builtin", "fashion-mnist", "digits", "mnist5k")
+SOURCES = ("builtin", "fashion-mnist", "digits", "mnist5k", "stamps")
 ON_BAD_IMAGE = ("error", "skip")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -40,6 +40,22 @@ FASHION_MNIST_CLASSES = (
     "Bag",
     "Ankle boot",
 )
+STAMPS_FOLDER = Path("/usr/share/tuxpaint/stamps")
+# the folders of at least 12 pictures of things; "symbols" are letters and money, more of them than of all else
+STAMPS_CLASSES = (
+    "animals",
+    "clothes",
+    "food",
+    "hobbies",
+    "household",
+    "plants",
+    "seasonal",
+    "space",
+    "sports",
+    "town",
+    "vehicles",
+)
+_STAMP_SIDE = 96
 _SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _TEST_SHARE, _VAL_SHARE = 0.2, 0.1
 
@@ -183,8 +199,8 @@ def load_data(
 
     Args:
         source: "builtin" (a shipped Fashion-MNIST subset: 64 train, 32 val, 150 test images per class),
-            "fashion-mnist", "digits", "mnist5k" (packages, each refusal says how to install it), an image folder
-            `root/class/*.png` or `root/{train,val,test}/class/*.png`, or a CSV file with the header `path,label` or
+            "fashion-mnist", "digits", "mnist5k", "stamps" (colour pictures of 11 kinds of things, photos and drawings
+            on white, 96 x 96) (packages, each refusal says how to install it), an image folder `root/class/*.png` or `root/{train,val,test}/class/*.png`, or a CSV file with the header `path,label` or
             `path,label,split`, its paths relative to its own folder.
         transform: PIL image -> tensor for val and test, see `vptm.transforms`; None yields PIL images.
         train_transform: the same for train; None uses `transform`.
@@ -253,6 +269,8 @@ def _read_source(source: str | Path, notes: list[str]) -> tuple[dict[str, ImageD
         return _digits(), "digits", False
     if source == "mnist5k":
         return _mnist5k(), "mnist5k", False
+    if source == "stamps":
+        return _stamps(), "stamps", True
     path = Path(source)
     if path.is_dir():
         return _image_folder(path, notes), path.resolve().name, True
@@ -326,6 +344,28 @@ def _mnist5k() -> dict[str, ImageDataset]:
         table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
     images = table[:, :-1].reshape(-1, 28, 28)
     return {"all": _from_arrays(images, table[:, -1], [str(digit) for digit in range(10)], "mnist5k")}
+
+
+def _stamps() -> dict[str, ImageDataset]:
+    if not STAMPS_FOLDER.is_dir():
+        raise FileNotFoundError(
+            f"data 'stamps' expects {STAMPS_FOLDER}: install it with: apt-get install tuxpaint-stamps-default"
+        )
+    paths = [path for name in STAMPS_CLASSES for path in sorted((STAMPS_FOLDER / name).rglob("*.png"))]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        images = np.stack(list(pool.map(_on_white, paths)))
+    keys = [path.relative_to(STAMPS_FOLDER).as_posix() for path in paths]
+    labels = np.array([STAMPS_CLASSES.index(key.split("/")[0]) for key in keys])
+    return {"all": ImageDataset(images, labels, STAMPS_CLASSES, keys=keys)}
+
+
+def _on_white(path: Path) -> np.ndarray:
+    """A cut-out picture in the middle of a white square: what is transparent has arbitrary colours in the file."""
+    picture = read_image(path).convert("RGBA")
+    picture.thumbnail((_STAMP_SIDE, _STAMP_SIDE), Image.Resampling.BICUBIC)
+    square = Image.new("RGBA", (_STAMP_SIDE, _STAMP_SIDE), "white")
+    square.alpha_composite(picture, ((_STAMP_SIDE - picture.width) // 2, (_STAMP_SIDE - picture.height) // 2))
+    return np.asarray(square.convert("RGB"))
 
 
 def _subfolders(folder: Path) -> list[Path]:
