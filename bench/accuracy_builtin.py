@@ -246,28 +246,31 @@ class Study:
             return [], []
         return content["runs"], content["tuning"]
 
+    def content(self, runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "command": shlex.join(["python", *sys.argv]),
+            "weights": self.weights,
+            "recipe": {
+                "batch_size": BATCH,
+                "weight_decay": WEIGHT_DECAY,
+                "epochs": "see `schedule`: 200 steps up to 160 images, 400 for more, and at least one pass",
+                "learning_rate": "of each method, the best mean validation accuracy in `tuning`",
+            },
+            "validation_images_per_class": VAL_SHOTS,
+            "versions": {"vptm": vptm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+            "summary": summarise(runs),
+            "tuning": trials,
+            "runs": runs,
+        }
+
     def add(self, run: dict[str, Any], *, tuning: bool = False) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             runs, trials = self.stored()
             (trials if tuning else runs).append(run)
-            content = {
-                "command": shlex.join(["python", *sys.argv]),
-                "weights": self.weights,
-                "recipe": {
-                    "batch_size": BATCH,
-                    "weight_decay": WEIGHT_DECAY,
-                    "epochs": "see `schedule`: 200 steps up to 160 images, 400 for more, and at least one pass",
-                    "learning_rate": "of each method, the best mean validation accuracy in `tuning`",
-                },
-                "validation_images_per_class": VAL_SHOTS,
-                "versions": {"vptm": vptm.__version__, "torch": torch.__version__, "python": platform.python_version()},
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-                "summary": summarise(runs),
-                "tuning": trials,
-                "runs": runs,
-            }
+            content = self.content(runs, trials)
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text(json.dumps(content, indent=1) + "\n")
             temporary.replace(self.path)

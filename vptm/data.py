@@ -199,9 +199,10 @@ def load_data(
 
     Args:
         source: "builtin" (a shipped Fashion-MNIST subset: 64 train, 32 val, 150 test images per class),
-            "fashion-mnist", "digits", "mnist5k", "stamps" (colour pictures of 11 kinds of things, photos and drawings
-            on white, 96 x 96) (packages, each refusal says how to install it), an image folder `root/class/*.png` or `root/{train,val,test}/class/*.png`, or a CSV file with the header `path,label` or
-            `path,label,split`, its paths relative to its own folder.
+            "fashion-mnist", "digits", "mnist5k", "stamps" (96 x 96 colour photos and drawings of 11 kinds of things, on
+            white), all from packages (each refusal says how to install it), an image folder `root/class/*.png` or
+            `root/{train,val,test}/class/*.png`, or a CSV file with the header `path,label` or `path,label,split`, its
+            paths relative to its own folder.
         transform: PIL image -> tensor for val and test, see `vptm.transforms`; None yields PIL images.
         train_transform: the same for train; None uses `transform`.
         on_bad_image: "error": reading a broken file raises `BadImageError` naming it. "skip": every file is decoded

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import center_crop, resize, to_tensor
 
 from .choices import one_of
-from .data import few_shot, load_data
+from .data import ImageData, few_shot, load_data
 from .label_mapping import (
     LabelMapping,
     assign,
@@ -32,7 +32,7 @@ METHODS = ("semantic", "random", "flm", "ilm", "blm")
 
 def map_labels(
     *,
-    data: str,
+    data: str | ImageData,
     classifier: str,
     weights: Path | None,
     source_labels: Path | None,
@@ -57,7 +57,7 @@ def map_labels(
 ) -> tuple[list[list[str]], float | None]:
     """The mapping as rows of (label, source labels, score of the first), and the test accuracy.
 
-    See `vptm map --help` for the arguments.
+    See `vptm map --help` for the arguments; `data` may also be loaded already, without transforms.
     """
     one_of("--method", method, METHODS)
     if prompt is not None:
@@ -70,7 +70,7 @@ def map_labels(
         raise ValueError(f"--aggregation must be mean for the soft mapping of --method blm, got {aggregation}")
     # what can be refused is, before a classifier is loaded
     encode = text_encoder(encoder) if method == "semantic" else None
-    images = load_data(data)
+    images = data if isinstance(data, ImageData) else load_data(data)
     source = load_classifier(classifier, weights=weights, labels=source_labels)
     for note in (*images.notes, *source.notes):
         report(note)
