@@ -10,7 +10,7 @@
 - provp (ProVP-Ref): alpha and lambda in few-shot and base-to-novel, with class embeddings of a sentence encoder and a
   ridge map fitted on the base classes, a stand-in for CLIP: no CLIP weights come with a package.
 - mapping (SeMap): by meaning against random, by counts and iterative, five source labels each, with an ImageNet
-  classifier under a trained border; and zero-shot. 40 images of a class to test, 5 epochs: the classifier is slow.
+  classifier under a trained border; and zero-shot. 30 images of a class to test, 4 epochs: the classifier is slow.
 - vit: SPT's initialisation, and prompts that enter before positions are added, first or last, on a ViT with absolute
   positions (`focus_vit.py`) at 56 pixels, half as many passes. Any place gives the same functions, as the positions are
   a constant added to learned rows: it can only move where they start.
@@ -39,7 +39,7 @@ from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ SHOTS, VAL, TEST, MARGIN = 16, 16, 100, 2.0
 EPOCHS, PASSES = 10, 2
 TUNING_SEED, RATES = 1000, (2e-3, 8e-3, 3.2e-2, 1.28e-1)
 TUNED = {"vptm": 5e-4, "fine-tuning": 5e-4}  # by accuracy_builtin.py
-MAPPING_EPOCHS, MAPPING_TEST = 5, 40
+MAPPING_EPOCHS, MAPPING_TEST = 4, 30
 VPT = {"readout": "cls", "verbalizer": "linear", "token_activation": "hidden"}
 LENGTHS, DIMENSIONS = (1, 5, 20, 50), (16, 64, 512)
 ALPHAS, LAMBDAS = (0.0, 0.01, 0.1, 1.0), (0.0, 1.0)
@@ -68,6 +68,12 @@ SHARES = {"two images": 0.0, "a tenth": 0.1}  # one image has fewer tokens than 
 PLACES = ("no", "first", "last")
 VIT_SIZE = 56
 MAPPINGS = ("semantic", "random", "flm", "ilm")
+TASKS = {
+    "vptm - vpt": "VPTM beats VPT",
+    "vptm - cls row, token head": "VPTM: the mask row beats the class row",
+    "vptm - linear probe": "VPTM beats a linear probe",
+    "vptm - fine-tuning": "VPTM beats full fine-tuning",
+}
 Arm = tuple[str, dict[str, Any]]
 
 
@@ -122,26 +128,50 @@ def vit_arms() -> list[Arm]:
 ARMS = {"init": init_arms, "robust": robust_arms, "provp": provp_arms, "mapping": mapping_arms, "vit": vit_arms}
 
 
-def comparisons(claim: str) -> list[tuple[str, str, bool]]:
-    """(first, second, whether they are claimed to be alike)."""
+class Comparison(NamedTuple):
+    """What a paper claims of two arms: that the first is better, or that they are alike."""
+
+    statement: str
+    first: str
+    second: str
+    alike: bool = False
+
+
+def comparisons(claim: str) -> list[Comparison]:
+    modes = ("deep", "shallow")
     if claim == "init":
-        pairs = [(f"tokens, {m}, {n}", f"uniform, {m}, {n}", False) for m in ("deep", "shallow") for n in (5, 20, 50)]
-        pairs += [(f"tokens of {share}, deep, 20", "tokens, deep, 20", True) for share in SHARES]
-        return [*pairs, *((f"tokens, deep, {n}", "fine-tuning", False) for n in (5, 20, 50))]
+        spt = "SPT: prompts from tokens beat uniform ones"
+        found = [Comparison(spt, f"tokens, {m}, {n}", f"uniform, {m}, {n}") for m in modes for n in (5, 20, 50)]
+        some = "SPT: tokens of few images do as well"
+        found += [Comparison(some, f"tokens of {share}, deep, 20", "tokens, deep, 20", True) for share in SHARES]
+        tuned = "SPT: prompts beat full fine-tuning"
+        return [*found, *(Comparison(tuned, f"tokens, deep, {n}", "fine-tuning") for n in (5, 20, 50))]
     if claim == "robust":
-        return [(name, "default", True) for name, _ in robust_arms()[1:]]
+        what = ["prompt length"] * len(LENGTHS) + ["prototype dimension"] * len(DIMENSIONS) + ["place of the mask"] * 2
+        names = [name for name, _ in robust_arms()[1:]]
+        return [Comparison(f"VPTM: {of} matters little", name, "default", True) for of, name in zip(what, names)]
     if claim == "provp":
         found = []
         for protocol in ("few-shot", "base-to-novel"):
             name = f"{protocol}, alpha {{:g}}, lambda {{:g}}"
-            found += [(name.format(0.01, weight), name.format(0.0, weight), False) for weight in LAMBDAS]
-            found += [(name.format(alpha, 1.0), name.format(alpha, 0.0), False) for alpha in ALPHAS]
+            alpha = f"ProVP: alpha 0.01 beats 0, {protocol}"
+            found += [Comparison(alpha, name.format(0.01, w), name.format(0.0, w)) for w in LAMBDAS]
+            held = f"ProVP: re-formation beats none, {protocol}"
+            found += [Comparison(held, name.format(alpha, 1.0), name.format(alpha, 0.0)) for alpha in ALPHAS]
         return found
     if claim == "vit":
-        pairs = [(f"tokens, {mode}, 20", f"uniform, {mode}, 20", False) for mode in ("deep", "shallow")]
-        return pairs + [(f"{p} positions, shallow, 10", "no positions, shallow, 10", True) for p in PLACES[1:]]
-    found = [("semantic, border", f"{method}, border", False) for method in MAPPINGS[1:]]
-    return [*found, ("semantic, zero-shot", "random, zero-shot", False)]
+        spt = "SPT on a ViT: prompts from tokens beat uniform ones"
+        found = [Comparison(spt, f"tokens, {m}, 20", f"uniform, {m}, 20") for m in modes]
+        place = "VPTM on a ViT: place of prompts among positions matters little"
+        return found + [
+            Comparison(place, f"{where} positions, shallow, 10", "no positions, shallow, 10", True)
+            for where in PLACES[1:]
+        ]
+    semap = "SeMap: meaning beats {}"
+    others = {"random": "random labels", "flm": "counted labels", "ilm": "labels counted again and again"}
+    found = [Comparison(semap.format(others[m]), "semantic, border", f"{m}, border") for m in MAPPINGS[1:]]
+    zero = Comparison("SeMap: zero-shot, meaning beats random labels", "semantic, zero-shot", "random, zero-shot")
+    return [*found, zero]
 
 
 def information(model: vptm.PromptedModel, images: torch.Tensor) -> float:
@@ -327,12 +357,12 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
                     if name in own[0]:
                         accuracy[arm][name] = float(np.mean([run[name] for run in own]))
         paired = {}
-        for first, second, alike in comparisons(claim):
+        for statement, first, second, alike in comparisons(claim):
             seeds = [s for (c, d, a, s) in by if (c, d, a) == (claim, data, first) and (c, d, second, s) in by]
             if seeds:
                 found = interval(np.array([by[claim, data, first, s] - by[claim, data, second, s] for s in seeds]))
-                wanted = "alike" if alike else "better"
-                paired[f"{first} - {second}"] = {**found, "claimed": wanted, "verdict": verdict(found, alike)}
+                judged = {"statement": statement, "claimed": "alike" if alike else "better"}
+                paired[f"{first} - {second}"] = {**found, **judged, "verdict": verdict(found, alike)}
         summary[f"{claim}, {data}"] = {"test_accuracy_percent": accuracy, "paired_difference_points": paired}
     return summary
 
@@ -344,8 +374,8 @@ def tasks(path: Path) -> dict[str, Any]:
     found = {}
     for setting, content in json.loads(path.read_text())["summary"].items():
         paired = {
-            name: {**content["paired_difference_points"][name], "claimed": "better"}
-            for name in (f"vptm - {other}" for other in ("vpt", "cls row, token head", "linear probe", "fine-tuning"))
+            name: {**content["paired_difference_points"][name], "statement": statement, "claimed": "better"}
+            for name, statement in TASKS.items()
             if name in content["paired_difference_points"]
         }
         for difference in paired.values():

@@ -25,6 +25,7 @@ from bench.plots import BENCHES, OURS, PEER_TITLES, SPEED_UP, Source, Timed
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 TABLES = "results.md"
+CLAIMS = RESULTS / "accuracy" / "claims.json"
 # tabled by prompts
 MODELS = ("model", "training step")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -245,6 +246,78 @@ def _accuracy_lines(content: dict[str, Any]) -> list[str]:
     ]
 
 
+def claims(content: dict[str, Any]) -> str:
+    """Every accuracy and paired difference of the study of claims."""
+    lines = [
+        "# What the papers claim, tried",
+        "",
+        "Made by `python -m bench.report` from `claims.json`; arms, data and what a verdict means:",
+        "`bench/accuracy_claims.py`. Test accuracy in %, differences in points with 95 % intervals over paired seeds.",
+        "",
+    ]
+    for setting, found in content["summary"].items():
+        lines += [f"## {setting}", ""]
+        accuracy = found["test_accuracy_percent"]
+        extra = {
+            title: name
+            for title, name in (
+                ("information before", "information_before"),
+                ("after training", "information_after"),
+                ("trained share of the backbone", "trained_share"),
+            )
+            if any(name in arm for arm in accuracy.values())
+        }
+        lines += [f"| arm | {' | '.join(['accuracy', 'seeds', *extra])} |", "|---" * (3 + len(extra)) + "|"]
+        for arm, values in accuracy.items():
+            more = [f"{values[name]:.2%}" if name in values else "" for name in extra.values()]
+            lines.append(f"| {arm} | {values['mean']:.1f} | {' | '.join([str(values['seeds']), *more])} |")
+        lines += ["", "| difference | claimed | points | verdict |", "|---|---|---|---|"]
+        for name, found_here in found["paired_difference_points"].items():
+            lines.append(f"| {name} | {found_here['claimed']} | {_points(found_here)} | {found_here['verdict']} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _points(found: dict[str, Any]) -> str:
+    interval = "one seed" if found["low"] is None else f"[{found['low']:.1f}, {found['high']:.1f}]"
+    return f"{found['mean']:+.1f} {interval}"
+
+
+VERDICTS = ("supported", "contradicted", "inconclusive")
+
+
+def _claims_lines(content: dict[str, Any]) -> list[str]:
+    """Statements by data sets: the verdict and its difference, or how many of which verdict."""
+    cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for setting, values in content["summary"].items():
+        claim, _, data = setting.partition(", ")
+        if claim == "tasks":
+            data, _, shots = data.partition(", ")
+            if shots != "16 shots":
+                continue
+        for difference in values["paired_difference_points"].values():
+            cells.setdefault(difference["statement"], {}).setdefault(data, []).append(difference)
+    columns = list(dict.fromkeys(data for row in cells.values() for data in row))
+    rows = []
+    for statement, row in cells.items():
+        texts = []
+        for found in (row.get(data, []) for data in columns):
+            counts = {verdict: sum(one["verdict"] == verdict for one in found) for verdict in VERDICTS}
+            several = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+            texts.append(f"{found[0]['verdict']}, {_points(found[0])}" if len(found) == 1 else several)
+        rows.append(f"| {statement} | {' | '.join(texts)} |")
+    seeds = min(one["seeds"] for row in cells.values() for found in row.values() for one in found)
+    return [
+        f"What the papers claim, tried with few images of a class: verdicts of paired differences over {seeds} or more "
+        "seeds, in points with 95 % intervals; all of them, and the accuracies: "
+        "[claims](bench/results/accuracy/claims.md).",
+        "",
+        f"| claim | {' | '.join(columns)} |",
+        "|---" * (1 + len(columns)) + "|",
+        *rows,
+    ]
+
+
 def section() -> str:
     """The README text between the markers, from the json files that are there."""
     sources = plots.contents(RESULTS)
@@ -255,6 +328,8 @@ def section() -> str:
     accuracy = RESULTS / "accuracy" / "builtin.json"
     if accuracy.is_file():
         lines += [*_accuracy_lines(json.loads(accuracy.read_text(encoding="utf-8"))), ""]
+    if CLAIMS.is_file():
+        lines += [*_claims_lines(json.loads(CLAIMS.read_text(encoding="utf-8"))), ""]
     return "\n".join(lines)
 
 
@@ -404,6 +479,8 @@ def main(argv: list[str] | None = None) -> int:
         if not options.json:
             readme = ROOT / "README.md"
             _write(readme, updated(readme.read_text(encoding="utf-8")))
+            if CLAIMS.is_file():
+                _write(CLAIMS.with_suffix(".md"), claims(json.loads(CLAIMS.read_text(encoding="utf-8"))))
         elif options.out is None:
             print(text)
             return 0

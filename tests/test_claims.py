@@ -42,7 +42,7 @@ def test_every_comparison_is_of_arms_that_are_run(claim: str) -> None:
     """A name misspelt in a comparison would drop a claim from the report without a word."""
     names = [name for name, _ in ARMS[claim]()]
     assert len(set(names)) == len(names)
-    assert {name for first, second, _ in comparisons(claim) for name in (first, second)} == set(names)
+    assert {name for pair in comparisons(claim) for name in (pair.first, pair.second)} == set(names)
 
 
 def test_differences_are_paired_by_seed() -> None:

@@ -17,6 +17,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_results_come_from_the_json_files() -> None:
     """A number typed into the README, or a json that was measured again without updating it, fails here."""
     assert report.updated(README) == README, "run: python -m bench.report"
+    content = json.loads(report.CLAIMS.read_text(encoding="utf-8"))
+    assert report.CLAIMS.with_suffix(".md").read_text(encoding="utf-8") == report.claims(content)
 
 
 def test_tables_and_pictures_of_the_results_folder_are_current() -> None:
@@ -160,6 +162,34 @@ def test_the_readme_shows_few_rows_and_the_results_all() -> None:
     assert len(lines_of("prototype cosine", *runs, full=True)[3:]) == len(runs) == 18
     many = [timed("task_bank", f"{count} tasks", **{"speed-up over call per task": 2.0}) for count in range(20)]
     assert len(lines_of("task bank", *many)[3:]) == report.FEW_ROWS
+
+
+def test_verdicts_are_counted_and_single_ones_shown_with_their_interval() -> None:
+    def difference(statement: str, verdict: str, mean: float) -> dict[str, object]:
+        interval = {"mean": mean, "low": mean - 1, "high": mean + 1, "seeds": 5}
+        return {**interval, "statement": statement, "claimed": "better", "verdict": verdict}
+
+    several = {"a": difference("A", "supported", 2), "b": difference("A", "supported", 3)}
+    several["c"] = difference("A", "contradicted", -3)
+    summary = {
+        "init, x": {"test_accuracy_percent": {}, "paired_difference_points": several},
+        "init, y": {"test_accuracy_percent": {}, "paired_difference_points": {"d": difference("A", "supported", 2)}},
+        "tasks, x, 16 shots": {
+            "test_accuracy_percent": {},
+            "paired_difference_points": {"e": difference("B", "inconclusive", 0.5)},
+        },
+        # other shots of the same claim would fill the same cell
+        "tasks, x, 4 shots": {
+            "test_accuracy_percent": {},
+            "paired_difference_points": {"f": difference("B", "supported", 9)},
+        },
+    }
+    assert report._claims_lines({"summary": summary})[2:] == [
+        "| claim | x | y |",
+        "|---|---|---|",
+        "| A | 2 supported, 1 contradicted | supported, +2.0 [1.0, 3.0] |",
+        "| B | inconclusive, +0.5 [-0.5, 1.5] |  |",
+    ]
 
 
 def test_gpu_figures_have_a_json_behind_them() -> None:
