@@ -92,6 +92,17 @@ def test_training_step() -> None:
     assert flops_of(lambda: model.forward_features(batch).square().sum().backward()) == forward + backward
 
 
+def test_prompt_dropout_costs_keys_and_values_of_every_sample_and_no_rows() -> None:
+    """Masks of their own end the sharing of a prefix over the batch (A2), but prompts stay keys and values (A1): as
+    rows they would also cost queries, attention, projection and MLP in every block."""
+    costs = []
+    for dropout in (0.0, 0.5):
+        model = beit_model("deep", P, prompt_dropout=dropout).train()
+        batch = images(model, B)
+        costs.append(flops_of(lambda model=model, batch=batch: model.forward_features(batch)))
+    assert costs[1] - costs[0] == (B - 1) * L * 4 * P * D**2
+
+
 def test_ops_count_what_was_asked_for() -> None:
     """A pool counts its longest range; prompts that attend are query rows; kernels skip what nobody asked for."""
     qkv, pool = torch.randn(2, 9, 3 * 32), torch.randn(6, 2 * 32)

@@ -177,6 +177,21 @@ def test_kmeans_finds_the_clusters_of_every_layer() -> None:
         assert torch.cdist(centres, prompts).amin(dim=1).max() < 1e-4 * centres.abs().max()
 
 
+def test_kmeans_learns_from_the_whole_stream() -> None:
+    """A kind of picture that the first batch lacks gets a centre too; those of the first batch alone would miss it."""
+    data, seed = Images(64), 0
+    drawn = np.random.default_rng(seed).permutation(64)
+    flat = torch.tensor([-2.0, 0.0], dtype=torch.float64).repeat(32)
+    flat[drawn[32:]] = 6.0
+    data.images = flat[:, None, None, None].expand(64, 3, 8, 12)
+    model = build(3, use_shared_rel_pos_bias=False, use_abs_pos_emb=False)
+    vptm.init_prompts(model, DataLoader(data), "kmeans", seed=seed, progress=False)
+    kinds = torch.stack([data.images[flat == value][0] for value in (-2.0, 0.0, 6.0)])
+    for prompts, tokens in zip(model.prompts.weight, fed_tokens(model, kinds)):
+        seen, late = tokens[:2].mean(dim=1), tokens[2:].mean(dim=1)
+        assert torch.cdist(late, prompts).min() < 0.5 * torch.cdist(late, seen).min()
+
+
 def test_kmeans_centres_fit_the_tokens_better_than_random_ones() -> None:
     """Over a stream of several batches the centres leave less distance to the tokens than random tokens do."""
     model, data = build(4), Images(70)
@@ -227,11 +242,42 @@ def test_bad_input_is_refused_before_the_prompts_change() -> None:
         vptm.init_prompts(model, DataLoader(Stream()), progress=False)
     with pytest.raises(ValueError, match=r"got 0 prompts"):
         vptm.init_prompts(build(0), DataLoader(data), progress=False)
+    with pytest.raises(ValueError, match=r"got 4 projected prompts of 16 values"):
+        # as wide as tokens: tokens put before a random projection would be none behind it
+        projected = vptm.PromptedBEiT(
+            tiny_beit(), 2, prompt_length=4, prompt_options={"prompt_dim": 16}, readout="cls", token_activation="hidden"
+        )
+        vptm.init_prompts(projected.double(), DataLoader(data), progress=False)
+    with pytest.raises(ValueError, match=r"seed must be an integer >= 0, got -1"):
+        vptm.init_prompts(model, DataLoader(data), seed=-1, progress=False)
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, 8, 12\), got \(8, 3, 8, 8\)"):
+        vptm.init_prompts(model, DataLoader(Images(64, size=(8, 8))), progress=False)
+    with pytest.raises(TypeError, match=r"loader must give \(images, labels\), got Tensor"):
+        vptm.init_prompts(model, DataLoader(Images(64).images), progress=False)  # type: ignore[arg-type]
     data = Images(8)
     data.images[:, 0, 0, 0] = torch.nan
     for method in INIT_METHODS:
         with pytest.raises(ValueError, match=r"tokens must be finite"):
             vptm.init_prompts(model, DataLoader(data), method, progress=False)
+    assert torch.equal(model.prompts.weight, before)
+
+
+def test_a_loader_without_batches_gives_the_same_prompts() -> None:
+    """Its batch size is not used, so None may not matter either."""
+    found = []
+    for batch_size in (4, None):
+        model = build(4)
+        vptm.init_prompts(model, DataLoader(Images(9), batch_size=batch_size), progress=False)
+        found.append(model.prompts.weight.detach())
+    assert torch.equal(*found)
+
+
+def test_a_model_without_its_weights_is_refused() -> None:
+    """Tokens of later blocks would be computed from weights that are gone."""
+    model = build(4).freeze_for_inference()
+    before = model.prompts.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"init_prompts needs the original weights"):
+        vptm.init_prompts(model, DataLoader(Images(9)), progress=False)
     assert torch.equal(model.prompts.weight, before)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ import vptm.protocols as protocols
 from vptm import label_mapping
 from vptm.data import load_data
 from vptm.prompted_beit import PromptedBEiT
-from vptm.protocols import ClassFeatures, harmonic_mean, only_classes, read_class_features, run_protocol, split_classes
+from vptm.protocols import (
+    ClassFeatures,
+    harmonic_mean,
+    only_classes,
+    published_settings,
+    read_class_features,
+    run_protocol,
+    split_classes,
+)
 from vptm.provp import FeatureReformation, ridge_projection
 
 CLASSES = ("upper", "left", "right")  # in the data: left, right, upper
@@ -92,6 +101,9 @@ def test_base_to_novel_never_sees_the_novel_classes(
     run = run_protocol("base-to-novel", builder(material), data, ClassFeatures(embeddings), shots=4, **SETTINGS)
     assert seen["train"].classes == seen["val"].classes == ["left", "right"] and len(seen["train"]) == 8
     assert all(key.startswith(("left", "right")) for key in (*seen["train"].keys, *seen["val"].keys))
+    assert set(seen["val"].keys) == {key for key in data.val.keys if not key.startswith("upper")}, (
+        "the epoch may not be chosen on test images"
+    )
     (base, base_rows, base_prompts), (novel, novel_rows, novel_prompts) = seen["tested"]
     assert base.classes == ["left", "right"] and torch.equal(base_rows, embeddings[:2])
     assert novel.classes == ["upper"] and torch.equal(novel_rows, embeddings[2:])
@@ -102,6 +114,30 @@ def test_base_to_novel_never_sees_the_novel_classes(
     features = seen["frozen"].forward_features(images)[:, 0]
     expected = ridge_projection(features.detach(), torch.from_numpy(plain.labels), embeddings[:2], strength=0.01)
     assert torch.allclose(seen["projection"], expected, atol=1e-5)
+
+
+def test_published_settings() -> None:
+    """The numbers of the released commands; the epochs of a number of shots between two are those of the lower."""
+    assert [published_settings("few-shot", shots)["epochs"] for shots in (1, 2, 4, 5, 8, 16)] == [
+        *(50, 100, 100, 100, 200, 200)
+    ]
+    assert published_settings("base-to-novel", 16) == {"prompt_length": 16, "epochs": 100, "weight_decay": 1e-3}
+
+
+def test_what_cannot_be_tested_is_refused_before_training(
+    pictures: Path,
+    material: Path,  # noqa: F811
+) -> None:
+    """A novel class without test images would end in a division by zero, after all the training."""
+    data = load_data(pictures)
+    assert data.test is not None
+    gone = replace(data, test=data.test.subset([i for i, label in enumerate(data.test.labels) if label != 2]))
+    with pytest.raises(ValueError, match="the class 'upper' has no test image"):
+        run_protocol("base-to-novel", builder(material), gone, ClassFeatures(torch.eye(3)), shots=1, **SETTINGS)
+    with pytest.raises(ValueError, match="logit_scale must be finite and > 0, got 0"):
+        run_protocol(
+            "few-shot", builder(material), data, ClassFeatures(torch.eye(3)), shots=1, logit_scale=0, **SETTINGS
+        )
 
 
 def test_few_shot_learns_and_tests_every_class(pictures: Path, material: Path) -> None:  # noqa: F811
@@ -154,6 +190,7 @@ def test_the_command(vptm: Console, material: Path, pictures: Path, monkeypatch:
         (["few-shots"], "did you mean 'few-shot'"),
         (["few-shot", "--shots", "99"], "has 9 training images, 99 were asked for"),
         (["few-shot", "--shots", "x"], "--shots must be an integer >= 1"),
+        (["few-shot", "--shots", "2,all"], "--shots must be integers >= 1 in a protocol, got '2,all'"),
         (["few-shot", "--seeds", 0], "--seeds must be >= 1"),
     ):
         code, out, err = vptm("protocol", *more[:1], *arguments, *more[1:])

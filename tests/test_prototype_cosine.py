@@ -431,6 +431,22 @@ def test_training_steps_on_the_projection_are_the_same_folded_and_not(force_plan
         ends[name] = call["projection"].detach()
     torch.testing.assert_close(ends["fold"], ends["keep"], rtol=1e-10, atol=1e-12)
     assert (ends["fold"] - Case().inputs()["projection"]).abs().max() > 1e-2
+    # the step not to take: the folded product as the parameter, from the same start at the same rate
+    call = Case(grads=("prototypes",)).inputs()
+    tokens, bias = call["token_weight"], call["token_bias"]
+    free = (call["projection"] @ tokens).detach().requires_grad_()
+    constant = (call["projection"] @ bias + call["projection_bias"]).detach().requires_grad_(False)
+    optimizer = torch.optim.SGD([free, call["prototypes"]], lr=0.5, momentum=0.9)
+
+    def scores():
+        return F.cosine_similarity((call["hidden"] @ free.mT + constant)[:, None], call["prototypes"], dim=-1)
+
+    torch.testing.assert_close(scores(), prototype_cosine(**call))
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(scores() / 0.1, torch.tensor([0, 1, 2], device=DEVICE)).backward()
+        optimizer.step()
+    assert (free - ends["keep"] @ tokens).abs().max() > 1e-2
 
 
 def test_the_bias_of_a_fold_is_summed_in_pairs():

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import vptm
+from vptm import provp
 from vptm.losses import feature_reformation
 from vptm.provp import FeatureReformation, ridge_projection
 
@@ -203,6 +204,29 @@ def test_ridge_projection_is_the_regression() -> None:
     penalty = 0.3 * float((unit.T @ unit).diagonal().mean())
     ridge = Ridge(alpha=penalty, fit_intercept=False).fit(unit, torch.nn.functional.normalize(text, dim=-1)[labels])
     assert torch.allclose(found.double(), torch.from_numpy(ridge.coef_).double(), atol=1e-6)
+
+
+def test_the_projection_of_a_clip_is_its_towers_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fitting another one beside it would throw away what CLIP was trained for."""
+    tower = clip()
+    tower.head.bias.data.zero_()  # what timm gives to a projection without one
+    monkeypatch.setattr(provp.timm, "create_model", lambda name, pretrained: tower)
+    assert torch.equal(provp.clip_projection("vit_base_patch16_clip_quickgelu_224.openai"), tower.head.weight)
+    with pytest.raises(ValueError, match=r"must be the visual tower of a CLIP in timm, got 'vit_base_patch16_224'"):
+        provp.clip_projection("vit_base_patch16_224")
+    tower.head.bias.data[0] = 1.0
+    with pytest.raises(ValueError, match=r"must end in a projection without a bias"):
+        provp.clip_projection("vit_base_patch16_clip_224")
+
+
+def test_frozen_features_are_kept_in_every_dtype() -> None:
+    """numpy knows no bfloat16: hashing pixels through it would end training."""
+    model, _ = clip_model()
+    model = model.bfloat16()
+    kept = FeatureReformation(model, cache=True)
+    images = torch.randn(3, 3, 8, 12, dtype=torch.bfloat16)
+    first = kept.frozen(images)
+    assert torch.equal(kept.frozen(images.flip(0)), first.flip(0)) and len(kept._cache or {}) == 3
 
 
 def test_bad_input_is_refused() -> None:

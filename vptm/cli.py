@@ -574,7 +574,10 @@ def protocol(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs for each number of shots.")] = 3,
-    prompt_length: Annotated[int, typer.Option(help="Prompts per layer.")] = 16,
+    prompt_length: Annotated[
+        int | None,
+        typer.Option(help="Prompts per layer; as published, 50 for few-shot, else 16.", show_default=False),
+    ] = None,
     alpha: Annotated[float, typer.Option(help="Of progressive prompts.")] = 0.01,
     reformation: Annotated[float, typer.Option(help="Lambda of the contrast with the frozen features.")] = 1.0,
     temperature: Annotated[float, typer.Option(help="Of that contrast.")] = 1.0,
@@ -585,16 +588,27 @@ def protocol(
             help="Factor of the cosines; 100 with a given projection, 10 with a fitted one.", show_default=False
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 50,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="Passes over the training images; as published, 50, 100 or 200 from 1, 2 or 8 shots on for few-shot, "
+            "else 100.",
+            show_default=False,
+        ),
+    ] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="As published, 0.0005 for few-shot, else 0.001.", show_default=False)
+    ] = None,
     augment: Annotated[bool, typer.Option(help="Random changes of training images.")] = True,
     device: Device = "auto",
 ) -> None:
     """Run ProVP-Ref's few-shot or base-to-novel protocol.
 
     Prompts are trained and classes are frozen embeddings, so in base-to-novel the second half of the classes is known
-    by name alone. Weights that were trained with a text encoder bring their projection in --class-embeddings; for
-    others one is fitted by ridge regression on the training images, a stand-in. Prints CSV.
+    by name alone. Weights that were trained with a text encoder have a projection to its space: that of a CLIP in timm
+    is taken with --text-encoder open_clip, others bring it in --class-embeddings; for the rest one is fitted by ridge
+    regression on the training images, a stand-in. Prints CSV.
 
     \b
     Example:
@@ -607,7 +621,15 @@ def protocol(
     from .data import load_data
     from .label_mapping import embed_names
     from .label_mapping import text_encoder as make_encoder
-    from .protocols import PROTOCOLS, SHOTS, ClassFeatures, read_class_features, run_protocol
+    from .protocols import (
+        PROTOCOLS,
+        SHOTS,
+        ClassFeatures,
+        published_settings,
+        read_class_features,
+        run_protocol,
+    )
+    from .provp import clip_projection
 
     one_of("protocol", name, PROTOCOLS)
     place = _device(device)
@@ -615,17 +637,23 @@ def protocol(
         raise ValueError(f"--seeds must be >= 1, got {seeds}")
     if shots is None:
         shots = ",".join(map(str, SHOTS)) if name == "few-shot" else "16"
-    counts = [count for count in map(_parse_shots, shots.split(",")) if count is not None]
+    parsed = [_parse_shots(count) for count in shots.split(",")]
+    counts = [count for count in parsed if count is not None]
+    if len(counts) < len(parsed):
+        raise ValueError(f"--shots must be integers >= 1 in a protocol, got {shots!r}")
     images = load_data(data)
     _report(images)
     if class_embeddings is not None:
         features = read_class_features(class_embeddings, images.classes)
     else:
-        features = ClassFeatures(embed_names(images.classes, make_encoder(text_encoder), template))
+        own = text_encoder.startswith("open_clip") and "clip" in model
+        encoder = make_encoder(text_encoder)
+        features = ClassFeatures(
+            embed_names(images.classes, encoder, template), clip_projection(model) if own else None
+        )
     arguments = {
         "model": model,
         "prompt_mode": "progressive",
-        "prompt_length": prompt_length,
         "progressive_alpha": alpha,
         "readout": "cls",
         "token_activation": "hidden",
@@ -636,6 +664,10 @@ def protocol(
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["protocol", "shots", "seed", "base", "novel", "harmonic"])
     for count in counts:
+        chosen = published_settings(name, count)
+        given = {"prompt_length": prompt_length, "epochs": epochs, "weight_decay": weight_decay}
+        chosen |= {key: value for key, value in given.items() if value is not None}
+        settings["prompt_length"] = chosen["prompt_length"]
         for seed in range(seeds):
             run = run_protocol(
                 name,
@@ -648,13 +680,13 @@ def protocol(
                 logit_scale=logit_scale,
                 augment=augment,
                 device=place,
-                epochs=epochs,
+                epochs=chosen["epochs"],
                 lr=lr,
                 optimizer="momentum",
-                weight_decay=5e-4,
-                prompt_weight_decay=5e-4,
+                weight_decay=chosen["weight_decay"],
+                prompt_weight_decay=chosen["weight_decay"],
                 schedule="provp",
-                warmup_epochs=min(1, epochs - 1),
+                warmup_epochs=min(1, chosen["epochs"] - 1),
                 reformation=reformation,
                 reformation_temperature=temperature,
                 progress=False,

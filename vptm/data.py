@@ -584,7 +584,8 @@ def transforms(model: nn.Module, train: bool = False, *, flip: bool = True) -> C
     Grey or RGB by the model's channels, resize, centre crop and normalisation through timm. For training, images of
     64 pixels and more get timm's random resized crop (area 0.25 to 1) and mirror; smaller ones keep their frame and
     get a mirror and a shift of up to 1/14 of the side with edge padding. Random draws come from torch's and Python's
-    global generators.
+    global generators. Mean and deviation are those the weights were made with; VPT and SPT feed every ViT ImageNet's:
+    to do as they do, set `model.default_cfg["mean"]` and `["std"]` before.
 
     Args:
         model: has `default_cfg` with `input_size` (C, H, W), `mean`, `std` and optionally `interpolation`, `crop_pct`,

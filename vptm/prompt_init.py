@@ -1,7 +1,9 @@
 """Prompts that start as tokens of the frozen model (SPT, arXiv:2402.02382).
 
 The published code forwards the whole training set to draw a few tokens of it. Here the (image, token) pairs are drawn
-first and only the images they name are forwarded: the same distribution, with at most layers x prompts images.
+first and only the images they name are forwarded: the same distribution, with at most layers x prompts images. That
+code also scores every epoch on test images and keeps the best, and carries an average of weights that nothing reads;
+`vptm.fit` chooses by validation images, and has no such average.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate, default_convert
 
 from .choices import one_of
 from .training import generators_kept, seed_everything
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from .prompted_model import PromptedModel
 
 INIT_METHODS = ("random", "mean", "max", "kmeans")
-_IMAGES_PER_STEP = 16  # tokens of 12 layers of ViT-B for 16 images are 115 MB
+_IMAGES_PER_STEP = 8  # tokens of 12 layers of ViT-B for 8 images are 58 MB
 
 
 def layer_tokens(model: PromptedModel, images: Tensor, layers: list[int]) -> list[Tensor]:
@@ -103,8 +105,9 @@ def init_prompts(
 
     Raises:
         ValueError: unknown method, more prompts than tokens, prompts that are no tokens (projected or added ones), an
-            empty data set, or tokens that are not finite. The prompts are then unchanged.
-        TypeError: the loader's data set cannot be indexed.
+            empty data set, images of another size, or tokens that are not finite. The prompts are then unchanged.
+        TypeError: the loader's data set cannot be indexed, or does not give (image, label).
+        RuntimeError: the original weights were dropped by `freeze_for_inference()`.
 
     Example:
         >>> import vptm
@@ -114,12 +117,16 @@ def init_prompts(
         True
     """
     one_of("method", method, INIT_METHODS)
+    model._refuse_dropped("init_prompts")
     bank = model.prompts
-    if bank.weight.shape[-1] != model.num_features or bank.length == 0:
+    if bank.weight.shape[-1] != model.num_features or bank.projection is not None or bank.length == 0:
+        kind = "prompts" if bank.projection is None else "projected prompts"
         raise ValueError(
             "init_prompts needs prompts that are token rows of their own, "
-            f"got {bank.length} prompts of {bank.weight.shape[-1]} values for tokens of {model.num_features}"
+            f"got {bank.length} {kind} of {bank.weight.shape[-1]} values for tokens of {model.num_features}"
         )
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise TypeError("loader must be a torch DataLoader over a data set that can be indexed")
     size = len(loader.dataset)  # type: ignore[arg-type]
@@ -173,8 +180,8 @@ def _sampled(
     named = np.unique(pairs // per_image)
     prompts = torch.empty_like(model.prompts.weight)
     position = 0
-    for batch in bar.track(_batches(loader, drawn[named]), len(named)):
-        tokens = layer_tokens(model, batch.to(prompts.device), layers)
+    for batch in bar.track(_batches(model, loader, drawn[named]), len(named)):
+        tokens = layer_tokens(model, batch, layers)
         place = {int(draw): row for row, draw in enumerate(named[position : position + len(batch)])}
         for layer, chosen in enumerate(pairs):
             for prompt, pair in enumerate(chosen):
@@ -201,8 +208,8 @@ def _centres(
     ]
     weight = model.prompts.weight
     smallest = -(-length // model.num_patches)  # the first batch must hold a token for every centre
-    for batch in bar.track(_batches(loader, drawn, max(_IMAGES_PER_STEP, smallest)), len(drawn)):
-        for cluster, tokens in zip(clusters, layer_tokens(model, batch.to(weight.device), layers)):
+    for batch in bar.track(_batches(model, loader, drawn, max(_IMAGES_PER_STEP, smallest)), len(drawn)):
+        for cluster, tokens in zip(clusters, layer_tokens(model, batch, layers)):
             rows = tokens.flatten(0, 1).float()
             if not bool(rows.isfinite().all()):
                 raise ValueError("tokens must be finite, got NaN or infinite values from the frozen model")
@@ -210,11 +217,21 @@ def _centres(
     return torch.from_numpy(np.stack([cluster.cluster_centers_ for cluster in clusters])).to(weight), len(drawn)
 
 
-def _batches(loader: DataLoader[Any], indices: np.ndarray, size: int = _IMAGES_PER_STEP) -> Iterator[Tensor]:
+def _batches(
+    model: PromptedModel, loader: DataLoader[Any], indices: np.ndarray, size: int = _IMAGES_PER_STEP
+) -> Iterator[Tensor]:
     """Images of the loader's data set at `indices`, in that order, as its workers and collate function make them."""
     chosen = Subset(loader.dataset, indices.tolist())
-    for batch in DataLoader(chosen, batch_size=size, num_workers=loader.num_workers, collate_fn=loader.collate_fn):
-        yield batch[0]
+    # a loader that makes no batches of its own only converts samples
+    collate = (
+        default_collate if loader.batch_size is None and loader.collate_fn is default_convert else loader.collate_fn
+    )
+    for batch in DataLoader(chosen, batch_size=size, num_workers=loader.num_workers, collate_fn=collate):
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not isinstance(batch[0], Tensor):
+            raise TypeError(f"loader must give (images, labels), got {type(batch).__name__}")
+        images = batch[0].to(model.prompts.weight.device)
+        model.check_images(images)
+        yield images
 
 
 @contextmanager

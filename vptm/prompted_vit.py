@@ -44,7 +44,10 @@ class PromptedViT(PromptedModel):
         prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim", "placement",
             "dropout_per", "patch_values".
         readout: "cls", "mean" over the patch rows (and class and register rows where the source's own mean takes them),
-            or "mean_with_prompts": those and the last block's prompt rows, as VPT does on MAE weights.
+            or "mean_with_prompts": those and the last block's prompt rows, as VPT does on MAE weights. The source's own
+            norms stay where it has them: timm's MAE models norm every row and then average, VPT averages first, through
+            a norm that its checkpoint lacks and that it keeps at the identity; for that pass a model made with
+            `global_pool="avg"`.
         verbalizer: "linear" or "prototypical".
         prototype_dim, projection_bias, temperature: see `vptm.PrototypicalVerbalizer`.
         token_activation: what the verbalizer reads: "hidden", or "logits", "softmax" or "log_softmax" of the source's

@@ -29,7 +29,8 @@ class PromptBank(nn.Module):
     - deep (VPT-deep): `P_l` at every block, `Z_l` is discarded;
     - progressive (ProVP, arXiv:2304.08386): `P_0` at block 0, then `alpha * Z_l + (1 - alpha) * P_l`.
 
-    alpha = 0 is deep, alpha = 1 is shallow.
+    alpha = 0 is deep, alpha = 1 is shallow. Any number of prompts enters block 0; ProVP's code leaves four or fewer out
+    there and then writes them over image patches.
 
     Args:
         depth: number of transformer blocks L.

@@ -1,4 +1,9 @@
-"""ProVP-Ref's two protocols: few shots of every class, and base classes learned, new ones only named."""
+"""ProVP-Ref's two protocols: few shots of every class, and base classes learned, new ones only named.
+
+The released pipeline scores test images after every epoch and reports the best; here the epoch is chosen on validation
+images and the last one is taken where there are none. Its commands for 1, 2 and 4 shots train without the
+re-formation loss; here `reformation` alone says so.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +27,7 @@ from .training import evaluate, fit
 
 PROTOCOLS = ("few-shot", "base-to-novel")
 SHOTS = (1, 2, 4, 8, 16)
+FEW_SHOT_EPOCHS = {8: 200, 2: 100, 1: 50}  # from so many shots on
 EVALUATION_BATCH = 256
 
 
@@ -49,6 +55,20 @@ class ProtocolRun:
     def harmonic(self) -> float | None:
         """Harmonic mean of both."""
         return None if self.novel is None else harmonic_mean(self.base, self.novel)
+
+
+def published_settings(protocol: str, shots: int) -> dict[str, Any]:
+    """`prompt_length`, `epochs` and `weight_decay` of the released commands.
+
+    Example:
+        >>> published_settings("few-shot", 4)
+        {'prompt_length': 50, 'epochs': 100, 'weight_decay': 0.0005}
+    """
+    one_of("protocol", protocol, PROTOCOLS)
+    if protocol == "base-to-novel":
+        return {"prompt_length": 16, "epochs": 100, "weight_decay": 1e-3}
+    epochs = next(epochs for least, epochs in FEW_SHOT_EPOCHS.items() if shots >= least)
+    return {"prompt_length": 50, "epochs": epochs, "weight_decay": 5e-4}
 
 
 def harmonic_mean(base: float, novel: float) -> float:
@@ -102,7 +122,11 @@ def read_class_features(path: str | Path, classes: Sequence[str]) -> ClassFeatur
         raise ValueError(f"{path} must be a safetensors file: {' '.join(str(error).split())}") from None
     found = tensors.get("embeddings")
     if found is None or found.ndim != 2 or not isinstance(names, list) or len(names) != len(found):
-        raise ValueError(f"{path} must hold embeddings (K, D) and the K class_names in its metadata")
+        shape = "none" if found is None else str(tuple(found.shape))
+        listed = f"{len(names)} names" if isinstance(names, list) else "no list of names"
+        raise ValueError(
+            f"{path} must hold embeddings (K, D) and the K class_names in its metadata, got {shape} and {listed}"
+        )
     if missing := [name for name in classes if name not in names]:
         raise ValueError(f"{path} has no embedding of the class {missing[0]!r}, it has {', '.join(map(str, names))}")
     return ClassFeatures(found[[names.index(name) for name in classes]].float(), tensors.get("projection"))
@@ -144,7 +168,8 @@ def run_protocol(
         settings: of `vptm.fit`: epochs, lr, reformation, ...
 
     Raises:
-        ValueError: a class with fewer than `shots` images, no test images, or embeddings that are not one a class.
+        ValueError: a class with fewer than `shots` images or without test images, or embeddings that are not one a
+            class.
     """
     one_of("protocol", protocol, PROTOCOLS)
     if len(features.embeddings) != len(data.classes):
@@ -153,6 +178,9 @@ def run_protocol(
         )
     if data.test is None:
         raise ValueError(f"{data.name} has no test images")
+    tested = np.bincount(data.test.labels, minlength=len(data.classes))
+    if not tested.all():
+        raise ValueError(f"{data.name}: the class {data.classes[int(tested.argmin())]!r} has no test image")
     every = list(range(len(data.classes)))
     learned, named = (every, []) if protocol == "few-shot" else split_classes(len(every))
     torch.manual_seed(seed)
@@ -162,7 +190,7 @@ def run_protocol(
     prepare = transforms(model)
     support = few_shot(only_classes(data.train, learned), shots, seed=seed)
     projection = features.projection
-    scale = logit_scale or (10.0 if projection is None else 100.0)
+    scale = (10.0 if projection is None else 100.0) if logit_scale is None else logit_scale
     if projection is None:
         projection = _fitted_projection(model, support.with_transform(prepare), features.embeddings[learned], ridge)
 

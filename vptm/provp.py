@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .choices import number
@@ -85,6 +86,22 @@ def set_class_embeddings(
             verbalizer.projection.copy_(projection)
 
 
+def clip_projection(name: str, *, pretrained: bool = True) -> Tensor:
+    """The projection (D, C) into the joint space of images and texts: the head of timm's visual tower of a CLIP.
+
+    Take the tower whose activation fits its weights: of OpenAI's a "..._clip_quickgelu_..." model, see timm's notes.
+
+    Raises:
+        ValueError: no timm VisionTransformer, or a head that is no projection.
+    """
+    if name.partition(".")[0] not in timm.list_models("*clip*", module="vision_transformer"):
+        raise ValueError(f"model must be the visual tower of a CLIP in timm, got {name!r}")
+    head = timm.create_model(name, pretrained=pretrained).head
+    if not isinstance(head, nn.Linear) or (head.bias is not None and bool(head.bias.any())):
+        raise ValueError(f"model must end in a projection without a bias, {name!r} does not")
+    return head.weight.detach().clone()
+
+
 def image_features(model: PromptedModel, hidden: Tensor) -> Tensor:
     """What is compared with class embeddings (B, D), or the read-out row itself (B, C) for any other verbalizer."""
     return model.verbalizer.embed(hidden) if isinstance(model.verbalizer, ClassEmbeddings) else hidden
@@ -141,6 +158,10 @@ def unprompted(model: PromptedModel) -> PromptedModel:
 class FeatureReformation:
     """`weight` times `vptm.losses.feature_reformation` between a model's features and those it has without prompts.
 
+    Both branches share the embedding of images, and in block 0 its norm, queries, keys and values, which no prompt
+    reaches. Attention of block 0 runs once with prompts among the keys and once without: joining the two by their
+    log-sum-exp would save less than 1 % of a forward pass.
+
     Args:
         model: has a frozen backbone; its features are what its verbalizer compares with class embeddings, or the
             read-out row.
@@ -186,7 +207,8 @@ class FeatureReformation:
         """Features (B, D) without prompts."""
         if self._cache is None:
             return self._compute(images)
-        keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.cpu().numpy()]
+        pixels = images.detach().cpu().contiguous().view(torch.uint8).numpy()  # numpy knows no bfloat16
+        keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]
         missing = [i for i, key in enumerate(keys) if key not in self._cache]
         if missing:
             for i, features in zip(missing, self._compute(images[missing])):

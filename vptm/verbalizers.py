@@ -273,7 +273,8 @@ class LinearVerbalizer(nn.Module):
         token_activation: see `read_tokens`.
 
     Attributes:
-        head: `nn.Linear(in_features, K)`, truncated normal (0.02) weight and zero bias at the start.
+        head: `nn.Linear(in_features, K)`, truncated normal (0.02) weight and zero bias at the start, as BEiT's. VPT's
+            starts wider, Kaiming normal by fan-out, with every bias at -ln 99, which a softmax does not see.
     """
 
     def __init__(self, in_features: int, num_classes: int, *, token_activation: str = "hidden") -> None:
