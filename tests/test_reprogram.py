@@ -79,6 +79,30 @@ def test_every_method_runs(vptm: Console, arguments: list[object], more: list[ob
     assert ("border trained" in err) == ("--prompt" in more)
 
 
+def test_soft_mapping_of_more_labels_than_sources(vptm: Console, arguments: list[object]) -> None:  # noqa: F811
+    """BLM shares source labels, so a classifier of two serves three classes; a mapping that uses them once cannot."""
+    save_file(timm.create_model(CLASSIFIER, num_classes=2).state_dict(), "two.safetensors")
+    Path("two.txt").write_text("teapot\nzebra\n")
+    two = [*arguments, "--weights", "two.safetensors", "--source-labels", "two.txt"]
+    for more in ([], ["--prompt", "expansive", "--image-size", 32, "--epochs", 1]):
+        code, out, err = vptm(*two, "--method", "blm", "--shots", 3, *more)
+        assert code == 0 and "test accuracy" in err, err
+        assert rows(out).keys() == {"upper", "left", "right"}
+    code, line = vptm.refused(*two, "--method", "flm")
+    assert code == 2 and "m=1 for each of 3 labels need 3, there are 2" in line, line
+
+
+def test_templates_given_together_count_together(vptm: Console, arguments: list[object]) -> None:  # noqa: F811
+    """--template repeated scores by the mean of the embeddings, not by the last or the first."""
+    code, out, err = vptm(*arguments, "--template", "a photo of a {}.", "--no-evaluate")
+    assert code == 0, err
+    names = ["left", "right", "upper"]
+    scores = label_mapping.semantic_scores(names, SOURCES, letters, template=["{}", "a photo of a {}."])
+    for row in csv.DictReader(io.StringIO(out)):
+        expected = scores[names.index(row["label"]), SOURCES.index(row["source_labels"])]
+        assert row["score"] == f"{float(expected):.4f}"
+
+
 def test_weights_under_other_names(tmp_path: Path, arguments: list[object]) -> None:
     """A state dict of another package fits by order and shape, says so, and gives the same logits."""
     own = timm.create_model(CLASSIFIER, num_classes=6)
@@ -99,6 +123,8 @@ def test_bad_input_is_refused(vptm: Console, arguments: list[object], monkeypatc
         (["--method", "random", "--m", 3], "need 9, there are 6"),
         (["--method", "semantik"], "did you mean 'semantic'"),
         (["--assignment", "hungry"], "assignment must be one of argmax, hungarian"),
+        (["--method", "flm", "--assignment", "hungry"], "--assignment must be one of argmax, hungarian"),
+        (["--method", "blm", "--m", 0], "--m must be >= 1, got 0"),
         (["--aggregation", "mean-prob"], "did you mean 'mean_prob'"),
         (["--method", "ilm"], "pass --prompt"),
         (["--method", "blm", "--aggregation", "max"], "must be mean for the soft mapping"),

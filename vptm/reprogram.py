@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torchvision.transforms.functional import center_crop, resize, to_tensor
 from .choices import one_of
 from .data import ImageData, few_shot, load_data
 from .label_mapping import (
+    ASSIGNMENTS,
     LabelMapping,
     assign,
     bayesian_mapping,
@@ -41,7 +42,7 @@ def map_labels(
     m: int,
     threshold: float,
     aggregation: str,
-    template: str,
+    template: str | Sequence[str],
     encoder: str,
     prompt: str | None,
     image_size: int,
@@ -57,9 +58,13 @@ def map_labels(
 ) -> tuple[list[list[str]], float | None]:
     """The mapping as rows of (label, source labels, score of the first), and the test accuracy.
 
-    See `vptm map --help` for the arguments; `data` may also be loaded already, without transforms.
+    See `vptm map --help` for the arguments; `data` may also be loaded already, without transforms, and `template` may
+    be several. `assignment`, `threshold`, `template` and `encoder` are of method "semantic"; "blm" takes no `m`.
     """
     one_of("--method", method, METHODS)
+    one_of("--assignment", assignment, ASSIGNMENTS)
+    if m < 1:
+        raise ValueError(f"--m must be >= 1, got {m}")
     if prompt is not None:
         one_of("--prompt", prompt, PIXEL_PROMPTS)
     if method == "ilm" and prompt is None:
@@ -79,6 +84,8 @@ def map_labels(
     if encode is not None:
         scores = semantic_scores(labels, sources, encode, template=template)
         chosen = assign(scores, assignment, m=m, threshold=threshold)
+    elif method == "blm":
+        chosen = torch.ones(len(labels), len(sources))  # until images are counted; sources are shared
     else:
         chosen = random_mapping(len(labels), len(sources), m=m, seed=seed)
     border_of = _prompt(prompt, source, image_size, border)

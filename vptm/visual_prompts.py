@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from .choices import one_of
+from .choices import number, one_of
 from .encoder import can_fold
-from .label_mapping import LabelMapping, bayesian_mapping, frequency_mapping, label_counts
+from .label_mapping import LabelMapping, bayesian_mapping, check_labels, frequency_mapping, label_counts
 
 PIXEL_PROMPTS = ("expansive", "additive")
 MAPPING_UPDATES = ("fixed", "flm", "ilm", "blm")
@@ -62,6 +64,7 @@ class VisualPrompt(nn.Module):
         if mode == "additive" and not 1 <= border <= size // 2:
             raise ValueError(f"border must be in 1..{size // 2}, half of the image, got {border}")
         self.mode, self.size = mode, size
+        self.image_size = image_size if mode == "expansive" else size
         width = (size - image_size) // 2 if mode == "expansive" else border
         inside = image_size if mode == "expansive" else size - 2 * border
         self.inside = slice(width, width + inside)
@@ -80,12 +83,30 @@ class VisualPrompt(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images with their border, (B, C, size, size): from (B, C, image_size, image_size) in 0..1 for "expansive",
-        from normalised (B, C, size, size) for "additive"."""
+        from normalised (B, C, size, size) for "additive", which stay as they are: the released code adds in place.
+
+        Raises:
+            ValueError: images of another shape.
+        """
+        self._check(images)
         if self.mode == "additive":
             return images + self.border()
         left = self.inside.start
         right = self.size - self.inside.stop
         return F.pad((images - self.mean) / self.std, (left, right, left, right)) + self.border()
+
+    def _check(self, images: Tensor) -> None:
+        wanted = (len(self.delta), self.image_size, self.image_size)
+        if images.ndim != 4 or images.shape[1:] != wanted:
+            raise ValueError(f"images must be (B, {', '.join(map(str, wanted))}), got {tuple(images.shape)}")
+
+    def embeds_once(self, patch_embed: nn.Module) -> bool:
+        """Whether border patches can be embedded once for a batch: a plain convolution of patches at the prompt's size,
+        and for "additive", which needs a linear map, without a norm after it."""
+        if type(patch_embed) is not PatchEmbed or not patch_embed.flatten or patch_embed.dynamic_img_pad:
+            return False
+        linear = isinstance(patch_embed.norm, nn.Identity)
+        return patch_embed.img_size == (self.size, self.size) and (linear or self.mode == "expansive")
 
     def _own(self, patch_embed: nn.Module) -> tuple[slice, slice]:
         """Rows and columns of the grid of patches that hold pixels of the image."""
@@ -103,10 +124,14 @@ class VisualPrompt(nn.Module):
         """`patch_embed(self(images))` of a ViT, (B, N, C), computing patches of the border once for the batch.
 
         "expansive": a patch without an image pixel is the same for every image. "additive": the projection is linear,
-        `proj(x + d) = proj(x) + proj(d) - bias`, so images may be embedded once and kept.
+        `proj(x + d) = proj(x) + proj(d) - bias`, so images may be embedded once and kept. Where `embeds_once` says no,
+        every image is embedded whole.
         """
+        if not self.embeds_once(patch_embed):
+            return patch_embed(self(images))
         height, width = patch_embed.patch_size  # type: ignore[misc]
         if self.mode == "additive":
+            self._check(images)
             shift = patch_embed(self.border()[None]) - patch_embed(torch.zeros_like(self.delta)[None])
             return patch_embed(images) + shift
         proj, norm = patch_embed.proj, patch_embed.norm
@@ -127,6 +152,9 @@ class ReprogrammedClassifier(nn.Module):
         mapping: to the K labels.
         prompt: None classifies the images as they are, which with a semantic mapping needs no training image.
 
+    Raises:
+        ValueError: a classifier that takes another size than the prompt makes, where its `patch_embed` tells.
+
     Example:
         >>> source = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 6))
         >>> model = ReprogrammedClassifier(source, LabelMapping(torch.eye(2, 6)), VisualPrompt(size=8, image_size=4))
@@ -136,6 +164,12 @@ class ReprogrammedClassifier(nn.Module):
 
     def __init__(self, classifier: nn.Module, mapping: LabelMapping, prompt: VisualPrompt | None = None) -> None:
         super().__init__()
+        embed = getattr(classifier, "patch_embed", None)
+        if prompt is not None and getattr(embed, "strict_img_size", False):
+            taken = getattr(embed, "img_size", None)
+            if taken is not None and tuple(taken) != (prompt.size, prompt.size):
+                taken = "x".join(map(str, taken))
+                raise ValueError(f"prompt must make {taken} pixels, what the classifier takes, got size={prompt.size}")
         self.classifier = classifier.requires_grad_(False).eval()
         self.mapping = mapping
         self.prompt = prompt
@@ -153,7 +187,9 @@ class ReprogrammedClassifier(nn.Module):
             return vit(images)
         if (
             not isinstance(vit, VisionTransformer)
+            or type(vit).forward is not VisionTransformer.forward
             or type(vit).forward_features is not VisionTransformer.forward_features
+            or not self.prompt.embeds_once(vit.patch_embed)
         ):
             return vit(self.prompt(images))
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(self.prompt.patches(vit.patch_embed, images))))
@@ -207,12 +243,13 @@ def fit_visual_prompt(
     seed: int = 0,
 ) -> list[float]:
     """Train the pixel prompt by cross-entropy, as the released code of ILM does: Adam, the rate divided by ten after
-    half and after 72 % of the epochs.
+    half and again after 72 % of the epochs, rounded, the first epoch always at `lr`. The last epoch is what is left;
+    the released code keeps the one that is best on test images.
 
     Args:
         model: its prompt is trained in place, its mapping replaced where `update` says so.
         train: (images, labels) batches.
-        epochs, lr: passes and first learning rate.
+        epochs, lr: passes and first learning rate, > 0.
         update: "fixed" keeps the mapping; "flm" counts once, before training; "ilm" before every epoch, under the
             prompt of that moment; "blm" takes soft weights from those counts, before every epoch.
         m: source labels of a label, for "flm" and "ilm".
@@ -220,15 +257,22 @@ def fit_visual_prompt(
 
     Returns:
         Mean training loss of every epoch.
+
+    Raises:
+        ValueError: a model without a prompt, an argument out of range, no image in `train`, a label outside 0..K-1, or
+            with an `update` a label without an image.
+        FloatingPointError: the loss became NaN or infinite.
     """
     one_of("update", update, MAPPING_UPDATES)
     if model.prompt is None:
         raise ValueError("model must have a prompt to train, it has none")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs must be an integer >= 1, got {epochs!r}")
+    if not 0 < number("lr", lr) < float("inf"):
+        raise ValueError(f"lr must be finite and > 0, got {lr}")
     labels = len(model.mapping.weights)
     optimiser = torch.optim.Adam(model.prompt.parameters(), lr=lr)
-    steps = [round(0.5 * epochs), round(0.72 * epochs)]
+    steps = [max(1, round(share * epochs)) for share in (0.5, 0.72)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, steps, gamma=0.1)
     place = model.prompt.delta.device
     losses = []
@@ -245,11 +289,17 @@ def fit_visual_prompt(
             model.train()
             summed = seen = 0.0
             for images, targets in train:
+                check_labels(targets, labels)
                 loss = F.cross_entropy(model(images.to(place)), targets.to(place))
+                if not math.isfinite(value := float(loss.detach())):
+                    rate = optimiser.param_groups[0]["lr"]
+                    raise FloatingPointError(f"loss became {value} at epoch {epoch} with lr {rate:.3g}: use a lower lr")
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()
-                summed, seen = summed + float(loss.detach()) * len(targets), seen + len(targets)
+                summed, seen = summed + value * len(targets), seen + len(targets)
+            if not seen:
+                raise ValueError("train must hold at least one image, it is empty")
             schedule.step()
             losses.append(summed / seen)
     model.eval()
