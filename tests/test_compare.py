@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 from test_cli import Console, material, vptm  # noqa: F401
+from tiny_data import write_pictures
 
 import vptm.compare as compare_module
 from vptm.cli import main
 from vptm.compare import SEARCH_SEED, compare, table
+
+MINE = "summary: mine\nsettings: {{readout: mean, token_activation: hidden, verbalizer: linear{}}}\n"
 
 
 def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], calls: list[list[str]]) -> Any:
@@ -46,9 +49,10 @@ def run(
     launcher = in_process(monkeypatch, capsys, calls)
 
     def start(*methods: str, out: str = "out", **settings: Any) -> Any:
-        options = {"seeds": 2, "epochs": 3, "shots": "2", "launch": launcher} | settings
+        defaults = {"data": str(material / "pictures"), "seeds": 2, "epochs": 3, "shots": "2", "launch": launcher}
+        options = defaults | settings
         more = [*options.pop("arguments", []), "--model", str(material / "backbone.safetensors"), "--batch-size", "3"]
-        return compare(methods, out, data=str(material / "pictures"), arguments=more, **options)
+        return compare(methods, out, arguments=more, **options)
 
     return start
 
@@ -94,6 +98,108 @@ def test_finished_runs_are_kept_and_stopped_ones_resumed(run: Any, calls: list[l
     ]
     assert Path("out/linear/seed-0/run.json").read_bytes() == finished
     assert 0 in results[0].runs and 2 in results[0].runs
+
+
+def unfinished(folder: str) -> None:
+    """A finished run as a stop before its test leaves it."""
+    path = Path(folder, "run.json")
+    facts = json.loads(path.read_text())
+    del facts["result"], facts["cost"]
+    path.write_text(json.dumps(facts))
+
+
+def test_finished_runs_of_an_edited_recipe_are_refused(run: Any, calls: list[list[str]]) -> None:
+    """A table would mix old and new settings under one name; the same values written otherwise are the same recipe."""
+    Path("mine.yaml").write_text(MINE.format(", lr: 0.02"))
+    run("mine.yaml", seeds=1)
+    calls.clear()
+    Path("mine.yaml").write_text(MINE.format(", augment: true, lr: 2e-2"))
+    assert len(run("mine.yaml", seeds=1)[0].runs) == 1
+    for change, message in (
+        (", lr: 0.03", "--lr 0.02, not 0.03"),
+        ("", "--lr 0.02, not 0.002"),
+        (", lr: 0.02, augment: false", "--augment True, not False"),
+    ):
+        Path("mine.yaml").write_text(MINE.format(change))
+        with pytest.raises(ValueError, match=f"^out/mine/seed-0 was trained with {message}: choose another folder$"):
+            run("linear", "mine.yaml", seeds=1)
+    assert calls == [], "refused before a run starts"
+
+
+def test_unfinished_runs_that_cannot_be_resumed_start_anew(run: Any, calls: list[list[str]]) -> None:
+    """A recipe mended after NaN, and a damaged file of a stopped run: resumed, they would fail at every try."""
+    Path("mine.yaml").write_text(MINE.format(", optimizer: momentum, lr: 1.0e+30"))
+    for _ in range(2):
+        assert "lower lr" in run("mine.yaml", seeds=1)[0].failures["seed-0"]
+    Path("mine.yaml").write_text(MINE.format(", optimizer: momentum, lr: 0.01"))
+    (result,) = run("mine.yaml", seeds=1)
+    assert result.runs[0]["settings"]["lr"] == 0.01
+    for file in ("state.pt", "run.json"):
+        unfinished("out/mine/seed-0")
+        Path("out/mine/seed-0", file).write_bytes(b"damaged")
+        assert 0 in run("mine.yaml", seeds=1)[0].runs, file
+    assert [call[3] for call in calls] == ["--overwrite", "--resume", "--overwrite", "--overwrite", "--overwrite"]
+
+
+def test_flags_reach_every_run_and_are_compared(run: Any, calls: list[list[str]]) -> None:
+    """Options without a value, before others, neither shift those nor pass for the settings of another run; a search
+    may choose one."""
+    given = ["--no-augment", "--flip", "--label-smoothing=0.1"]
+    (result,) = run("linear", seeds=1, arguments=given)
+    found = result.runs[0]["settings"]
+    assert (found["augment"], found["flip"], found["label_smoothing"], found["epochs"]) == (False, True, 0.1, 3)
+    assert 0 in run("linear", seeds=1, arguments=given)[0].runs and len(calls) == 1
+    with pytest.raises(ValueError, match="--flip True, not False"):
+        run("linear", seeds=1, arguments=["--no-augment", "--no-flip", "--label-smoothing", "0.1"])
+    Path("mine.yaml").write_text(MINE.format("") + "search: {augment: [true, false]}\n")
+    (result,) = run("mine.yaml", seeds=1, search=True)
+    assert not result.failures and result.runs[0]["settings"]["augment"] == result.chosen["augment"]
+
+
+def test_what_no_run_could_use_is_refused_before_the_first(
+    run: Any,
+    calls: list[list[str]],
+    material: Path,  # noqa: F811
+) -> None:
+    """Each of these would be said once per run, or after hours of runs that nothing can be read from."""
+    for split, first in (("train", 0), ("val", 4), ("test", 6)):
+        for data in {"train": ("no-test", "no-val"), "val": ("no-test",), "test": ("no-val",)}[split]:
+            write_pictures(Path(data, split), 2, first=first)
+    Path("file").touch()
+    Path("mine.yaml").write_text(MINE.format("") + "search: {lrr: [1]}\n")
+    Path("typo.yaml").write_text(MINE.format(", lrr: 1"))
+    for method, settings, message in (
+        ("linear", {"data": "no-test"}, "^data must have test images to compare on, no-test has none$"),
+        ("linear", {"data": "no-val", "search": True}, "^data must have validation images for search, no-val has"),
+        ("linear", {"shots": "999"}, "^shots: class 'left' has 7 training images, 999 were asked for$"),
+        ("linear", {"shots": "few"}, "shots must be an integer >= 1 or all, got 'few'"),
+        ("linear", {"data": "nosuch"}, "^data must be one of .*got 'nosuch'"),
+        ("linear", {"out": "file"}, "^out must be a folder, got file: it is a file$"),
+        ("linear", {"out": "file/out"}, "^out must be a folder, got file/out: Not a directory$"),
+        ("linear", {"arguments": ["--no-test"]}, "^arguments must leave --test to compare, got --no-test"),
+        ("linear", {"arguments": ["--out", "x"]}, "^arguments must leave --out to compare"),
+        ("linear", {"arguments": ["--epoch", "3"]}, "^No such option: --epoch"),
+        ("mine.yaml", {"search": True}, "^recipe mine.yaml: search.lrr: No such option: --lrr"),
+        ("typo.yaml", {}, "unknown setting 'lrr'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(method, **settings)
+    assert calls == []
+    assert len(run("linear", data="no-val", seeds=1)[0].runs) == 1
+
+
+def test_the_reason_of_a_failure_is_its_error(run: Any) -> None:
+    """Progress goes to stderr too, also after the error where processes that read images end late."""
+    progress = "training 51 of 100 parameters\nepoch 1/3  val loss 1.0\n"
+    for code, errors, reason in (
+        (1, f"{progress}vptm: loss became nan\nlate warning\n", "loss became nan"),
+        (1, f"{progress}Traceback\nMemoryError\n", "MemoryError"),
+        (0, progress, "ended without a result"),
+        (-9, progress, "killed by signal 9"),
+        (3, "", "exit code 3"),
+    ):
+        (result,) = run("linear", seeds=1, launch=lambda arguments: (code, errors))  # noqa: B023
+        assert result.failures == {"seed-0": reason}
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(run: Any) -> None:
@@ -163,5 +269,10 @@ def test_the_command(vptm: Console, material: Path, monkeypatch: pytest.MonkeyPa
     )
     code, out, err = vptm(*arguments, "--methods", "linear,vptm")
     assert code == 1 and "linear" in out and "1 runs failed" in err and "vptm seed-0: out of memory" in err
-    code, line = vptm.refused(*arguments, "--methods", "liner")
-    assert code == 2 and "did you mean 'linear'" in line
+    for option, value, message in (
+        ("--methods", "liner", "did you mean 'linear'"),
+        ("--shots", 999, "class 'left' has 7 training images"),
+        ("--data", "nosuch", "data must be one of"),
+    ):
+        code, line = vptm.refused(*arguments, option, value)
+        assert code == 2 and message in line

@@ -10,9 +10,10 @@ import pytest
 from test_cli import Console, material, vptm  # noqa: F401
 
 from vptm import cli, prompted_vit
+from vptm import data as data_module
 from vptm.adapters import load_adapter
 from vptm.optimization import SCHEDULES
-from vptm.recipes import read_recipe, recipe_names
+from vptm.recipes import ALIASES, read_recipe, recipe_names
 
 FAST = ["--epochs", 2, "--warmup-epochs", 1, "--prompt-length", 2, "--shots", 2, "--batch-size", 3]
 
@@ -48,6 +49,11 @@ def test_settings_of_the_papers() -> None:
     assert (spt["prompt_length"], spt["prompt_init"], spt["head_weight_decay"], spt["lr"]) == (20, "random", 0.5, 0.05)
     assert recipes["spt-shallow"]["prompt_length"] == 100
     assert all(settings["schedule"] in SCHEDULES for settings in recipes.values())
+    stated = {"optimizer", "lr", "weight_decay", "schedule", "epochs", "batch_size", "prompt_length", "augment"}
+    for name, settings in recipes.items():
+        assert stated <= settings.keys(), f"{name} leaves {stated - settings.keys()} to the defaults of `vptm train`"
+        assert settings["augment"] is True, f"{name}: the published codes crop and mirror photos, save those of VTAB"
+    assert "`vptm protocol`" in read_recipe("provp").summary, "its linear head is not the paper's"
 
 
 def test_search_values_are_options_of_train() -> None:
@@ -66,6 +72,56 @@ def test_own_recipe_and_command_line(vptm: Console, material: Path) -> None:  # 
     )
     run, _ = train(vptm, material, "mine.yaml", "--lr", 0.02)
     assert (run["settings"]["readout"], run["settings"]["seed"], run["settings"]["lr"]) == ("mean", 4, 0.02)
+
+
+def test_a_recipe_decides_on_augmentation(vptm: Console, material: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """`augment: false` of a recipe must reach the images, and --augment on the command line goes before it."""
+    asked: list[bool] = []
+    original = data_module.transforms
+
+    def transforms(model: object, train: bool = False, **settings: object) -> object:
+        asked.append(train)
+        return original(model, train, **settings)
+
+    monkeypatch.setattr(data_module, "transforms", transforms)
+    Path("mine.yaml").write_text("summary: x\nsettings: {readout: mean, token_activation: hidden, augment: false}\n")
+    for more, augmented in (([], False), (["--augment"], True)):
+        asked.clear()
+        run, _ = train(vptm, material, "mine.yaml", *more)
+        assert run["settings"]["augment"] is augmented and any(asked) is augmented
+
+
+@pytest.mark.parametrize(
+    "given, warmup",
+    [
+        ([], 10),
+        (["--epochs", "1"], 0),
+        (["--epochs", "15"], 2),
+        (["--epochs", "200"], 20),
+        (["--epochs", "15", "--warmup-epochs", "4"], 4),
+        (["--warmup-epochs", "4"], 4),
+    ],
+)
+def test_the_warm_up_keeps_its_share_of_given_epochs(given: list[str], warmup: int) -> None:
+    """The recipe's 10 of 100 epochs; as they stand, `--epochs` up to 10 would be refused."""
+    settings, _ = cli.train_settings(["--recipe", "vpt-deep", *given])
+    assert settings["warmup_epochs"] == warmup
+
+
+def test_few_epochs_of_a_recipe_with_warm_up_train(vptm: Console, material: Path) -> None:  # noqa: F811
+    arguments = ["train", "--model", material / "backbone.safetensors", "--data", material / "pictures", "--shots", 2]
+    code, _, err = vptm(*arguments, "--recipe", "vpt-deep", "--prompt-length", 2, "--epochs", 1, "--out", "run")
+    assert code == 0, err
+    assert json.loads(Path("run/run.json").read_text())["arguments"]["warmup_epochs"] == 0
+
+
+def test_aliases_are_recipes_everywhere(vptm: Console, material: Path) -> None:  # noqa: F811
+    """A name that `vptm compare` takes is one for `vptm train`, and trains the same."""
+    assert ALIASES["spt"] == "spt-deep" and not ALIASES.keys() & set(recipe_names())
+    for alias, name in ALIASES.items():
+        assert read_recipe(alias) == read_recipe(name)
+    run, _ = train(vptm, material, "spt")
+    assert run["settings"]["prompt_init"] == "random" and run["settings"]["head_weight_decay"] == 0.5
 
 
 def test_prompts_start_from_tokens_and_survive_a_resume(vptm: Console, material: Path) -> None:  # noqa: F811
@@ -87,6 +143,8 @@ def test_bad_recipes_are_refused(vptm: Console, material: Path) -> None:  # noqa
     for name, text, message in (
         ("spt-depe", None, "one of finetune, linear,"),
         ("spt-depe", None, "did you mean 'spt-deep'?"),
+        ("sptt", None, "an alias (spt, provp-ref), or a .yaml file, got 'sptt', did you mean 'spt'?"),
+        ("prov", None, "did you mean 'provp'?"),
         ("none.yaml", None, "recipe not found: none.yaml"),
         ("x.yaml", "settings: {}", "must have summary, settings and optionally search, got settings"),
         ("x.yaml", "- 1", "got list"),

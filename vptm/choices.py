@@ -19,8 +19,13 @@ def one_of(argument: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def hint(value: object, allowed: Sequence[str]) -> str:
-    """The end of a message about an unknown name: ", did you mean 'x'?", or nothing where no name is near."""
-    near = difflib.get_close_matches(str(value), allowed, n=1)
+    """The end of a message about an unknown name: ", did you mean 'x'?", or nothing where no name is near.
+
+    A beginning of a name goes before other near names, where it is at least a third of it.
+    """
+    text = str(value)
+    longer = [name for name in allowed if len(text) > 1 and name.startswith(text)]
+    near = difflib.get_close_matches(text, longer, n=1, cutoff=0.5) or difflib.get_close_matches(text, allowed, n=1)
     return f", did you mean {near[0]!r}?" if near else ""
 
 

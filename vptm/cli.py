@@ -174,7 +174,7 @@ def train(
         str | None,
         typer.Option(
             help="Settings of a published method, by name (any unknown name lists them) or from a .yaml file; "
-            "options given here go before it.",
+            "options given here go before it, and --epochs scales its warm-up.",
             show_default=False,
         ),
     ] = None,
@@ -280,18 +280,56 @@ def train(
       vptm train --data photos/ --model beitv2_base_patch16_224_pt1k.pth --shots 16 --out runs/photos
       vptm train --resume --out runs/photos
     """
-    settings = {name: value for name, value in ctx.params.items() if name not in ("out", "resume", "overwrite")}
-    settings |= {name: _located(settings[name]) for name in ("model", "data")}
-    given = {name for name in settings if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    settings, given = _options(ctx)
     if resume and out is None:
         raise ValueError("--resume needs --out, the run folder to continue")
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if out is not None and resume:
         settings = _resumed_settings(out, settings, given)
-    elif recipe is not None:
-        settings |= {name: value for name, value in _recipe_settings(recipe).items() if name not in given}
+    else:
+        settings = _with_recipe(settings, given)
     _train(settings, out, resume, overwrite)
+
+
+def train_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+    """What a fresh `vptm train ARGUMENTS` trains with, its recipe included, and the names of the options given.
+
+    Raises:
+        ValueError: an option that `train` does not have or whose value is of another type, or a wrong recipe.
+    """
+    command: Any = typer.main.get_command(app)
+    try:
+        ctx = command.commands["train"].make_context("train", list(arguments))
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        raise ValueError(error.format_message()) from None
+    settings, given = _options(ctx)
+    return _with_recipe(settings, given), given
+
+
+def _options(ctx: typer.Context) -> tuple[dict[str, Any], set[str]]:
+    settings = {name: value for name, value in ctx.params.items() if name not in ("out", "resume", "overwrite")}
+    settings |= {name: _located(settings[name]) for name in ("model", "data")}
+    return settings, {
+        name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+
+
+def _with_recipe(settings: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """`settings`, with the recipe's where nothing is given, and its warm-up scaled to epochs that are."""
+    import inspect
+
+    from .recipes import scaled_warmup
+
+    if settings["recipe"] is None:
+        return settings
+    own = _recipe_settings(settings["recipe"])
+    if "epochs" in given and "warmup_epochs" in own:
+        published = own.get("epochs", inspect.signature(train).parameters["epochs"].default)
+        own["warmup_epochs"] = scaled_warmup(own["warmup_epochs"], published, settings["epochs"])
+    return settings | {name: value for name, value in own.items() if name not in given}
 
 
 def _recipe_settings(name: str) -> dict[str, Any]:
@@ -516,7 +554,7 @@ def compare(
     Every method is trained with its recipe on the same images for as many epochs, over several seeds; the epoch (and
     with --search the settings) is chosen on validation images, and each run is tested once. Prints a table and writes
     comparison.csv, comparison.json and comparison.png. Finished runs are kept, so the same command goes on where it was
-    stopped; a run that fails is reported and the others go on.
+    stopped, and refuses them where a setting changed; a run that fails is reported and the others go on.
 
     \b
     Example:
@@ -711,13 +749,29 @@ def map_labels(
         str, typer.Option(help="semantic (SeMap), random, or by training images: flm, ilm or blm.")
     ] = "semantic",
     assignment: Annotated[
-        str, typer.Option(help="argmax, hungarian, greedy, round_robin, top or threshold; of --method semantic.")
+        str,
+        typer.Option(
+            help="argmax, hungarian, greedy, round_robin, top or threshold, of --method semantic; top shares source "
+            "labels between labels, as suits --m above 1."
+        ),
     ] = "hungarian",
-    m: Annotated[int, typer.Option(help="Source labels of a label.")] = 1,
+    m: Annotated[int, typer.Option(help="Source labels of a label; not of --method blm.")] = 1,
     threshold: Annotated[float, typer.Option(help="Of --assignment threshold.")] = 0.5,
     aggregation: Annotated[str, typer.Option(help="mean, max, logsumexp or mean_prob.")] = "mean",
-    template: Annotated[str, typer.Option(help="Around a name, with {} for it.")] = "This is a photo of a {}.",
-    text_encoder: Annotated[str, typer.Option(help="sentence or open_clip.")] = "sentence",
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Around a name, with {} for it; repeated, the mean of the embeddings counts.",
+            metavar="<str>",
+            show_default="This is a photo of a {}.",
+        ),
+    ] = None,
+    text_encoder: Annotated[
+        str,
+        typer.Option(
+            help="sentence, or open_clip (CLIP ViT-B/32), open_clip:ViT-B-16-quickgelu or open_clip:ViT-L-14-quickgelu."
+        ),
+    ] = "sentence",
     prompt: Annotated[
         str | None,
         typer.Option(help="Train a pixel border first: expansive or additive; none by default.", show_default=False),
@@ -741,6 +795,7 @@ def map_labels(
     Example:
       vptm map --data photos/ --classifier resnet18
     """
+    from .label_mapping import TEMPLATE
     from .reprogram import map_labels as run
 
     if batch_size < 1:
@@ -755,7 +810,7 @@ def map_labels(
         m=m,
         threshold=threshold,
         aggregation=aggregation,
-        template=template,
+        template=template or TEMPLATE,
         encoder=text_encoder,
         prompt=prompt,
         image_size=image_size,

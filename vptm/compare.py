@@ -13,17 +13,22 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .adapters import write_atomically
+from .cli import _parse_shots, train_settings
+from .data import few_shot, load_data
 from .recipes import Recipe, read_recipe
-from .training import RUN_FILE
+from .training import RUN_FILE, prepare_run_folder
 
-ALIASES = {"spt": "spt-deep", "provp-ref": "provp"}
+# options of every run that `compare` sets itself
+OWN = ("data", "epochs", "out", "overwrite", "recipe", "resume", "seed", "shots", "test")
+# what may differ between runs of one comparison; the recipe's name says less than its settings
+FREE = ("device", "impl", "recipe", "workers")
 SEARCH_SEED = 1000  # of runs that choose settings, none of the seeds that are reported
 COLUMNS = (
     "method",
@@ -100,16 +105,17 @@ def compare(
 
     All methods see the same images of a seed for the same number of epochs; a recipe's warm-up keeps its share of
     them. The epoch is chosen on validation images, and with `search` also the recipe's `search` settings, by runs of a
-    seed that is not reported and that never see a test image.
+    seed that is not reported and that never see a test image. A finished run in `out` is kept, an unfinished one
+    resumed, or started anew where its settings differ or its state is damaged.
 
     Args:
-        methods: recipe names or .yaml files; "spt" is "spt-deep".
+        methods: recipe names, aliases or .yaml files.
         out: folder for the runs (`out/METHOD/seed-K`), `comparison.csv`, `comparison.json` and `comparison.png`, which
             are written again after every run.
         data, shots: as in `vptm train`.
         seeds: number of runs of each method, seeds 0, 1, ...
         epochs: passes over the training images, for every method.
-        arguments: further options of `vptm train`, for every run.
+        arguments: further options of `vptm train`, for every run; none that other arguments stand for.
         search: choose settings on validation images first.
         jobs: runs at a time.
         report: called with a line of text after every run.
@@ -119,50 +125,78 @@ def compare(
         One result per method, in the order given.
 
     Raises:
-        ValueError: an unknown or repeated method, a number out of range, or runs in `out` made with other settings.
+        ValueError: before any run: an unknown or repeated method, a number out of range, an option or recipe that
+            `vptm train` refuses, data without test images, with too few training images, or with `search` without
+            validation images, an `out` that is no folder, or finished runs in it made with other settings.
+        FileNotFoundError: data or a .yaml file that does not exist.
     """
-    sources = [ALIASES.get(name, name) for name in methods]
-    recipes = [read_recipe(source) for source in sources]
+    recipes = [read_recipe(method) for method in methods]
     names = [recipe.name for recipe in recipes]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"methods must be one or more different recipes, got {', '.join(methods) or 'none'}")
     for argument, value in (("seeds", seeds), ("epochs", epochs), ("jobs", jobs)):
         if value < 1:
             raise ValueError(f"{argument} must be >= 1, got {value}")
+    _, given = train_settings(arguments)
+    if taken := sorted(given.intersection(OWN)):
+        raise ValueError(f"arguments must leave --{taken[0]} to compare, got {' '.join(arguments)}")
     out = Path(out)
     common = ["--data", data, "--shots", shots, "--epochs", str(epochs), *arguments]
     results = [MethodResult(name) for name in names]
+    methods_run = list(zip(methods, recipes, results))
 
-    def run(result: MethodResult, folder: str, seed: int, settings: list[str]) -> dict[str, Any] | None:
+    def options_of(method: str, extra: dict[str, Any], seed: int | None = None) -> list[str]:
+        """Of a run that is tested, or without a seed of one that chooses settings."""
+        chosen = [text for name, value in extra.items() for text in _as_option(name, value)]
+        last = ["--seed", str(SEARCH_SEED), "--no-test"] if seed is None else ["--seed", str(seed), "--test"]
+        return [*common, "--recipe", method, *chosen, *last]
+
+    _check_data(train_settings(common)[0], search)
+    for method, recipe, result in methods_run:
+        searched = recipe.search if search else {}
+        for name, values in searched.items():
+            for value in values:
+                try:
+                    train_settings(options_of(method, {name: value}))
+                except ValueError as error:
+                    raise ValueError(f"recipe {method}: search.{name}: {error}") from None
+        for seed in range(seeds):
+            settings, _ = train_settings(options_of(method, {}, seed))
+            _finished(out / result.name / f"seed-{seed}", settings, searched)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "it is a file" if out.is_file() else error.strerror
+        raise ValueError(f"out must be a folder, got {out}: {why}") from None
+
+    def run(result: MethodResult, folder: str, options: list[str]) -> dict[str, Any] | None:
         where = out / result.name / folder
-        options = [*common, *settings, "--seed", str(seed)]
-        facts = _finished(where, options)
+        settings, _ = train_settings(options)
+        facts = _finished(where, settings)
         if facts is None:
-            resume = (where / RUN_FILE).is_file()
-            start = ["--resume"] if resume else ["--overwrite", *options]
+            start = ["--resume"] if _can_resume(where, settings) else ["--overwrite", *options]
             code, errors = launch(["train", "--out", str(where), *start])
-            facts = _finished(where, options) if code == 0 else None
+            facts = _finished(where, settings) if code == 0 else None
             if facts is None:
                 result.failures[folder] = _reason(code, errors)
                 report(f"{result.name} {folder}: failed, {result.failures[folder]}")
         return facts
 
-    def task(source: str, recipe: Recipe, result: MethodResult, seed: int) -> None:
-        facts = run(result, f"seed-{seed}", seed, _settings(source, recipe, epochs, result.chosen))
+    def task(method: str, recipe: Recipe, result: MethodResult, seed: int) -> None:
+        facts = run(result, f"seed-{seed}", options_of(method, result.chosen, seed))
         if facts is not None:
             result.runs[seed] = facts
             accuracy = facts["result"]["test"]["accuracy"]
             report(f"{result.name} seed {seed}: test accuracy {accuracy:.2%}")
         write_results(results, out)
 
-    def choose(source: str, recipe: Recipe, result: MethodResult) -> None:
+    def choose(method: str, recipe: Recipe, result: MethodResult) -> None:
         def trial(folder: str, extra: dict[str, Any]) -> dict[str, Any] | None:
-            return run(result, folder, SEARCH_SEED, [*_settings(source, recipe, epochs, extra), "--no-test"])
+            return run(result, folder, options_of(method, extra))
 
         result.chosen = _search(recipe, trial)
         report(f"{result.name}: chose {' '.join(f'{key}={value}' for key, value in result.chosen.items())}")
 
-    methods_run = list(zip(sources, recipes, results))
     with ThreadPoolExecutor(jobs) as pool:
         if search:
             list(pool.map(lambda method: choose(*method), methods_run))
@@ -171,14 +205,22 @@ def compare(
     return results
 
 
-def _settings(source: str, recipe: Recipe, epochs: int, extra: dict[str, Any]) -> list[str]:
-    """Options that the recipe alone does not say: its warm-up for this number of epochs, and what was chosen."""
-    warmup = recipe.settings.get("warmup_epochs", 0)
-    share = min(epochs - 1, -(-warmup * epochs // recipe.settings.get("epochs", 40)))
-    settings = ["--recipe", source, "--warmup-epochs", str(share)]
-    for name, value in extra.items():
-        settings += [f"--{name.replace('_', '-')}", str(value)]
-    return settings
+def _as_option(name: str, value: Any) -> list[str]:
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{option}" if value else f"--no-{option}"]
+    return [f"--{option}", str(value)]
+
+
+def _check_data(settings: dict[str, Any], search: bool) -> None:
+    """Refuse data that every run would refuse, or that leaves nothing to test or to choose on."""
+    data = load_data(settings["data"], on_bad_image=settings["on_bad_image"])
+    if not data.test:
+        raise ValueError(f"data must have test images to compare on, {data.name} has none")
+    if search and not data.val:
+        raise ValueError(f"data must have validation images for search, {data.name} has none")
+    if (shots := _parse_shots(settings["shots"])) is not None:
+        few_shot(data.train, shots)
 
 
 def _search(recipe: Recipe, run: Callable[[str, dict[str, Any]], dict[str, Any] | None]) -> dict[str, Any]:
@@ -195,31 +237,54 @@ def _search(recipe: Recipe, run: Callable[[str, dict[str, Any]], dict[str, Any] 
     return chosen
 
 
-def _finished(folder: Path, options: list[str]) -> dict[str, Any] | None:
-    """What a finished run recorded, None where there is none; runs of other settings are refused."""
+def _read(folder: Path) -> dict[str, Any] | None:
+    """A run's `run.json`, None where there is none that `vptm train` wrote."""
     try:
         facts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
-    settings = facts.get("settings", {})
-    given = [option for option in options if option != "--no-test"]
-    for option, value in zip(given[::2], given[1::2]):
-        stored = settings.get(option[2:].replace("-", "_"))
-        same = str(stored) == value or (isinstance(stored, (int, float)) and float(value) == stored)
-        if option in ("--data", "--model"):
-            same = same or str(Path(value).resolve()) == stored
-        if not same and option not in ("--device", "--impl", "--workers"):
-            raise ValueError(f"{folder} was trained with {option} {stored}, not {value}: choose another folder")
-    result = facts.get("result")
-    wanted = None if "--no-test" in options else "test"
-    return facts if result is not None and (wanted is None or result.get(wanted)) and "cost" in facts else None
+    return facts if isinstance(facts, dict) and isinstance(facts.get("settings"), dict) else None
+
+
+def _other_setting(facts: dict[str, Any], settings: dict[str, Any], searched: Collection[str] = ()) -> str | None:
+    """What of `settings` a run was trained without, as "--lr 0.1, not 0.2"."""
+    # a run of an older version was trained with the default of an option that came later
+    stored = train_settings([])[0] | facts["settings"]
+    for name, value in settings.items():
+        if stored[name] != value and name not in FREE and name not in searched:
+            return f"--{name.replace('_', '-')} {stored[name]}, not {value}"
+    return None
+
+
+def _finished(folder: Path, settings: dict[str, Any], searched: Collection[str] = ()) -> dict[str, Any] | None:
+    """What a finished run recorded, None where there is none; one of other settings, save `searched`, is refused."""
+    facts = _read(folder)
+    if facts is None or not facts.get("result") or "cost" not in facts:
+        return None
+    if settings["test"] and not facts["result"].get("test"):
+        return None
+    if other := _other_setting(facts, settings, searched):
+        raise ValueError(f"{folder} was trained with {other}: choose another folder")
+    return facts
+
+
+def _can_resume(folder: Path, settings: dict[str, Any]) -> bool:
+    facts = _read(folder)
+    if facts is None or _other_setting(facts, settings):
+        return False
+    try:
+        prepare_run_folder(folder, resume=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _reason(code: int, errors: str) -> str:
-    lines = [line.removeprefix("vptm: ") for line in errors.splitlines() if line.strip()]
-    if code < 0:
-        return f"killed by signal {-code}"
-    return lines[-1] if lines else f"exit code {code}"
+    if code <= 0:
+        return f"killed by signal {-code}" if code else "ended without a result"
+    lines = [line for line in errors.splitlines() if line.strip()]
+    said = [line.removeprefix("vptm: ") for line in lines if line.startswith("vptm: ")]
+    return (said or lines or [f"exit code {code}"])[-1]
 
 
 def write_results(results: Sequence[MethodResult], out: Path) -> None:

@@ -2,7 +2,7 @@
 
 A recipe is a YAML mapping: `summary`, one line; `settings`, options of `vptm train` with underscores for dashes;
 optionally `search`, for some of them the values that the authors try on validation images. What is given on the
-command line goes before the recipe.
+command line goes before the recipe; given another number of epochs, the recipe's warm-up keeps its share of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 
 from ..choices import hint
+
+ALIASES = {"spt": "spt-deep", "provp-ref": "provp"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str) -> Recipe:
-    """A recipe by name, or from a `.yaml` file of your own.
+    """A recipe by name or alias ("spt" is "spt-deep", "provp-ref" is "provp"), or from a `.yaml` file of your own.
 
     Raises:
         ValueError: unknown name (the known ones are listed, the nearest suggested), or a file that is no recipe.
@@ -49,10 +51,24 @@ def read_recipe(name: str) -> Recipe:
             raise FileNotFoundError(f"recipe not found: {name}")
         return _parse(path.read_text(encoding="utf-8"), path.stem, name)
     known = recipe_names()
-    if name not in known:
-        raise ValueError(f"recipe must be one of {', '.join(known)}, or a .yaml file, got {name!r}{hint(name, known)}")
-    text = resources.files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    return _parse(text, name, name)
+    shipped = ALIASES.get(name, name)
+    if shipped not in known:
+        raise ValueError(
+            f"recipe must be one of {', '.join(known)}, an alias ({', '.join(ALIASES)}), or a .yaml file, "
+            f"got {name!r}{hint(name, [*known, *ALIASES])}"
+        )
+    text = resources.files(__name__).joinpath(f"{shipped}.yaml").read_text(encoding="utf-8")
+    return _parse(text, shipped, shipped)
+
+
+def scaled_warmup(warmup_epochs: int, epochs: int, new_epochs: int) -> int:
+    """The share of `new_epochs` that `warmup_epochs` is of `epochs`, rounded up, at most all epochs but one.
+
+    Example:
+        >>> scaled_warmup(10, 100, 15)
+        2
+    """
+    return min(max(new_epochs - 1, 0), -(-warmup_epochs * new_epochs // max(epochs, 1)))
 
 
 def _parse(text: str, name: str, source: str) -> Recipe:
