@@ -18,23 +18,26 @@ RESULTS = Path(__file__).parent.parent / "bench" / "results" / "accuracy"
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "alike", "expected"),
+    ("low", "high", "seeds", "alike", "expected"),
     [
-        (0.1, 4.0, False, "supported"),
-        (-4.0, -0.1, False, "contradicted"),
-        (-0.1, 4.0, False, "inconclusive"),
-        (-1.9, 1.9, True, "supported"),
-        (0.5, 1.9, True, "supported"),
-        (-1.9, 2.1, True, "inconclusive"),
-        (2.1, 4.0, True, "contradicted"),
-        (-4.0, -2.1, True, "contradicted"),
-        # one seed has no interval
-        (None, None, False, "inconclusive"),
-        (None, None, True, "inconclusive"),
+        (0.1, 4.0, 5, False, "supported"),
+        (-4.0, -0.1, 5, False, "contradicted"),
+        (-0.1, 4.0, 5, False, "inconclusive"),
+        (-1.9, 1.9, 5, True, "supported"),
+        (0.5, 1.9, 5, True, "supported"),
+        (-1.9, 2.1, 5, True, "inconclusive"),
+        (2.1, 4.0, 5, True, "contradicted"),
+        (-4.0, -2.1, 5, True, "contradicted"),
+        # one seed has no interval, two may agree by chance
+        (None, None, 1, False, "inconclusive"),
+        (None, None, 1, True, "inconclusive"),
+        (1.9, 1.9, 2, False, "inconclusive"),
     ],
 )
-def test_a_verdict_follows_from_the_interval(low: float | None, high: float | None, alike: bool, expected: str) -> None:
-    assert verdict({"low": low, "high": high}, alike) == expected
+def test_a_verdict_follows_from_the_interval(
+    low: float | None, high: float | None, seeds: int, alike: bool, expected: str
+) -> None:
+    assert verdict({"low": low, "high": high, "seeds": seeds}, alike) == expected
 
 
 @pytest.mark.parametrize("claim", ARMS)
@@ -50,12 +53,13 @@ def test_differences_are_paired_by_seed() -> None:
         return {"claim": "mapping", "data": "d", "arm": arm, "seed": seed, "test": test}
 
     first, second = "semantic, border", "random, border"
-    # seed 2 has no partner; over both others the difference is 10 points, whatever the level of the seed
-    runs = [run(first, s, t) for s, t in ((0, 0.3), (1, 0.9), (2, 1.0))] + [run(second, 0, 0.2), run(second, 1, 0.8)]
+    # seed 3 has no partner; over the others the difference is 10 points, whatever the level of the seed
+    runs = [run(first, s, t) for s, t in ((0, 0.3), (1, 0.9), (2, 0.5), (3, 1.0))]
+    runs += [run(second, s, t) for s, t in ((0, 0.2), (1, 0.8), (2, 0.4))]
     found = summarise(runs)["mapping, d"]["paired_difference_points"]
     assert list(found) == [f"{first} - {second}"]
     difference = found[f"{first} - {second}"]
-    assert difference["seeds"] == 2 and difference["mean"] == pytest.approx(10) and difference["low"] > 9.9
+    assert difference["seeds"] == 3 and difference["mean"] == pytest.approx(10) and difference["low"] > 9.9
     assert (difference["claimed"], difference["verdict"]) == ("better", "supported")
 
 
