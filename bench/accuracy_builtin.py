@@ -217,7 +217,9 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         spreads = [accuracy[name]["std"] or 0 for name in names]
         bars = axes.barh(names, means, xerr=spreads, color=colours)
         axes.bar_label(bars, fmt="%.1f", padding=4)
-        axes.set(title=setting, xlabel="test accuracy, %", xlim=(0, 112), xticks=range(0, 101, 20))
+        axes.set(
+            title=setting.replace(", ", "\n", 1), xlabel="test accuracy, %", xlim=(0, 112), xticks=range(0, 101, 20)
+        )
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(summary) :]:
         axes.set_visible(False)

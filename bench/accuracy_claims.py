@@ -406,25 +406,40 @@ def tasks(path: Path) -> dict[str, Any]:
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
+    """A row of panels for each claim, one for each data set."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    panels: dict[str, dict[str, dict[str, Any]]] = {}
+    for setting, content in summary.items():
+        claim, _, data = setting.partition(", ")
+        data, _, shots = data.partition(", ")
+        panel = panels.setdefault(claim, {}).setdefault(data, {})
+        for name, found in content["paired_difference_points"].items():
+            panel[f"{name}, {shots}" if shots else name] = found
     colours = {"supported": "#588157", "contradicted": "#c8553d", "inconclusive": "#8d99ae"}
-    longest = max(len(content["paired_difference_points"]) for content in summary.values())
-    figure = Figure(figsize=(9, len(summary) * (0.8 + 0.28 * longest)), layout="constrained")
+    heights = [0.9 + 0.22 * max(map(len, row.values())) for row in panels.values()]
+    figure = Figure(figsize=(17, sum(heights)), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    for axes, (name, content) in zip(figure.subplots(len(summary), 1, squeeze=False).ravel(), summary.items()):
-        rows = list(content["paired_difference_points"].items())[::-1]
-        for place, (_, found) in enumerate(rows):
-            colour = colours[found["verdict"]]
-            if found["low"] is not None:
-                axes.plot([found["low"], found["high"]], [place, place], color=colour, linewidth=2)
-            axes.plot(found["mean"], place, "o", color=colour)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
-        axes.set(title=name, xlabel="difference of test accuracy, points, 95 % interval")
-        axes.spines[["top", "right"]].set_visible(False)
-    canvas.print_figure(path, dpi=110)
+    grid = figure.subplots(len(panels), 3, squeeze=False, height_ratios=heights)
+    for line, (claim, row) in zip(grid, panels.items()):
+        for axes in line[len(row) :]:
+            axes.set_visible(False)
+        for column, (axes, (data, found)) in enumerate(zip(line, row.items())):
+            for place, one in enumerate(found.values()):
+                colour = colours[one["verdict"]]
+                if one["low"] is not None:
+                    axes.plot([one["low"], one["high"]], [-place, -place], color=colour, linewidth=2)
+                axes.plot(one["mean"], -place, "o", color=colour, markersize=5)
+            axes.axvline(0, color="black", linewidth=0.8)
+            axes.set_yticks([-place for place in range(len(found))], found if column == 0 else [], fontsize=8)
+            axes.set_title(f"{claim}, {data}", fontsize=10)
+            axes.spines[["top", "right"]].set_visible(False)
+    for name, colour in colours.items():
+        grid[0][0].plot([], [], "o-", color=colour, label=name)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False)
+    figure.supxlabel("difference of test accuracy, points, 95 % interval over paired seeds", fontsize=10)
+    canvas.print_figure(path, dpi=90)
 
 
 class Claims(Study):
