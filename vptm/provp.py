@@ -120,7 +120,7 @@ def ridge_projection(features: Tensor, labels: Tensor, embeddings: Tensor, *, st
         strength: of the squared penalty, relative to the mean squared feature; > 0.
 
     Example:
-        >>> features, embeddings = torch.eye(3), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> features, embeddings = torch.eye(3), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
         >>> ridge_projection(features, torch.arange(3), embeddings, strength=1e-6).mT.allclose(embeddings, atol=1e-4)
         True
     """
