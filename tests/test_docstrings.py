@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,8 +33,9 @@ def examples(module: str) -> list[doctest.DocTest]:
 
 @pytest.mark.parametrize("module", [name for name in MODULES if examples(name)])
 @pytest.mark.filterwarnings("ignore")
-def test_examples_run_and_print_what_they_say(module: str) -> None:
+def test_examples_run_and_print_what_they_say(module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A user copies them first."""
+    monkeypatch.chdir(tmp_path)  # some write files
     torch.manual_seed(0)
     printed: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
