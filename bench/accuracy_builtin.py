@@ -248,10 +248,18 @@ class Study:
             return [], []
         return content["runs"], content["tuning"]
 
-    def content(self, runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> dict[str, Any]:
+    def origin(self) -> dict[str, Any]:
+        """By what command, of which weights, with what and where."""
         return {
             "command": shlex.join(["python", *sys.argv]),
             "weights": self.weights,
+            "versions": {"vptm": vptm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        }
+
+    def content(self, runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            **self.origin(),
             "recipe": {
                 "batch_size": BATCH,
                 "weight_decay": WEIGHT_DECAY,
@@ -259,8 +267,6 @@ class Study:
                 "learning_rate": "of each method, the best mean validation accuracy in `tuning`",
             },
             "validation_images_per_class": VAL_SHOTS,
-            "versions": {"vptm": vptm.__version__, "torch": torch.__version__, "python": platform.python_version()},
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
             "summary": summarise(runs),
             "tuning": trials,
             "runs": runs,

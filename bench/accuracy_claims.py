@@ -31,9 +31,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import shlex
 import sys
 import time
 from dataclasses import replace
@@ -447,10 +444,7 @@ class Claims(Study):
 
     def content(self, runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "command": shlex.join(["python", *sys.argv]),
-            "weights": self.weights,
-            "versions": {"vptm": vptm.__version__, "torch": torch.__version__, "python": platform.python_version()},
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+            **self.origin(),
             "summary": tasks(self.path.parent / "builtin.json") | summarise(runs),
             "tuning": trials,
             "runs": runs,

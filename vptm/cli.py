@@ -667,7 +667,7 @@ def protocol(
         read_class_features,
         run_protocol,
     )
-    from .provp import clip_projection
+    from .provp import clip_projection, is_clip_tower
 
     one_of("protocol", name, PROTOCOLS)
     place = _device(device)
@@ -684,7 +684,7 @@ def protocol(
     if class_embeddings is not None:
         features = read_class_features(class_embeddings, images.classes)
     else:
-        own = text_encoder.startswith("open_clip") and "clip" in model
+        own = text_encoder.startswith("open_clip") and is_clip_tower(model)
         encoder = make_encoder(text_encoder)
         features = ClassFeatures(
             embed_names(images.classes, encoder, template), clip_projection(model) if own else None

@@ -86,6 +86,11 @@ def set_class_embeddings(
             verbalizer.projection.copy_(projection)
 
 
+def is_clip_tower(name: str) -> bool:
+    """Whether timm knows `name` as the visual tower of a CLIP."""
+    return name.partition(".")[0] in timm.list_models("*clip*", module="vision_transformer")
+
+
 def clip_projection(name: str, *, pretrained: bool = True) -> Tensor:
     """The projection (D, C) into the joint space of images and texts: the head of timm's visual tower of a CLIP.
 
@@ -94,7 +99,7 @@ def clip_projection(name: str, *, pretrained: bool = True) -> Tensor:
     Raises:
         ValueError: no timm VisionTransformer, or a head that is no projection.
     """
-    if name.partition(".")[0] not in timm.list_models("*clip*", module="vision_transformer"):
+    if not is_clip_tower(name):
         raise ValueError(f"model must be the visual tower of a CLIP in timm, got {name!r}")
     head = timm.create_model(name, pretrained=pretrained).head
     if not isinstance(head, nn.Linear) or (head.bias is not None and bool(head.bias.any())):
