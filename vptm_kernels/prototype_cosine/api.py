@@ -260,9 +260,9 @@ def _readout(
         room: int | torch.SymInt = 0
         if any(needs):
             if keeping:
-                room = torch.sym_min(hidden.shape[0] * tokens, KEEP_BYTES // hidden.element_size())
+                room = _smaller(hidden.shape[0] * tokens, KEEP_BYTES // hidden.element_size())
             if can_fold(activation, squares, gram is not None, needs):
-                room = torch.sym_max(room, reader.shape[0] * hidden.shape[1])
+                room = _larger(room, reader.shape[0] * hidden.shape[1])
     else:
         shape = (hidden.shape[0], hidden.shape[1], tokens, reader.shape[0])
         room = room_to_keep(*shape, activation, squares, gram is not None, needs, hidden.element_size(), keeping)
@@ -270,6 +270,16 @@ def _readout(
         return _by_autograd(hidden, weight, bias, reader, activation, squares)
     out = readout(hidden, weight, bias, reader, gram, activation, squares, needs, room, impl)
     return out[0], out[1]
+
+
+# Torch 2.11 does not trace torch.sym_min and sym_max of ints; min and max of the symbols of an export would tie it to
+# batches on one side of the bound.
+def _smaller(a: int | torch.SymInt, b: int | torch.SymInt) -> int | torch.SymInt:
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_min(a, b)
+
+
+def _larger(a: int | torch.SymInt, b: int | torch.SymInt) -> int | torch.SymInt:
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_max(a, b)
 
 
 def _autograd_keeps(hidden: Tensor, tokens: int, room: int | torch.SymInt) -> bool:

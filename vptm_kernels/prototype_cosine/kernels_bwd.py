@@ -40,7 +40,7 @@ def _reader_grad_kernel(hidden, weight, bias, grad, saved, out,
                 a = tl.exp(a)
         ok = (rows < B)[:, None] & (dims < D)[None, :]
         g = tl.load(grad + last[:, None] * D + dims[None, :], mask=ok, other=0.0)
-        acc = tl.dot(tl.trans(g), a.to(g.dtype), acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(g), a.to(g.dtype), acc, input_precision=PRECISION, out_dtype=ACC)
     ok = (dims < D)[:, None] & (v < V)[None, :]
     tl.store(out + dims.to(tl.int64)[:, None] * V + v[None, :], acc.to(out.dtype.element_ty), mask=ok)
 
@@ -72,7 +72,7 @@ def _hidden_grad_kernel(hidden, weight, bias, reader, grad, saved, subtract, twi
             g = tl.load(grad + last[:, None] * D + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
             r = tl.load(reader + tl.minimum(d, D - 1).to(tl.int64)[:, None] * stride_r + v[None, :],
                         mask=(d < D)[:, None] & token_ok[None, :], other=0.0)
-            dt = tl.dot(g, r, dt, input_precision=PRECISION)
+            dt = tl.dot(g, r, dt, input_precision=PRECISION, out_dtype=ACC)
         if ACTIVATION != LOGITS or SQUARES:
             a = token_logits(hidden + last * stride_h, weight, bias, v, C, V, stride_w,
                              HAS_BIAS, ACC, PRECISION, BLOCK_B, BLOCK_V, BLOCK_C)
@@ -90,7 +90,7 @@ def _hidden_grad_kernel(hidden, weight, bias, reader, grad, saved, subtract, twi
         if FOR_HIDDEN:
             w = tl.load(weight + token[:, None] * stride_w + channel[None, :],
                         mask=token_ok[:, None] & (channel < C)[None, :], other=0.0)
-            acc = tl.dot(dt.to(w.dtype), w, acc, input_precision=PRECISION)
+            acc = tl.dot(dt.to(w.dtype), w, acc, input_precision=PRECISION, out_dtype=ACC)
         if FOR_BIAS:
             if tl.program_id(2) == 0:
                 tl.store(bias_part + tl.program_id(1).to(tl.int64) * V + v, tl.sum(dt, 0), mask=token_ok)

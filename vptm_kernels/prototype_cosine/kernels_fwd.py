@@ -38,7 +38,7 @@ def token_logits(hidden_rows, weight, bias, v, C, V, stride_w,
         c = start + tl.arange(0, BLOCK_C)
         h = tl.load(hidden_rows[:, None] + c[None, :], mask=(c < C)[None, :], other=0.0)
         w = tl.load(columns + c[:, None], mask=(c < C)[:, None], other=0.0)
-        t = tl.dot(h, w, t, input_precision=PRECISION)
+        t = tl.dot(h, w, t, input_precision=PRECISION, out_dtype=ACC)
     if HAS_BIAS:
         t += tl.load(bias + last).to(ACC)[None, :]
     return t
@@ -93,7 +93,7 @@ def _readout_kernel(hidden, weight, bias, reader, part, seen_part, statistics,
             m = new
         if SQUARES:
             s2 += tl.sum(a * a, 1)
-        acc = tl.dot(a.to(r.dtype), tl.trans(r), acc, input_precision=PRECISION)
+        acc = tl.dot(a.to(r.dtype), tl.trans(r), acc, input_precision=PRECISION, out_dtype=ACC)
 
     row_ok = rows < B
     to = part + (split.to(tl.int64) * B + rows[:, None]) * D + dims[None, :]
@@ -201,7 +201,7 @@ def _cosine_kernel(embedding, prototypes, out, B, K, D, stride_c, eps,
         d = start + tl.arange(0, BLOCK_D)
         e = tl.load(embedding_rows[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
         c = tl.load(prototype_rows[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0).to(ACC)
-        acc = tl.dot(e, tl.trans(c), acc, input_precision=PRECISION)
+        acc = tl.dot(e, tl.trans(c), acc, input_precision=PRECISION, out_dtype=ACC)
         row_squares += tl.sum(e * e, 1)
         class_squares += tl.sum(c * c, 1)
     acc = acc / tl.maximum(tl.sqrt(row_squares), eps)[:, None] / tl.maximum(tl.sqrt(class_squares), eps)[None, :]
