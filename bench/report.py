@@ -4,6 +4,7 @@
     python -m bench.report                            # README, bench/results/results.md and bench/results/plots
     python -m bench.report mine.json                  # tables of a run of your own, on the terminal
     python -m bench.report mine.json --out report     # the same in report/results.md, and its pictures
+    python -m bench.report --against bench/results/cpu.json mine.json   # names every ratio that fell; status 1 if any
 
 The text between the result markers of README.md and `bench/results/results.md` are made here from `bench/results/` and
 nowhere else; a test fails when they differ.
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import plots
+from bench import against, plots
 from bench.plots import BENCHES, OURS, PEER_TITLES, SPEED_UP, Source, Timed
 
 ROOT = Path(__file__).parent.parent
@@ -470,10 +471,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("json", nargs="*", type=Path, metavar="JSON", help="of a bench run, or of bench.gpu_check")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"write {TABLES} and pictures of the JSONs there")
+    parser.add_argument("--against", type=Path, metavar="BASELINE", help="an earlier json: exit with 1 if a ratio fell")
     options = parser.parse_args(argv)
     if options.out is not None and not options.json:
         parser.error("--out needs a JSON: without one, the README and bench/results are written")
+    if options.against is not None and (not options.json or options.out is not None):
+        parser.error("--against needs a JSON to compare, and no --out")
     try:
+        if options.against is not None:
+            said, held = against.lines(
+                read(options.against), [source for path in options.json for source in read(path)]
+            )
+            print(*said, sep="\n")
+            return 0 if held else 1
         sources = [source for path in options.json for source in read(path)] or plots.contents(RESULTS)
         text = tables(sources)
         if not options.json:
