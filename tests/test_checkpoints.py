@@ -7,9 +7,11 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import sys
 import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from beit_factory import randomize, tiny_beit
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from naive_unilm import UnilmBeit, layer_norm, position_index
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
@@ -1082,3 +1085,128 @@ def test_plain_pickle_with_code_is_named_and_not_run(tmp_path: Path, recwarn: py
     with pytest.raises(ValueError, match=r"is a plain pickle that calls \w+\.system; nothing was run") as refusal:
         load_backbone(path)
     assert "\n" not in str(refusal.value) and not marker.exists() and not recwarn.list
+
+
+def test_a_flipped_bit_is_refused_or_changes_no_weight(tmp_path: Path) -> None:
+    """Fails if weights can differ from the file that was written: `torch.load` reads past the archive's checksums."""
+    path = save_unilm(unilm(), tmp_path / "x.pth")
+    whole = path.read_bytes()
+
+    def weights() -> str:
+        loaded = load_backbone(path)
+        assert loaded.lm_head is not None and loaded.mask_token is not None
+        return weight_hash(
+            loaded.backbone.state_dict() | loaded.lm_head.state_dict() | {"mask_token": loaded.mask_token}
+        )
+
+    expected, refused = weights(), 0
+    # the values of the first and of another tensor, then anywhere
+    values = [whole.index(t.numpy().tobytes()) + 9 for t in (unilm().cls_token.data, unilm().lm_head.weight.data)]
+    places = [*values, *random.Random(0).sample(range(len(whole)), 38)]
+    for number, place in enumerate(places):
+        content = bytearray(whole)
+        content[place] ^= 1 << number % 8
+        path.write_bytes(content)
+        try:
+            assert weights() == expected, f"bit {number % 8} of byte {place} changed a weight without a word"
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+            continue
+        assert number > 1, "a changed weight must be refused"
+    assert refused > 20
+
+
+def test_archives_without_checksums_load_and_compressed_ones_are_refused(tmp_path: Path) -> None:
+    """torch can leave checksums out; a compressed archive cannot be mapped and would be called damaged."""
+    path = tmp_path / "x.pth"
+    torch.serialization.set_crc32_options(False)
+    try:
+        save_unilm(unilm(), path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    expected = weight_hash(load_backbone(save_unilm(unilm(), tmp_path / "y.pth")).backbone.state_dict())
+    assert weight_hash(load_backbone(path).backbone.state_dict()) == expected
+    with zipfile.ZipFile(tmp_path / "y.pth") as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in archive.infolist():
+            packed.writestr(entry.filename, archive.read(entry))
+    with pytest.raises(ValueError, match=r"required an archive as torch\.save writes it, y/data\.pkl in it is compres"):
+        load_backbone(path)
+
+
+def test_no_file_can_hang_the_loader_or_claim_memory_it_does_not_hold(tmp_path: Path) -> None:
+    """A mapping that holds itself, a value repeated to any shape, a pipe nobody writes to, values nested for ever."""
+    path = tmp_path / "x.pth"
+    loop: dict[str, Any] = {}
+    loop["model"] = {"module": loop}
+    state = unilm().state_dict()
+    huge = torch.ones(1).expand(10**12)
+    for content, match in (
+        (loop, "'module' holds the mapping it stands in"),
+        (state | {"norm.bias": huge}, r"norm\.bias required a value for each of its 1000000000000 places, found 1"),
+        (
+            state | {"norm.bias": torch.ones(24).as_strided((10**6, 24), (0, 1))},
+            r"a value for each of its 24000000 places, found 24",
+        ),
+        (state | {"k" * 100_000: torch.ones(1)}, "found unknown kkk"),
+    ):
+        torch.save(content, path)
+        assert path.stat().st_size < 500_000
+        with pytest.raises(ValueError, match=match) as refusal:
+            load_backbone(path)
+        assert "\n" not in str(refusal.value) and len(str(refusal.value)) <= 500
+    for name in ("pipe.pth", "pipe.safetensors"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match="required a file or a folder, found a pipe"):
+            load_backbone(tmp_path / name)
+    for source in ("x" * 100_000, "x/" * 50_000, "a\0b", "\udcff.pth"):
+        with pytest.raises((ValueError, FileNotFoundError)) as refusal:
+            load_backbone(source)
+        assert len(str(refusal.value)) <= 500
+    huggingface(tmp_path, v5=False, eps=1e-12, masked=True)
+    for raw in (b"[" * 100_000, b"\xff\xfe", b"1" * 10_000):
+        (tmp_path / "config.json").write_bytes(raw)
+        with pytest.raises(ValueError, match=r"config\.json is not JSON") as refusal:
+            load_backbone(tmp_path)
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "value", [None, -1, True, "x", [], [None], {}, 10**400, float("nan"), "DELETED"], ids=lambda v: repr(v)[:9]
+)
+def test_no_value_of_the_metadata_escapes_as_another_error(value: Any, tmp_path: Path) -> None:
+    """Each entry in turn: the file loads or is refused in one line; fails if KeyError, TypeError, ... come out."""
+    path = tmp_path / "x.safetensors"
+    tensors = write_vptm(path)
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["vptm"])
+    for section in (None, "architecture"):
+        for name in facts if section is None else facts["architecture"]:
+            changed = json.loads(json.dumps(facts))
+            place = changed if section is None else changed[section]
+            if value == "DELETED":
+                del place[name]
+            else:
+                place[name] = value
+            save_file(tensors, path, metadata={"format": "vptm", "vptm": json.dumps(changed)})
+            try:
+                load_backbone(path)
+            except ValueError as error:
+                assert "\n" not in str(error) and len(str(error)) <= 500
+
+
+def test_preprocessing_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    """Fails if an unknown interpolation is read as bicubic, or a crop of nonsense as none."""
+    huggingface(tmp_path, v5=False, eps=1e-12, masked=True)
+    path = tmp_path / "preprocessor_config.json"
+    for change, match in (
+        ({"resample": 9}, "resample required one of 0, 1, 2, 3, 4, 5, found 9"),
+        ({"do_center_crop": True, "size": "large"}, "size required a positive number, found 'large'"),
+        ({"image_std": [True] * 3, "image_mean": [0.5] * 3}, "image_std required finite numbers"),
+    ):
+        path.write_text(json.dumps(change))
+        with pytest.raises(ValueError, match=match):
+            load_backbone(tmp_path)
+    write_vptm(tmp_path / "x.safetensors", interpolation="cubic")
+    with pytest.raises(ValueError, match=r"interpolation required one of nearest, .*, found 'cubic'"):
+        load_backbone(tmp_path / "x.safetensors")

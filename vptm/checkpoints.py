@@ -21,9 +21,12 @@ import os
 import pickle
 import pickletools
 import re
+import stat
+import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +42,8 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from timm.models.beit import Beit, gen_relative_position_index
 from torch import Tensor, nn
+
+from .choices import one_line
 
 __all__ = ["LoadReport", "LoadedBackbone", "canonical_state_dict", "load_backbone", "weight_hash"]
 
@@ -92,7 +97,8 @@ _HF_LEAF = tuple(
         (r"(?:output\.dense|mlp\.fc2)\.", "mlp.fc2."),
     )
 )
-_HF_INTERPOLATION = {"0": "nearest", "1": "lanczos", "2": "bilinear", "3": "bicubic"}  # PIL's Resampling values
+_INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of PIL's Resampling
+_HF_INTERPOLATION = {str(number): name for number, name in enumerate(_INTERPOLATIONS)}
 
 
 @dataclass(frozen=True)
@@ -210,14 +216,37 @@ def load_backbone(
     folder of the same name; write "./name" for the latter. Loading draws no random numbers, except for random weights.
 
     Raises FileNotFoundError for a path that is not there, TypeError for a source of another type, and ValueError, one
-    line, for an unknown name, a file that is truncated, holds code or belongs to another architecture, tensors that are
-    missing, unknown or misshapen, NaN or infinite values, and an `img_size` that does not fit.
+    line of at most 500 characters, for an unknown name, a pipe or a device, a file that is truncated, differs from the
+    checksums of its archive, holds code or belongs to another architecture, tensors that are missing, unknown or
+    misshapen, NaN or infinite values, and an `img_size` that does not fit.
 
     >>> loaded = vptm.load_backbone("beit_base_patch16_224", img_size=64)
     >>> loaded.backbone.forward_features(torch.zeros(1, 3, 64, 64)).shape
     torch.Size([1, 17, 768])
     """
     size = _pair(img_size, "img_size") if img_size is not None else None
+    with one_line_errors(source if isinstance(source, str) else type(source).__name__):
+        return _load(source, size, pretrained)
+
+
+@contextmanager
+def one_line_errors(label: object) -> Iterator[None]:
+    """Whatever reading `label` raises, as one line of bounded length: values nested or sized beyond what Python takes
+    are a ValueError, as any other content that is not what it should be."""
+    try:
+        yield
+    except (RecursionError, OverflowError, MemoryError, UnicodeError) as error:
+        what = {RecursionError: "nested too deeply", UnicodeError: "text that is not Unicode"}
+        why = next((text for kind, text in what.items() if isinstance(error, kind)), "sizes beyond what memory holds")
+        raise ValueError(one_line(f"{label}: required a readable file, found {why}")) from error
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        if str(error) == (line := one_line(error)):
+            raise
+        kind = next(kind for kind in (FileNotFoundError, TypeError, ValueError) if isinstance(error, kind))
+        raise kind(line) from error
+
+
+def _load(source: str | os.PathLike[str] | Beit, size: tuple[int, int] | None, pretrained: bool) -> LoadedBackbone:
     if isinstance(source, nn.Module):
         if not isinstance(source, Beit):
             raise TypeError(
@@ -242,12 +271,17 @@ def load_backbone(
             return _from_timm_name(source, size, pretrained)
 
     path = Path(label).expanduser()
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # not there, or no path at all: a name too long, a null byte
+        mode = 0
+    if stat.S_ISDIR(mode):
         return _from_folder(path, label, size)
-    if path.exists():
+    if mode:
+        _check_regular(mode, label)
         return _from_file(path, label, size)
     hub_id = _HUB_ID.fullmatch(label) if isinstance(source, str) else None
-    if hub_id and path.suffix not in _SUFFIXES and not Path(path.parts[0]).exists():
+    if hub_id and path.suffix not in _SUFFIXES and not os.path.exists(path.parts[0]):
         return _from_folder(_download(hub_id[1], label), label, size)
     if not isinstance(source, str) or path.suffix in _SUFFIXES or os.sep in label or "/" in label:
         raise FileNotFoundError(f"{label}: no such file or folder")
@@ -473,6 +507,7 @@ def _read_safetensors(path: Path, label: str) -> tuple[dict[str, Any], dict[str,
 
 def _read_torch(path: Path, label: str) -> Mapping[str, Any]:
     _check_readable(path, label)
+    zipped = _is_checked_archive(path, label)
     try:
         # unilm stores its command-line arguments; a Namespace only holds values, and they must be plain themselves
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -480,7 +515,7 @@ def _read_torch(path: Path, label: str) -> Mapping[str, Any]:
                 "ignore"
             )  # torch describes foreign pickles at length; the error below says it in a line
             # mapping the file leaves the optimizer state of a training checkpoint on disk
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found is None and (code := _pickled_code(path)):
@@ -502,17 +537,41 @@ def _read_torch(path: Path, label: str) -> Mapping[str, Any]:
     return state
 
 
+def _is_checked_archive(path: Path, label: str) -> bool:
+    """Whether the file is a zip archive; then every entry is compared with the archive's own checksum, which
+    `torch.load` does not do.
+
+    An archive without checksums (`torch.serialization.set_crc32_options(False)`) has zeros in their place.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if packed := next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None):
+                raise ValueError(
+                    f"{label}: required an archive as torch.save writes it, {packed.filename} in it is compressed"
+                )
+            damaged = archive.testzip() if any(entry.CRC for entry in entries) else None
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, struct.error) as error:
+        raise ValueError(f"{label}: required a whole torch checkpoint, {path.name} is truncated or damaged") from error
+    if damaged is not None:
+        raise ValueError(f"{label}: required a whole torch checkpoint, {path.name} is damaged: {damaged} in it changed")
+    return True
+
+
 def _pickled_code(path: Path) -> str | None:
     """What a plain pickle would import, read from its opcodes without running one; None where it is not a pickle."""
     strings: list[str] = []
     try:
-        for opcode, argument, _ in pickletools.genops(path.read_bytes()):
-            if opcode.name == "GLOBAL":
-                return str(argument).replace(" ", ".")
-            if opcode.name == "STACK_GLOBAL":
-                return ".".join(strings[-2:])
-            if isinstance(argument, str):
-                strings.append(argument)
+        with path.open("rb") as file:
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name == "GLOBAL":
+                    return str(argument).replace(" ", ".")
+                if opcode.name == "STACK_GLOBAL":
+                    return ".".join(strings[-2:])
+                if isinstance(argument, str):
+                    strings.append(argument)
     except Exception:  # not a pickle, or a cut one: the caller says "damaged"
         return None
     return None
@@ -521,7 +580,7 @@ def _pickled_code(path: Path) -> str | None:
 def _read_json(path: Path, label: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{label}: {path.name} is not JSON: {_first_line(error)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{label}: {path.name} required a JSON object, holds a {type(value).__name__}")
@@ -533,7 +592,7 @@ def _vptm_facts(metadata: Mapping[str, str], label: str) -> _Facts:
         stated = json.loads(metadata["vptm"])
         architecture = dict(stated["architecture"])
         for key in ("mlp_ratio", "init_values"):
-            if architecture.get(key) is not None:
+            if key in architecture and (key == "mlp_ratio" or architecture[key] is not None):
                 architecture[key] = _number(architecture[key], key, label)
         facts = _Facts(
             format="vptm",
@@ -542,8 +601,8 @@ def _vptm_facts(metadata: Mapping[str, str], label: str) -> _Facts:
             vocab_size=stated.get("vocab_size"),
             mean=_floats(stated["mean"], "mean", label),
             std=_floats(stated["std"], "std", label),
-            interpolation=str(stated.get("interpolation", "bicubic")),
-            crop_pct=_number(stated.get("crop_pct", 1.0), "crop_pct", label),
+            interpolation=_interpolation(stated.get("interpolation", "bicubic"), label),
+            crop_pct=_share(stated.get("crop_pct", 1.0), "crop_pct", label),
             notes=[str(stated["description"])] if stated.get("description") else [],
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -602,39 +661,49 @@ def _folder_facts(path: Path, label: str) -> _Facts:
         facts.mean = _floats(steps["image_mean"], "image_mean", label)
         facts.std = _floats(steps["image_std"], "image_std", label)
         facts.statistics_from = "preprocessor_config.json"
-    facts.interpolation = _HF_INTERPOLATION.get(str(steps.get("resample", 3)), "bicubic")
-    facts.crop_pct = _crop_pct(steps)
+    resample = steps.get("resample", 3)
+    if str(resample) not in _HF_INTERPOLATION:
+        raise ValueError(f"{label}: resample required one of {', '.join(_HF_INTERPOLATION)}, found {resample!r}")
+    facts.interpolation = _HF_INTERPOLATION[str(resample)]
+    facts.crop_pct = _crop_pct(steps, label)
     return facts
 
 
 def _timm_folder_facts(cfg: dict[str, Any], label: str) -> _Facts:
-    facts = _Facts(format="timm", interpolation=str(cfg.get("interpolation", "bicubic")))
+    facts = _Facts(format="timm", interpolation=_interpolation(cfg.get("interpolation", "bicubic"), label))
     if "mean" in cfg and "std" in cfg:
         facts.mean, facts.std = _floats(cfg["mean"], "mean", label), _floats(cfg["std"], "std", label)
         facts.statistics_from = "config.json"
     if "crop_pct" in cfg:
-        facts.crop_pct = _number(cfg["crop_pct"], "crop_pct", label)
+        facts.crop_pct = _share(cfg["crop_pct"], "crop_pct", label)
     return facts
 
 
-def _crop_pct(steps: dict[str, Any]) -> float:
+def _crop_pct(steps: dict[str, Any], label: str) -> float:
     """Share of the resized image that a Hugging Face processor keeps: crop_size / size, 1 without a centre crop."""
 
-    def edge(value: Any) -> float | None:
+    def edge(name: str) -> float | None:
+        value = steps.get(name)
         if isinstance(value, dict):
             value = value.get("shortest_edge", value.get("height"))
-        return float(value) if isinstance(value, int | float) and value > 0 else None
+        return None if value is None else _number(value, name, label)
 
-    size, crop = edge(steps.get("size")), edge(steps.get("crop_size"))
-    return crop / size if steps.get("do_center_crop") and size and crop and crop <= size else 1.0
+    if not steps.get("do_center_crop"):
+        return 1.0
+    size, crop = edge("size"), edge("crop_size")
+    return crop / size if size and crop and crop <= size else 1.0
 
 
 def _unwrap(state: Mapping[str, Any], label: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors inside wrappers and prefixes, and the names of the training state left behind."""
     dropped: list[str] = []
+    seen = {id(state)}
     while inner := next((key for key in _WRAPPERS if isinstance(state.get(key), Mapping)), None):
         dropped += [str(key) for key in state if key != inner]
         state = state[inner]
+        if id(state) in seen:
+            raise ValueError(f"{label}: required a state dict, {inner!r} holds the mapping it stands in")
+        seen.add(id(state))
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
         if not isinstance(value, Tensor):
@@ -644,6 +713,9 @@ def _unwrap(state: Mapping[str, Any], label: str) -> tuple[dict[str, Tensor], li
             continue
         if value.is_meta or value.layout is not torch.strided:
             raise ValueError(f"{label}: {key} required dense values, found {value.layout} on {value.device.type}")
+        stored = value.untyped_storage().nbytes() // value.element_size()
+        if value.numel() > stored:  # a few bytes can claim any shape, and every copy of it takes that much memory
+            raise ValueError(f"{label}: {key} required a value for each of its {value.numel()} places, found {stored}")
         tensors[str(key)] = value
     for prefix in _PREFIXES:
         if any(key.startswith(prefix) for key in tensors):
@@ -869,6 +941,8 @@ def _architecture(
         "use_shared_rel_pos_bias": shared in state,
     }
     for key, value in facts.stated.items():
+        if key == "img_size":
+            continue  # the window of the position tables confirms it, below
         if key == "mlp_ratio":
             same = math.isclose(value, architecture[key])
         elif key == "patch_size":
@@ -1088,15 +1162,33 @@ def _number(value: Any, name: str, label: str) -> float:
     return float(value)
 
 
+def _share(value: Any, name: str, label: str) -> float:
+    share = _number(value, name, label)
+    if share > 1:
+        raise ValueError(f"{label}: {name} required a number in (0, 1], found {value!r}")
+    return share
+
+
+def _interpolation(value: Any, label: str) -> str:
+    if value not in _INTERPOLATIONS:
+        raise ValueError(f"{label}: interpolation required one of {', '.join(_INTERPOLATIONS)}, found {value!r}")
+    return str(value)
+
+
 def _floats(value: Any, name: str, label: str) -> tuple[float, ...]:
     numbers = value if isinstance(value, list) else [value]
     if (
         not numbers
-        or not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers)
+        or not all(isinstance(v, int | float) and type(v) is not bool and math.isfinite(v) for v in numbers)
         or ("std" in name and min(numbers) <= 0)
     ):
         raise ValueError(f"{label}: {name} required finite numbers{', positive' * ('std' in name)}, found {value!r}")
     return tuple(float(v) for v in numbers)
+
+
+def _check_regular(mode: int, label: str) -> None:
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{label}: required a file or a folder, found a pipe, a socket or a device")
 
 
 def _check_readable(path: Path, label: str) -> None:

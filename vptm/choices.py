@@ -1,9 +1,11 @@
-"""One message for every argument that takes one of a few names."""
+"""What messages about arguments and files have in common: one line, of a length that fits a terminal."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+
+_LONGEST = 500
 
 
 def one_of(argument: str, value: object, allowed: Sequence[str]) -> None:
@@ -27,6 +29,22 @@ def hint(value: object, allowed: Sequence[str]) -> str:
     longer = [name for name in allowed if len(text) > 1 and name.startswith(text)]
     near = difflib.get_close_matches(text, longer, n=1, cutoff=0.5) or difflib.get_close_matches(text, allowed, n=1)
     return f", did you mean {near[0]!r}?" if near else ""
+
+
+def one_line(text: object, longest: int = _LONGEST) -> str:
+    """`text` on one line of at most `longest` characters, its middle left out where it has more.
+
+    What a file says about itself may be of any length, and may hold what moves a terminal's cursor.
+
+    Example:
+        >>> one_line("no  such\\nfile")
+        'no such file'
+    """
+    words = " ".join(str(text).split())
+    if len(words) > longest:
+        head = longest * 2 // 3
+        words = f"{words[:head]} … {words[len(words) - (longest - head - 3) :]}"
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in words)
 
 
 def number(argument: str, value: object) -> float:
