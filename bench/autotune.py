@@ -4,15 +4,17 @@
     python -m bench.autotune --list
 
 The ops never search: their tables answer at once, the same on every rank. This is how an entry gets into a table. A
-call is run with the table's answer, then with one field at a time halved or doubled; what is faster and gives the same
-result becomes the next start. A proposal is printed when the best found beats the table by more than 3 % in paired
-replays made afterwards. The file is rewritten after every table function, so that an early end loses little.
+call is run with the table's answer, with the other forms that its op names, then with one field at a time halved or
+doubled; what is faster and gives the same result becomes the next start. A proposal is printed when the best found
+beats the table by more than 3 % in paired replays made afterwards. The file is rewritten after every table function, so
+that an early end loses little.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import sys
@@ -188,8 +190,8 @@ def calls() -> list[Call]:
 # ------------------------------------------------------------------ the search
 
 
-# decisions of a table that are no `Config`: one of two forms of a kernel, and rows with warps
-DECISIONS = ("keys_resident", "row_block")
+# decisions of a table that are no `Config`: rows with warps
+DECISIONS = ("row_block",)
 
 
 def tables(module: Any) -> dict[str, Callable[..., Any]]:
@@ -223,15 +225,23 @@ def answering(module: Any, answers: dict[Setting, Any]) -> Iterator[dict[Setting
             setattr(module, name, function)
 
 
+def candidates(configs: Any, setting: Setting) -> list[Any]:
+    """What the module `configs` has beside the answer of a table `..._config`: its `..._candidates`, of the same
+    arguments. Other forms of a kernel are several changes away, and no step on the way may be faster."""
+    function, arguments = setting
+    others = getattr(configs, function.removesuffix("_config") + "_candidates", None)
+    return [] if others is None else others(*arguments)
+
+
 def neighbours(answer: Any) -> list[Any]:
-    """The same answer with one of its numbers halved or doubled, within what kernels take; the other one of two."""
-    if isinstance(answer, bool):
-        return [not answer]
+    """The same answer with one of its block sizes, warps or stages halved or doubled, within what kernels take."""
     limits = {"num_warps": (2, 16), "num_stages": (1, 4)}
     named = hasattr(answer, "_asdict")
     found = []
     for i, value in enumerate(answer):
         name = answer._fields[i] if named else ""
+        if isinstance(value, bool) or name == "max_registers":  # forms of a kernel, see `candidates`
+            continue
         low, high = limits.get(name, (16, 256) if named else (1, 256))
         steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
         for step in steps:
@@ -255,6 +265,7 @@ def search(
     clock: timing.Clock,
     out_of_time: Callable[[], bool],
     log: Callable[[str], None] = print,
+    others: Callable[[Setting], list[Any]] = lambda setting: [],
 ) -> Iterator[tuple[Setting, Any, Any, float, float]]:
     """(setting, the table's answer, the best found, speed-up, seconds of the table's) of every table that is asked."""
     with answering(module, {}) as asked:
@@ -274,7 +285,7 @@ def search(
         improved = True
         while improved and not out_of_time():
             improved = False
-            for candidate in neighbours(best):
+            for candidate in [*others(setting), *neighbours(best)]:
                 if candidate in tried or out_of_time():
                     continue
                 tried.add(candidate)
@@ -324,7 +335,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{call.op}: {call.name}", flush=True)
         try:
             module = importlib.import_module(f"{PACKAGE}.{call.op}.triton_impl")
-            found = search(module, call.make(), timing.captured, clock, lambda: time.monotonic() > deadline)
+            configs = importlib.import_module(f"{PACKAGE}.{call.op}.configs")
+            found = search(
+                module,
+                call.make(),
+                timing.captured,
+                clock,
+                lambda: time.monotonic() > deadline,
+                others=functools.partial(candidates, configs),
+            )
             for (function, arguments), table, best, speed_up, seconds in found:
                 proposal = Proposal(
                     call.op,

@@ -59,10 +59,10 @@ def scores_and_counts(report):
     """Scores per thread of a forward kernel, and its instructions for them: of one trip of its loop, or of all."""
     constants = report.constants
     keys = constants["BLOCK_N"]
-    if constants["RESIDENT"]:
+    if constants["SCORES_RESIDENT"]:
         blocks = constants["TOKEN_BLOCKS"] + constants["PROMPT_BLOCKS"]
         keys = blocks * keys + constants["TAIL_1"] + constants["TAIL_2"]
-    counts = report.counts if constants["RESIDENT"] else report.main_loop
+    counts = report.counts if constants["SCORES_RESIDENT"] else report.main_loop
     return constants["BLOCK_M"] * keys / (report.num_warps * 32), counts
 
 
@@ -79,7 +79,7 @@ def test_size_of_the_forward_loop_on_sm90(reports):
     """Instructions per 64 x 64 tile, 313 to 320 with a bias; compilers differ by a few."""
     for report in of(reports, "sm90", "forward"):
         assert (report.constants["BLOCK_M"], report.constants["BLOCK_N"], report.num_warps) == (64, 64, 4)
-        if not report.constants["RESIDENT"]:
+        if not report.constants["SCORES_RESIDENT"]:
             assert report.main_loop["total"] <= 326, report.row()
 
 
@@ -88,7 +88,7 @@ def test_resident_keys_save_instructions_and_leave_room_for_three_blocks_on_sm90
 
     Prompts that attend cost 280 more, for rows without a bias.
     """
-    resident = [r for r in of(reports, "sm90", "forward") if r.constants["RESIDENT"]]
+    resident = [r for r in of(reports, "sm90", "forward") if r.constants["SCORES_RESIDENT"]]
     assert len(resident) >= 3
     for report in resident:
         limit = 1830 if report.constants["PROMPT_QUERIES"] else 1550

@@ -75,33 +75,61 @@ def test_search_proposes_nothing_where_the_table_is_best():
 @pytest.mark.parametrize(
     "answer, found",
     [
-        (True, [False]),
         ((2, 4), [(1, 4), (4, 4), (2, 2), (2, 8)]),
         (Config(16, 16, 1), [Config(32, 16, 1), Config(16, 8, 1), Config(16, 16, 2)]),
     ],
-    ids=["one of two", "plain numbers", "at its limits"],
+    ids=["plain numbers", "at its limits"],
 )
 def test_neighbours_change_one_thing(answer, found):
     assert autotune.neighbours(answer) == found
 
 
-def test_a_decision_between_two_kernels_is_searched_too():
-    """An answer of False must be used as given, not taken for no answer."""
-    module = SimpleNamespace(keys_resident=lambda keys: True)
+def test_other_forms_of_a_kernel_are_tried_whatever_lies_between():
+    """Twice the rows and the warps, and keys resident: each step alone is slower, or is no step of a search."""
+
+    class Form(NamedTuple):
+        block_m: int
+        num_warps: int
+        max_registers: int = 0
+        keys_resident: bool = False
+
+    small, large = Form(64, 4), Form(128, 8, 128, True)
+    configs = SimpleNamespace(forward_candidates=lambda arch, keys: [large._replace(keys_resident=False), large])
+    module = SimpleNamespace(forward_config=lambda arch, keys: small)
     taken = []
 
     def run():
-        taken.append(module.keys_resident(207))
+        taken.append(module.forward_config("sm90", 247))
         return (torch.ones(2),)
 
     def prepare(run):
         run()
-        resident = taken[-1]
-        return lambda: resident
+        form = taken[-1]
+        return lambda: form
 
-    clock = lambda timed: 3.0 if timed() else 1.0  # noqa: E731
-    [(setting, table, best, speed_up, _)] = autotune.search(module, run, prepare, clock, lambda: False, lambda _: None)
-    assert (setting, table, best, speed_up) == (("keys_resident", (207,)), True, False, 3)
+    clock = lambda timed: 1.0 if timed() == large else 2.0 if timed() == small else 3.0  # noqa: E731
+    others = lambda setting: autotune.candidates(configs, setting)  # noqa: E731
+    found = autotune.search(module, run, prepare, clock, lambda: False, lambda _: None, others)
+    [(setting, table, best, speed_up, _)] = found
+    assert (setting, table, best, speed_up) == (("forward_config", ("sm90", 247)), small, large, 2)
+    assert autotune.candidates(configs, ("query_grad_config", ())) == []
+
+
+def test_forms_of_the_attention_kernel_can_be_chosen_by_a_card():
+    """The forms that static counts cannot decide between are all there for the shapes that are timed, and none that
+    the kernel cannot take: pooled prompts have no number of keys to write out."""
+    from vptm_kernels.prompted_attention import configs
+
+    arguments = ("sm90", 16, 64, 197, 247, 16, False, False, False)
+    found = autotune.candidates(configs, ("forward_config", arguments))
+    table = configs.forward_config(*arguments)
+    assert table not in found and len(set(found)) == len(found)
+    forms = {(c.block_m, c.keys_resident, c.scores_resident) for c in [table, *found]}
+    assert forms == {(64, False, False), (128, False, False), (128, True, False), (64, True, True)}
+    assert any(c.heads_first for c in found)
+    pooled = configs.forward_candidates(*arguments[:7], True, False)
+    assert pooled and not any(c.keys_resident or c.scores_resident for c in pooled)
+    assert not any(c.max_registers for c in configs.forward_candidates("gfx942", *arguments[1:]))
 
 
 def test_search_stops_when_time_is_up():

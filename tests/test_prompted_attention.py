@@ -34,17 +34,23 @@ def gradients(call, outputs, upstream):
     return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()))))
 
 
-def with_other_forward(call):
-    """(out, lse) of the Triton forward that block sizes did not choose: all keys resident, or block by block."""
+def with_forward(call, choose):
+    """(out, lse) of the Triton forward with `choose(config)` for the block sizes and form that the table gave."""
     from vptm_kernels.prompted_attention import triton_impl
 
-    chosen = triton_impl.keys_resident
-    triton_impl.keys_resident = lambda *args, **options: not chosen(*args, **options)
+    table = triton_impl.forward_config
+    triton_impl.forward_config = lambda *args, **options: choose(table(*args, **options))
     try:
         with torch.no_grad():
             return prompted_attention(**call, return_lse=True, impl="triton")
     finally:
-        triton_impl.keys_resident = chosen
+        triton_impl.forward_config = table
+
+
+def with_other_forward(call):
+    """All scores resident where the table says block by block, and the other way round."""
+    pooled = call.get("prompt_ranges") is not None
+    return with_forward(call, lambda c: c._replace(scores_resident=not c.scores_resident and not pooled))
 
 
 def check(case, impl, *, with_lse=True):
@@ -85,6 +91,72 @@ KINDS = [AttentionCase(prompts=prompts, bias=bias) for prompts, bias in itertool
 def test_every_kind_of_prompt_and_bias_equals_the_definition(case, impl):
     # 2 x 3 patches and a class token, a mask row and rows without a position for the table.
     check(replace(case, window=(2, 3) if case.bias == "table" else None), impl)
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")
+@pytest.mark.parametrize("scores", [False, True], ids=["by blocks", "all scores"])
+@pytest.mark.parametrize(
+    "prompts,bias,tokens,length,head_dim",
+    [
+        ("shared", "aligned", 50, 13, 16),
+        ("shared", "columns", 50, 40, 48),
+        ("image", "table", 33, 3, 16),
+        ("queries", "square", 38, 27, 16),
+        ("none", "none", 17, 0, 48),
+        ("shared", "none", 64, 32, 16),
+    ],
+)
+def test_resident_keys_equal_the_definition(prompts, bias, tokens, length, head_dim, scores):
+    """One program walks over all rows of an image with keys it loaded once: a row block read with another's bias, a
+    tail stored where the next block belongs or keys scaled twice would show here, and nowhere else but on a GPU."""
+    for dtype in [torch.float64, torch.bfloat16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]:
+        case = AttentionCase(2, 2, tokens, length, head_dim, prompts, bias, dtype=dtype)
+        call = case.inputs(DEVICE)
+        seen = []
+
+        def choose(config, seen=seen):
+            seen.append(config._replace(keys_resident=True, scores_resident=scores))
+            return seen[-1]
+
+        found, exact = with_forward(call, choose), reference(case.converted(call, torch.float64))
+        assert seen and (DEVICE != "cpu" or seen[0].block_m < tokens), "rows must take more than one block"
+        eager = (None, None) if dtype == torch.float64 else reference(call)
+        for name, actual, want, peer in zip(("out", "lse"), found, exact, eager):
+            peer = peer if peer is None or name == "out" else peer.to(actual.dtype)
+            assert_close_to_exact(f"{case} {name}", actual, want, peer, factor=2, tolerance=1e-12)
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")
+@pytest.mark.parametrize("prompts", ["shared", "queries", "pool"])
+def test_the_order_of_programs_changes_no_bit(prompts):
+    """Heads first or rows first: another order of the same programs, whatever their indices are computed from."""
+    call = AttentionCase(heads=3, tokens=33, prompts=prompts, bias="dense", dtype=torch.float32).inputs(DEVICE)
+    expected = with_forward(call, lambda c: c)
+    for actual, want in zip(with_forward(call, lambda c: c._replace(heads_first=True)), expected):
+        assert torch.equal(actual, want)
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")
+@pytest.mark.parametrize("bias", ["aligned", "table", "none"])
+def test_queries_that_come_scaled_are_not_multiplied_again(bias, monkeypatch):
+    """A model that folds D**-0.5 into its weights passes scale=1, and the kernel must then hold no multiplication."""
+    from vptm_kernels.prompted_attention import triton_impl
+
+    call = AttentionCase(head_dim=64, bias=bias, dtype=torch.float32).inputs(DEVICE)
+    folded = dict(call, qkv=call["qkv"].clone(), scale=1.0)
+    folded["qkv"][..., : 2 * 64] *= 64**-0.5
+    table, asked = triton_impl.forward_config, []
+
+    def recorded(*args, **options):
+        asked.append(args[6])
+        return table(*args, **options)
+
+    monkeypatch.setattr(triton_impl, "forward_config", recorded)
+    expected = prompted_attention(**call, return_lse=True, impl="triton")
+    for actual, want in zip(prompted_attention(**folded, return_lse=True, impl="triton"), expected):
+        torch.testing.assert_close(actual, want, rtol=1e-6, atol=1e-6)
+    # without a bias the scale joins the exponent's factor either way
+    assert asked == [bias != "none", False]
 
 
 # Tokens: one; one below, at and above a 16-wide tile; class token + 7x7 patches; a 224-pixel BEiT without and with mask

@@ -25,6 +25,7 @@ def _run(
     heads: int = 12,
     learned: str = "qkv prompts",
     window: tuple[int, int] = (14, 14),
+    scale: float | None = None,
 ) -> None:
     from . import triton_impl
 
@@ -47,7 +48,7 @@ def _run(
         data = torch.empty(heads, tokens, tokens + prompts, dtype=torch.float32)
     inputs: tuple[Any, ...] = (qkv, given, data, ids, ranges)
     options: tuple[Any, ...] = (window if bias == "table" else (), heads, kind == "queries")
-    options += (prompts if ranges is not None else 0, head_dim**-0.5)
+    options += (prompts if ranges is not None else 0, head_dim**-0.5 if scale is None else scale)
     with patch.object(triton_impl, "architecture", lambda device: target):
         if passes == "forward":
             triton_impl.forward(*inputs, *(*options, True))

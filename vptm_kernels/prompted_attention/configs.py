@@ -8,12 +8,35 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+# Keys of an image up to which all their scores stay in registers, or all keys and values in shared memory.
+RESIDENT_SCORES = 208
+RESIDENT_KEYS = 256
+
 
 class Config(NamedTuple):
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+
+
+class ForwardConfig(NamedTuple):
+    """What a program of the forward kernel holds, and in which order programs run.
+
+    max_registers: of a thread, as launch option; 0 leaves it to the compiler.
+    scores_resident: the scores of all keys stay in registers, so that a row has one maximum and nothing is rescaled.
+    keys_resident: keys and values are loaded once per image and head, for all of its rows one block after the other.
+    heads_first: programs next to each other take the heads of one block of rows, not the blocks of rows of one head.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    max_registers: int = 0
+    scores_resident: bool = False
+    keys_resident: bool = False
+    heads_first: bool = False
 
 
 def next_power_of_2(n: int) -> int:
@@ -51,31 +74,71 @@ def compiler_options(arch: str) -> dict[str, int]:
     return {"matrix_instr_nonkdim": 16} if arch.startswith("gfx") else {}
 
 
-def forward_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *, interpreted: bool = False) -> Config:
-    """arch: "sm80", "sm90", ..., "gfx942"."""
+def forward_config(
+    arch: str,
+    dtype_bits: int,
+    head_dim: int,
+    tokens: int,
+    keys: int,
+    bias_bits: int,
+    scaled: bool,
+    pooled: bool,
+    prompts_attend: bool,
+    *,
+    interpreted: bool = False,
+) -> ForwardConfig:
+    """arch: "sm80", "sm90", ..., "gfx942". keys: tokens and prompts of an image, whose number kernels know unless they
+    are pooled. bias_bits: of an element, 0 for no bias. scaled: whether the kernel multiplies queries by the scale.
+
+    On sm90 128 rows read two thirds of what 64 rows read from the second-level cache, which is what limits the kernel;
+    with at most 128 registers a thread two such programs fit a multiprocessor, one otherwise. That takes queries that
+    come scaled, a bias, and prompts that do not attend: registers spill in the other cases. There, the scores of up to
+    208 keys stay in registers for an eighth fewer instructions, where head dimensions have a scale that is a power of
+    two; for other ones it leaves registers for two programs of three. Elsewhere it saves nothing: tcgen05 keeps scores
+    outside registers, and mma needs them for operands.
+    """
+    few = keys <= RESIDENT_SCORES and not pooled
     if interpreted:
-        return _interpreted(tokens)
+        return ForwardConfig(*_interpreted(tokens), scores_resident=few)
     if dtype_bits >= 32:
-        return Config(32, 32, 4, 1)
+        return ForwardConfig(32, 32, 4, 1)
     if head_dim > 64:
         if _asynchronous_tensor_cores(arch):
-            return Config(64, 32, 4, 1)
-        return Config(32, 16 if arch == "sm120" else 32, 4, 1)
-    return Config(64, 64, 4, 1) if _asynchronous_tensor_cores(arch) else Config(64, 32, 4, 1)
+            return ForwardConfig(64, 32, 4, 1)
+        return ForwardConfig(32, 16 if arch == "sm120" else 32, 4, 1)
+    if not _asynchronous_tensor_cores(arch):
+        return ForwardConfig(64, 32, 4, 1)
+    if arch == "sm90" and tokens > 64 and bias_bits and not scaled and not prompts_attend:
+        return ForwardConfig(128, 64, 8, 1, max_registers=128)
+    resident = few and arch == "sm90" and head_dim in (16, 64) and bias_bits <= 16
+    return ForwardConfig(64, 64, 4, 1, scores_resident=resident)
 
 
-def keys_resident(
-    arch: str, dtype_bits: int, head_dim: int, keys: int, bias_bits: int, *, interpreted: bool = False
-) -> bool:
-    """Whether the forward kernel holds the scores of all keys of an image instead of one block of them.
+def forward_candidates(
+    arch: str,
+    dtype_bits: int,
+    head_dim: int,
+    tokens: int,
+    keys: int,
+    bias_bits: int,
+    scaled: bool,
+    pooled: bool,
+    prompts_attend: bool,
+) -> list[ForwardConfig]:
+    """What a card may prefer to the answer of `forward_config` for the same arguments; `bench.autotune` times them.
 
-    On sm90 that is an eighth fewer instructions, and up to 208 keys leave registers for three blocks on a
-    multiprocessor; head dimensions whose scale is no power of two leave them for two. Elsewhere it saves nothing:
-    tcgen05 keeps scores outside registers, and mma needs them for operands.
+    Static counts do not decide between these: fewer bytes from cache or fewer instructions, for fewer warps or spills.
     """
-    if interpreted:
-        return keys <= 208
-    return keys <= 208 and arch == "sm90" and dtype_bits == 16 and head_dim in (16, 64) and bias_bits <= 16
+    table = forward_config(arch, dtype_bits, head_dim, tokens, keys, bias_bits, scaled, pooled, prompts_attend)
+    found = [table._replace(heads_first=True)]
+    if _asynchronous_tensor_cores(arch) and dtype_bits == 16 and head_dim <= 64:
+        small, large = ForwardConfig(64, 64, 4, 1), ForwardConfig(128, 64, 8, 1, max_registers=128)
+        found += [small, large, large._replace(heads_first=True), large._replace(num_stages=2)]
+        if not pooled and keys <= RESIDENT_SCORES:
+            found.append(small._replace(scores_resident=True))
+        if not pooled and keys <= RESIDENT_KEYS:
+            found += [large._replace(keys_resident=True), small._replace(keys_resident=True, scores_resident=True)]
+    return [config for config in dict.fromkeys(found) if config != table]
 
 
 def fits_tile(heads: int, tokens: int, element_size: int) -> bool:

@@ -139,8 +139,9 @@ def tail_bias(source, t, rows, has_bias, full_tokens, full_prompts, left, total,
     else:
         # The tile's rows are padded to 16 columns, so this mask is constant over 16 and the load stays wide.
         padded = tl.cdiv(left, 16) * 16
-        bias = tl.load(rows[:, None] + (full_tokens + t)[None, :], mask=(t < padded)[None, :], other=0.0).to(ACC)
-        bias = tl.where((t < left)[None, :], bias, 0.0)
+        bias = tl.load(rows[:, None] + (full_tokens + t)[None, :], mask=(t < padded)[None, :], other=0.0)
+        # Chosen before it is converted: half the registers while the load is under way.
+        bias = tl.where((t < left)[None, :], bias, tl.zeros_like(bias)).to(ACC)
         if PROMPT_BIAS:
             column = prompt_column + full_prompts + t - left
             bias += tl.load(rows[:, None] + column[None, :], mask=((t >= left) & (t < total))[None, :],
@@ -176,21 +177,53 @@ def scores(q, k, bias, SCALE: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexp
 
 
 @triton.jit
+def full_keys(keys, first, stride: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+              BLOCK_N: tl.constexpr, INDEX: tl.constexpr):
+    """k and v of the whole block of keys from row `first` on."""
+    # A scalar pointer per block, and offsets that no loop changes.
+    base = keys + tl.cast(first, tl.int64) * stride
+    offset = tl.arange(0, BLOCK_N).to(INDEX) * stride
+    return load_block(base, offset, D, DP), load_block(base + H * D, offset, D, DP)
+
+
+@triton.jit
 def full_block(keys, first, source, bias_row, column, has_bias, N, stride: tl.constexpr, H: tl.constexpr,
                D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
                PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                INDEX: tl.constexpr, ACC: tl.constexpr):
-    """k, v and bias of the whole block of keys from row `first` on, whose bias stands from `column` on."""
-    # A scalar pointer per block, and offsets that no loop changes.
-    base = keys + tl.cast(first, tl.int64) * stride
-    offset = tl.arange(0, BLOCK_N).to(INDEX) * stride
-    k = load_block(base, offset, D, DP)
-    v = load_block(base + H * D, offset, D, DP)
+    """full_keys and their bias, which stands from `column` on."""
+    k, v = full_keys(keys, first, stride, H, D, DP, BLOCK_N, INDEX)
     bias = 0.0
     if BIAS:
         j = column + tl.arange(0, BLOCK_N)
         bias = block_bias(source, bias_row, j, has_bias, N, BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ACC)
     return k, v, bias
+
+
+@triton.jit
+def tail_keys(t, keys, prompt_keys, full_tokens, full_prompts, N, P, stride_n: tl.constexpr, stride_p: tl.constexpr,
+              H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HAS_PROMPTS: tl.constexpr, ALIGNED: tl.constexpr,
+              INDEX: tl.constexpr):
+    """k and v of keys t of what full blocks leave: tokens first, then prompts."""
+    key_ptr = mixed_rows(t, keys, prompt_keys, full_tokens, full_prompts, N - full_tokens, N, P, stride_n, stride_p,
+                         HAS_PROMPTS, ALIGNED, INDEX)
+    return load_rows(key_ptr, D, DP), load_rows(key_ptr + H * D, D, DP)
+
+
+@triton.jit
+def tail_scores(t, full_tokens, full_prompts, source, bias_row, has_bias, N, P, prompt_column,
+                HAS_PROMPTS: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr,
+                HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
+    """Bias and validity of the keys of tail_keys."""
+    left = N - full_tokens
+    total = left
+    if HAS_PROMPTS:
+        total = left + P - full_prompts
+    bias = 0.0
+    if BIAS:
+        bias = tail_bias(source, t, bias_row, has_bias, full_tokens, full_prompts, left, total, prompt_column, N, BIAS,
+                         PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ACC)
+    return bias, t < total
 
 
 @triton.jit
@@ -200,16 +233,8 @@ def tail_block(t, keys, prompt_keys, full_tokens, full_prompts, source, bias_row
                HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
                INDEX: tl.constexpr, ACC: tl.constexpr):
     """k, v, bias and validity of keys t of what full blocks leave: tokens first, then prompts."""
-    left = N - full_tokens
-    total = left
-    if HAS_PROMPTS:
-        total = left + P - full_prompts
-    key_ptr = mixed_rows(t, keys, prompt_keys, full_tokens, full_prompts, left, N, P, stride_n, stride_p, HAS_PROMPTS,
-                         ALIGNED, INDEX)
-    k = load_rows(key_ptr, D, DP)
-    v = load_rows(key_ptr + H * D, D, DP)
-    bias = 0.0
-    if BIAS:
-        bias = tail_bias(source, t, bias_row, has_bias, full_tokens, full_prompts, left, total, prompt_column, N, BIAS,
-                         PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ACC)
-    return k, v, bias, t < total
+    k, v = tail_keys(t, keys, prompt_keys, full_tokens, full_prompts, N, P, stride_n, stride_p, H, D, DP, HAS_PROMPTS,
+                     ALIGNED, INDEX)
+    bias, valid = tail_scores(t, full_tokens, full_prompts, source, bias_row, has_bias, N, P, prompt_column,
+                              HAS_PROMPTS, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ACC)
+    return k, v, bias, valid

@@ -13,8 +13,10 @@ running row maximum m of t, the running sum l and accumulator acc follow
 
     m' = max(m, max_j t_j),  p_j = 2^(t_j - m'),  l' = l * 2^(m - m') + sum_j p_j,  acc' = acc * 2^(m - m') + p @ v
 
-and lse = (m + log2 l) * ln 2. Where the scores of all keys fit in registers, all blocks are multiplied first and share
-one maximum.
+and lse = (m + log2 l) * ln 2. Two choices of `configs.ForwardConfig` change that:
+
+    scores resident   the scores of all keys stay in registers: all blocks are multiplied first and share one maximum
+    keys resident     a program loads all keys and values once and walks over all blocks of rows of its image and head
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ import triton.language as tl
 from .kernels_common import (
     LN2,
     bias_rows,
+    block_bias,
     full_block,
+    full_keys,
     key_terms,
     load_block,
     load_ids,
@@ -36,23 +40,31 @@ from .kernels_common import (
     scores,
     table_index,
     tail_block,
+    tail_keys,
+    tail_scores,
 )
 
 
 # Argument lists stand in rows, in the order in which they are passed.
 # fmt: off
 @triton.jit
-def _attend(acc, l, m, q, k, v, bias, valid, SCALE: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr,
-            MASK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    s = scores(q, k, bias, SCALE, BIAS, ACC, PRECISION)
-    if MASK:
-        s = tl.where(valid[None, :], s, float("-inf"))
+def _accumulate(acc, l, m, s, v, FACTOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """acc, l and m with the scores and values of one more block."""
     m_new = tl.maximum(m, tl.max(s, 1) * FACTOR)
     p = tl.exp2(s * FACTOR - m_new[:, None])
     alpha = tl.exp2(m - m_new)
     l = l * alpha + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION, out_dtype=ACC)
     return acc, l, m_new
+
+
+@triton.jit
+def _attend(acc, l, m, q, k, v, bias, valid, SCALE: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr,
+            MASK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    s = scores(q, k, bias, SCALE, BIAS, ACC, PRECISION)
+    if MASK:
+        s = tl.where(valid[None, :], s, float("-inf"))
+    return _accumulate(acc, l, m, s, v, FACTOR, ACC, PRECISION)
 
 
 @triton.jit
@@ -110,112 +122,141 @@ def _attend_streaming(
 
 
 @triton.jit
-def _attend_resident(
-    q, keys, prompt_keys, source, bias_row, has_bias, N, P, prompt_column,
+def _key_part(
+    i: tl.constexpr, keys, prompt_keys, N, P, stride_n: tl.constexpr, stride_p: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_1: tl.constexpr,
+    TAIL_2: tl.constexpr, TOKEN_BLOCKS: tl.constexpr, PROMPT_BLOCKS: tl.constexpr, HAS_PROMPTS: tl.constexpr,
+    ALIGNED: tl.constexpr, INDEX: tl.constexpr,
+):
+    """k and v of part i of all keys, in the order of the module's docstring."""
+    FULL: tl.constexpr = TOKEN_BLOCKS + PROMPT_BLOCKS
+    if i < TOKEN_BLOCKS:
+        k, v = full_keys(keys, i * BLOCK_N, stride_n, H, D, DP, BLOCK_N, INDEX)
+    elif i < FULL:
+        k, v = full_keys(prompt_keys, (i - TOKEN_BLOCKS) * BLOCK_N, stride_p, H, D, DP, BLOCK_N, INDEX)
+    else:
+        if i == FULL:
+            t = tl.arange(0, TAIL_1)
+        else:
+            t = TAIL_1 + tl.arange(0, TAIL_2)
+        k, v = tail_keys(t, keys, prompt_keys, TOKEN_BLOCKS * BLOCK_N, PROMPT_BLOCKS * BLOCK_N, N, P, stride_n,
+                         stride_p, H, D, DP, HAS_PROMPTS, ALIGNED, INDEX)
+    return k, v
+
+
+@triton.jit
+def _score_part(
+    i: tl.constexpr, q, k, source, bias_row, has_bias, N, P, prompt_column,
+    BLOCK_N: tl.constexpr, TAIL_1: tl.constexpr, TAIL_2: tl.constexpr, TOKEN_BLOCKS: tl.constexpr,
+    PROMPT_BLOCKS: tl.constexpr, HAS_PROMPTS: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr,
+    PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    SCALE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Scores of part i of all keys, -inf where a tail is padded."""
+    FULL: tl.constexpr = TOKEN_BLOCKS + PROMPT_BLOCKS
+    if i < TOKEN_BLOCKS:
+        bias = 0.0
+        if BIAS:
+            bias = block_bias(source, bias_row, i * BLOCK_N + tl.arange(0, BLOCK_N), has_bias, N, BIAS, PARTIAL_BIAS,
+                              HAS_IDS, HEIGHT, WIDTH, ACC)
+        s = scores(q, k, bias, SCALE, BIAS, ACC, PRECISION)
+    elif i < FULL:
+        bias = 0.0
+        if PROMPT_BIAS:
+            column = prompt_column + (i - TOKEN_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
+            bias = block_bias(source, bias_row, column, has_bias, N, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH,
+                              ACC)
+        s = scores(q, k, bias, SCALE, PROMPT_BIAS, ACC, PRECISION)
+    else:
+        if i == FULL:
+            t = tl.arange(0, TAIL_1)
+        else:
+            t = TAIL_1 + tl.arange(0, TAIL_2)
+        bias, valid = tail_scores(t, TOKEN_BLOCKS * BLOCK_N, PROMPT_BLOCKS * BLOCK_N, source, bias_row, has_bias, N, P,
+                                  prompt_column, HAS_PROMPTS, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH,
+                                  ACC)
+        s = tl.where(valid[None, :], scores(q, k, bias, SCALE, BIAS, ACC, PRECISION), float("-inf"))
+    return s
+
+
+@triton.jit
+def _attend_unrolled(
+    q, keys, prompt_keys, resident_k, resident_v, source, bias_row, has_bias, N, P, prompt_column,
     stride_n: tl.constexpr, stride_p: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_1: tl.constexpr, TAIL_2: tl.constexpr,
+    KEYS_RESIDENT: tl.constexpr, SCORES_RESIDENT: tl.constexpr,
     TOKEN_BLOCKS: tl.constexpr, PROMPT_BLOCKS: tl.constexpr, HAS_PROMPTS: tl.constexpr,
     BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr, INDEX: tl.constexpr, QUERY_SCALE: tl.constexpr, SCALE: tl.constexpr,
     FACTOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """acc, l and m, with the scores of all keys in registers: one maximum, and nothing is rescaled."""
+    """acc, l and m, all parts written out: with resident scores there is one maximum, and nothing is rescaled."""
     FULL: tl.constexpr = TOKEN_BLOCKS + PROMPT_BLOCKS
     PARTS: tl.constexpr = FULL + (TAIL_1 > 0) + (TAIL_2 > 0)
+    # Finite for rows that are masked as a whole.
+    m = tl.full((BLOCK_M,), -1e30, ACC)
+    l = tl.zeros((BLOCK_M,), ACC)
+    acc = tl.zeros((BLOCK_M, DP), ACC)
     s = ()
     values = ()
     for i in tl.static_range(PARTS):
-        if i < TOKEN_BLOCKS:
-            first = i * BLOCK_N
-            k, v, bias = full_block(keys, first, source, bias_row, first, has_bias, N, stride_n, H, D, DP, BLOCK_N,
-                                    BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX, ACC)
-            x = scores(q, k * QUERY_SCALE, bias, SCALE, BIAS, ACC, PRECISION)
-        elif i < FULL:
-            first = (i - TOKEN_BLOCKS) * BLOCK_N
-            k, v, bias = full_block(prompt_keys, first, source, bias_row, prompt_column + first, has_bias, N, stride_p,
-                                    H, D, DP, BLOCK_N, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX, ACC)
-            x = scores(q, k * QUERY_SCALE, bias, SCALE, PROMPT_BIAS, ACC, PRECISION)
+        if KEYS_RESIDENT:
+            k = resident_k[i]
+            v = resident_v[i]
         else:
-            if i == FULL:
-                t = tl.arange(0, TAIL_1)
-            else:
-                t = TAIL_1 + tl.arange(0, TAIL_2)
-            k, v, bias, valid = tail_block(
-                t, keys, prompt_keys, TOKEN_BLOCKS * BLOCK_N, PROMPT_BLOCKS * BLOCK_N, source, bias_row, has_bias, N,
-                P, prompt_column, stride_n, stride_p, H, D, DP, HAS_PROMPTS, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS,
-                HEIGHT, WIDTH,
-                ALIGNED, INDEX, ACC,
-            )
-            x = scores(q, k * QUERY_SCALE, bias, SCALE, BIAS, ACC, PRECISION)
-            x = tl.where(valid[None, :], x, float("-inf"))
-        s = s + (x,)  # type: ignore[assignment]  # noqa: RUF005
-        values = values + (v,)  # type: ignore[assignment]  # noqa: RUF005
+            k, v = _key_part(i, keys, prompt_keys, N, P, stride_n, stride_p, H, D, DP, BLOCK_N, TAIL_1, TAIL_2,
+                             TOKEN_BLOCKS, PROMPT_BLOCKS, HAS_PROMPTS, ALIGNED, INDEX)
+            if QUERY_SCALE != 1.0:
+                k = k * QUERY_SCALE
+        x = _score_part(i, q, k, source, bias_row, has_bias, N, P, prompt_column, BLOCK_N, TAIL_1, TAIL_2,
+                        TOKEN_BLOCKS, PROMPT_BLOCKS, HAS_PROMPTS, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT,
+                        WIDTH, SCALE, ACC, PRECISION)
+        if SCORES_RESIDENT:
+            s = s + (x,)  # type: ignore[assignment]  # noqa: RUF005
+            values = values + (v,)  # type: ignore[assignment]  # noqa: RUF005
+        else:
+            acc, l, m = _accumulate(acc, l, m, x, v, FACTOR, ACC, PRECISION)
 
-    # Finite for rows that are masked as a whole.
-    m = tl.full((BLOCK_M,), -1e30, ACC)
-    if FULL > 0:
-        largest = s[0]  # type: ignore[misc]
-        for i in tl.static_range(1, FULL):
-            largest = tl.maximum(largest, s[i])
-        m = tl.maximum(m, tl.max(largest, 1) * FACTOR)
-    for i in tl.static_range(FULL, PARTS):
-        m = tl.maximum(m, tl.max(s[i], 1) * FACTOR)
-
-    l = tl.zeros((BLOCK_M,), ACC)
-    acc = tl.zeros((BLOCK_M, DP), ACC)
-    for i in tl.static_range(PARTS):
-        p = tl.exp2(s[i] * FACTOR - m[:, None])
-        l += tl.sum(p, 1)
-        acc = tl.dot(p.to(values[i].dtype), values[i], acc, input_precision=PRECISION, out_dtype=ACC)
+    if SCORES_RESIDENT:
+        if FULL > 0:
+            largest = s[0]  # type: ignore[misc]
+            for i in tl.static_range(1, FULL):
+                largest = tl.maximum(largest, s[i])
+            m = tl.maximum(m, tl.max(largest, 1) * FACTOR)
+        for i in tl.static_range(FULL, PARTS):
+            m = tl.maximum(m, tl.max(s[i], 1) * FACTOR)
+        for i in tl.static_range(PARTS):
+            p = tl.exp2(s[i] * FACTOR - m[:, None])
+            l += tl.sum(p, 1)
+            acc = tl.dot(p.to(values[i].dtype), values[i], acc, input_precision=PRECISION, out_dtype=ACC)
     return acc, l, m
 
 
 @triton.jit
-def _forward_kernel(
-    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, lse_ptr,
-    N, P, pool_size, prompt_column,
-    stride_b, stride_pb, stride_th, stride_n: tl.constexpr, stride_p: tl.constexpr, stride_tn: tl.constexpr,
+def _attend_rows(
+    first, tokens, prompts, keys, prompt_keys, resident_k, resident_v, bias_ptr, ids_ptr, out_ptr, lse_ptr,
+    b, h, N, P, rows, prompt_column, stride_th, stride_n: tl.constexpr, stride_p: tl.constexpr, stride_tn: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_1: tl.constexpr, TAIL_2: tl.constexpr,
-    RESIDENT: tl.constexpr, TOKEN_BLOCKS: tl.constexpr, PROMPT_BLOCKS: tl.constexpr, HAS_PROMPTS: tl.constexpr,
+    KEYS_RESIDENT: tl.constexpr, SCORES_RESIDENT: tl.constexpr, TOKEN_BLOCKS: tl.constexpr,
+    PROMPT_BLOCKS: tl.constexpr, HAS_PROMPTS: tl.constexpr,
     POOL: tl.constexpr, PROMPT_QUERIES: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr,
     PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     WITH_LSE: tl.constexpr, ALIGNED: tl.constexpr,
     INDEX: tl.constexpr, QUERY_SCALE: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
-    rows = N
-    if PROMPT_QUERIES:
-        rows = N + P
-    row_blocks = tl.cdiv(rows, BLOCK_M)
-    pid = tl.program_id(0)
-    bh = pid // row_blocks
-    b = (bh // H).to(tl.int64)
-    h = bh % H
-    offs_m = (pid % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Attend and store the rows from `first` on."""
+    offs_m = first + tl.arange(0, BLOCK_M)
     row = tl.minimum(offs_m, rows - 1)
     offs_d = tl.arange(0, DP)
-
-    tokens = qkv_ptr + b * stride_b + h * D
-    prompts = qkv_ptr
-    if HAS_PROMPTS:
-        prompts = prompt_ptr + b * stride_pb + h * D
-        if POOL:
-            start, P = prompt_range(ranges_ptr, b, pool_size, P)
-            prompts += start.to(tl.int64) * stride_p
-    # Values follow keys by H*D elements in both sources, and keys follow queries where there are any.
-    prompt_keys = prompts
-    if PROMPT_QUERIES:
-        prompt_keys = prompts + H * D
-    keys = tokens + H * D
-
     if PROMPT_QUERIES:
         q = load_rows(mixed_rows(row, tokens, prompts, 0, 0, N, N, P, stride_n, stride_p, True, ALIGNED, INDEX), D, DP)
     else:
         q = load_block(tokens, row.to(INDEX) * stride_n, D, DP)
-    # Scaled queries take registers as an operand of wgmma; with all scores in registers, keys are scaled instead.
-    if QUERY_SCALE != 1.0 and not RESIDENT:
+    # Scaled queries take registers as an operand of wgmma; where all keys or all scores stay, keys are scaled instead.
+    if QUERY_SCALE != 1.0 and not KEYS_RESIDENT and not SCORES_RESIDENT:
         q = q * QUERY_SCALE
 
     source = bias_ptr
@@ -225,11 +266,12 @@ def _forward_kernel(
         source = (bias_ptr + h.to(tl.int64) * stride_th, ids_ptr)
         bias_row = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX)
 
-    if RESIDENT:
-        acc, l, m = _attend_resident(
-            q, keys, prompt_keys, source, bias_row, has_bias, N, P, prompt_column, stride_n, stride_p, H, D, DP,
-            BLOCK_M, BLOCK_N, TAIL_1, TAIL_2, TOKEN_BLOCKS, PROMPT_BLOCKS, HAS_PROMPTS, BIAS, PROMPT_BIAS,
-            PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ALIGNED, INDEX, QUERY_SCALE, SCALE, FACTOR, ACC, PRECISION,
+    if KEYS_RESIDENT or SCORES_RESIDENT:
+        acc, l, m = _attend_unrolled(
+            q, keys, prompt_keys, resident_k, resident_v, source, bias_row, has_bias, N, P, prompt_column, stride_n,
+            stride_p, H, D, DP, BLOCK_M, BLOCK_N, TAIL_1, TAIL_2, KEYS_RESIDENT, SCORES_RESIDENT, TOKEN_BLOCKS,
+            PROMPT_BLOCKS, HAS_PROMPTS, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ALIGNED, INDEX,
+            QUERY_SCALE, SCALE, FACTOR, ACC, PRECISION,
         )
     else:
         acc, l, m = _attend_streaming(
@@ -247,6 +289,82 @@ def _forward_kernel(
     tl.store(out_row[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=keep)
     if WITH_LSE:
         tl.store(lse_ptr + (b * H + h) * rows + offs_m, (m + tl.log2(l)) * LN2, mask=stored)
+
+
+@triton.jit
+def _forward_kernel(
+    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, lse_ptr,
+    N, P, pool_size, prompt_column,
+    stride_b, stride_pb, stride_th, stride_n: tl.constexpr, stride_p: tl.constexpr, stride_tn: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_1: tl.constexpr, TAIL_2: tl.constexpr,
+    KEYS_RESIDENT: tl.constexpr, SCORES_RESIDENT: tl.constexpr, HEADS_FIRST: tl.constexpr, TOKEN_BLOCKS: tl.constexpr,
+    PROMPT_BLOCKS: tl.constexpr, HAS_PROMPTS: tl.constexpr,
+    POOL: tl.constexpr, PROMPT_QUERIES: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr,
+    PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    WITH_LSE: tl.constexpr, ALIGNED: tl.constexpr,
+    INDEX: tl.constexpr, QUERY_SCALE: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):
+    rows = N
+    if PROMPT_QUERIES:
+        rows = N + P
+    row_blocks = tl.cdiv(rows, BLOCK_M)
+    pid = tl.program_id(0)
+    if KEYS_RESIDENT:
+        h = pid % H
+        b = pid // H
+        first = 0
+    elif HEADS_FIRST:
+        h = pid % H
+        b = pid // H // row_blocks
+        first = (pid // H) % row_blocks * BLOCK_M
+    else:
+        h = pid // row_blocks % H
+        b = pid // row_blocks // H
+        first = (pid % row_blocks) * BLOCK_M
+    b = b.to(tl.int64)
+
+    tokens = qkv_ptr + b * stride_b + h * D
+    prompts = qkv_ptr
+    if HAS_PROMPTS:
+        prompts = prompt_ptr + b * stride_pb + h * D
+        if POOL:
+            start, P = prompt_range(ranges_ptr, b, pool_size, P)
+            prompts += start.to(tl.int64) * stride_p
+    # Values follow keys by H*D elements in both sources, and keys follow queries where there are any.
+    prompt_keys = prompts
+    if PROMPT_QUERIES:
+        prompt_keys = prompts + H * D
+    keys = tokens + H * D
+
+    resident_k = ()
+    resident_v = ()
+    if KEYS_RESIDENT:
+        for i in tl.static_range(TOKEN_BLOCKS + PROMPT_BLOCKS + (TAIL_1 > 0) + (TAIL_2 > 0)):
+            k, v = _key_part(i, keys, prompt_keys, N, P, stride_n, stride_p, H, D, DP, BLOCK_N, TAIL_1, TAIL_2,
+                             TOKEN_BLOCKS, PROMPT_BLOCKS, HAS_PROMPTS, ALIGNED, INDEX)
+            if QUERY_SCALE != 1.0:
+                k = k * QUERY_SCALE
+            resident_k = resident_k + (k,)  # type: ignore[assignment]  # noqa: RUF005
+            resident_v = resident_v + (v,)  # type: ignore[assignment]  # noqa: RUF005
+        tl.assume(rows > 0)
+        for row in tl.range(0, rows, BLOCK_M, num_stages=1, loop_unroll_factor=1):
+            _attend_rows(
+                row, tokens, prompts, keys, prompt_keys, resident_k, resident_v, bias_ptr, ids_ptr, out_ptr, lse_ptr,
+                b, h, N, P, rows, prompt_column, stride_th, stride_n, stride_p, stride_tn, H, D, DP, BLOCK_M, BLOCK_N,
+                TAIL_1, TAIL_2, KEYS_RESIDENT, SCORES_RESIDENT, TOKEN_BLOCKS, PROMPT_BLOCKS, HAS_PROMPTS, POOL,
+                PROMPT_QUERIES, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, WITH_LSE, ALIGNED, INDEX,
+                QUERY_SCALE, SCALE, FACTOR, ACC, PRECISION, STAGES,
+            )
+    else:
+        _attend_rows(
+            first, tokens, prompts, keys, prompt_keys, resident_k, resident_v, bias_ptr, ids_ptr, out_ptr, lse_ptr,
+            b, h, N, P, rows, prompt_column, stride_th, stride_n, stride_p, stride_tn, H, D, DP, BLOCK_M, BLOCK_N,
+            TAIL_1, TAIL_2, KEYS_RESIDENT, SCORES_RESIDENT, TOKEN_BLOCKS, PROMPT_BLOCKS, HAS_PROMPTS, POOL,
+            PROMPT_QUERIES, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, WITH_LSE, ALIGNED, INDEX,
+            QUERY_SCALE, SCALE, FACTOR, ACC, PRECISION, STAGES,
+        )
 
 
 @triton.jit

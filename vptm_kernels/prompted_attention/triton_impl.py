@@ -18,6 +18,7 @@ from .._runtime.triton_support import architecture, interpreting
 from .bias import ROW_ALIGNMENT
 from .configs import (
     Config,
+    ForwardConfig,
     bias_grad_config,
     compiler_options,
     fits_tile,
@@ -25,7 +26,6 @@ from .configs import (
     heads_per_table_grad,
     images_per_program,
     key_grad_config,
-    keys_resident,
     query_grad_config,
     table_grad_blocks,
     tails,
@@ -154,13 +154,15 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _blocks(config: Config, arch: str) -> dict[str, int]:
+def _blocks(config: Config | ForwardConfig, arch: str) -> dict[str, int]:
+    limit = config.max_registers if isinstance(config, ForwardConfig) else 0
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "STAGES": config.num_stages,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        **({"maxnreg": limit} if limit else {}),
         **compiler_options(arch),
     }
 
@@ -301,11 +303,20 @@ def forward(
     if batch == 0 or rows == 0:
         return out, lse
     source = _prepare_bias(problem, bias, token_ids, window, qkv.dtype)
-    config = forward_config(*problem.target, problem.tokens, interpreted=interpreting())
-    resident = not problem.pooled and keys_resident(
-        *problem.target, problem.tokens + problem.prompts, source.bits, interpreted=interpreting()
+    constants = problem.constants(source)
+    config = forward_config(
+        *problem.target,
+        problem.tokens,
+        problem.tokens + problem.prompts,
+        source.bits,
+        constants["QUERY_SCALE"] != 1,
+        problem.pooled,
+        problem.prompt_queries,
+        interpreted=interpreting(),
     )
-    _forward_kernel[(triton.cdiv(rows, config.block_m) * batch * heads,)](
+    unrolled = config.keys_resident or config.scores_resident
+    row_blocks = 1 if config.keys_resident else triton.cdiv(rows, config.block_m)
+    _forward_kernel[(row_blocks * batch * heads,)](
         qkv,
         prompts,
         ranges,
@@ -320,9 +331,11 @@ def forward(
         *problem.image_strides,
         source.head_stride,
         WITH_LSE=with_lse,
-        RESIDENT=resident,
-        **problem.constants(source),
-        **problem.key_parts(config.block_n, resident),
+        KEYS_RESIDENT=config.keys_resident,
+        SCORES_RESIDENT=config.scores_resident,
+        HEADS_FIRST=config.heads_first,
+        **constants,
+        **problem.key_parts(config.block_n, unrolled),
         **_blocks(config, problem.arch),
     )
     return out, lse
