@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -408,3 +409,45 @@ def test_transform_refuses_what_it_cannot_prepare() -> None:
 def test_dataset_parts_must_have_one_length() -> None:
     with pytest.raises(ValueError, match="one length, got 2, 1, 2"):
         ImageDataset(np.zeros((2, 4, 4), np.uint8), np.zeros(1), ["a"], keys=["0", "1"])
+
+
+@pytest.mark.parametrize("again", ["./pics/a/0.png", "pics/../pics/a/0.png", "link.png"])
+def test_csv_that_names_one_picture_in_two_ways_is_refused(tmp_path: Path, again: str) -> None:
+    """One picture under two labels teaches noise; in train and test it is a leak."""
+    file = write_csv(tmp_path, ["pics/a/0.png,x", f"{again},y"], "path,label")
+    (tmp_path / "link.png").symlink_to(tmp_path / "pics" / "a" / "0.png")
+    with pytest.raises(ValueError, match=r"row 3: .* has the labels 'x' and 'y'"):
+        load_data(file)
+    file.write_text(f"path,label,split\npics/a/0.png,x,train\n{again},x,test\n")
+    with pytest.raises(ValueError, match=r"row 3: must list each image once, found pics/a/0\.png more than once, as"):
+        load_data(file)
+
+
+def test_csv_messages_are_bounded(tmp_path: Path) -> None:
+    """A file that is no such table must not fill the screen, nor end in an error of another kind."""
+    rows = ["x" * 100_000 + ",a", "pics/a/0.png," + "9" * 5000 + "," + "y" * 100_000]
+    for row in rows:
+        with pytest.raises((ValueError, FileNotFoundError), match="row 2") as refusal:
+            load_data(write_csv(tmp_path, [row], "path,label"))
+        assert len(str(refusal.value)) < 3000
+    listed = [f"pics/{folder}/{k}.png,{label}" for folder, label in (("a", "9" * 5000), ("d", "8")) for k in range(3)]
+    assert load_data(write_csv(tmp_path, listed, "path,label")).classes == ["8", "9" * 5000]
+
+
+def test_a_name_of_a_data_set_and_of_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained on the other one of the two, a run looks the same until its classes are read."""
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "digits", 4)
+    with pytest.raises(ValueError, match=r"data 'digits' is the name of a data set and of .*digits: pass \./digits"):
+        load_data("digits")
+    for source in ("./digits", Path("digits"), str(tmp_path / "digits")):
+        assert load_data(source).classes == ["left", "right", "upper"]
+
+
+def test_sources_that_are_no_folder_or_file_do_not_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "labels.csv")
+    with pytest.raises(ValueError, match=r"data must be a folder of class folders or a \.csv file, got"):
+        load_data(tmp_path / "labels.csv")
+    with pytest.raises(FileNotFoundError, match="data not found") as refusal:
+        load_data("x" * 100_000)
+    assert len(str(refusal.value)) < 2000

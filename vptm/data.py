@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
-from collections import Counter
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,17 +16,43 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
 
 from .choices import hint, one_of
+from .folders import SPLIT_NAMES, read_folder
+from .pictures import (
+    BACKGROUND,
+    BadImageError,
+    check_picture_options,
+    image_files,
+    one_line,
+    read_image,
+    shortened,
+    to_8_bit,
+)
+
+__all__ = (
+    "ON_BAD_IMAGE",
+    "SOURCES",
+    "BadImageError",
+    "ImageData",
+    "ImageDataset",
+    "dataset_labels",
+    "few_shot",
+    "image_files",
+    "load_data",
+    "picture_options",
+    "read_image",
+    "to_8_bit",
+    "transforms",
+)
 
 SOURCES = ("builtin", "fashion-mnist", "digits", "mnist5k", "stamps")
 ON_BAD_IMAGE = ("error", "skip")
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -56,38 +82,7 @@ STAMPS_CLASSES = (
     "vehicles",
 )
 _STAMP_SIDE = 96
-_SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _TEST_SHARE, _VAL_SHARE = 0.2, 0.1
-
-
-class BadImageError(ValueError):
-    """An image file that cannot be decoded; the message names the file."""
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """Decode one image file fully, upright by its EXIF orientation, 16-bit grey reduced to 8 bits.
-
-    Raises:
-        FileNotFoundError: no such file.
-        BadImageError: not an image, truncated, or too large to be one (Pillow's decompression-bomb limit).
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):
-                # Pillow clips 16-bit values to 255 when it converts them to 8 bits
-                values = np.asarray(upright)
-                upright = Image.fromarray((values // 256 if values.max() > 255 else values).astype(np.uint8))
-            return upright
-    except FileNotFoundError:
-        raise FileNotFoundError(f"image not found: {path}") from None
-    except Exception as error:  # Pillow's decoders raise many kinds on broken files
-        raise BadImageError(f"cannot read image {path}: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 class ImageDataset(Dataset[tuple[Any, int]]):
@@ -99,6 +94,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         classes: label names.
         keys: N stable names (relative paths or row numbers); splits and few-shot draws depend on them alone.
         transform: PIL image -> anything a DataLoader collates.
+        background, value_range: how files are read, see `vptm.data.to_8_bit`.
     """
 
     def __init__(
@@ -109,6 +105,8 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         *,
         keys: Sequence[str],
         transform: Callable[[Image.Image], Any] | None = None,
+        background: str | None = BACKGROUND,
+        value_range: tuple[float, float] | None = None,
     ) -> None:
         if not len(images) == len(labels) == len(keys):
             raise ValueError(
@@ -119,6 +117,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         self.classes = list(classes)
         self.keys = list(keys)
         self.transform = transform
+        self.background, self.value_range = background, value_range
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -126,26 +125,31 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     def image(self, index: int) -> Image.Image:
         """The untransformed image; raises `BadImageError` where its file cannot be decoded."""
         item = self.images[index]
-        return Image.fromarray(item) if isinstance(item, np.ndarray) else read_image(item)
+        if isinstance(item, np.ndarray):
+            return Image.fromarray(item)
+        return read_image(item, background=self.background, value_range=self.value_range)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.image(index)
         return (image if self.transform is None else self.transform(image)), int(self.labels[index])
 
+    def _with(self, **changes: Any) -> ImageDataset:
+        names = ("images", "labels", "classes", "keys", "transform", "background", "value_range")
+        return ImageDataset(**({name: getattr(self, name) for name in names} | changes))
+
     def subset(self, indices: Iterable[int] | np.ndarray) -> ImageDataset:
         """The images at `indices`, in that order, with the same transform."""
         chosen = np.asarray(list(indices), dtype=np.int64)
         images = self.images[chosen] if isinstance(self.images, np.ndarray) else [self.images[i] for i in chosen]
-        keys = [self.keys[i] for i in chosen]
-        return ImageDataset(images, self.labels[chosen], self.classes, keys=keys, transform=self.transform)
+        return self._with(images=images, labels=self.labels[chosen], keys=[self.keys[i] for i in chosen])
 
     def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> ImageDataset:
         """The same images under another transform."""
-        return ImageDataset(self.images, self.labels, self.classes, keys=self.keys, transform=transform)
+        return self._with(transform=transform)
 
-    def with_labels(self, labels: np.ndarray) -> ImageDataset:
-        """The same images under other labels."""
-        return ImageDataset(self.images, labels, self.classes, keys=self.keys, transform=self.transform)
+    def with_labels(self, labels: np.ndarray, classes: Sequence[str] | None = None) -> ImageDataset:
+        """The same images under other labels, and under other label names where given."""
+        return self._with(labels=labels, classes=self.classes if classes is None else classes)
 
     def unreadable(self) -> dict[int, str]:
         """Index and message of every image that cannot be decoded; decodes every file once."""
@@ -189,6 +193,8 @@ def load_data(
     on_bad_image: str = "error",
     seed: int = 0,
     holdout: bool = True,
+    background: str = BACKGROUND,
+    value_range: tuple[float, float] | None = None,
 ) -> ImageData:
     """Load images and labels as train, val and test data sets.
 
@@ -199,20 +205,23 @@ def load_data(
 
     Args:
         source: "builtin" (a shipped Fashion-MNIST subset: 64 train, 32 val, 150 test images per class),
-            "fashion-mnist", "digits", "mnist5k", "stamps" (96 x 96 colour photos and drawings of 11 kinds of things, on
-            white), all from packages (each refusal says how to install it), an image folder `root/class/*.png` or
-            `root/{train,val,test}/class/*.png`, or a CSV file with the header `path,label` or `path,label,split`, its
-            paths relative to its own folder.
+            "fashion-mnist", "digits", "mnist5k", "stamps" (96 x 96 colour photos and drawings of 11 kinds of things),
+            all from packages (each refusal says how to install it), an image folder `root/class/*` or
+            `root/{train,val,test}/class/*` (see `vptm.folders.read_folder` for the names of splits), or a CSV file with
+            the header `path,label` or `path,label,split`, its paths relative to its own folder.
         transform: PIL image -> tensor for val and test, see `vptm.transforms`; None yields PIL images.
         train_transform: the same for train; None uses `transform`.
         on_bad_image: "error": reading a broken file raises `BadImageError` naming it. "skip": every file is decoded
             once here, broken ones are dropped and reported in `notes`.
         seed: of the division.
         holdout: False leaves an undivided source whole, in `test`.
+        background, value_range: how pictures with transparency, or of more than 8 bits, are read, see
+            `vptm.data.to_8_bit`.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a package data set that is not installed.
-        ValueError: unknown name, no images, an empty class, one class only, labels that do not match.
+        ValueError: unknown name, a name that is also that of a file or folder here, no images, an empty class, one
+            class only, labels that do not match, folders that may be splits and may be classes.
 
     Example:
         >>> data = load_data("digits")
@@ -222,8 +231,10 @@ def load_data(
     one_of("on_bad_image", on_bad_image, ON_BAD_IMAGE)
     if not isinstance(source, (str, Path)):
         raise TypeError(f"data must be a name or a path, got {type(source).__name__}")
+    check_picture_options(background, value_range)
     notes: list[str] = []
-    parts, name, flip = _read_source(source, notes)
+    found, name, flip = _read_source(source, notes, background)
+    parts = {split: part._with(background=background, value_range=value_range) for split, part in found.items()}
     if list(parts) == ["all"]:
         whole = parts["all"]
         if holdout:
@@ -261,25 +272,33 @@ def load_data(
     )
 
 
-def _read_source(source: str | Path, notes: list[str]) -> tuple[dict[str, ImageDataset], str, bool]:
-    if source == "builtin":
-        return _builtin(), "builtin", True
-    if source == "fashion-mnist":
-        return _fashion_mnist(), "fashion-mnist", True
-    if source == "digits":
-        return _digits(), "digits", False
-    if source == "mnist5k":
-        return _mnist5k(), "mnist5k", False
-    if source == "stamps":
-        return _stamps(), "stamps", True
+def _read_source(source: str | Path, notes: list[str], background: str) -> tuple[dict[str, ImageDataset], str, bool]:
     path = Path(source)
-    if path.is_dir():
+    if isinstance(source, str) and source in SOURCES:
+        if path.exists():
+            raise ValueError(
+                f"data {source!r} is the name of a data set and of {path.resolve()}: pass ./{source} for that one, "
+                "or run in another folder"
+            )
+        read: dict[str, Callable[[], dict[str, ImageDataset]]] = {
+            "builtin": _builtin,
+            "fashion-mnist": _fashion_mnist,
+            "digits": _digits,
+            "mnist5k": _mnist5k,
+            "stamps": lambda: _stamps(background),
+        }
+        return read[source](), source, source not in ("digits", "mnist5k")
+    text = shortened(str(source), 1000)
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:  # a name that no system takes
+        raise FileNotFoundError(f"data not found: {text}: {one_line(error)}") from None
+    if is_folder:
         return _image_folder(path, notes), path.resolve().name, True
-    if path.is_file():
-        if path.suffix.lower() != ".csv":
-            raise ValueError(f"data must be a folder of class folders or a .csv file, got the file {path}")
-        return _csv_file(path, notes), path.stem, True
-    text = str(source)
+    if exists:
+        if path.suffix.lower() != ".csv" or not path.is_file():
+            raise ValueError(f"data must be a folder of class folders or a .csv file, got {text}")
+        return _csv_file(path), path.stem, True
     if len(path.parts) == 1 and not path.suffix:
         raise ValueError(
             f"data must be one of {', '.join(SOURCES)}, a folder or a .csv file, got {text!r}{hint(text, SOURCES)}"
@@ -347,140 +366,112 @@ def _mnist5k() -> dict[str, ImageDataset]:
     return {"all": _from_arrays(images, table[:, -1], [str(digit) for digit in range(10)], "mnist5k")}
 
 
-def _stamps() -> dict[str, ImageDataset]:
+def _stamps(background: str) -> dict[str, ImageDataset]:
     if not STAMPS_FOLDER.is_dir():
         raise FileNotFoundError(
             f"data 'stamps' expects {STAMPS_FOLDER}: install it with: apt-get install tuxpaint-stamps-default"
         )
     paths = [path for name in STAMPS_CLASSES for path in sorted((STAMPS_FOLDER / name).rglob("*.png"))]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        images = np.stack(list(pool.map(_on_white, paths)))
+        images = np.stack(list(pool.map(lambda path: _in_a_square(path, background), paths)))
     keys = [path.relative_to(STAMPS_FOLDER).as_posix() for path in paths]
     labels = np.array([STAMPS_CLASSES.index(key.split("/")[0]) for key in keys])
     return {"all": ImageDataset(images, labels, STAMPS_CLASSES, keys=keys)}
 
 
-def _on_white(path: Path) -> np.ndarray:
-    """A cut-out picture in the middle of a white square: what is transparent has arbitrary colours in the file."""
-    picture = read_image(path).convert("RGBA")
+def _in_a_square(path: Path, background: str) -> np.ndarray:
+    """A cut-out picture in the middle of a square: what is transparent has arbitrary colours in the file."""
+    picture = read_image(path, background=None).convert("RGBA")
     picture.thumbnail((_STAMP_SIDE, _STAMP_SIDE), Image.Resampling.BICUBIC)
-    square = Image.new("RGBA", (_STAMP_SIDE, _STAMP_SIDE), "white")
-    square.alpha_composite(picture, ((_STAMP_SIDE - picture.width) // 2, (_STAMP_SIDE - picture.height) // 2))
-    return np.asarray(square.convert("RGB"))
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Every image file below `folder`, sorted; hidden files are left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+    square = Image.new("RGBA", (_STAMP_SIDE, _STAMP_SIDE))
+    square.paste(picture, ((_STAMP_SIDE - picture.width) // 2, (_STAMP_SIDE - picture.height) // 2))
+    return np.asarray(to_8_bit(square, background=background))
 
 
 def _image_folder(root: Path, notes: list[str]) -> dict[str, ImageDataset]:
-    folders = _subfolders(root)
-    if not folders:
-        raise ValueError(
-            f"{root} must hold one folder per class, found {'loose files only' if any(root.iterdir()) else 'nothing'}"
+    parts, classes = read_folder(root, notes)
+    number = {name: index for index, name in enumerate(classes)}
+    return {
+        split: ImageDataset(
+            listing.paths,
+            np.array([number[name] for name in listing.names]),
+            classes,
+            keys=[path.relative_to(root).as_posix() for path in listing.paths],
         )
-    splits = {folder: _SPLIT_NAMES[folder.name.lower()] for folder in folders if folder.name.lower() in _SPLIT_NAMES}
-    # "train" can also be the name of a class (of vehicles): a split holds class folders and no images of its own
-    divided = all(_subfolders(folder) and not any(_is_image(file) for file in folder.iterdir()) for folder in splits)
-    if not splits or not divided or not ("train" in splits.values() or len(splits) == len(folders)):
-        return {"all": _class_folders(root, root, None)}
-    if len(set(splits.values())) < len(splits):
-        raise ValueError(f"{root} must name each split once, found {', '.join(folder.name for folder in splits)}")
-    if ignored := [folder.name for folder in folders if folder not in splits]:
-        notes.append(f"folders beside the splits are ignored: {', '.join(ignored)}")
-    by_split = {split: folder for folder, split in splits.items()}
-    order = [split for split in ("train", "val", "test") if split in by_split]
-    classes = [child.name for child in _subfolders(by_split[order[0]])]
-    return {split: _class_folders(by_split[split], root, classes) for split in order}
+        for split, listing in parts.items()
+    }
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
-def _class_folders(folder: Path, root: Path, classes: list[str] | None) -> ImageDataset:
-    found = [child.name for child in _subfolders(folder)]
-    classes = found if classes is None else classes
-    if unknown := [name for name in found if name not in classes]:
-        raise ValueError(f"{folder} holds the class {unknown[0]!r}, which the train split does not have")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for name in found:
-        files = image_files(folder / name)
-        if not files:
-            raise ValueError(f"{folder / name} must hold images of the class {name!r}, found none")
-        paths += files
-        labels += [classes.index(name)] * len(files)
-    if not paths:
-        raise ValueError(f"{folder} must hold one folder of images per class, found no images")
-    keys = [path.relative_to(root).as_posix() for path in paths]
-    return ImageDataset(paths, np.array(labels), classes, keys=keys)
-
-
-def _csv_file(file: Path, notes: list[str]) -> dict[str, ImageDataset]:
+def _csv_file(file: Path) -> dict[str, ImageDataset]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             rows = list(csv.reader(lines, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file} must be a UTF-8 csv file: {_one_line(error)}") from None
+        raise ValueError(f"{file} must be a UTF-8 csv file: {one_line(error)}") from None
     header = [name.strip() for name in rows[0]] if rows else []
     if header not in (["path", "label"], ["path", "label", "split"]):
         raise ValueError(
-            f"{file} must start with the header path,label or path,label,split, found {','.join(header)!r}"
+            f"{file} must start with the header path,label or path,label,split, found {shortened(','.join(header))!r}"
         )
     parsed: list[tuple[str, str, str]] = []
-    label_of: dict[str, str] = {}
+    seen: dict[str, tuple[str, str]] = {}
     for number, row in enumerate(rows[1:], start=2):
         if not row:
             continue
         if len(row) != len(header) or not row[0].strip() or not row[1].strip():
-            raise ValueError(f"{file} row {number}: expected {','.join(header)}, found {','.join(row)!r}")
+            raise ValueError(f"{file} row {number}: expected {','.join(header)}, found {shortened(','.join(row))!r}")
         path, label, split = row[0].strip(), row[1].strip(), row[2].strip().lower() if len(row) == 3 else None
-        if split is not None and split not in _SPLIT_NAMES:
-            raise ValueError(f"{file} row {number}: split must be one of {', '.join(_SPLIT_NAMES)}, found {split!r}")
-        if label_of.setdefault(path, label) != label:
-            raise ValueError(f"{file} row {number}: {path} has the labels {label_of[path]!r} and {label!r}")
-        if not (file.parent / path).is_file():
-            raise FileNotFoundError(f"{file} row {number}: image not found: {file.parent / path}")
-        parsed.append((path, label, "all" if split is None else _SPLIT_NAMES[split]))
+        if split is not None and split not in SPLIT_NAMES:
+            raise ValueError(
+                f"{file} row {number}: split must be one of {', '.join(SPLIT_NAMES)}, found {shortened(split)!r}"
+            )
+        if not _is_file(file.parent / path):
+            raise FileNotFoundError(f"{file} row {number}: image not found: {shortened(str(file.parent / path), 1000)}")
+        # however it is written, by way of a link too, one file is one image
+        first, its_label = seen.setdefault(os.path.realpath(file.parent / path), (path, label))
+        if its_label != label:
+            both = f"{shortened(its_label)!r} and {shortened(label)!r}"
+            raise ValueError(f"{file} row {number}: {path} has the labels {both}")
+        if len(seen) == len(parsed):
+            also = "" if first == path else f", as {first} and {path}"
+            raise ValueError(f"{file} row {number}: must list each image once, found {first} more than once{also}")
+        parsed.append((path, label, "all" if split is None else SPLIT_NAMES[split]))
     if not parsed:
         raise ValueError(f"{file} must list images, found a header only")
-    repeated = [path for path, count in Counter(path for path, _, _ in parsed).items() if count > 1]
-    if repeated:
-        raise ValueError(f"{file} must list each image once, found {repeated[0]} more than once")
     named = {split for _, _, split in parsed}
     classes = sorted({label for _, label, split in parsed if split == "train" or "train" not in named}, key=_natural)
+    numbers = {label: index for index, label in enumerate(classes)}
     parts = {}
     for split in ("all", "train", "val", "test"):
         chosen = [(path, label) for path, label, of in parsed if of == split]
         if not chosen:
             continue
-        if unknown := [label for _, label in chosen if label not in classes]:
+        if unknown := [label for _, label in chosen if label not in numbers]:
             raise ValueError(
-                f"{file}: the {split} split has the label {unknown[0]!r}, which the train split does not have"
+                f"{file}: the {split} split has the label {shortened(unknown[0])!r}, "
+                "which the train split does not have"
             )
         parts[split] = ImageDataset(
             [file.parent / path for path, _ in chosen],
-            np.array([classes.index(label) for _, label in chosen]),
+            np.array([numbers[label] for _, label in chosen]),
             classes,
             keys=[path for path, _ in chosen],
         )
     return parts
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than the system takes
+        return False
+
+
 def _natural(label: str) -> tuple[bool, int, str]:
     """Whole numbers in their own order, before words."""
     number = label.isascii() and label.isdigit()
-    return not number, int(label) if number else 0, label
+    digits = label.lstrip("0") if number else ""
+    return not number, len(digits), digits or label
 
 
 def _drop_unreadable(part: ImageDataset, notes: list[str]) -> ImageDataset:
@@ -561,13 +552,15 @@ def few_shot(dataset: ImageDataset, shots: int, *, seed: int = 0) -> ImageDatase
 class _Preprocess:
     """PIL image -> normalised (C, H, W) float tensor, with a random mirror and shift where asked."""
 
-    def __init__(self, mode: str, pipeline: Callable[[Image.Image], Tensor], flip: bool, shift: int) -> None:
-        self.mode, self.pipeline, self.flip, self.shift = mode, pipeline, flip, shift
+    def __init__(
+        self, mode: str, pipeline: Callable[[Image.Image], Tensor], flip: bool, shift: int, options: dict[str, Any]
+    ) -> None:
+        self.mode, self.pipeline, self.flip, self.shift, self.options = mode, pipeline, flip, shift, options
 
     def __call__(self, image: Image.Image) -> Tensor:
         if not isinstance(image, Image.Image):
             raise TypeError(f"image must be a PIL image, got {type(image).__name__}")
-        pixels = self.pipeline(image.convert(self.mode))
+        pixels = self.pipeline(to_8_bit(image, **self.options).convert(self.mode))
         if self.flip and torch.rand(()) < 0.5:
             pixels = pixels.flip(-1)
         if self.shift:
@@ -581,7 +574,8 @@ class _Preprocess:
 def transforms(model: nn.Module, train: bool = False, *, flip: bool = True) -> Callable[[Image.Image], Tensor]:
     """The preprocessing `model.default_cfg` asks for: PIL image of any mode and size -> float tensor (C, H, W).
 
-    Grey or RGB by the model's channels, resize, centre crop and normalisation through timm. For training, images of
+    8 bits without transparency (`vptm.data.to_8_bit`), grey or RGB by the model's channels, resize, centre crop and
+    normalisation through timm. For training, images of
     64 pixels and more get timm's random resized crop (area 0.25 to 1) and mirror; smaller ones keep their frame and
     get a mirror and a shift of up to 1/14 of the side with edge padding. Random draws come from torch's and Python's
     global generators. Mean and deviation are those the weights were made with; VPT and SPT feed every ViT ImageNet's:
@@ -589,7 +583,7 @@ def transforms(model: nn.Module, train: bool = False, *, flip: bool = True) -> C
 
     Args:
         model: has `default_cfg` with `input_size` (C, H, W), `mean`, `std` and optionally `interpolation`, `crop_pct`,
-            `crop_mode`.
+            `crop_mode`, `background`, `value_range`.
         train: add the random changes of training.
         flip: allow the mirror; use False where it changes the class, as with digits (`ImageData.flip`).
 
@@ -620,4 +614,16 @@ def transforms(model: nn.Module, train: bool = False, *, flip: bool = True) -> C
     )
     small_training = train and not large
     shift = max(1, round(min(height, width) / 14)) if small_training else 0
-    return _Preprocess(modes[channels], pipeline, flip and small_training, shift)
+    return _Preprocess(modes[channels], pipeline, flip and small_training, shift, picture_options(model))
+
+
+def picture_options(model: nn.Module) -> dict[str, Any]:
+    """`background` and `value_range` of the pictures that `model` was trained on, for `read_image`.
+
+    Example:
+        >>> import vptm
+        >>> picture_options(vptm.PromptedBEiT("builtin", num_classes=10))
+        {'background': 'white', 'value_range': None}
+    """
+    config: dict[str, Any] = model.default_cfg  # type: ignore[assignment]
+    return {"background": config.get("background", BACKGROUND), "value_range": config.get("value_range")}

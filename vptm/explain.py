@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from .adapters import write_atomically
-from .data import read_image, transforms
+from .data import picture_options, read_image, transforms
 from .prompted_beit import PromptedBEiT
 from .prompted_model import PromptedModel
 from .reference import reference_features, softmax_attention
@@ -92,7 +92,9 @@ def inspect_tokens(
         raise ValueError(f"layer must be an integer in {-depth} .. {depth - 1}, got {layer!r}")
     place = model.backbone.patch_embed.proj.weight
     if not isinstance(image, Tensor):
-        image = transforms(model)(image if isinstance(image, Image.Image) else read_image(image))
+        if not isinstance(image, Image.Image):
+            image = read_image(image, **picture_options(model))
+        image = transforms(model)(image)
     elif not image.is_floating_point():
         raise TypeError(f"image must be floating point, normalised as vptm.transforms does, got {image.dtype}")
     pixels = image.to(place)[None]

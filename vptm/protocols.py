@@ -100,7 +100,7 @@ def only_classes(dataset: ImageDataset, labels: Sequence[int]) -> ImageDataset:
     new = {label: number for number, label in enumerate(labels)}
     names = [dataset.classes[label] for label in labels]
     numbers = np.array([new[int(label)] for label in part.labels], dtype=np.int64)
-    return ImageDataset(part.images, numbers, names, keys=part.keys, transform=part.transform)
+    return part.with_labels(numbers, names)
 
 
 def read_class_features(path: str | Path, classes: Sequence[str]) -> ClassFeatures:

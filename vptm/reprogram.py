@@ -25,6 +25,7 @@ from .label_mapping import (
     semantic_scores,
     text_encoder,
 )
+from .pictures import to_8_bit
 from .source_classifier import SourceClassifier, load_classifier
 from .visual_prompts import PIXEL_PROMPTS, ReprogrammedClassifier, VisualPrompt, fit_visual_prompt
 
@@ -122,7 +123,7 @@ def _prompt(mode: str | None, source: SourceClassifier, image_size: int, border:
 
 def _inside(size: int) -> Callable[[Image.Image], Tensor]:
     """PIL image -> (3, size, size) in 0..1, for the middle of an expansive border."""
-    return lambda image: to_tensor(center_crop(resize(image.convert("RGB"), size), [size, size]))
+    return lambda image: to_tensor(center_crop(resize(to_8_bit(image).convert("RGB"), size), [size, size]))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from .choices import hint
+from .pictures import to_8_bit
 
 
 class SourceClassifier(NamedTuple):
@@ -81,7 +82,7 @@ def load_classifier(
         given = "ImageNet" if labels is None else str(labels)
         raise ValueError(f"labels must name all {outputs} outputs of {name}, {given} has {len(names)}")
     transform = create_transform(**config, is_training=False)
-    return SourceClassifier(model, lambda image: transform(image.convert("RGB")), config, names, tuple(notes))
+    return SourceClassifier(model, lambda image: transform(to_8_bit(image).convert("RGB")), config, names, tuple(notes))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
