@@ -65,6 +65,24 @@ def channels(arch: str, dtype_bits: int, width: int, aligned: bool) -> int:
     return min(max(16, next_power_of_2(width)), 64 if dtype_bits >= 32 or not aligned else 128)
 
 
+class CombineConfig(NamedTuple):
+    """splits that one step adds, rows and dims of a program."""
+
+    splits: int
+    rows: int
+    dims: int
+    num_warps: int
+
+
+def combine_config(arch: str, splits: int, dim: int) -> CombineConfig:
+    """Small tiles of the result, so that programs cover a GPU though the result is small, and many splits a step: 128
+    splits one after the other would wait for memory 128 times.
+    """
+    if arch == "cpu":
+        return CombineConfig(2, 16, 16, 4)
+    return CombineConfig(min(16, next_power_of_2(splits)), 4, min(32, max(16, next_power_of_2(dim))), 4)
+
+
 def tokens_per_split(arch: str, tokens: int, other_programs: int, block: int) -> int:
     """Tokens that one program walks over, so that the programs fill the device about once.
 
@@ -72,7 +90,7 @@ def tokens_per_split(arch: str, tokens: int, other_programs: int, block: int) ->
     writes partial sums as large as the result.
     """
     blocks = -(-tokens // block)
-    # The interpreter has two splits, one of them ragged.
-    available = 2 if arch == "cpu" else MULTIPROCESSORS.get(arch, AMD_COMPUTE_UNITS if arch.startswith("gfx") else 108)
+    # The interpreter has three splits, one of them ragged: two steps of combine_config.
+    available = 3 if arch == "cpu" else MULTIPROCESSORS.get(arch, AMD_COMPUTE_UNITS if arch.startswith("gfx") else 108)
     splits = max(1, min(blocks, available if arch == "cpu" else available // max(1, other_programs)))
     return -(-blocks // splits) * block

@@ -114,43 +114,52 @@ def _readout_kernel(hidden, weight, bias, reader, part, seen_part, statistics,
 def _combine_kernel(part, seen_part, statistics, out, squared, saved,
                     B, V, D, per_split, S,
                     ACTIVATION: tl.constexpr, SQUARES: tl.constexpr, ACC: tl.constexpr,
-                    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out (B, D), squared (B,) and saved (2, B): log-sum-exp and the sum of a."""
+                    BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out (B, D), squared (B,) and saved (2, B): log-sum-exp and the sum of a. BLOCK_S splits are added at a time."""
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    splits = tl.arange(0, BLOCK_S)
     row_ok = rows < B
     tile_ok = row_ok[:, None] & (dims < D)[None, :]
     m = tl.full((BLOCK_B,), float("-inf"), ACC)
     if ACTIVATION != LOGITS:
-        for s in range(0, S):
-            m = tl.maximum(m, tl.load(statistics + s * 4 * B + rows, mask=row_ok, other=0.0))
+        for first in range(0, S, BLOCK_S):
+            s = first + splits[:, None]
+            largest = tl.load(statistics + s * 4 * B + rows[None, :], mask=(s < S) & row_ok[None, :],
+                              other=float("-inf"))
+            m = tl.maximum(m, tl.max(largest, 0))
+        m = tl.where(row_ok, m, 0.0)
     acc = tl.zeros((BLOCK_B, BLOCK_D), ACC)
     l = tl.zeros((BLOCK_B,), ACC)
     s1 = tl.zeros((BLOCK_B,), ACC)
     s2 = tl.zeros((BLOCK_B,), ACC)
     seen = tl.zeros((BLOCK_D,), ACC)
-    for s in range(0, S):
-        at = statistics + s * 4 * B + rows
-        x = tl.load(part + (s * B + rows.to(tl.int64)[:, None]) * D + dims[None, :], mask=tile_ok, other=0.0)
-        x2 = tl.load(at + 3 * B, mask=row_ok, other=0.0)
+    for first in range(0, S, BLOCK_S):
+        s = first + splits
+        ok = (s < S)[:, None] & row_ok[None, :]
+        at = statistics + s[:, None] * 4 * B + rows[None, :]
+        row = s.to(tl.int64)[:, None, None] * B + rows[None, :, None]
+        x = tl.load(part + row * D + dims[None, None, :], mask=(s < S)[:, None, None] & tile_ok[None, :, :], other=0.0)
+        x2 = tl.load(at + 3 * B, mask=ok, other=0.0)
         if ACTIVATION == LOGITS:
-            acc += x
-            s2 += x2
+            acc += tl.sum(x, 0)
+            s2 += tl.sum(x2, 0)
         else:
-            u = tl.load(at, mask=row_ok, other=0.0) - m
+            u = tl.where(ok, tl.load(at, mask=ok, other=0.0) - m[None, :], 0.0)
             scale = tl.exp(u)
-            l += tl.load(at + B, mask=row_ok, other=1.0) * scale
+            l += tl.sum(tl.load(at + B, mask=ok, other=0.0) * scale, 0)
             if ACTIVATION == SOFTMAX:
-                acc += x * scale[:, None]
-                s2 += x2 * scale * scale
+                acc += tl.sum(x * scale[:, :, None], 0)
+                s2 += tl.sum(x2 * scale * scale, 0)
             else:
-                n = tl.minimum(per_split, V - s * per_split).to(ACC)
-                r = tl.load(seen_part + s * D + dims, mask=dims < D, other=0.0)
-                x1 = tl.load(at + 2 * B, mask=row_ok, other=0.0)
-                acc += x + u[:, None] * r[None, :]
-                s2 += x2 + 2.0 * u * x1 + n * u * u
-                s1 += x1 + n * u
-                seen += r
+                n = tl.maximum(tl.minimum(per_split, V - s * per_split), 0).to(ACC)[:, None]
+                r = tl.load(seen_part + s[:, None] * D + dims[None, :], mask=(s < S)[:, None] & (dims < D)[None, :],
+                            other=0.0)
+                x1 = tl.load(at + 2 * B, mask=ok, other=0.0)
+                acc += tl.sum(x + u[:, :, None] * r[:, None, :], 0)
+                s2 += tl.sum(x2 + 2.0 * u * x1 + n * u * u, 0)
+                s1 += tl.sum(x1 + n * u, 0)
+                seen += tl.sum(r, 0)
     if ACTIVATION == SOFTMAX:
         acc = acc / l[:, None]
         s2 = s2 / (l * l)

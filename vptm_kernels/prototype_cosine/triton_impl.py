@@ -15,9 +15,9 @@ from . import torch_impl
 from .configs import (
     Config,
     channels,
+    combine_config,
     forward_config,
     hidden_grad_config,
-    next_power_of_2,
     reader_grad_config,
     tokens_per_split,
 )
@@ -92,14 +92,15 @@ def forward(
         **_blocks(config),
         **_launch_options(config.num_warps, config.num_stages),
     )
-    rows, dims = 16, min(128, max(16, next_power_of_2(dim)))
-    _combine_kernel[(_cdiv(batch, rows), _cdiv(dim, dims))](
+    combine = combine_config(arch, splits, dim)
+    _combine_kernel[(_cdiv(batch, combine.rows), _cdiv(dim, combine.dims))](
         *(part, seen, statistics, out, squared, saved),
         *(batch, tokens, dim, per_split, splits),
         **shared,
-        BLOCK_B=rows,
-        BLOCK_D=dims,
-        **_launch_options(4, 1),
+        BLOCK_S=combine.splits,
+        BLOCK_B=combine.rows,
+        BLOCK_D=combine.dims,
+        **_launch_options(combine.num_warps, 1),
     )
     return out, squared, saved, kept
 
