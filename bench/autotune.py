@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from bench import timing
+from vptm_kernels._runtime.plans import forget_plans
 
 PACKAGE = "vptm_kernels"
 WORTH_AN_ENTRY = 1.03
@@ -219,10 +220,12 @@ def answering(module: Any, answers: dict[Setting, Any]) -> Iterator[dict[Setting
     try:
         for name in originals:
             setattr(module, name, replaced(name))
+        forget_plans()
         yield given
     finally:
         for name, function in originals.items():
             setattr(module, name, function)
+        forget_plans()
 
 
 def candidates(configs: Any, setting: Setting) -> list[Any]:

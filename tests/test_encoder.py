@@ -300,13 +300,13 @@ def test_corrupting_the_kernel_changes_the_output(monkeypatch: pytest.MonkeyPatc
     if torch.cuda.is_available():
         pytest.skip("fp64 Triton needs the interpreter, which runs where there is no GPU")
     model = build(tiny_beit((3, 3), dim=32), prompt_mode="deep", impl="triton")
-    forward = triton_impl.forward
+    forward = triton_impl.Plan.forward
 
     def doubled(*args, **kwargs):
         out, lse = forward(*args, **kwargs)
         return out * 2, lse
 
-    monkeypatch.setattr(triton_impl, "forward", doubled)
+    monkeypatch.setattr(triton_impl.Plan, "forward", doubled)
     assert vptm.check(model, images(model), gradients=False)["logits"] > 1e-3
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vptm_kernels import RelativePositionBias, prompted_attention
 from vptm_kernels._runtime import triton_support
+from vptm_kernels._runtime.plans import forget_plans
 from vptm_kernels._runtime.triton_support import has_triton
 from vptm_kernels.prompted_attention.bias import table_rows
 from vptm_kernels.testing import AttentionCase, assert_close_to_exact
@@ -40,11 +41,13 @@ def with_forward(call, choose):
 
     table = triton_impl.forward_config
     triton_impl.forward_config = lambda *args, **options: choose(table(*args, **options))
+    forget_plans()
     try:
         with torch.no_grad():
             return prompted_attention(**call, return_lse=True, impl="triton")
     finally:
         triton_impl.forward_config = table
+        forget_plans()
 
 
 def with_other_forward(call):
@@ -152,11 +155,30 @@ def test_queries_that_come_scaled_are_not_multiplied_again(bias, monkeypatch):
         return table(*args, **options)
 
     monkeypatch.setattr(triton_impl, "forward_config", recorded)
+    forget_plans()
     expected = prompted_attention(**call, return_lse=True, impl="triton")
     for actual, want in zip(prompted_attention(**folded, return_lse=True, impl="triton"), expected):
         torch.testing.assert_close(actual, want, rtol=1e-6, atol=1e-6)
     # without a bias the scale joins the exponent's factor either way
     assert asked == [bias != "none", False]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("prompts", [None, 0, 3])
+@pytest.mark.parametrize("biased", [False, True])
+def test_without_tokens_gradients_are_empty_or_zero(biased, prompts, impl):
+    """No query attends: were rows of no scores reduced, backward would raise an IndexError."""
+    leaves = {"qkv": torch.randn(2, 0, 3 * 32, device=DEVICE)}
+    if prompts is not None:
+        leaves["prompt_kv"] = torch.randn(prompts, 2 * 32, device=DEVICE)
+    if biased:
+        leaves["bias"] = torch.randn(2, 0, 0, device=DEVICE)
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    out, lse = prompted_attention(**leaves, num_heads=2, return_lse=True, impl=impl)
+    assert out.shape == (2, 0, 32) and lse.shape == (2, 2, 0)
+    for leaf, grad in zip(leaves.values(), torch.autograd.grad(out.sum() + lse.sum(), list(leaves.values()))):
+        assert grad.shape == leaf.shape and not grad.any()
 
 
 # Tokens: one; one below, at and above a 16-wide tile; class token + 7x7 patches; a 224-pixel BEiT without and with mask
@@ -234,10 +256,12 @@ def test_kernels_gather_from_tables_whose_tile_would_be_too_large(prompts, dtype
 
     monkeypatch.setattr(triton_impl, "fits_tile", lambda *args: False)
     monkeypatch.setattr(triton_impl, "heads_per_table_grad", lambda *args: 1)
-    monkeypatch.setattr(triton_impl, "_expand_table", None)
+    monkeypatch.setattr(triton_impl.Plan, "_expand_launch", None)
+    forget_plans()
     check(
         AttentionCase(tokens=38, prompt_length=5, prompts=prompts, bias="table", window=(3, 4), dtype=dtype), "triton"
     )
+    forget_plans()
 
 
 def test_large_tables_are_gathered_and_their_gradient_is_bounded():
@@ -610,6 +634,7 @@ def test_triton_names_what_is_missing(monkeypatch):
     call = shared_call(impl="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(triton_support, "_HAS_TRITON", True)
+    forget_plans()
     with pytest.raises(ValueError, match=r"impl='triton' needs GPU tensors .*, got device cpu"):
         prompted_attention(**call)
     monkeypatch.setattr(triton_support, "_HAS_TRITON", False)
@@ -624,10 +649,10 @@ def test_offsets_of_64_bits_give_the_same_result(prompts, monkeypatch):
     from vptm_kernels.prompted_attention import triton_impl
 
     case = AttentionCase(tokens=17, prompts=prompts, bias="dense", dtype=torch.float32)
-    results, problem = [], triton_impl._problem
+    results = []
     for wide in (False, True):
-        if wide:
-            monkeypatch.setattr(triton_impl, "_problem", lambda *args: problem(*args)._replace(int64=True))
+        monkeypatch.setattr(triton_impl, "_needs_int64", lambda reach, wide=wide: wide)
+        forget_plans()
         call = case.inputs(DEVICE, requires_grad=True)
         out = prompted_attention(**call, impl="triton")
         results.append([out, *torch.autograd.grad(out.sin().sum(), list(differentiable(call).values()))])

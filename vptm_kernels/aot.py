@@ -345,6 +345,8 @@ def intercept(target: str, case: str) -> Iterator[list[Report]]:
     import triton
     from triton.runtime.jit import JITFunction
 
+    from ._runtime.plans import forget_plans
+
     reports: list[Report] = []
     launch, touched = JITFunction.run, []
 
@@ -372,6 +374,7 @@ def intercept(target: str, case: str) -> Iterator[list[Report]]:
         reports.append(report)
         return compiled
 
+    forget_plans()
     driver = triton.runtime.driver
     driver.set_active(_Driver(_gpu_target(target)))
     JITFunction.run = compile_only
@@ -382,6 +385,7 @@ def intercept(target: str, case: str) -> Iterator[list[Report]]:
         driver._active = None
         for kernel in touched:
             kernel.device_caches.clear()
+        forget_plans()
 
 
 def compile_case(case: Case, target: str) -> list[Report]:

@@ -53,9 +53,17 @@ def choose(impl: str, t: Tensor, head_dim: int | None = None) -> str:
     return "torch"
 
 
+_HERE = nullcontext()
+
+
 def device_of(t: Tensor) -> AbstractContextManager[object]:
     """Launch kernels on the tensor's own GPU, whichever one is current."""
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+    return torch.cuda.device(t.device) if t.is_cuda and _several_gpus() else _HERE
+
+
+@functools.cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
 
 
 def architecture(device: torch.device) -> str:

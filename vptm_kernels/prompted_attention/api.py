@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .._runtime.triton_support import choose
+from .._runtime.plans import Plans, place, signature
+from .._runtime.tracing import autocasting, nothing_traces
+from .._runtime.triton_support import choose, device_of
 from .bias import RelativePositionBias, table_rows
-from .ops import prompted_attention_op
+from .ops import direct_attention, prompted_attention_op, run_attention
+
+if TYPE_CHECKING:
+    from .triton_impl import Plan
 
 Bias = Tensor | RelativePositionBias | None
+
+# Of calls that passed the checks, by all that checks ask for; ranges are checked at every call, for their values.
+_checked: Plans[Plan] = Plans()
 
 
 @overload
@@ -112,6 +121,20 @@ def prompted_attention(
     >>> prompts.grad.shape
     torch.Size([10, 128])
     """
+    key = _signature(qkv, prompt_kv, prompt_qkv, num_heads, bias, prompt_ranges, max_prompt_length, scale, impl)
+    plan = None if key is None else _checked.get(key)
+    if plan is not None:
+        prompts = prompt_kv if prompt_qkv is None else prompt_qkv
+        if prompt_ranges is not None:
+            _check_ranges(qkv, prompts, prompt_ranges, max_prompt_length)
+        table, _, token_ids = _parts(bias)
+        if torch.is_grad_enabled() and _learned(qkv, prompts, table):
+            out, lse = direct_attention(qkv, prompts, table, token_ids, prompt_ranges, *plan.options, True, "triton")
+        else:
+            with device_of(qkv):
+                out, lse = plan.forward(qkv, prompts, table, token_ids, prompt_ranges, return_lse)
+        return (out, lse) if return_lse else out
+
     if not _tensor("qkv", qkv).is_meta and torch.is_autocast_enabled(qkv.device.type):
         dtype = torch.get_autocast_dtype(qkv.device.type)
         qkv = _autocast(qkv, dtype)
@@ -139,24 +162,79 @@ def prompted_attention(
         prompts = prompt_qkv = None
         if isinstance(bias, RelativePositionBias) or (bias is not None and bias.shape[-2] != qkv.shape[1]):
             bias = None
+        key = None
 
-    table, window, token_ids = bias if isinstance(bias, RelativePositionBias) else (bias, (), None)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (qkv, prompts, table))
-    out, lse = prompted_attention_op(
-        qkv,
-        prompts,
-        table,
-        token_ids,
-        prompt_ranges,
-        list(window),
-        num_heads,
-        prompt_qkv is not None,
-        max_prompt_length or 0,
-        float(scale),
-        return_lse or (needs_grad and (impl == "triton" or qkv.device.type == "cpu")),
-        impl,
-    )
+    table, window, token_ids = _parts(bias)
+    tensors = (qkv, prompts, table, token_ids, prompt_ranges)
+    options = (list(window), num_heads, prompt_qkv is not None, max_prompt_length or 0, float(scale))
+    if key is not None and impl == "triton":
+        from .triton_impl import plan_of
+
+        _checked.keep(key, plan_of(*tensors, *options))
+    learned = torch.is_grad_enabled() and _learned(qkv, prompts, table)
+    with_lse = return_lse or (learned and (impl == "triton" or qkv.device.type == "cpu"))
+    run: Callable[..., tuple[Tensor, Tensor]] = prompted_attention_op
+    if nothing_traces(*tensors):
+        run = direct_attention if learned else run_attention
+    out, lse = run(*tensors, *options, with_lse, impl)
     return (out, lse) if return_lse else out
+
+
+def _parts(bias: Bias) -> tuple[Tensor | None, tuple[int, ...], Tensor | None]:
+    """Dense bias or table, window of a table, and token ids."""
+    if bias is None or isinstance(bias, RelativePositionBias):
+        return bias or (None, (), None)
+    return bias[0] if bias.ndim == 4 and bias.shape[0] == 1 else bias, (), None
+
+
+def _learned(qkv: Tensor, prompts: Tensor | None, table: Tensor | None) -> bool:
+    return (
+        qkv.requires_grad
+        or (prompts is not None and prompts.requires_grad)
+        or (table is not None and table.requires_grad)
+    )
+
+
+def _signature(
+    qkv: Tensor,
+    prompt_kv: Tensor | None,
+    prompt_qkv: Tensor | None,
+    num_heads: int,
+    bias: Bias,
+    ranges: Tensor | None,
+    max_prompt_length: int | None,
+    scale: float | None,
+    impl: str,
+) -> Hashable:
+    """What equal Triton calls have in common, and None where a call must be looked at: nothing is checked yet."""
+    table, window, ids = bias if isinstance(bias, RelativePositionBias) else (bias, None, None)
+    if (
+        not nothing_traces(qkv, prompt_kv, prompt_qkv, table, ids, ranges)
+        or autocasting()
+        or not (impl == "triton" or (impl == "auto" and qkv.is_cuda))
+        or not (prompt_kv is None or prompt_qkv is None)
+        or type(num_heads) is not int
+        or type(scale) not in _NUMBER
+        or type(max_prompt_length) not in _COUNT
+        or type(window) not in _WINDOW
+    ):
+        return None
+    return (
+        signature(qkv),
+        signature(prompt_kv if prompt_qkv is None else prompt_qkv),
+        prompt_qkv is None,
+        place(table),
+        window,
+        signature(ids),
+        signature(ranges),
+        num_heads,
+        max_prompt_length,
+        scale,
+    )
+
+
+# Types of options that tell calls apart by value; 2 and 2.0 would not.
+_NUMBER, _COUNT, _WINDOW = (float, int, type(None)), (int, type(None)), (tuple, type(None))
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -142,7 +142,7 @@ def _query_grads(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "images"])  # a smaller last batch compiles nothing
 def _query_grad_kernel(
     qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, grad_ptr,
     B, N, P, pool_size, prompt_column, images,
@@ -221,7 +221,7 @@ def _query_grad_kernel(
     tl.store(grad_row[:, None] + offs_d[None, :], (dq * GRAD_SCALE).to(grad_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "images"])  # a smaller last batch compiles nothing
 def _key_grad_kernel(
     qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, grad_ptr,
     B, N, P, pool_size, prompt_column, images, stride_grad,
@@ -335,7 +335,7 @@ def _key_grad_kernel(
     tl.store(at_grad + H * D, dv.to(grad_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "images"])  # a smaller last batch compiles nothing
 def _bias_grad_kernel(
     qkv_ptr, prompt_ptr, bias_ptr, ids_ptr, do_ptr, lse_ptr, delta_ptr, grad_ptr,
     B, N, P, prompt_column, images, first_head, heads, grad_rows, grad_columns,
@@ -434,7 +434,7 @@ def _table_grad_kernel(
     tl.store(grad_ptr + r * H + first_head + h, total.to(grad_ptr.dtype.element_ty), mask=r < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])  # a smaller last batch compiles nothing
 def _pool_grad_kernel(
     partial_ptr, ranges_ptr, grad_ptr, B, max_length, pool_size, columns,
     ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,

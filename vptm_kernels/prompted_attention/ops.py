@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .._runtime.direct import direct
+from .._runtime.tracing import nothing_traces
 from .._runtime.triton_support import device_of
 from . import torch_impl
 
@@ -32,13 +34,20 @@ def prompted_attention_op(
     with_lse: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    inputs = (qkv, prompts, bias, token_ids, ranges)
-    if impl == "torch":
-        return torch_impl.forward(*inputs, window, num_heads, prompt_queries, max_prompt_length, scale, with_lse)
+    """The output, and lse where it is asked for."""
+    return run_attention(
+        *(qkv, prompts, bias, token_ids, ranges, window),
+        *(num_heads, prompt_queries, max_prompt_length, scale, with_lse, impl),
+    )
+
+
+def run_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    if args[-1] == "torch":
+        return torch_impl.forward(*args[:-1])
     from . import triton_impl
 
-    with device_of(qkv):
-        return triton_impl.forward(*inputs, window, num_heads, prompt_queries, max_prompt_length, scale, with_lse)
+    with device_of(args[0]):
+        return triton_impl.forward(*args[:-1])
 
 
 @prompted_attention_op.register_fake
@@ -84,22 +93,24 @@ def prompted_attention_backward_op(
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    known = (qkv, prompts, bias, token_ids, ranges, out, lse)
-    if impl == "torch":
-        grads = torch_impl.backward(
-            grad_out, grad_lse, *known, window, num_heads, prompt_queries, max_prompt_length, scale, needs
-        )
-    else:
-        from . import triton_impl
-
-        with device_of(qkv):
-            grads = triton_impl.backward(
-                grad_out, grad_lse, *known, window, num_heads, prompt_queries, max_prompt_length, scale, needs
-            )
-    dqkv, dprompts, dbias = (qkv.new_empty(0) if grad is None else grad for grad in grads)
+    """Gradients of qkv, prompts and bias."""
+    found = _run_backward(
+        *(grad_out, grad_lse, qkv, prompts, bias, token_ids, ranges, out, lse, window),
+        *(num_heads, prompt_queries, max_prompt_length, scale, needs, impl),
+    )
+    dqkv, dprompts, dbias = (qkv.new_empty(0) if grad is None else grad for grad in found)
     return dqkv, dprompts, dbias
+
+
+def _run_backward(grad_out: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        grad_out = torch.zeros_like(args[6])  # out
+    if args[-1] == "torch":
+        return torch_impl.backward(grad_out, *args[:-1])
+    from . import triton_impl
+
+    with device_of(grad_out):
+        return triton_impl.backward(grad_out, *args[:-1])
 
 
 @prompted_attention_backward_op.register_fake
@@ -139,8 +150,11 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     needs = list(ctx.needs_input_grad[:3])
     grads: list[Tensor | None] = [None, None, None]
     if any(needs) and (grad_out is not None or grad_lse is not None):
-        inputs = (qkv, prompts, bias, token_ids, ranges, out, lse)
-        found = prompted_attention_backward_op(grad_out, grad_lse, *inputs, *ctx.options, needs, ctx.impl)
+        inputs = (grad_out, grad_lse, qkv, prompts, bias, token_ids, ranges, out, lse)
+        # With create_graph the registered op is needed: it refuses to be differentiated.
+        plain = not torch.is_grad_enabled() and nothing_traces(*inputs)
+        run = _run_backward if plain else prompted_attention_backward_op
+        found = run(*inputs, *ctx.options, needs, ctx.impl)
         grads = [grad if needed else None for grad, needed in zip(found, needs)]
     return (*grads, *[None] * 9)
 
@@ -151,6 +165,9 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
 
 prompted_attention_op.register_autograd(_backward, setup_context=_setup_context)
 prompted_attention_backward_op.register_autograd(_refuse_double_backward)
+
+direct_attention = direct(run_attention, _setup_context, _backward)
+"""`prompted_attention_op` for calls that nothing traces."""
 
 Shape = tuple[int, ...]
 

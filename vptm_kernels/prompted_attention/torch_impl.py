@@ -95,6 +95,8 @@ def backward(
     slice_size = batch if flash else max(1, _SCORES_PER_SLICE // max(1, heads * keys * keys))
     for images, chosen in _groups(batch, prompts, ranges, slice_size):
         q, k, v = _project(qkv[images], None if prompts is None else prompts[chosen], heads, prompt_queries)
+        if q.shape[2] == 0:  # nobody attends
+            continue
         if flash:
             mask = _mask(dense, q.shape[2], k.shape[2], q.dtype)
             attended = out[images].unflatten(2, (heads, head_dim)).transpose(1, 2)
