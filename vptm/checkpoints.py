@@ -98,6 +98,7 @@ _HF_LEAF = tuple(
     )
 )
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of PIL's Resampling
+_CROP_MODES = ("center", "squash", "border")  # timm's
 _HF_INTERPOLATION = {str(number): name for number, name in enumerate(_INTERPOLATIONS)}
 
 
@@ -244,6 +245,49 @@ def one_line_errors(label: object) -> Iterator[None]:
             raise
         kind = next(kind for kind in (FileNotFoundError, TypeError, ValueError) if isinstance(error, kind))
         raise kind(line) from error
+
+
+@contextmanager
+def local_files_only() -> Iterator[None]:
+    """Read names of the Hugging Face hub from the local cache alone; a name that is not there is not found.
+
+    The flag is the one that HF_HUB_OFFLINE=1 sets for a whole process; timm passes no argument on to the hub.
+    """
+    try:
+        from huggingface_hub import constants
+    except ImportError:  # then nothing here can reach the hub
+        yield
+        return
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def preprocessing_error(config: Any) -> str | None:
+    """What is wrong with a "preprocessing" read from JSON, None where `vptm.transforms` can follow it."""
+    if not isinstance(config, dict):
+        return f"must have preprocessing as an object, got {config!r}"
+    size = config.get("input_size", [1, 1, 1])
+    if not isinstance(size, list) or len(size) != 3 or any(type(edge) is not int or edge < 1 for edge in size):
+        return f"must have preprocessing.input_size as (channels, height, width), got {size!r}"
+    try:
+        for name in ("mean", "std"):
+            count = len(_floats(config[name], name, "")) if name in config else size[0]
+            if "input_size" in config and count != size[0]:
+                return f"must have preprocessing.{name} of {size[0]} channels, got {config[name]!r}"
+        if "interpolation" in config:
+            _interpolation(config["interpolation"], "")
+        if "crop_pct" in config:
+            _share(config["crop_pct"], "crop_pct", "")
+    except ValueError as error:
+        return f"must have a usable preprocessing{error}"
+    if (mode := config.get("crop_mode", "center")) not in _CROP_MODES:
+        return f"must have preprocessing.crop_mode as one of {', '.join(_CROP_MODES)}, got {mode!r}"
+    unknown = set(config) - {"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
+    return f"must have a preprocessing without {sorted(unknown)[0]!r}" if unknown else None
 
 
 def _load(source: str | os.PathLike[str] | Beit, size: tuple[int, int] | None, pretrained: bool) -> LoadedBackbone:

@@ -49,6 +49,7 @@ class PromptedModel(nn.Module):
     lm_head: nn.Linear | None
     prompt_bias: nn.Parameter | None
     extra_bias = "zero"
+    _sealed_hash: str | None = None
 
     def _finish(self) -> None:
         """The end of every constructor: freeze, remember what was frozen, and be ready to run."""
@@ -59,7 +60,6 @@ class PromptedModel(nn.Module):
         self.register_load_state_dict_pre_hook(_refuse_loading)
         self.register_load_state_dict_post_hook(_refresh_loaded)
         self._freeze()
-        self._weight_hash = weight_hash(self._frozen_state())
         self.train(self.training)
 
     @abstractmethod
@@ -146,11 +146,22 @@ class PromptedModel(nn.Module):
         if self.lm_head is not None:
             self.lm_head.requires_grad_(self.config["train_lm_head"])
 
+    def _comes_from_no_source(self, name: str) -> bool:
+        """Whether a tensor is made here, or learned by `config`, and so belongs to what was learned, trained or not."""
+        trained = self.config.get("train_mask_token"), self.config["train_lm_head"]
+        return (
+            name == "prompt_bias"
+            or name.startswith(("prompts.", "verbalizer."))
+            or (name == "mask_token" and bool(trained[0]))
+            or (name.startswith("lm_head.") and bool(trained[1]))
+        )
+
     def _frozen_state(self) -> dict[str, Tensor]:
-        learned = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """What `learned_state_dict` leaves to the source; also of a model whose originals were dropped."""
+        learned = self.learned_state_dict()
         return {
             name: tensor
-            for name, tensor in self.state_dict().items()
+            for name, tensor in nn.Module.state_dict(self).items()
             if name not in learned and not name.startswith("verbalizer.")
         }
 
@@ -216,6 +227,7 @@ class PromptedModel(nn.Module):
             return self
         self.eval()
         if not keep_originals:
+            self._sealed_hash = self.weight_hash()
             for block in self.backbone.blocks:
                 for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
                     linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
@@ -352,16 +364,18 @@ class PromptedModel(nn.Module):
         print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.3f} %)")
 
     def weight_hash(self) -> str:
-        """Hash of the frozen weights as they were loaded: an adapter fits this model only where the hashes agree."""
-        return self._weight_hash
+        """Hash of the frozen weights as they are now, in their dtype; those that `freeze_for_inference` dropped count
+        as they were then. An adapter fits this model only where the hashes agree."""
+        return weight_hash(self._frozen_state()) if self._sealed_hash is None else self._sealed_hash
 
     def learned_state_dict(self) -> dict[str, Tensor]:
-        """Exactly the tensors that training changes, detached, under their `state_dict` names; and class embeddings,
-        which are set and not trained."""
+        """The tensors that training changes, detached, under their `state_dict` names: every parameter that requires a
+        gradient, and prompts and verbalizer (and what `train_mask_token` and `train_lm_head` name) even where they do
+        not, as no source has them."""
         return {
             name: parameter.detach()
-            for name, parameter in self.named_parameters()
-            if parameter.requires_grad or name.startswith("verbalizer.")
+            for name, parameter in self.named_parameters(remove_duplicate=False)
+            if parameter.requires_grad or self._comes_from_no_source(name)
         }
 
     def load_learned_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from . import __version__
-from .adapters import CONFIG_FILE, TENSORS_FILE, save_adapter, write_atomically
+from .adapters import CONFIG_FILE, TENSORS_FILE, frozen_part, write_adapter, write_atomically
 from .choices import hint, number, one_of
 from .data import ImageDataset, dataset_labels
 from .losses import protoverb_loss
@@ -374,6 +374,7 @@ class _Run:
         folder: Path | None,
     ) -> None:
         self.model, self.optimiser, self.identity, self.folder = model, optimiser, identity, folder
+        self.frozen = None if folder is None else frozen_part(model)
         self.epoch = self.written = self.best_epoch = 0
         self.best_score: tuple[float, float] | None = None
         self.best_state = self._learned()
@@ -436,12 +437,12 @@ class _Run:
             self._save_best()
 
     def _save_best(self) -> None:
-        assert self.folder is not None
+        assert self.folder is not None and self.frozen is not None
         current = self._learned()
         self.model.load_learned_state_dict(self.best_state)
         try:
             extra = {"epoch": self.best_epoch, "val_accuracy": None if self.best_score is None else self.best_score[0]}
-            save_adapter(self.model, self.folder, extra=extra)
+            write_adapter(self.model, self.folder, self.frozen, extra)
         finally:
             self.model.load_learned_state_dict(current)
 
