@@ -287,7 +287,10 @@ def test_codebook_larger_than_the_distinct_features_is_refused():
 
 
 def test_mask_row_learns_the_bag_and_patches_learn_tokens():
-    """Breaks when a loss no longer reaches the model: both must fall while one batch is learned by heart."""
+    """Breaks when a loss no longer reaches the model: both must halve while one batch is learned by heart.
+
+    How soon depends on the version of torch, by its random numbers and the order in which it adds.
+    """
     images = torch.from_numpy(fake_fashion(200)["train_images"])
     extract = script.feature_extractor(None, TINY, torch.float32)
     tokenizer = tiny_tokenizer(images)
@@ -295,11 +298,13 @@ def test_mask_row_learns_the_bag_and_patches_learn_tokens():
     batch, masks = images[:32], script.mask_pool(TINY, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     history = []
-    for _ in range(120):
+    while len(history) < 400:
         losses = script.masked_losses(model, tokenizer, extract, batch, masks, None, torch.float32)
         # a bag's cross-entropy cannot fall below its entropy: what can be learned is the excess
         excess = (losses["bag"] - losses["bag_entropy"]).item()
         history.append((losses["token"].item(), excess))
+        if history[-1][0] < 0.5 * history[0][0] and excess < 0.5 * history[0][1]:
+            break
         optimizer.zero_grad()
         (losses["token"] + losses["bag"]).backward()
         optimizer.step()

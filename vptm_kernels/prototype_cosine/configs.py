@@ -51,11 +51,11 @@ def hidden_grad_config(arch: str, dtype_bits: int, batch: int, dim: int, aligned
     """dims: rows of the reader that one product takes. The channels of the result stand in `channels`.
 
     recompute: whether logits are needed again. Where they are not the loop is so short that pipelining it makes ptxas
-    serialise the tensor-core instructions (C7514).
+    serialise the tensor-core instructions (C7514). In float32 pipelining spills up to 48 bytes, by version of Triton.
     """
     config = forward_config(arch, dtype_bits, batch, dim, aligned)
     dims = 16 if arch == "cpu" else 32 if dtype_bits >= 32 or not aligned else 64
-    return config._replace(dims=dims, num_stages=config.num_stages if recompute else 1)
+    return config._replace(dims=dims, num_stages=config.num_stages if recompute and dtype_bits < 32 else 1)
 
 
 def channels(arch: str, dtype_bits: int, width: int, aligned: bool) -> int:
