@@ -69,6 +69,11 @@ def _asynchronous_tensor_cores(arch: str) -> bool:
     return arch in ("sm90", "sm100", "sm103")
 
 
+def _tensor_memory(arch: str) -> bool:
+    """Whether accumulators stand outside registers, from where each warp takes its rows (tcgen05)."""
+    return arch in ("sm100", "sm103")
+
+
 def compiler_options(arch: str) -> dict[str, int]:
     """16 x 16 matrix instructions on AMD GPUs: with 32 x 32, two of four warps repeat the work of the others."""
     return {"matrix_instr_nonkdim": 16} if arch.startswith("gfx") else {}
@@ -155,17 +160,31 @@ def heads_per_table_grad(heads: int, tokens: int) -> int:
 
 
 def query_grad_config(
-    arch: str, dtype_bits: int, head_dim: int, tokens: int, *, prompts_attend: bool = False, interpreted: bool = False
+    arch: str,
+    dtype_bits: int,
+    head_dim: int,
+    tokens: int,
+    *,
+    prompts_attend: bool = False,
+    prompt_columns: bool = False,
+    interpreted: bool = False,
 ) -> Config:
-    """prompts_attend: queries come from two tensors, and those of prompts sum over images, which takes registers."""
+    """prompts_attend: queries come from two tensors, and those of prompts sum over images, which takes registers.
+    prompt_columns: the bias has columns of prompts.
+    """
     if interpreted:
         return _interpreted(tokens)
     if dtype_bits >= 32:
         return Config(16, 32, 4, 1)
     if head_dim > 64:
-        return Config(64, 32, 4, 1) if _asynchronous_tensor_cores(arch) else Config(32, 32, 4, 1)
-    if _asynchronous_tensor_cores(arch):
-        return Config(64, 32 if prompts_attend and arch != "sm90" else 64, 4, 1)
+        if _asynchronous_tensor_cores(arch):
+            return Config(64, 32, 8 if _tensor_memory(arch) else 4, 1)
+        # 32 x 32 has a tenth fewer instructions for a score, and spills by version of Triton.
+        return Config(32, 32, 4, 1) if arch.startswith("gfx") else Config(16, 64, 4, 1)
+    if _tensor_memory(arch):
+        return Config(64, 32 if prompts_attend else 64, 8 if prompt_columns and not prompts_attend else 4, 1)
+    if arch == "sm90":
+        return Config(64, 64, 4, 1)
     if arch.startswith("gfx"):
         return Config(32, 16, 4, 1) if prompts_attend else Config(64, 32, 4, 1)
     # Larger blocks spill a few registers on sm120.
@@ -173,11 +192,18 @@ def query_grad_config(
 
 
 def key_grad_config(
-    arch: str, dtype_bits: int, head_dim: int, keys: int, *, gathered: bool = False, interpreted: bool = False
+    arch: str,
+    dtype_bits: int,
+    head_dim: int,
+    keys: int,
+    *,
+    of_prompts: bool = False,
+    gathered: bool = False,
+    interpreted: bool = False,
 ) -> Config:
     """block_m counts query rows, block_n keys; `keys` are those of one launch, tokens or prompts.
 
-    gathered: the bias is read from its table, which takes registers.
+    of_prompts: sums over images, which takes registers. gathered: the bias is read from its table, which takes more.
     """
     if interpreted:
         return _interpreted(keys)
@@ -189,7 +215,8 @@ def key_grad_config(
     if head_dim > 64 and not _asynchronous_tensor_cores(arch):
         return Config(32, block_n, 8 if block_n > 16 else 4, 1)
     wide = block_n == 16 or _asynchronous_tensor_cores(arch)
-    return Config(64 if wide and head_dim <= 64 else 32, block_n, 4, 1)
+    warps = 8 if of_prompts and block_n == 64 and _tensor_memory(arch) else 4
+    return Config(64 if wide and head_dim <= 64 else 32, block_n, warps, 1)
 
 
 def bias_grad_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *, interpreted: bool = False) -> Config:

@@ -544,7 +544,11 @@ class _Backward:
     def _queries(self, rows: int, chunks: int, images: int, has_dlse: bool, *, of_prompts: bool) -> Launch:
         plan = self.plan
         config = query_grad_config(
-            *plan.target, plan.tokens, prompts_attend=plan.prompt_queries, interpreted=plan.interpreted
+            *plan.target,
+            plan.tokens,
+            prompts_attend=plan.prompt_queries,
+            prompt_columns=plan.bias.prompt_columns,
+            interpreted=plan.interpreted,
         )
         constants = {
             "OF_PROMPTS": of_prompts,
@@ -561,7 +565,9 @@ class _Backward:
         """row: elements from one row of the gradient to the next."""
         plan = self.plan
         gathered = plan.bias.kind == TABLE.value and not of_prompts
-        config = key_grad_config(*plan.target, keys, gathered=gathered, interpreted=plan.interpreted)
+        config = key_grad_config(
+            *plan.target, keys, of_prompts=of_prompts, gathered=gathered, interpreted=plan.interpreted
+        )
         constants = {
             "OF_PROMPTS": of_prompts,
             "HAS_DLSE": has_dlse,
