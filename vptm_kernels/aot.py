@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TARGETS = ("sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950")
 SECONDS_PER_CASE = 120
@@ -52,11 +52,25 @@ class Case:
     ci: bool = False
 
 
+class Traffic(NamedTuple):
+    """Bytes that one launch moves.
+
+    cache: what all programs load and store, each of their accesses once: what passes the second-level cache if nothing
+    stays in a first-level one. Rows that a block repeats past the end are not counted. memory: every byte that is read
+    or written counted once: what passes DRAM if everything read again comes from the cache.
+    """
+
+    cache: int
+    memory: int
+
+
 @dataclass
 class Report:
     """What one compiled kernel costs. Bytes for spills and shared memory; counts are static instructions per thread.
 
     On AMD GPUs blocks_per_sm counts programs per compute unit, and counts of instructions are those of a wave.
+    programs, the bytes of `Traffic`, waves and tail_efficiency are those of the launch with the sizes of its case:
+    waves = programs / (multiprocessors * blocks_per_sm), tail_efficiency = waves / the next whole number of them.
     """
 
     case: str
@@ -71,6 +85,11 @@ class Report:
     blocks_per_sm: int = 0
     occupancy: float = 0.0
     limiter: str = ""
+    programs: int = 0
+    cache_bytes: int = 0
+    memory_bytes: int = 0
+    waves: float = 0.0
+    tail_efficiency: float = 0.0
     dots: int = 0
     tensor_core: int = 0
     tensor_core_kind: str = ""
@@ -109,7 +128,9 @@ class Report:
             f"blocks/SM {self.blocks_per_sm:2d} ({self.occupancy:.0%}, {self.limiter}) "
             f"{self.tensor_core_kind or 'no tensor cores'} {self.tensor_core:3d} loads [{loads}] "
             f"instructions {self.instructions} loop {loop.get('total', 0)} "
-            f"(mufu {loop.get('MUFU', 0)}, max {loop.get('FMNMX', 0)}) {' '.join(self.problems)}"
+            f"(mufu {loop.get('MUFU', 0)}, max {loop.get('FMNMX', 0)}) "
+            f"programs {self.programs} waves {self.waves:.2f} tail {self.tail_efficiency:.2f} "
+            f"MB cache {self.cache_bytes / 1e6:.1f} memory {self.memory_bytes / 1e6:.1f} {' '.join(self.problems)}"
         )
 
 
@@ -130,6 +151,29 @@ _MULTIPROCESSORS = {
     "sm100": _Multiprocessor(64, 32, 233472, 232448),
     "sm120": _Multiprocessor(48, 24, 102400, 101376),
 }
+# Of an A100, H100 SXM, B200, RTX PRO 6000, MI300X and MI355X.
+_COUNTS = {"sm80": 108, "sm90": 132, "sm100": 148, "sm120": 188, "gfx942": 304, "gfx950": 256}
+
+
+def waves(programs: int, blocks_per_sm: int, target: str) -> tuple[float, float]:
+    """(how many times the programs fill the device, share of the last whole time that is used)."""
+    if not programs or not blocks_per_sm:
+        return 0.0, 0.0
+    times = programs / (_COUNTS[target] * blocks_per_sm)
+    return times, times / math.ceil(times)
+
+
+def traffic(kernel: Any, arguments: dict[str, Any]) -> Traffic:
+    """By the formula that the op's `traffic.KERNELS` has for the kernel; else every tensor it takes once, which holds
+    for kernels that read nothing twice."""
+    package = kernel.__module__.rpartition(".")[0]
+    known = package and importlib.util.find_spec(f"{package}.traffic") is not None
+    formulas = importlib.import_module(f"{package}.traffic").KERNELS if known else {}
+    if kernel.__name__ in formulas:
+        return Traffic(*formulas[kernel.__name__](arguments))
+    tensors = {(t.data_ptr(), t.numel()): t for t in arguments.values() if hasattr(t, "element_size") and t.numel()}
+    once = sum(t.numel() * t.element_size() for t in tensors.values())
+    return Traffic(once, once)
 
 
 def occupancy(
@@ -371,6 +415,9 @@ def intercept(target: str, case: str) -> Iterator[list[Report]]:
             constants=constants,
         )
         (_read_nvidia if target.startswith("sm") else _read_amd)(report, compiled)
+        report.programs = math.prod(grid)
+        report.cache_bytes, report.memory_bytes = traffic(self.fn, bound)
+        report.waves, report.tail_efficiency = waves(report.programs, report.blocks_per_sm, target)
         reports.append(report)
         return compiled
 

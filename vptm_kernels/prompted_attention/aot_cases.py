@@ -29,7 +29,7 @@ def _run(
 ) -> None:
     from . import triton_impl
 
-    batch, width = 8, heads * head_dim
+    batch, width = 64, heads * head_dim
     qkv = torch.empty(batch, tokens, 3 * width, dtype=dtype)
     sections = 3 if kind == "queries" else 2
     shape = {"none": None, "image": (batch, prompts, 2 * width), "pool": (4 * prompts, 2 * width)}

@@ -1,0 +1,115 @@
+"""Bytes that launches of the attention kernels move, as formulas of their arguments; see `vptm_kernels.aot.Traffic`.
+
+With N tokens and P prompts, rows = N or N + P, keys = N + P, row = D elements of qkv, width = bytes of the bias of one
+query (token columns padded to 16, and prompt columns), per image and head:
+
+    forward       row blocks * keys * 2 row  +  rows * (2 row + width + lse)
+    query_grad    row blocks * keys * 2 row  +  rows * (4 row + width + lse + delta)
+    key_grad      key blocks * rows * (2 row + lse + delta)  +  rows * width of its keys  +  keys * 2 row
+    bias_grad     column blocks * rows * (2 row + lse + delta)  +  row blocks * columns * 2 row
+
+and what is stored of gradients. One row block stands for all where keys are resident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..aot import Traffic
+from .kernels_common import TABLE
+
+Arguments = Mapping[str, Any]
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class _Sizes:
+    """What all formulas start from."""
+
+    def __init__(self, a: Arguments) -> None:
+        self.batch, self.heads, tokens = a["qkv_ptr"].shape[0], a["H"], a["N"]
+        self.tokens, self.prompts = tokens, a["P"]
+        self.rows = tokens + (a["P"] if a["PROMPT_QUERIES"] else 0)
+        self.row = a["D"] * a["qkv_ptr"].element_size()
+        self.lse = a["lse_ptr"].element_size()
+        self.entry = a["bias_ptr"].element_size() if a["BIAS"] else 0
+        # A gathered table is read once per pair, of tokens only.
+        self.padded = tokens if a["BIAS"] == TABLE.value else _cdiv(tokens, 16) * 16
+        self.extra = a["P"] if a["PROMPT_BIAS"] else 0
+        self.images_and_heads = self.batch * self.heads
+
+    def bias(self, images: int) -> int:
+        """Bytes of the tiles of `images` images, which share them."""
+        return images * self.heads * self.rows * (self.padded + self.extra) * self.entry
+
+    def prompt_bytes(self, a: Arguments) -> int:
+        t = a["prompt_ptr"]
+        return 0 if t is None or not self.prompts else t.numel() * t.element_size()
+
+
+def _forward(a: Arguments) -> Traffic:
+    s = _Sizes(a)
+    blocks = 1 if a["KEYS_RESIDENT"] else _cdiv(s.rows, a["BLOCK_M"])
+    out = s.images_and_heads * s.rows * (s.row + (s.lse if a["WITH_LSE"] else 0))
+    keys = s.images_and_heads * (s.tokens + s.prompts) * 2 * s.row
+    queries = s.images_and_heads * s.rows * s.row
+    memory = s.images_and_heads * s.tokens * 3 * s.row + s.prompt_bytes(a) + s.bias(1) + out
+    return Traffic(blocks * keys + queries + s.bias(s.batch) + out, memory)
+
+
+def _query_grad(a: Arguments) -> Traffic:
+    s = _Sizes(a)
+    own = s.prompts if a["OF_PROMPTS"] else s.tokens
+    of_rows = s.images_and_heads * own * (2 * s.row + 2 * s.lse + (s.lse if a["HAS_DLSE"] else 0))
+    chunks = a["grad_ptr"].shape[0]
+    grad = chunks * s.heads * own * a["D"] * a["grad_ptr"].element_size()
+    keys = s.images_and_heads * (s.tokens + s.prompts) * 2 * s.row
+    bias = s.bias(1) * own // s.rows
+    blocks = _cdiv(own, a["BLOCK_M"])
+    memory = s.images_and_heads * s.tokens * (2 if a["OF_PROMPTS"] else 3) * s.row + s.prompt_bytes(a)
+    cache = blocks * keys + s.images_and_heads * own * s.row + bias * s.batch + of_rows + grad
+    return Traffic(cache, memory + bias + of_rows + grad)
+
+
+def _key_grad(a: Arguments) -> Traffic:
+    s = _Sizes(a)
+    own = s.prompts if a["OF_PROMPTS"] else s.tokens
+    blocks = _cdiv(own, a["BLOCK_N"])
+    of_rows = s.row + s.lse + (s.row if a["FUSE_DELTA"] else s.lse)
+    of_rows += s.lse if a["FUSE_DELTA"] and a["HAS_DLSE"] else 0
+    columns = s.extra if a["OF_PROMPTS"] else s.padded
+    bias = s.heads * s.rows * columns * s.entry
+    chunks = a["grad_ptr"].shape[0]
+    grad = chunks * s.heads * own * 2 * a["D"] * a["grad_ptr"].element_size()
+    rows = s.images_and_heads * s.rows * (s.row + of_rows)
+    cache = blocks * rows + bias * s.batch + s.images_and_heads * own * 2 * s.row + grad
+    # Queries of prompts are shared by the images, and so are their keys unless every image has its own.
+    queries = s.images_and_heads * s.tokens * s.row + (s.heads * s.prompts * s.row if a["PROMPT_QUERIES"] else 0)
+    keys = s.prompt_bytes(a) if a["OF_PROMPTS"] else s.images_and_heads * own * 2 * s.row
+    if a["OF_PROMPTS"] and a["PROMPT_QUERIES"]:
+        keys = keys * 2 // 3
+    return Traffic(cache, queries + s.images_and_heads * s.rows * of_rows + bias + keys + grad)
+
+
+def _bias_grad(a: Arguments) -> Traffic:
+    s = _Sizes(a)
+    rows, columns, heads = a["grad_rows"], a["grad_columns"], a["heads"]
+    pairs = s.batch * heads
+    queries = pairs * rows * (2 * s.row + 2 * s.lse)
+    keys = pairs * columns * 2 * s.row
+    chunks = _cdiv(s.batch, a["images"])
+    bias = heads * rows * (s.padded if columns == s.tokens else columns) * s.entry
+    grad = chunks * heads * rows * columns * a["grad_ptr"].element_size()
+    cache = _cdiv(columns, a["BLOCK_N"]) * queries + _cdiv(rows, a["BLOCK_M"]) * keys + chunks * bias + grad
+    return Traffic(cache, queries + keys + bias + grad)
+
+
+KERNELS: dict[str, Callable[[Arguments], Traffic]] = {
+    "_forward_kernel": _forward,
+    "_query_grad_kernel": _query_grad,
+    "_key_grad_kernel": _key_grad,
+    "_bias_grad_kernel": _bias_grad,
+}
