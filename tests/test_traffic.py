@@ -13,6 +13,7 @@ if torch.cuda.is_available():
 import numpy as np
 
 from vptm_kernels import aot
+from vptm_kernels._runtime.plans import forget_plans
 
 
 @contextlib.contextmanager
@@ -68,9 +69,11 @@ def attention(prompts, bias, learned=("qkv", "prompts"), form=None, **sizes):
     table = triton_impl.forward_config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_impl, "forward_config", lambda *a, **o: table(*a, **o)._replace(**(form or {})))
+        forget_plans()
         out = prompted_attention(**call, impl="triton")
         if learned:
             out.sum().backward()
+    forget_plans()
 
 
 def readout(learned, batch=2, tokens=32, width=64):

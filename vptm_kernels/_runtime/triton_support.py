@@ -56,6 +56,20 @@ def choose(impl: str, t: Tensor, head_dim: int | None = None) -> str:
 _HERE = nullcontext()
 
 
+def float32_precision(dtype: torch.dtype) -> str:
+    """What PyTorch's own products of this dtype take now, to be part of what plans are kept by: "tf32" for float32
+    after `torch.set_float32_matmul_precision("high")` or "medium", else "ieee"."""
+    # torch.get_float32_matmul_precision() raises where this property was set instead; the property follows both.
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def dot_precision(dtype: torch.dtype, arch: str) -> str:
+    """`input_precision` of products of this dtype: `float32_precision`, where the architecture has tf32."""
+    # Of AMD's compute cards only MI300 multiplies in it.
+    return "ieee" if arch.startswith("gfx") and arch != "gfx942" else float32_precision(dtype)
+
+
 def device_of(t: Tensor) -> AbstractContextManager[object]:
     """Launch kernels on the tensor's own GPU, whichever one is current."""
     return torch.cuda.device(t.device) if t.is_cuda and _several_gpus() else _HERE

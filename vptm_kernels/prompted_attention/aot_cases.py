@@ -61,8 +61,8 @@ def _run(
 
 
 def cases() -> Iterator[Case]:
-    def case(name: str, ci: bool = False, **variant: Any) -> Case:
-        return Case(f"prompted_attention/{name}", lambda target: _run(target, **variant), ci)
+    def case(name: str, ci: bool = False, precision: str = "highest", **variant: Any) -> Case:
+        return Case(f"prompted_attention/{name}", lambda target: _run(target, **variant), ci, precision)
 
     half, single = torch.float16, torch.float32
     for passes in ("forward", "backward"):
@@ -79,6 +79,7 @@ def cases() -> Iterator[Case]:
         yield case(f"{passes}-bf16-prompt-columns", passes=passes, bias="columns")
         yield case(f"{passes}-bf16-N577", passes=passes, tokens=577)
         yield case(f"{passes}-fp32", passes=passes, dtype=single)
+        yield case(f"{passes}-tf32", passes=passes, dtype=single, precision="high")
         for head_dim in (16, 32, 48, 80, 96, 128):
             yield case(f"{passes}-bf16-D{head_dim}", passes=passes, head_dim=head_dim)
     yield case("backward-prompts-only", True, passes="backward", learned="prompts")

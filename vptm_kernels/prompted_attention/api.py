@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .._runtime.plans import Plans, place, signature
 from .._runtime.tracing import autocasting, nothing_traces
-from .._runtime.triton_support import choose, device_of
+from .._runtime.triton_support import choose, device_of, float32_precision
 from .bias import RelativePositionBias, table_rows
 from .ops import direct_attention, prompted_attention_op, run_attention
 
@@ -97,7 +97,8 @@ def prompted_attention(
 
     Gradients, of out and of lse, reach qkv, the prompts (summed over the images that use a row) and the bias (dense or
     table). Only those asked for are computed, in a fixed order: equal inputs give bitwise equal gradients. There is no
-    second derivative. Under autocast qkv and prompts are cast, the bias is not.
+    second derivative. Under autocast qkv and prompts are cast, the bias is not. On a GPU, products of float32 follow
+    `torch.get_float32_matmul_precision()` at the time of the call, as `F.linear` does: TF32 for "high" and "medium".
 
     Equal to, for shared prompts::
 
@@ -230,6 +231,7 @@ def _signature(
         num_heads,
         max_prompt_length,
         scale,
+        float32_precision(qkv.dtype),
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._runtime.launch import Launch
 from .._runtime.plans import Plans, place, signature
-from .._runtime.triton_support import architecture, interpreting
+from .._runtime.triton_support import architecture, dot_precision, float32_precision, interpreting
 from .bias import ROW_ALIGNMENT
 from .configs import (
     Config,
@@ -107,7 +107,7 @@ def plan_of(
     """The plan of these arguments, which are not checked."""
     options = (*window, num_heads, prompt_queries, max_prompt_length, scale)
     tensors = (signature(qkv), signature(prompts), place(bias), signature(token_ids), signature(ranges))
-    key = (tensors, options)
+    key = (tensors, options, float32_precision(qkv.dtype))
     plan = _plans.get(key)
     if plan is None:
         arguments = (qkv, prompts, bias, token_ids, ranges, window, num_heads, prompt_queries, max_prompt_length, scale)
@@ -310,7 +310,7 @@ class Plan:
             "stride_tn": self.bias.row_stride,
             **_scales(scale, self.bias.kind > 0),
             "ACC": _TRITON_DTYPES[self.accumulator],
-            "PRECISION": "ieee",
+            "PRECISION": dot_precision(qkv.dtype, self.arch),
             "enable_fp_fusion": True,
         }
         self.empty = self.batch == 0 or self.rows == 0

@@ -53,8 +53,8 @@ def _run(
 
 
 def cases() -> Iterator[Case]:
-    def case(name: str, ci: bool = False, **variant: Any) -> Case:
-        return Case(f"prototype_cosine/{name}", lambda target: _run(target, **variant), ci)
+    def case(name: str, ci: bool = False, precision: str = "highest", **variant: Any) -> Case:
+        return Case(f"prototype_cosine/{name}", lambda target: _run(target, **variant), ci, precision)
 
     yield case("cosine-bf16", True, passes="cosine")
     yield case("tasks-bf16", True, passes="tasks")
@@ -71,4 +71,5 @@ def cases() -> Iterator[Case]:
         yield case(f"{passes}-softmax-bf16-C1024", passes=passes, width=1024)
         yield case(f"{passes}-softmax-bf16-odd", passes=passes, width=765, tokens=8191, dim=100)
         yield case(f"{passes}-softmax-fp32", passes=passes, dtype=torch.float32)
+        yield case(f"{passes}-softmax-tf32", passes=passes, dtype=torch.float32, precision="high")
     yield case("backward-softmax-bf16-bias", passes="backward", learned_bias=True)

@@ -66,7 +66,9 @@ def prototype_cosine(
 
     Gradients reach hidden, the projection, both biases, the prototypes and (torch only) token_weight; only those asked
     for are computed, in a fixed order: equal inputs give bitwise equal gradients. Under autocast all inputs are cast.
-    A second derivative exists where autograd keeps the logits itself, and is refused elsewhere.
+    A second derivative exists where autograd keeps the logits itself, and is refused elsewhere. On a GPU, products
+    of float32 follow `torch.get_float32_matmul_precision()` at the time of the call, as `F.linear` does: TF32 for
+    "high" and "medium".
 
     The cheapest exact way is taken, by counting multiply-adds of forward and backward (`prototype_cosine/plan.py`):
     fold projection @ token_weight once per call (logits only; a full training step from B = 75 against streaming and

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .._runtime.triton_support import architecture
+from .._runtime.triton_support import architecture, dot_precision
 from . import torch_impl
 from .configs import (
     Config,
@@ -88,7 +88,7 @@ def forward(
         *(hidden.stride(0), token_weight.stride(0), reader.stride(0)),
         **shared,
         HAS_BIAS=token_bias is not None,
-        PRECISION="ieee",
+        PRECISION=dot_precision(hidden.dtype, arch),
         **_blocks(config),
         **_launch_options(config.num_warps, config.num_stages),
     )
@@ -143,7 +143,7 @@ def backward(
         "ACTIVATION": _ACTIVATIONS[activation],
         "HAS_BIAS": token_bias is not None,
         "ACC": _dtype(hidden),
-        "PRECISION": "ieee",
+        "PRECISION": dot_precision(hidden.dtype, arch),
     }
     dhidden = dbias = dreader = None
     if needs[3]:
@@ -221,10 +221,11 @@ def similarity(
     if task_ids is None:
         # float32 sums of 16-bit prototypes take three tensor-core products; float32 prototypes are multiplied as such.
         precise = prototypes.element_size() > 2 or arch.startswith("gfx")
+        precision = dot_precision(prototypes.dtype, arch) if precise else "tf32x3"
         _cosine_kernel[(_cdiv(batch, 16), columns)](
             *(embedding, prototypes, out, batch, widest, dim, prototypes.stride(0), eps),
             **sizes,
-            PRECISION="ieee" if precise else "tf32x3",
+            PRECISION=precision,
             BLOCK_B=16,
             **_launch_options(4, 1),
         )

@@ -42,8 +42,8 @@ def _run(
 
 
 def cases() -> Iterator[Case]:
-    def case(name: str, ci: bool = False, **variant: Any) -> Case:
-        return Case(f"readout_attention/{name}", lambda target: _run(target, **variant), ci)
+    def case(name: str, ci: bool = False, precision: str = "highest", **variant: Any) -> Case:
+        return Case(f"readout_attention/{name}", lambda target: _run(target, **variant), ci, precision)
 
     half, single = torch.float16, torch.float32
     for passes in ("forward", "backward"):
@@ -54,6 +54,7 @@ def cases() -> Iterator[Case]:
         yield case(f"{passes}-bf16-float32-stream", True, passes=passes, stream=single)
         yield case(f"{passes}-fp16", passes=passes, dtype=half)
         yield case(f"{passes}-fp32", passes=passes, dtype=single)
+        yield case(f"{passes}-tf32", passes=passes, dtype=single, precision="high")
         yield case(f"{passes}-bf16-C384", passes=passes, heads=6, width=384)
         yield case(f"{passes}-bf16-C1280", passes=passes, heads=16, width=1280)
         yield case(f"{passes}-bf16-odd", passes=passes, heads=5, width=765, tokens=101, batch=3)

@@ -60,7 +60,8 @@ def readout_attention(
     Gradients reach every tensor. Only those asked for are computed, in a fixed order: equal inputs give bitwise equal
     gradients. There is no second derivative. Beside its inputs the backward pass keeps tensors of H*(N+P) or H*C + 2*N
     elements per image, and computes normalised tokens again. Under autocast everything but x, the norm and the bias is
-    cast.
+    cast. On a GPU, products of float32 follow `torch.get_float32_matmul_precision()` at the time of the call, as
+    `F.linear` does: TF32 for "high" and "medium".
 
     Equal to::
 

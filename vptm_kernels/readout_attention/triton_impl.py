@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .._runtime.triton_support import architecture
+from .._runtime.triton_support import architecture, dot_precision
 from .configs import Config, backward_config, forward_config, merge_channels, next_power_of_2
 from .kernels_bwd import _grad_kernel
 from .kernels_fwd import _merge_kernel, _split_kernel
@@ -32,6 +32,7 @@ class _Problem(NamedTuple):
     arch: str
     stream_bits: int
     dtype_bits: int
+    precision: str
 
     @property
     def shape(self) -> tuple[str, int, int, int, int, int]:
@@ -55,7 +56,7 @@ class _Problem(NamedTuple):
             "EVEN": self.width % config.channels == 0,
             "CENTRE": self.stream_bits > 16,
             "INDEX": tl.int64 if self.int64 else tl.int32,
-            "PRECISION": "ieee",
+            "PRECISION": self.precision,
             "STAGES": config.num_stages,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
@@ -94,6 +95,7 @@ def _problem(x: Tensor, absorbed: Tensor, prompt_scores: Tensor | None) -> _Prob
         arch=architecture(x.device),
         stream_bits=8 * x.element_size(),
         dtype_bits=8 * absorbed.element_size(),
+        precision=dot_precision(absorbed.dtype, architecture(x.device)),
     )
 
 
