@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_data import CLASSES, picture, write_backbone, write_pictures
 
@@ -201,6 +203,172 @@ def test_evaluate_on_the_same_folder_keeps_to_the_test_images(vptm: Console, run
     """Given the training folder by hand, training images must not be counted as test images."""
     code, out, _ = vptm("evaluate", run, "--data", material / "pictures", "--json")
     assert code == 0 and json.loads(out)["n"] == 6
+
+
+@pytest.fixture
+def moved(vptm: Console, material: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A run of 12 training, 3 validation and 6 test images, and where its 30 images lie now."""
+    write_pictures(tmp_path / "old", 10)
+    assert vptm(*train_arguments(material, tmp_path / "r", "--data", tmp_path / "old", epochs=2))[0] == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+    return tmp_path / "r", tmp_path / "new"
+
+
+def test_a_run_whose_data_moved_is_measured_on_its_test_images(vptm: Console, moved: tuple[Path, Path]) -> None:
+    """Divided anew or not at all, training images would be counted as test images."""
+    run, new = moved
+    code, line = vptm.refused("evaluate", run)
+    assert code == 2 and "data not found" in line and line.endswith("--data gives its new place")
+    stored = json.loads((run / "run.json").read_text())["result"]["test"]
+    code, out, err = vptm("evaluate", run, "--data", new, "--json")
+    got = json.loads(out)
+    assert code == 0 and (got["n"], got["loss"], got["left_out"]) == (6, stored["loss"], {})
+    assert "holds the run's own images" in err
+
+
+def test_a_run_whose_data_moved_is_resumed(vptm: Console, moved: tuple[Path, Path]) -> None:
+    run, new = moved
+    code, line = vptm.refused("train", "--resume", "--out", run)
+    assert code == 2 and line.endswith("--data gives its new place")
+    before = (run / TENSORS).read_bytes()
+    code, out, _ = vptm("train", "--resume", "--out", run, "--data", new)
+    assert code == 0 and "test accuracy" in out and (run / TENSORS).read_bytes() == before
+    assert vptm("evaluate", run)[0] == 0, "the new place is recorded"
+    picture(1, 77).save(new / "left" / "0.png")
+    code, line = vptm.refused("train", "--resume", "--out", run)
+    assert code == 2 and " images 1 changed, such as left/0.png" in line
+
+
+def test_images_that_were_trained_on_are_left_out(vptm: Console, moved: tuple[Path, Path], tmp_path: Path) -> None:
+    """Some of the run's images among others, renamed and in other folders: their contents tell."""
+    run, new = moved
+    mixed = write_pictures(tmp_path / "mixed", 1, first=50)
+    used = {"train": 0, "val": 0, "test": 0, "": 0}
+    with (run / "split.csv").open(newline="") as file:
+        split_of = {row["path"]: row["split"] for row in csv.DictReader(file)}
+    for number, path in enumerate(sorted((new / "left").iterdir())):
+        used[split_of.get(f"left/{path.name}", "")] += 1
+        (mixed / "left" / f"again-{number}.png").write_bytes(path.read_bytes())
+    assert used == {"train": 4, "val": 1, "test": 2, "": 3}
+    code, out, err = vptm("evaluate", run, "--data", mixed, "--json")
+    got = json.loads(out)
+    assert code == 0 and got["n"] == 3 + 10 - 5 and got["left_out"] == {"train": 4, "val": 1}
+    assert "4 of 13 images were trained on: left out" in err and "1 of 13 images chose the epoch: left out" in err
+    code, out, err = vptm("evaluate", run, "--data", mixed, "--json", "--include-trained")
+    assert code == 0 and json.loads(out)["n"] == 13 and "4 of 13 images were trained on: counted, as asked" in err
+    trained = next(path for path, split in split_of.items() if split == "train" and path.startswith("left"))
+    only = tmp_path / "only" / "left"
+    only.mkdir(parents=True)
+    (only / "x.png").write_bytes((new / trained).read_bytes())
+    code, line = vptm.refused("evaluate", run, "--data", only.parent)
+    assert code == 2 and "all 1 were used: --include-trained counts them" in line
+
+
+def test_a_folder_that_grew_does_not_turn_training_images_into_test_images(
+    vptm: Console, moved: tuple[Path, Path]
+) -> None:
+    """More files move the division a little; a training image stays out of the test whatever it says now."""
+    run, new = moved
+    assert vptm("train", "--resume", "--out", run, "--data", new)[0] == 0
+    trained = {row["path"] for row in csv.DictReader((run / "split.csv").open(newline="")) if row["split"] != "test"}
+    for count in range(30):
+        write_pictures(new, 1, first=100 + count)
+        if overlap := trained & set(load_data(new).test.keys):
+            break
+    else:
+        pytest.fail("the case needs a division that moved")
+    code, out, _ = vptm("evaluate", run, "--json")
+    got = json.loads(out)
+    assert code == 0 and sum(got["left_out"].values()) == len(overlap)
+    assert got["n"] == len(load_data(new).test) - len(overlap)
+
+
+def test_runs_without_a_list_say_what_is_not_known(vptm: Console, moved: tuple[Path, Path]) -> None:
+    run, new = moved
+    (run / "split.csv").unlink()
+    code, out, err = vptm("evaluate", run, "--data", new, "--json")
+    assert code == 0 and json.loads(out)["n"] == 30 and "keeps no list of its images" in err
+    code, line = vptm.refused("train", "--resume", "--out", run, "--data", new)
+    assert code == 2 and "differs from the run's" in line
+    (run / "split.csv").write_text("path\nx\n")
+    code, line = vptm.refused("evaluate", run, "--data", new)
+    assert code == 2 and "split.csv must list split,path,sha256" in line
+
+
+def test_train_says_what_it_uses_and_leaves_out(vptm: Console, material: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "d", 10)
+    (tmp_path / "d" / "upper" / "0.heic").write_bytes(b"ftypheic")
+    (tmp_path / "d" / "upper" / "copy.png").write_bytes((tmp_path / "d" / "upper" / "4.png").read_bytes())
+    code, _, err = vptm(*train_arguments(material, tmp_path / "r", "--data", tmp_path / "d", epochs=1))
+    assert code == 0
+    assert "  left   train 4 (3 left out), val 1, test 2\n" in err
+    assert "  upper  train 4 (4 left out), val 1, test 2\n" in err
+    assert "12 of 22 training images are used, 10 are left out: --shots all uses every one" in err
+    assert "left out 1 files that are no images" in err and "1 .heic" in err
+
+
+def test_options_for_reading_pictures_stay_with_the_run(vptm: Console, material: Path, tmp_path: Path) -> None:
+    """12-bit pictures in 16-bit files, in 4096 levels: read by the files' depth, they would be all but black."""
+    for kind, name in enumerate(CLASSES):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        for k in range(10):
+            values = np.asarray(picture(kind, k)).astype(np.uint16) * 16
+            Image.fromarray(values).save(tmp_path / "d" / name / f"{k}.png")
+    arguments = train_arguments(material, tmp_path / "r", "--data", tmp_path / "d", epochs=25)
+    assert vptm(*arguments, "--value-range", "0,4080", "--background", "black")[0] == 0
+    config = json.loads((tmp_path / "r" / "adapter_config.json").read_text())
+    assert config["preprocessing"]["value_range"] == [0, 4080] and config["preprocessing"]["background"] == "black"
+    code, out, _ = vptm("evaluate", tmp_path / "r")
+    assert code == 0 and "test accuracy 100.00% of 6" in out
+    code, deep, _ = vptm("predict", tmp_path / "r", tmp_path / "d" / "left" / "3.png")
+    picture(1, 3).save(tmp_path / "plain.png")
+    _, plain, _ = vptm("predict", tmp_path / "r", tmp_path / "plain.png")
+    assert code == 0 and deep.splitlines()[1].split(",", 1)[1] == plain.splitlines()[1].split(",", 1)[1]
+    for wrong in ("5", "5,5", "a,b", "1,2,3"):
+        code, line = vptm.refused(*train_arguments(material, tmp_path / "x", "--value-range", wrong))
+        assert code == 2 and "--value-range must be LOW,HIGH" in line
+
+
+def test_a_console_without_the_letters_loses_no_result(
+    vptm: Console, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class name that the console's encoding lacks ended `evaluate` and `predict` after all the work."""
+    write_pictures(tmp_path / "d", 10, ("Vögel", "猫", "dog"))
+    arguments = train_arguments(material, tmp_path / "r", "--data", tmp_path / "d", epochs=1)
+    assert vptm(*arguments)[0] == 0
+    odd = tmp_path / os.fsdecode(b"\xff.png")
+    picture(0, 0).save(odd)
+    for command in (["evaluate", tmp_path / "r"], ["predict", tmp_path / "r", odd], ["inspect", tmp_path / "r"]):
+        buffer = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii"))
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in command])
+        sys.stdout.flush()
+        assert end.value.code == 0, command
+        assert b"\\u732b" in buffer.getvalue(), buffer.getvalue()
+
+
+def test_predict_counts_what_it_leaves_out_and_never_waits(vptm: Console, run: Path, tmp_path: Path) -> None:
+    picture(0, 0).save(tmp_path / "a.jfif", "JPEG")
+    (tmp_path / "b.heic").write_bytes(b"ftypheic")
+    os.mkfifo(tmp_path / "c.png")
+    code, out, err = vptm("predict", run, tmp_path)
+    assert code == 0 and len(out.splitlines()) == 2 and "left out 2 files" in err
+    code, line = vptm.refused("predict", run, tmp_path / "c.png")
+    assert code == 1 and "it is no regular file" in line
+
+
+def test_a_damaged_run_file_is_one_line(vptm: Console, run: Path, tmp_path: Path) -> None:
+    for file in run.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for text, reason in (
+        ("[" * 100_000, "must be JSON"),
+        ('{"settings": []}', "does not record its data"),
+        ('{"settings": {"data": 3}}', "must record its data as text, got 3"),
+    ):
+        (tmp_path / "run.json").write_text(text)
+        code, line = vptm.refused("evaluate", tmp_path)
+        assert code == 2 and reason in line and len(line) < 1000
 
 
 def test_predict_prints_csv_that_csv_reads(vptm: Console, run: Path, tmp_path: Path) -> None:

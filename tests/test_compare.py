@@ -100,6 +100,22 @@ def test_finished_runs_are_kept_and_stopped_ones_resumed(run: Any, calls: list[l
     assert 0 in results[0].runs and 2 in results[0].runs
 
 
+def test_a_comparison_goes_on_where_its_data_moved(run: Any, calls: list[list[str]]) -> None:
+    write_pictures(Path("old"), 10)
+    run("linear", seeds=1, data=str(Path("old").resolve()))
+    Path("old").rename("new")
+    calls.clear()
+    (result,) = run("linear", seeds=1, data=str(Path("new").resolve()))
+    assert calls == [] and 0 in result.runs
+    unfinished("out/linear/seed-0")
+    (result,) = run("linear", seeds=1, data=str(Path("new").resolve()))
+    assert [call[3] for call in calls] == ["--resume"] and 0 in result.runs
+    Path("new").rename("newer")
+    Path("newer/left/3.png").unlink()
+    with pytest.raises(ValueError, match="was trained with --data"):
+        run("linear", seeds=1, data=str(Path("newer").resolve()))
+
+
 def unfinished(folder: str) -> None:
     """A finished run as a stop before its test leaves it."""
     path = Path(folder, "run.json")

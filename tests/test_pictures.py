@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vptm.checkpoints import preprocessing_error
 from vptm.data import load_data, transforms
 from vptm.pictures import BadImageError, image_files, left_out_note, read_image, to_8_bit
 
@@ -227,3 +228,12 @@ def test_deep_folders_are_looked_through(tmp_path: Path) -> None:
         assert len(image_files(tmp_path)) == 1
     finally:
         sys.setrecursionlimit(limit)
+
+
+def test_an_adapter_with_other_options_is_refused() -> None:
+    """They come from a file, and are read again before any picture."""
+    assert preprocessing_error({"background": "black", "value_range": [0, 4095]}) is None
+    assert preprocessing_error({"background": None, "value_range": None}) is None
+    for wrong in ({"background": 3}, {"background": "x" * 9999}, {"value_range": "0,1"}, {"value_range": [1, 0]}):
+        found = preprocessing_error(wrong)
+        assert found is not None and f"{next(iter(wrong))} must be" in found and len(found) < 700

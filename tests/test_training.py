@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import pickle
 import random
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from vptm import PromptedBEiT, evaluate, fit, load_adapter, transforms
 from vptm.adapters import CONFIG_FILE, TENSORS_FILE
 from vptm.data import ImageDataset
 from vptm.losses import protoverb_loss
+from vptm.split_list import SplitList
 from vptm.training import CURVES_FILE, METRICS_FILE, RUN_FILE, STATE_FILE
 
 LEARNS = {"readout": "mean", "token_activation": "hidden", "verbalizer": "linear", "prompt_length": 3}
@@ -347,6 +349,34 @@ def test_resuming_with_another_model_or_data_is_refused(backbone: Path, tmp_path
             run_dir=tmp_path / "r",
             resume=True,
         )
+
+
+def test_a_run_lists_its_images_and_resumes_on_no_others(backbone: Path, tmp_path: Path) -> None:
+    """The labels may be the same where the pictures are not."""
+    run(make_model(backbone), tmp_path / "r")
+    listed = SplitList.read(tmp_path / "r")
+    assert listed is not None and len(listed.keys("train")) == 12 and len(listed.keys("val")) == 9
+    assert listed == SplitList.of({"train": pictures(12), "val": pictures(9, first=100)})
+    model = make_model(backbone)
+    train, val = loaders(model)
+    others: Any = train.dataset
+    others.images = np.concatenate([others.images[:11], others.images[:1]])
+    settings: dict[str, Any] = {"epochs": 4, "lr": 0.02, "warmup_epochs": 1, "progress": False}
+    with pytest.raises(ValueError, match=r"of its 12 train images 1 changed, such as 11$"):
+        fit(model, train, val, run_dir=tmp_path / "r", resume=True, **settings)
+    assert SplitList.of({"train": others, "test": others}).repeated() == {"test": 12}
+
+
+def test_names_of_any_bytes_are_listed(tmp_path: Path) -> None:
+    name = os.fsdecode(b'\xff, "a"\n.png')
+    picture(0, 0).save(tmp_path / name)
+    part = ImageDataset([tmp_path / name], np.zeros(1), ["a"], keys=[name])
+    listed = SplitList.of({"train": part})
+    listed.write(tmp_path)
+    assert SplitList.read(tmp_path) == listed and listed.is_within({"test": part})
+    assert listed.used([*part.content_hashes(), "0" * 64]) == ["train", None]
+    picture(0, 1).save(tmp_path / name)
+    assert not listed.is_within({"test": part}), "another picture of the same name is not the run's"
 
 
 class Payload:

@@ -33,7 +33,7 @@ from .verbalizers import check_finite
 SCHEMA_VERSION = 2  # 1 had no "trained", and its hash left out what the constructor makes trainable and no more
 MODEL_CLASSES: dict[str, type[PromptedModel]] = {"PromptedBEiT": PromptedBEiT, "PromptedViT": PromptedViT}
 TENSORS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "background", "value_range")
 
 
 class WriteError(OSError):

@@ -44,6 +44,7 @@ from timm.models.beit import Beit, gen_relative_position_index
 from torch import Tensor, nn
 
 from .choices import one_line
+from .pictures import check_picture_options
 
 __all__ = ["LoadReport", "LoadedBackbone", "canonical_state_dict", "load_backbone", "weight_hash"]
 
@@ -284,9 +285,14 @@ def preprocessing_error(config: Any) -> str | None:
             _share(config["crop_pct"], "crop_pct", "")
     except ValueError as error:
         return f"must have a usable preprocessing{error}"
+    try:
+        check_picture_options(config.get("background"), config.get("value_range"))
+    except ValueError as error:
+        return f"must have a usable preprocessing: {error}"
     if (mode := config.get("crop_mode", "center")) not in _CROP_MODES:
         return f"must have preprocessing.crop_mode as one of {', '.join(_CROP_MODES)}, got {mode!r}"
-    unknown = set(config) - {"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
+    known = {"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "background", "value_range"}
+    unknown = set(config) - known
     return f"must have a preprocessing without {sorted(unknown)[0]!r}" if unknown else None
 
 

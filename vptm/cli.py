@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -13,6 +15,7 @@ import typer
 if TYPE_CHECKING:
     from .data import ImageData, ImageDataset
     from .prompted_model import PromptedModel
+    from .split_list import SplitList
 
 DEMONSTRATION = "built for 28x28 grey clothing pictures, a demonstration"
 EVALUATION_BATCH = 256
@@ -84,6 +87,9 @@ def _run(arguments: list[str]) -> int:
     # OpenMP threads that spin while they wait make small models ten times slower where other work shares the cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _arguments[:] = arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a letter that the console lacks must not end the command
     try:
         status = app(args=arguments, prog_name="vptm", standalone_mode=False)
         sys.stdout.flush()
@@ -148,6 +154,15 @@ OnBadImage = Annotated[
     str,
     typer.Option(
         help="Broken image files among those that are read: error (stop, naming the file) or skip (report and go on)."
+    ),
+]
+Background = Annotated[str, typer.Option(help="Colour under what is transparent in a picture, by name or as #rrggbb.")]
+ValueRange = Annotated[
+    str | None,
+    typer.Option(
+        help="LOW,HIGH: darkest and brightest value of pictures of more than 8 bits; by default the file's depth, "
+        "which signed, 32-bit and floating-point files lack.",
+        show_default=False,
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is a GPU where there is one.")]
@@ -258,6 +273,8 @@ def train(
         bool, typer.Option("--shuffle-labels", help="A control: permute train and val labels; test falls to chance.")
     ] = False,
     on_bad_image: OnBadImage = "error",
+    background: Background = "white",
+    value_range: ValueRange = None,
     test: Annotated[bool, typer.Option(help="Read the test images, once, at the end.")] = True,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; the next free runs/DATA-N by default.", show_default=False)
@@ -272,7 +289,8 @@ def train(
 
     Writes a run folder and prints the test accuracy. The epoch best on validation images is kept; test images are read
     once, at the end. The run folder holds the adapter (adapter_model.safetensors, adapter_config.json), metrics.csv,
-    curves.png, run.json and the state to resume from.
+    curves.png, run.json, split.csv (name and SHA-256 of every image used) and the state to resume from. Data that moved
+    is given again: --resume --out RUN --data NEW.
 
     \b
     Examples:
@@ -371,10 +389,13 @@ def _located(source: str) -> str:
 
 
 def _resumed_settings(out: Path, settings: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    from .split_list import SPLIT_FILE
+
     stored = _read_run(out).get("settings")
     if not isinstance(stored, dict):
         raise ValueError(f"{out} was not made by `vptm train`, it cannot be resumed by it")
-    for name in sorted(given - _FREE_ON_RESUME):
+    moved = {"data"} if (out / SPLIT_FILE).is_file() else set()  # compared with the list, image by image
+    for name in sorted(given - _FREE_ON_RESUME - moved):
         if stored.get(name) != settings[name]:
             option = "--" + name.replace("_", "-")
             raise ValueError(
@@ -393,6 +414,7 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     from .choices import one_of
     from .data import few_shot, load_data, transforms
     from .prompt_init import INIT_METHODS, init_prompts
+    from .split_list import SPLIT_FILE, SplitList
     from .training import RUN_FILE, STATE_FILE, evaluate, fit, peak_memory, update_run_file
     from .verbalizers import fit_prototypes
 
@@ -411,10 +433,13 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
         raise ValueError(f"--prototype-lr must be finite and > 0, got {settings['prototype_lr']}")
     one_of("--prompt-init", settings["prompt_init"], ("uniform", *INIT_METHODS))
     place = _device(settings["device"])
-    data = load_data(settings["data"], on_bad_image=settings["on_bad_image"])
+    read = {"background": settings["background"], "value_range": _parse_range(settings["value_range"])}
+    with _asking_for_moved_data(resume):
+        data = load_data(settings["data"], on_bad_image=settings["on_bad_image"], **read)
     _report(data)
     train_set = data.train if shots is None else few_shot(data.train, shots, seed=settings["seed"])
     val_set, test_set = data.val, data.test if settings["test"] else None
+    _report_classes({"train": train_set, "val": val_set, "test": test_set}, data.train)
     if settings["on_bad_image"] == "error":
         _refuse_unreadable([train_set, val_set, test_set])
     if settings["shuffle_labels"]:
@@ -426,6 +451,7 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     torch.manual_seed(settings["seed"])
     model = _build(settings, len(data.classes))
     model.class_names = data.classes
+    model.default_cfg |= read  # kept with the adapter, so that other pictures are read in the same way
     if settings["model"] == "builtin" and data.name not in ("builtin", "fashion-mnist"):
         _say(f"the built-in model is {DEMONSTRATION}")
     flip = data.flip if settings["flip"] is None else settings["flip"]
@@ -447,7 +473,10 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
         verbalizer: Any = model.to(place).verbalizer
         verbalizer.init_prototypes(model, support)
     again = f"vptm train --resume --out {shlex.quote(str(folder))}"
-    counts = {split: len(part) for split, part in (("train", train_set), ("val", val_set), ("test", test_set)) if part}
+    parts = {split: part for split, part in (("train", train_set), ("val", val_set), ("test", test_set)) if part}
+    listed = SplitList.of(parts)
+    for split, repeated in listed.repeated().items():
+        _say(f"{repeated} {split} images have the contents of training images")
     result = fit(
         model,
         loader,
@@ -461,9 +490,16 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
         info={
             "command": shlex.join(["vptm", *_arguments]),
             "settings": settings,
-            "data": {"name": data.name, "images": counts, "notes": list(data.notes)},
+            "data": {
+                "name": data.name,
+                "images": {split: len(part) for split, part in parts.items()},
+                "notes": list(data.notes),
+            },
         },
+        images=listed,
     )
+    if resume:
+        update_run_file(folder, settings=settings)  # where the data lies now
     if result.interrupted:
         _say(f"vptm: interrupted after epoch {len(result.history)} of {settings['epochs']}, continue with: {again}")
         raise typer.Exit(1)
@@ -492,7 +528,7 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
         print(f"prototypes           ProtoVerb loss {contrast[0]:.4f}, after {steps} steps {contrast[-1]:.4f}{after}")
     if test is not None:
         print(f"test accuracy        {test['accuracy']:.2%} of {test['n']} images, loss {test['loss']:.4f}")
-    print(f"run folder           {folder} (adapter, {RUN_FILE}, metrics.csv, curves.png)")
+    print(f"run folder           {folder} (adapter, {RUN_FILE}, {SPLIT_FILE}, metrics.csv, curves.png)")
     print(f"next                 vptm predict {shlex.quote(str(folder))} IMAGE.png")
 
 
@@ -840,6 +876,9 @@ def evaluate(
         str | None, typer.Option(help="Other data, as in `vptm train`; the run's own by default.", show_default=False)
     ] = None,
     split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
+    include_trained: Annotated[
+        bool, typer.Option("--include-trained", help="Also count images that the run was trained on or chosen by.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with the confusion matrix.")] = False,
     on_bad_image: OnBadImage = "error",
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = EVALUATION_BATCH,
@@ -850,7 +889,9 @@ def evaluate(
 ) -> None:
     """Measure a run on its test images or other data.
 
-    Other data must have labels the run knows; without splits of its own it is evaluated whole.
+    Other data must have labels the run knows; without splits of its own it is evaluated whole. The run's own data is
+    known again where it moved. Images that the run was trained on, or whose accuracy chose its epoch, are counted and
+    left out, by the contents of their files.
 
     \b
     Example:
@@ -860,8 +901,9 @@ def evaluate(
     import json
 
     from .adapters import load_adapter
-    from .choices import one_of
-    from .data import load_data, transforms
+    from .choices import one_line, one_of
+    from .data import load_data, picture_options, transforms
+    from .split_list import SplitList
     from .training import evaluate as measure
 
     one_of("--split", split, ("test", "val", "train"))
@@ -875,17 +917,30 @@ def evaluate(
     chosen = data if data is not None else str(own)
     # a division made at training time is kept, so test images are never training images
     same = own is not None and _located(chosen) == own
-    loaded = load_data(chosen, transform=transforms(model), on_bad_image=on_bad_image, holdout=same)
+    listed = SplitList.read(run)
+    read = {"transform": transforms(model), "on_bad_image": on_bad_image, **picture_options(model)}
+    with _asking_for_moved_data(data is None):
+        loaded = load_data(chosen, holdout=same, **read)
+    if not same and listed is not None and listed.is_within(loaded.parts()):
+        _say(f"{chosen} holds the run's own images: divided as for training")
+        same, loaded = True, load_data(chosen, **read)
     _report(loaded)
-    part = {"test": loaded.test, "val": loaded.val, "train": loaded.train}[split]
+    part = loaded.parts().get(split)
     if not part:
         raise ValueError(f"{chosen} has no {split} images")
+    left_out: dict[str, int] = {}
+    if listed is not None:
+        part, left_out = _without_trained(part, listed, split if same else None, include_trained)
+    elif not same:
+        _say(f"{run} keeps no list of its images: whether it was trained on some of these is not known")
     part = _with_labels_of(model, part)
     result = measure(model, _loader(part, batch_size, workers, place), device=place, confusion=as_json)
     names = model.class_names or [str(k) for k in range(model.num_classes)]
     if as_json:
-        print(json.dumps({"split": split, "data": loaded.name, "classes": names, **result}))
+        facts = {"split": split, "data": loaded.name, "classes": names, "left_out": left_out}
+        print(json.dumps({**facts, **result}))
         return
+    names = [one_line(name) for name in names]
     width = max(map(len, names))
     for name, share in zip(names, result["per_class"]):
         print(f"{name:{width}}  {'-' if share is None else format(share, '.2%')}")
@@ -913,12 +968,14 @@ def predict(
     """
     import csv
     import json
+    from collections import Counter
 
     import torch
 
     from .adapters import load_adapter
     from .choices import one_of
-    from .data import ON_BAD_IMAGE, BadImageError, image_files, read_image, transforms
+    from .data import ON_BAD_IMAGE, BadImageError, image_files, picture_options, read_image, transforms
+    from .pictures import left_out_note
 
     one_of("--on-bad-image", on_bad_image, ON_BAD_IMAGE)
     if batch_size < 1:
@@ -928,20 +985,24 @@ def predict(
     for path in images:
         if not path.exists():
             raise FileNotFoundError(f"image not found: {path}")
-        found = image_files(path) if path.is_dir() else [path]
+        left_out: Counter[str] = Counter()
+        found = image_files(path, left_out) if path.is_dir() else [path]
+        note = f": {left_out_note(left_out)}" if left_out else ""
         if not found:
-            raise ValueError(f"{path} holds no image files")
+            raise ValueError(f"{path} holds no image files{note}")
+        if note:
+            _say(f"{path}{note}")
         files += found
     model = load_adapter(run, source=source, impl=impl).to(place)
     names = model.class_names or [str(k) for k in range(model.num_classes)]
-    prepare = transforms(model)
+    prepare, read = transforms(model), picture_options(model)
     rows: list[list[str]] = []
     skipped = 0
     for start in range(0, len(files), batch_size):
         readable, pixels = [], []
         for path in files[start : start + batch_size]:
             try:
-                pixels.append(prepare(read_image(path)))
+                pixels.append(prepare(read_image(path, **read)))
                 readable.append(path)
             except BadImageError as error:
                 if on_bad_image == "error":
@@ -1197,6 +1258,19 @@ def _parse_shots(text: str) -> int | None:
     return int(text)
 
 
+def _parse_range(text: str | None) -> tuple[float, float] | None:
+    from .pictures import check_picture_options
+
+    if text is None:
+        return None
+    try:
+        low, high = (float(number) for number in text.split(","))
+        check_picture_options(None, (low, high))
+    except ValueError:
+        raise ValueError(f"--value-range must be LOW,HIGH, two finite numbers, the lower first, got {text!r}") from None
+    return low, high
+
+
 def _device(name: str) -> Any:
     import torch
 
@@ -1226,6 +1300,73 @@ def _report(data: ImageData) -> None:
         _say(f"{data.name}: {note}")
 
 
+def _report_classes(parts: dict[str, ImageDataset | None], pool: ImageDataset, shown: int = 20) -> None:
+    """How many images of each class are used, and how many of those to train on are left out."""
+    import numpy as np
+
+    from .choices import one_line
+
+    names = [one_line(name) for name in pool.classes]
+    counts = {split: np.bincount(part.labels, minlength=len(names)) for split, part in parts.items() if part}
+    left_out = np.bincount(pool.labels, minlength=len(names)) - counts["train"]
+    width = max(len(name) for name in names[:shown])
+    _say(f"{len(names)} classes, images of each:")
+    for k, name in enumerate(names[:shown]):
+        cells = [
+            f"{split} {count[k]}" + (f" ({left_out[k]} left out)" if split == "train" and left_out[k] else "")
+            for split, count in counts.items()
+        ]
+        _say(f"  {name:{width}}  {', '.join(cells)}")
+    if len(names) > shown:
+        rest = [f"{split} {count[shown:].sum()}" for split, count in counts.items()]
+        _say(f"  and {len(names) - shown} more classes: {', '.join(rest)} in all")
+    if left_out.any():
+        _say(
+            f"{counts['train'].sum()} of {len(pool)} training images are used, {left_out.sum()} are left out: "
+            "--shots all uses every one"
+        )
+
+
+def _without_trained(
+    part: ImageDataset, listed: SplitList, own: str | None, keep: bool
+) -> tuple[ImageDataset, dict[str, int]]:
+    """`part` without what a run was trained on or chosen by, and how many images that are; with `keep`, with them.
+
+    `own` is the split of the run's own data that `part` is, whose images it may hold; None for other data.
+    """
+    hashes = part.content_hashes()
+    expected = listed.keys(own)
+    used = [
+        None if expected.get(key) == digest else split
+        for key, digest, split in zip(part.keys, hashes, listed.used(hashes))
+    ]
+    splits = {"val": ("train",), "train": ()}.get(own or "", ("train", "val"))
+    counts = {split: count for split in splits if (count := used.count(split))}
+    for split, count in counts.items():
+        how = "were trained on" if split == "train" else "chose the epoch"
+        _say(f"{count} of {len(part)} images {how}: {'counted, as asked' if keep else 'left out'}")
+    if keep or not counts:
+        return part, {}
+    rest = part.subset([index for index, split in enumerate(used) if split not in counts])
+    if not len(rest):
+        raise ValueError(
+            f"data must have images that the run was not trained on, all {len(part)} were used: "
+            "--include-trained counts them"
+        )
+    return rest, counts
+
+
+@contextmanager
+def _asking_for_moved_data(recorded: bool) -> Iterator[None]:
+    """Data that a run recorded and that is not where it was: say how to give its new place."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if not recorded:
+            raise
+        raise FileNotFoundError(f"{error}; where the run's data moved, --data gives its new place") from None
+
+
 def _refuse_unreadable(parts: Sequence[ImageDataset | None]) -> None:
     """Every image that will be read is decoded once before training: one epoch of decoding against a run lost late."""
     from .data import BadImageError
@@ -1247,6 +1388,7 @@ def _free_folder(name: str) -> Path:
 def _read_run(folder: Path) -> dict[str, Any]:
     import json
 
+    from .choices import one_line
     from .training import RUN_FILE
 
     path = folder / RUN_FILE
@@ -1254,31 +1396,36 @@ def _read_run(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is not a run folder: it has no {RUN_FILE}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}")
     return content
 
 
 def _own_data(folder: Path) -> str | None:
+    from .choices import one_line
     from .training import RUN_FILE
 
     if not (folder / RUN_FILE).is_file():
         return None
-    return (_read_run(folder).get("settings") or {}).get("data")
+    settings = _read_run(folder).get("settings")
+    data = settings.get("data") if isinstance(settings, dict) else None
+    if data is not None and not isinstance(data, str):
+        raise ValueError(f"{folder / RUN_FILE} must record its data as text, got {one_line(data)}")
+    return data
 
 
 def _with_labels_of(model: PromptedModel, part: ImageDataset) -> ImageDataset:
     """`part` with its labels renumbered by name to the model's classes."""
     import numpy as np
 
-    from .data import ImageDataset
+    from .choices import one_line
 
     names = model.class_names
     if names is None or names == part.classes:
         return part
     if unknown := [name for name in part.classes if name not in names]:
-        raise ValueError(f"the data has the label {unknown[0]!r}, the run knows {', '.join(names)}")
+        raise ValueError(one_line(f"the data has the label {unknown[0]!r}, the run knows {', '.join(names)}"))
     number = np.array([names.index(name) for name in part.classes])
-    return ImageDataset(part.images, number[part.labels], names, keys=part.keys, transform=part.transform)
+    return part.with_labels(number[part.labels], names)

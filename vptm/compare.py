@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import write_atomically
-from .cli import _parse_shots, train_settings
-from .data import few_shot, load_data
+from .cli import _parse_range, _parse_shots, train_settings
+from .data import ImageData, few_shot, load_data
 from .recipes import Recipe, read_recipe
+from .split_list import SplitList
 from .training import RUN_FILE, prepare_run_folder
 
 # options of every run that `compare` sets itself
@@ -174,7 +175,8 @@ def compare(
         settings, _ = train_settings(options)
         facts = _finished(where, settings)
         if facts is None:
-            start = ["--resume"] if _can_resume(where, settings) else ["--overwrite", *options]
+            resumed = ["--resume", "--data", data]  # which may have moved
+            start = resumed if _can_resume(where, settings) else ["--overwrite", *options]
             code, errors = launch(["train", "--out", str(where), *start])
             facts = _finished(where, settings) if code == 0 else None
             if facts is None:
@@ -214,13 +216,18 @@ def _as_option(name: str, value: Any) -> list[str]:
 
 def _check_data(settings: dict[str, Any], search: bool) -> None:
     """Refuse data that every run would refuse, or that leaves nothing to test or to choose on."""
-    data = load_data(settings["data"], on_bad_image=settings["on_bad_image"])
+    data = _load(settings)
     if not data.test:
         raise ValueError(f"data must have test images to compare on, {data.name} has none")
     if search and not data.val:
         raise ValueError(f"data must have validation images for search, {data.name} has none")
     if (shots := _parse_shots(settings["shots"])) is not None:
         few_shot(data.train, shots)
+
+
+def _load(settings: dict[str, Any]) -> ImageData:
+    read = {"background": settings["background"], "value_range": _parse_range(settings["value_range"])}
+    return load_data(settings["data"], on_bad_image=settings["on_bad_image"], **read)
 
 
 def _search(recipe: Recipe, run: Callable[[str, dict[str, Any]], dict[str, Any] | None]) -> dict[str, Any]:
@@ -246,14 +253,23 @@ def _read(folder: Path) -> dict[str, Any] | None:
     return facts if isinstance(facts, dict) and isinstance(facts.get("settings"), dict) else None
 
 
-def _other_setting(facts: dict[str, Any], settings: dict[str, Any], searched: Collection[str] = ()) -> str | None:
-    """What of `settings` a run was trained without, as "--lr 0.1, not 0.2"."""
+def _other_setting(folder: Path, settings: dict[str, Any], searched: Collection[str] = ()) -> str | None:
+    """What of `settings` the run in a folder was trained without, as "--lr 0.1, not 0.2"."""
+    facts = _read(folder) or {"settings": {}}
     # a run of an older version was trained with the default of an option that came later
     stored = train_settings([])[0] | facts["settings"]
     for name, value in settings.items():
         if stored[name] != value and name not in FREE and name not in searched:
+            if name == "data" and _moved(folder, stored[name], settings):
+                continue
             return f"--{name.replace('_', '-')} {stored[name]}, not {value}"
     return None
+
+
+def _moved(folder: Path, old: str, settings: dict[str, Any]) -> bool:
+    """Whether the data is no longer where the run had it, and is what the run had where it is now."""
+    listed = SplitList.read(folder)
+    return listed is not None and not Path(old).exists() and listed.is_within(_load(settings).parts())
 
 
 def _finished(folder: Path, settings: dict[str, Any], searched: Collection[str] = ()) -> dict[str, Any] | None:
@@ -263,14 +279,13 @@ def _finished(folder: Path, settings: dict[str, Any], searched: Collection[str] 
         return None
     if settings["test"] and not facts["result"].get("test"):
         return None
-    if other := _other_setting(facts, settings, searched):
+    if other := _other_setting(folder, settings, searched):
         raise ValueError(f"{folder} was trained with {other}: choose another folder")
     return facts
 
 
 def _can_resume(folder: Path, settings: dict[str, Any]) -> bool:
-    facts = _read(folder)
-    if facts is None or _other_setting(facts, settings):
+    if _read(folder) is None or _other_setting(folder, settings):
         return False
     try:
         prepare_run_folder(folder, resume=True)

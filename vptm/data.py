@@ -22,16 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
 
-from .choices import hint, one_of
+from .choices import hint, one_line, one_of
 from .folders import SPLIT_NAMES, read_folder
 from .pictures import (
     BACKGROUND,
     BadImageError,
     check_picture_options,
     image_files,
-    one_line,
     read_image,
-    shortened,
     to_8_bit,
 )
 
@@ -151,6 +149,25 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         """The same images under other labels, and under other label names where given."""
         return self._with(labels=labels, classes=self.classes if classes is None else classes)
 
+    def content_hashes(self) -> list[str]:
+        """SHA-256 of each image's file, or of the shape and bytes of its pixels: wherever it lies, the same image has
+        the same one. Reads every file once.
+
+        Raises:
+            FileNotFoundError: a file that is gone.
+        """
+        if isinstance(self.images, np.ndarray):
+            return [hashlib.sha256(f"{item.shape}".encode() + item.tobytes()).hexdigest() for item in self.images]
+
+        def digest(path: Path) -> str:
+            try:
+                return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            except FileNotFoundError:
+                raise FileNotFoundError(f"image not found: {path}") from None
+
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            return list(pool.map(digest, self.images))
+
     def unreadable(self) -> dict[int, str]:
         """Index and message of every image that cannot be decoded; decodes every file once."""
         if isinstance(self.images, np.ndarray):
@@ -183,6 +200,11 @@ class ImageData:
     name: str
     notes: tuple[str, ...] = ()
     flip: bool = True
+
+    def parts(self) -> dict[str, ImageDataset]:
+        """The splits that hold images, by name."""
+        named = {"train": self.train, "val": self.val, "test": self.test}
+        return {split: part for split, part in named.items() if part}
 
 
 def load_data(
@@ -288,7 +310,7 @@ def _read_source(source: str | Path, notes: list[str], background: str) -> tuple
             "stamps": lambda: _stamps(background),
         }
         return read[source](), source, source not in ("digits", "mnist5k")
-    text = shortened(str(source), 1000)
+    text = one_line(source, 1000)
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:  # a name that no system takes
@@ -411,7 +433,7 @@ def _csv_file(file: Path) -> dict[str, ImageDataset]:
     header = [name.strip() for name in rows[0]] if rows else []
     if header not in (["path", "label"], ["path", "label", "split"]):
         raise ValueError(
-            f"{file} must start with the header path,label or path,label,split, found {shortened(','.join(header))!r}"
+            f"{file} must start with the header path,label or path,label,split, found {one_line(','.join(header))!r}"
         )
     parsed: list[tuple[str, str, str]] = []
     seen: dict[str, tuple[str, str]] = {}
@@ -419,18 +441,18 @@ def _csv_file(file: Path) -> dict[str, ImageDataset]:
         if not row:
             continue
         if len(row) != len(header) or not row[0].strip() or not row[1].strip():
-            raise ValueError(f"{file} row {number}: expected {','.join(header)}, found {shortened(','.join(row))!r}")
+            raise ValueError(f"{file} row {number}: expected {','.join(header)}, found {one_line(','.join(row))!r}")
         path, label, split = row[0].strip(), row[1].strip(), row[2].strip().lower() if len(row) == 3 else None
         if split is not None and split not in SPLIT_NAMES:
             raise ValueError(
-                f"{file} row {number}: split must be one of {', '.join(SPLIT_NAMES)}, found {shortened(split)!r}"
+                f"{file} row {number}: split must be one of {', '.join(SPLIT_NAMES)}, found {one_line(split)!r}"
             )
         if not _is_file(file.parent / path):
-            raise FileNotFoundError(f"{file} row {number}: image not found: {shortened(str(file.parent / path), 1000)}")
+            raise FileNotFoundError(f"{file} row {number}: image not found: {one_line(file.parent / path, 1000)}")
         # however it is written, by way of a link too, one file is one image
         first, its_label = seen.setdefault(os.path.realpath(file.parent / path), (path, label))
         if its_label != label:
-            both = f"{shortened(its_label)!r} and {shortened(label)!r}"
+            both = f"{one_line(its_label)!r} and {one_line(label)!r}"
             raise ValueError(f"{file} row {number}: {path} has the labels {both}")
         if len(seen) == len(parsed):
             also = "" if first == path else f", as {first} and {path}"
@@ -448,8 +470,7 @@ def _csv_file(file: Path) -> dict[str, ImageDataset]:
             continue
         if unknown := [label for _, label in chosen if label not in numbers]:
             raise ValueError(
-                f"{file}: the {split} split has the label {shortened(unknown[0])!r}, "
-                "which the train split does not have"
+                f"{file}: the {split} split has the label {one_line(unknown[0])!r}, which the train split does not have"
             )
         parts[split] = ImageDataset(
             [file.parent / path for path, _ in chosen],

@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from .pictures import image_files, is_picture, left_out_note, shortened
+from .choices import one_line
+from .pictures import image_files, is_picture, left_out_note
 
 _SPLIT_WORDS = {
     "train": ("train", "training", "trn"),
@@ -113,7 +114,7 @@ def _note_loose(folder: Path, notes: list[str]) -> None:
 
 def _few(names: list[str], shown: int = 10) -> str:
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(shortened(name) for name in names[:shown]) + rest
+    return ", ".join(one_line(name) for name in names[:shown]) + rest
 
 
 def split_of(name: str) -> tuple[str, tuple[str, ...]] | None:

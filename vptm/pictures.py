@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
+from .choices import one_line
+
 # what is read, by Pillow's names; none of them runs another program, as PostScript would start Ghostscript
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 BACKGROUND = "white"
@@ -22,17 +24,6 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLES = 258, 262, 339
 
 class BadImageError(ValueError):
     """An image file that cannot be decoded or shown in 8 bits; the message names the file."""
-
-
-def shortened(text: str, length: int = 300) -> str:
-    """`text` on one line, with its middle left out where it is longer than `length`."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else f"{line[: length // 2]} ... {line[-(length // 3) :]}"
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message on one bounded line, or its kind where it has none."""
-    return shortened(str(error)) or type(error).__name__
 
 
 def read_image(
@@ -63,7 +54,8 @@ def read_image(
     except FileNotFoundError:
         raise FileNotFoundError(f"image not found: {path}") from None
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
-        raise BadImageError(f"cannot read image {shortened(str(path), 1000)}: {one_line(error)}") from error
+        why = one_line(error) or type(error).__name__
+        raise BadImageError(f"cannot read image {one_line(path, 1000)}: {why}") from error
 
 
 def to_8_bit(
@@ -96,12 +88,19 @@ def check_picture_options(background: str | None, value_range: tuple[float, floa
     if background is not None:
         try:
             ImageColor.getrgb(background)
-        except ValueError:
-            raise ValueError(f"background must be a colour such as white or #808080, got {background!r}") from None
+        except (ValueError, TypeError, AttributeError):
+            raise ValueError(
+                f"background must be a colour such as white or #808080, got {one_line(repr(background))}"
+            ) from None
     if value_range is not None:
-        numbers = [float(value) for value in value_range]
-        if len(numbers) != 2 or not all(map(math.isfinite, numbers)) or numbers[0] >= numbers[1]:
-            raise ValueError(f"value_range must be two finite numbers, the lower first, got {value_range!r}")
+        try:
+            low, high = map(float, value_range)
+        except (ValueError, TypeError, OverflowError):
+            low = high = math.nan
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(
+                f"value_range must be two finite numbers, the lower first, got {one_line(repr(value_range))}"
+            )
 
 
 class _Depth(NamedTuple):

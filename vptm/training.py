@@ -33,10 +33,11 @@ from .losses import protoverb_loss
 from .optimization import SCHEDULES, decay_groups, make_schedule
 from .prompted_model import PromptedModel
 from .provp import FeatureReformation
+from .split_list import SPLIT_FILE, SplitList
 from .verbalizers import PrototypicalVerbalizer, check_finite
 
 STATE_FILE, METRICS_FILE, CURVES_FILE, RUN_FILE = "state.pt", "metrics.csv", "curves.png", "run.json"
-RUN_FILES = (TENSORS_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, CURVES_FILE, RUN_FILE)
+RUN_FILES = (TENSORS_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, CURVES_FILE, RUN_FILE, SPLIT_FILE)
 METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
 _STATE_VERSION = 1
 _STEPS_PER_CHECK = 50
@@ -81,6 +82,7 @@ def fit(
     device: str | torch.device | None = None,
     progress: bool = True,
     info: Mapping[str, Any] | None = None,
+    images: SplitList | None = None,
 ) -> FitResult:
     """Train what `model` leaves unfrozen by cross-entropy and keep the epoch that is best on `val`.
 
@@ -119,6 +121,8 @@ def fit(
         device: where to train; None stays on the model's device.
         progress: a progress bar and a line per epoch on stderr.
         info: JSON-able facts to add to `run.json`.
+        images: what the run is trained, validated and tested on, kept in `split.csv`; a run that is resumed must have
+            been started on the same. None lists those of `train` and `val`, where they are `ImageDataset`s.
 
     Returns:
         A `FitResult`; after Ctrl-C it has `interrupted=True` and the run folder is complete and can be resumed.
@@ -188,14 +192,19 @@ def fit(
         if resume:
             raise ValueError("resume=True needs run_dir, the folder of the run to continue")
     else:
+        if images is None:
+            images = _listed(train, val)
         state = prepare_run_folder(folder, resume=resume, overwrite=overwrite)
         if state is not None:
             _check_identity(state["identity"], identity, folder)
+            _check_images(images, folder)
     run = _Run(model, optimiser, identity, folder)
     if state is not None:
         run.restore(state)
     elif folder is not None:
         _write_run_file(folder, {**_environment(), "seed": seed, "arguments": settings, **(info or {})})
+        if images is not None:
+            images.write(folder)
         run.write()
 
     result = FitResult(run_dir=folder)
@@ -501,6 +510,18 @@ def _check_identity(stored: dict[str, Any], given: dict[str, Any], folder: Path)
     for name, value in given.items():
         if stored.get(name) != value:
             raise ValueError(f"cannot resume {folder}: {name} was {stored.get(name)!r}, now {value!r}")
+
+
+def _listed(train: DataLoader[Any], val: DataLoader[Any] | None) -> SplitList | None:
+    datasets = {"train": train.dataset, "val": None if val is None else val.dataset}
+    parts = {split: dataset for split, dataset in datasets.items() if isinstance(dataset, ImageDataset)}
+    return SplitList.of(parts) if parts else None
+
+
+def _check_images(images: SplitList | None, folder: Path) -> None:
+    stored = SplitList.read(folder)
+    if images is not None and stored is not None and (other := stored.difference(images)):
+        raise ValueError(f"cannot resume {folder}: {other}")
 
 
 def update_run_file(folder: Path, **facts: Any) -> None:
