@@ -4,10 +4,11 @@
 
 Peers get what they need: prompts concatenated to keys and values, and the bias as timm builds it (gathered from the
 table, permuted, made contiguous) with zero columns for prompts. `scaled_dot_product_attention` runs once per backend,
-by force: the backend it would choose can be wrong (cuDNN before 9.26 with a mask). "flash without bias" computes less
-than the others and is there as the speed of light. Every implementation is checked against the definition in float64
-first, on two images alone and on the first two of the batch; one that exceeds its error budget is reported and not
-timed.
+by force: the backend it would choose can be wrong (cuDNN before 9.26 with a mask). FlexAttention adds the bias itself,
+in its own kernel and, where flash-attn-4 is installed, in that one's. "flash without bias" and "flash-attn-4 without
+bias" compute less than the others and are there as the speed of light. Every implementation is checked against the
+definition in float64 first, on two images alone and on the first two of the batch; one that exceeds its error budget is
+reported and not timed.
 
 `extra_info` holds the bytes that must move and the floating-point operations (formulas in `_work`), and `share of
 ceiling`: the time this machine needs for them at its own measured copy bandwidth and matrix rate, over the measured
@@ -60,11 +61,15 @@ def _shapes() -> list[tuple[Shape, torch.dtype]]:
 
     BEiT-B/16 at 224 in a training batch, without prompts, with a few and with as many as VPT uses; one image, where
     launches and tails decide; and BEiT-L/16 at 384, whose bias outgrows the first-level cache. Then every number of
-    prompts, batch, size and resolution. On a CPU a batch of two.
+    prompts, batch, size and resolution. On a CPU a batch of two, on its full grid also 100 prompts and a batch of 16.
     """
     dtypes = timing.selection.dtypes
-    if not timing.selection.full:
-        return list(product([Shape(2, 0), Shape(2, 50)], dtypes))
+    if timing.selection.tiny:
+        small = [Shape(batch, prompts, (2, 2), 2, 16) for batch in (64, 1) for prompts in (0, 50, 100)]
+        return [(shape, dtype) for dtype in dtypes for shape in small]
+    if not CUDA:
+        more = [Shape(2, 100), Shape(16, 50)] if timing.selection.full else []
+        return list(product([Shape(2, 0), Shape(2, 50), *more], dtypes))
     first = [Shape(64, 0), Shape(64, 50), Shape(64, 10), Shape(1, 50), Shape(16, 50, (24, 24), 16)]
     grid = product(((14, 14), (24, 24)), (12, 16), (64, 1, 8, 256), (50, 0, 10, 100, 200))
     rest = [Shape(batch, prompts, window, heads) for window, heads, batch, prompts in grid]
@@ -129,7 +134,7 @@ def _eager(shape: Shape, x: Inputs) -> Tensor:
     return prompted_attention_reference(x.qkv, x.prompts, num_heads=shape.heads, bias=x.bias)[0]
 
 
-def _flex(shape: Shape, x: Inputs) -> Tensor:
+def _flex(shape: Shape, x: Inputs, backend: str = "AUTO") -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     q, k, v, mask = _concatenated(shape, x, True)
@@ -139,9 +144,25 @@ def _flex(shape: Shape, x: Inputs) -> Tensor:
     def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score + dense[h, i, j]
 
-    out = flex_attention(q, k, v, score_mod=add_bias)
+    # a backend is a choice of CUDA's alone
+    options: Any = {"BACKEND": backend} if q.is_cuda else None
+    out = flex_attention(q, k, v, score_mod=add_bias, kernel_options=options)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).flatten(2)
+
+
+def _flex_flash(shape: Shape, x: Inputs) -> Tensor:
+    return _flex(shape, x, "FLASH")
+
+
+def _flash_4(shape: Shape, x: Inputs) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    q, k, v, _ = _concatenated(shape, x, False)
+    out = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)))
+    # some versions give the log-sum-exp as well
+    out = out if isinstance(out, Tensor) else out[0]
+    return out.flatten(2)
 
 
 def _xformers(shape: Shape, x: Inputs) -> Tensor:
@@ -168,10 +189,12 @@ PEERS = {
     "sdpa efficient": timing.Peer(_forced(SDPBackend.EFFICIENT_ATTENTION), needs=("cuda",)),
     "sdpa cudnn": timing.Peer(_forced(SDPBackend.CUDNN_ATTENTION), needs=("cuda",)),
     "sdpa math": timing.Peer(_forced(SDPBackend.MATH), needs=("cuda",)),
-    "flex compiled": timing.Peer(_flex, needs=("cuda",), mode=timing.MODES["torch.compile"]),
+    "flex compiled": timing.Peer(_flex, mode=timing.MODES[""], long=True),
+    "flex flash compiled": timing.Peer(_flex_flash, needs=("cuda", "flash_attn.cute"), mode=timing.MODES[""]),
     "xformers": timing.Peer(_xformers, needs=("cuda", "xformers")),
     **timing.compiled(_eager),
     "flash without bias": timing.Peer(_forced(SDPBackend.FLASH_ATTENTION, biased=False), needs=("cuda",), paired=False),
+    "flash-attn-4 without bias": timing.Peer(_flash_4, needs=("cuda", "flash_attn.cute"), paired=False),
 }
 Call = Callable[[], Any]
 

@@ -25,10 +25,12 @@ from bench import timing
 from vptm_kernels.residual_norm import residual_norm
 from vptm_kernels.residual_norm.reference import residual_norm_reference
 
-DEVICE, FULL = timing.selection.device, timing.selection.full
+DEVICE = timing.selection.device
 EPS = 1e-6
 # (rows of all images, channels): BEiT-B/16 at 224 with a batch of 64 and of 1, BEiT-L/16. On a CPU a batch of 4.
-SIZES = [(64, 197, 768), (1, 197, 768), (64, 197, 1024)] if FULL else [(4, 197, 768)]
+SIZES = [(64, 197, 768), (1, 197, 768), (64, 197, 1024)] if DEVICE == "cuda" else [(4, 197, 768)]
+if timing.selection.tiny:
+    SIZES = [(64, 5, 32)]
 
 
 @dataclass
@@ -82,7 +84,7 @@ def _addmm(i: Inputs) -> tuple[Tensor, Tensor]:
 PEERS = {
     "eager": timing.Peer(_eager),
     "addmm": timing.Peer(_addmm),
-    **timing.compiled(_eager, needs=()),
+    **timing.compiled(_eager, long=False),
 }
 
 

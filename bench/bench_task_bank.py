@@ -23,10 +23,14 @@ from torch.nn import functional as F
 from bench import timing
 from vptm_kernels import FoldedHead, prompted_attention, prototype_cosine
 
-DEVICE, FULL = timing.selection.device, timing.selection.full
+DEVICE = timing.selection.device
+# a CPU has no time for these
+FULL = DEVICE == "cuda" and timing.selection.full
 # BEiT-B/16 at 224. One task is the case that must cost nothing; as many as images the one where nothing can be shared.
 BATCH, TASKS = (64, (1, 8, 64)) if FULL else (8, (1, 8))
 HEADS, TOKENS, PROMPTS, WIDTH, DIM, CLASSES = 12, 197, 10, 768, 128, 100
+if timing.selection.tiny:
+    HEADS, TOKENS, PROMPTS, WIDTH, DIM, CLASSES = 2, 5, 10, 32, 8, 7
 PEERS = {"call per task": timing.Peer(lambda: None), "prompts per image": timing.Peer(lambda: None)}
 
 

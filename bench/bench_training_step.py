@@ -1,18 +1,20 @@
-"""A training step of a prompted BEiT-B/16 at 224: images in, gradients of prompts and classifier out.
+"""A training step of a prompted BEiT-B/16 at 224: images in, gradients of prompts and classifier or prototypes out.
 
-    pytest bench/bench_training_step.py --benchmark-only              # batch 8 on a CPU: a minute
+    pytest bench/bench_training_step.py --benchmark-only              # batch 8 on a CPU: minutes
     pytest bench/bench_training_step.py --benchmark-only --grid full  # batch 32 on a CPU
 
 vptm against the same frozen blocks with the prompts concatenated (scaled_dot_product_attention, position bias built per
-block), on a GPU compiled as well in the settings that come first. Gradients are within tolerance of the fp64 reference
-before anything is timed. `extra_info` holds the ratio of interleaved steps, the bytes each keeps between forward and
-backward (weights, and what is derived from them once, left out), and the most each holds at a time during a step.
+block) and with deep prompts as keys and values, projected once in every step and concatenated in every block, as PEFT's
+prefix tuning has them. Settings with the mask row are VPTM's own: token head, projection and prototypes are part of the
+step, and so they are what the package does by default. In the settings that come first everybody is compiled as well,
+and in a CUDA graph on a GPU. Gradients are checked against float64 before anything is timed, with as much error as the
+definition makes in its dtype. `extra_info` holds the ratio of interleaved steps, the bytes each keeps between forward
+and backward (weights, and what is derived from them once, left out), and the most each holds at a time during a step.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
@@ -23,91 +25,105 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench import peers, timing
-from bench.bench_model import Setting, _backbone, _concatenate, work
+from bench import bench_model, peers, timing
+from bench.bench_model import PREFIX, TINY, Setting, _prefixes, _scores, _with_prefixes, prompted, work
 from vptm import PromptedBEiT
+from vptm_kernels.testing import largest_error
 
-DEVICE, FULL = timing.selection.device, timing.selection.full
-CUDA = DEVICE == "cuda"
-BATCH = 64 if CUDA else 32 if FULL else 8
-CLASSES = 100
+DEVICE = timing.selection.device
+CUDA, FULL = DEVICE == "cuda", timing.selection.full
+BATCH = 64 if CUDA or TINY else 32 if FULL else 8
 # without prompts the classifier alone is learned
 PROMPTS = [("deep", 100), ("shallow", 10), ("deep", 50), ("deep", 10), ("no", 0)] if FULL else [("deep", 100)]
-SETTINGS = list(product((Setting(*each, BATCH) for each in PROMPTS), timing.selection.dtypes))
-FIRST = [setting for setting, _ in SETTINGS[: 2 * len(timing.selection.dtypes)]]
-PEERS = {"concatenation": timing.Peer(lambda: None), **peers.COMPILED}
+OWN = [("shallow", 10), ("deep", 100)] if FULL else [("shallow", 10)]
+CHOSEN = [Setting(*each, BATCH) for each in PROMPTS] + [Setting(*each, BATCH, readout="mask") for each in OWN]
+SETTINGS = list(product(CHOSEN, timing.selection.dtypes))
+FIRST = CHOSEN[:2] if CUDA else CHOSEN[:1]
+EAGER = (peers.OURS, peers.CONCATENATION, PREFIX)
+PEERS = {
+    **{name: timing.Peer(lambda: None) for name in EAGER[1:]},
+    **peers.with_mkl(),
+    **peers.compiled_peers(*EAGER),
+    **peers.graphed_peers(*EAGER),
+}
 
 Gradients = tuple[Tensor, ...]
 
 
 @lru_cache(maxsize=1)
 def _model(setting: Setting, dtype: torch.dtype) -> PromptedBEiT:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # random weights are what is timed
-        model = PromptedBEiT(
-            copy.deepcopy(_backbone(setting.size, setting.side)),
-            CLASSES,
-            prompt_mode="deep" if setting.mode == "no" else setting.mode,
-            prompt_length=setting.length,
-            readout="cls",
-            verbalizer="linear",
-            token_activation="hidden",
-        )
-    return model.to(DEVICE, dtype).train()
+    model = copy.deepcopy(prompted(setting, dtype)).train()
+    assert isinstance(model, PromptedBEiT)
+    return model
 
 
 def _batch(size: int, side: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    side = bench_model.pixels(side)
     images = torch.randn(size, 3, side, side, generator=torch.Generator().manual_seed(1))
-    return images.to(DEVICE, dtype), torch.arange(size, device=DEVICE) % CLASSES
+    return images.to(DEVICE, dtype), torch.arange(size, device=DEVICE) % bench_model.CLASSES
 
 
 def _learned(model: PromptedBEiT) -> list[Tensor]:
     return [parameter for parameter in model.trainable_parameters() if parameter.numel()]
 
 
-def _loss(model: PromptedBEiT, hidden: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(model.verbalizer(hidden, model.lm_head).float(), labels)
-
-
 def _steps(setting: Setting, dtype: torch.dtype) -> dict[str, Callable[[], Gradients]]:
     """vptm and every peer that is here, was asked for and belongs to this setting."""
     model, (images, labels) = _model(setting, dtype), _batch(setting.batch, setting.side, dtype)
-    learned = _learned(model)
-    hidden: dict[str, Callable[[], Tensor]] = {
-        "vptm": lambda: model.forward_hidden(images),
-        "concatenation": lambda: _concatenate(model, images),
+    learned, present = _learned(model), timing.present(PEERS)
+
+    def classified(hidden: Tensor) -> Tensor:
+        scores = _scores(model, hidden)
+        return model.verbalizer(hidden, model.lm_head) if scores is hidden else scores
+
+    scores: dict[str, Callable[[], Tensor]] = {
+        peers.OURS: lambda: model(images),
+        peers.CONCATENATION: lambda: classified(bench_model._concatenate(model, images)),
     }
-    if CUDA and setting in FIRST:
-        hidden |= peers.compiled(hidden["concatenation"])
+    if setting.mode == "deep":
+        scores[PREFIX] = lambda: classified(_with_prefixes(model, _prefixes(model), images))
 
     def step(run: Callable[[], Tensor]) -> Callable[[], Gradients]:
-        return lambda: torch.autograd.grad(_loss(model, run(), labels), learned)
+        return lambda: torch.autograd.grad(F.cross_entropy(run().float(), labels), learned)
 
-    return {name: step(run) for name, run in hidden.items() if name == "vptm" or name in timing.present(PEERS)}
+    steps = {name: step(run) for name, run in scores.items()}
+    found = dict(steps)
+    if peers.WITH_MKL in present:
+        found[peers.WITH_MKL] = timing.without_onednn(steps[peers.OURS])
+    if setting in FIRST:
+        # the forward pass is compiled, and with it the backward pass; autograd's own call is not traced
+        found |= {name: step(run) for name, run in peers.compiled(scores).items()} | peers.graphed(steps)
+    return {name: run for name, run in found.items() if name == peers.OURS or name in present}
+
+
+def _of_the_definition(model: PromptedBEiT, setting: Setting, dtype: torch.dtype) -> Gradients:
+    """By the definition, two images at a time: it has no room for more."""
+    model = copy.deepcopy(model)
+    model.impl = "reference"
+    images, labels = _batch(setting.batch, setting.side, dtype)
+    parts = []
+    own = next(model.parameters()).dtype
+    for few, their in zip(images.split(2), labels.split(2)):
+        loss = F.cross_entropy(model(few.to(own)).to(torch.promote_types(own, torch.float32)), their, reduction="sum")
+        parts.append(torch.autograd.grad(loss / len(images), _learned(model)))
+    return tuple(torch.stack([each.double() for each in part]).sum(0).to(own) for part in zip(*parts))
 
 
 @lru_cache(maxsize=1)
-def _exact(setting: Setting, dtype: torch.dtype) -> Gradients:
-    """Of the fp64 reference, two images at a time: it has no room for more."""
-    oracle = copy.deepcopy(_model(setting, dtype)).double()
-    oracle.impl = "reference"
-    images, labels = _batch(setting.batch, setting.side, dtype)
-    parts = []
-    for few, their in zip(images.split(2), labels.split(2)):
-        loss = F.cross_entropy(oracle(few.double()), their, reduction="sum") / len(images)
-        parts.append(torch.autograd.grad(loss, _learned(oracle)))
-    return tuple(torch.stack(part).sum(0) for part in zip(*parts))
+def _exact(setting: Setting, dtype: torch.dtype) -> tuple[Gradients, Gradients]:
+    """In float64 and in the dtype that is timed."""
+    model = _model(setting, dtype)
+    found = [_of_the_definition(each, setting, dtype) for each in (copy.deepcopy(model).double(), model)]
+    return found[0], found[1]
 
 
 def _check(setting: Setting, dtype: torch.dtype) -> timing.Check:
-    exact, tolerance = _exact(setting, dtype), 1e-4 if dtype == torch.float32 else 5e-2
-
-    def check(name: str, found: Gradients) -> None:
-        for gradient, expected in zip(found, exact, strict=True):
-            error = (gradient.double() - expected).abs().max() / expected.abs().max()
-            assert error <= tolerance, f"{name}: gradients differ from the fp64 reference by {error:.1e}"
-
-    return check
+    """Of every gradient against float64. The error of a single number is luck: that of the temperature may be as large,
+    for its size, as the definition's largest of any gradient."""
+    exact, eager = _exact(setting, dtype)
+    worst = max(largest_error(own, true) / float(true.abs().max()) for own, true in zip(eager, exact))
+    lucky = [true * (1 + worst) if true.numel() == 1 else own for own, true in zip(eager, exact)]
+    return timing.within_budget(exact, [own.to(dtype) for own in lucky], [timing.FACTOR] * len(exact))
 
 
 def _saved_bytes(model: PromptedBEiT, step: Callable[[], Gradients]) -> int:
@@ -125,13 +141,12 @@ def _saved_bytes(model: PromptedBEiT, step: Callable[[], Gradients]) -> int:
     return sum(sizes.values())
 
 
-@pytest.mark.parametrize("implementation", ["vptm", "concatenation"])
+@pytest.mark.parametrize("implementation", [peers.OURS, peers.CONCATENATION])
 @pytest.mark.parametrize(("setting", "dtype"), SETTINGS, ids=timing.label)
 def bench_training_step(benchmark: BenchmarkFixture, implementation: str, setting: Setting, dtype: torch.dtype) -> None:
-    mode, length, batch, size, side = setting
-    name = f"BEiT-{size}/16 at {side}"
-    benchmark.group = f"training step, {name}, {mode} prompts, P={length}, batch {batch}, {dtype}, {DEVICE}"
-    benchmark.extra_info |= {"model": name, "mode": mode, "prompt_length": length, "batch": batch}
+    mode, length, batch = setting[:3]
+    benchmark.group = f"training step, {setting.model}, {mode} prompts, P={length}, batch {batch}, {dtype}, {DEVICE}"
+    benchmark.extra_info |= setting.info
     steps = _steps(setting, dtype)
     found = timing.report(
         benchmark,
@@ -141,7 +156,7 @@ def bench_training_step(benchmark: BenchmarkFixture, implementation: str, settin
         work=work(setting, dtype, step=True),
         device=DEVICE,
         dtype=dtype,
-        held=("vptm", "concatenation"),
+        held=EAGER,
         table=(5, 1) if CUDA else (1, 0),
         rounds=7 if CUDA else 3,
         warmup=2 if CUDA else 0,
@@ -150,6 +165,7 @@ def bench_training_step(benchmark: BenchmarkFixture, implementation: str, settin
         model, peak = _model(setting, dtype), benchmark.extra_info["peak extra bytes"]
         saved = {name: _saved_bytes(model, steps[name]) for name in peak}
         for what, sizes in (("saved", saved), ("peak", peak)):
-            if "concatenation" in sizes:
-                benchmark.extra_info[f"{what} over concatenation"] = round(sizes["vptm"] / sizes["concatenation"], 3)
+            if peers.CONCATENATION in sizes:
+                share = sizes[peers.OURS] / sizes[peers.CONCATENATION]
+                benchmark.extra_info[f"{what} over concatenation"] = round(share, 3)
         benchmark.extra_info["bytes saved for backward"] = saved

@@ -2,6 +2,9 @@
 
     pytest bench/ --benchmark-only --device cuda --dtype bfloat16,float16 --peers "sdpa efficient,flex compiled"
 
+`--grid tiny` runs the settings of a GPU on models of two blocks, with compiled peers traced and not compiled: a
+rehearsal, whose times mean nothing.
+
 What is asked for and not here is skipped by name; a run that times nothing of what was asked for is an error. Peers
 that are not here are listed with the reason below the tables and in the json, asked for or not.
 """
@@ -18,6 +21,7 @@ import torch
 
 from bench import timing
 
+GRID_HELP = "shapes (default: full on a GPU, small on a CPU); tiny rehearses"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SPEED_UP = "speed-up over "
 # parameters of bench functions whose values are names of implementations
@@ -33,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", choices=("cpu", "cuda"), help="where to time (default: a GPU if there is one)")
     group.addoption("--dtype", metavar="NAMES", help=f"comma separated, of {', '.join(DTYPES)}")
     group.addoption("--peers", metavar="NAMES", help="comma separated; vptm itself always runs (default: all)")
-    group.addoption("--grid", choices=("small", "full"), help="shapes (default: full on a GPU, small on a CPU)")
+    group.addoption("--grid", choices=("small", "full", "tiny"), help=GRID_HELP)
 
 
 def _split(text: str | None) -> tuple[str, ...]:
@@ -48,7 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--dtype must be of {', '.join(DTYPES)}, got {', '.join(sorted(unknown))}")
     grid = config.getoption("--grid") or ("full" if device == "cuda" else "small")
     dtypes = tuple(DTYPES[name] for name in names) or timing.DTYPES[device]
-    timing.select(timing.Selection(device, dtypes, _split(config.getoption("--peers")), grid == "full"))
+    peers = _split(config.getoption("--peers"))
+    timing.select(timing.Selection(device, dtypes, peers, grid in ("full", "tiny"), grid == "tiny"))
     config.stash[STARTED] = time.monotonic()
     state = timing.gpu_state() if device == "cuda" and torch.cuda.is_available() else None
     config.stash[BEFORE] = {"load average before": timing.load_average(), "gpu state before": state}
@@ -131,6 +136,7 @@ def _asked_and_timed(benches: Iterable[Any]) -> bool:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.pop("node", None)
     machine_info |= timing.environment() | config.stash[BEFORE]
+    machine_info["matrix rates"] = timing.measured_rates
     machine_info["absent"] = config.stash.get(ABSENT, {})
     machine_info["command"] = command(config.invocation_params.args)
 

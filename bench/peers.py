@@ -1,9 +1,11 @@
-"""Peers of a whole model: the eager form compiled, and Hugging Face transformers' own BEiT.
+"""Peers of a whole model: every eager form compiled, in a CUDA graph, by another runtime; and transformers' own BEiT.
 
-    runs |= compiled(lambda: concatenate(model, images))          # on a GPU; max-autotune when asked for by name
+    runs |= compiled(runs)                                  # "torch.compile", "PEFT-style prefix compiled", ...
+    runs |= graphed(runs)                                   # on a GPU
+    runs |= by_runtimes({"prefix": prefix}, model, images)  # on a CPU, where OpenVINO and ONNX Runtime are installed
     runs |= {"transformers without prompts": hugging_face(images)}
 
-A compiled form is the same function, so it is checked like the eager one. transformers' BEiT takes no prompts (its
+Each is the same function as its eager form, so it is checked like that. transformers' BEiT takes no prompts (its
 position bias is tied to the number of patches): it stands beside timm without prompts, and is checked against itself in
 float64 with eager attention.
 """
@@ -11,24 +13,165 @@ float64 with eager attention.
 from __future__ import annotations
 
 import copy
-import importlib.util
-from collections.abc import Callable
-from functools import cache
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench import timing
+from vptm_kernels._runtime.frozen_linear import onednn_is_faster
 
+OURS, CONCATENATION, PREFIX, TIMM = "vptm", "concatenation", "PEFT-style prefix", "timm without prompts"
 TRANSFORMERS = "transformers without prompts"
-COMPILED = timing.compiled(lambda: None)
-PEERS = {**COMPILED, TRANSFORMERS: timing.Peer(lambda: None, needs=("transformers",))}
+WITH_MKL = f"{OURS} with MKL"
+REDUCE_OVERHEAD = " reduce-overhead"
 
 
-def compiled(eager: Callable[[], Any], *, backend: str = "inductor") -> dict[str, Callable[[], Any]]:
-    """`eager` in one graph, by mode; those that are here and were asked for."""
-    return {name: timing.one_graph(eager, timing.MODES[name], backend) for name in timing.present(COMPILED)}
+def compiled_name(eager: str) -> str:
+    """Prompts concatenated have the plain name."""
+    return "torch.compile" if eager == CONCATENATION else f"{eager} compiled"
+
+
+def graphed_name(eager: str) -> str:
+    return f"{eager} graphed"
+
+
+def family(name: str) -> str:
+    """Whose function a form computes: that of `TIMM`, `TRANSFORMERS` or, with prompts, `OURS`."""
+    return next((other for other in (TIMM, TRANSFORMERS) if name.startswith(other)), OURS)
+
+
+def _nothing() -> None:
+    """What a peer runs depends on the setting."""
+
+
+def with_mkl() -> dict[str, timing.Peer]:
+    """On processors where vptm sends linears to oneDNN: vptm without that."""
+    return {WITH_MKL: timing.Peer(_nothing, needs=("cpu",))} if onednn_is_faster() else {}
+
+
+def compiled_peers(*eager: str) -> dict[str, timing.Peer]:
+    """By name; vptm also in the mode that puts it into CUDA graphs."""
+    found: dict[str, timing.Peer] = {}
+    for name in eager:
+        found |= timing.compiled(_nothing, compiled_name(name))
+        if name == OURS:
+            mode = timing.MODES[REDUCE_OVERHEAD]
+            found[compiled_name(name) + REDUCE_OVERHEAD] = timing.Peer(_nothing, ("cuda",), mode=mode)
+    return found
+
+
+def graphed_peers(*eager: str) -> dict[str, timing.Peer]:
+    return {graphed_name(name): timing.Peer(_nothing, needs=("cuda",)) for name in eager}
+
+
+def compiled(runs: Mapping[str, Callable[[], Any]], *, backend: str = "inductor") -> dict[str, Callable[[], Any]]:
+    """Each of `runs` in one graph, by mode; those that are here and were asked for."""
+    present = timing.present(compiled_peers(*runs))
+    return {
+        form: timing.one_graph(run, peer.mode, backend)
+        for name, run in runs.items()
+        for form, peer in present.items()
+        if peer.mode is not None and form in compiled_peers(name)
+    }
+
+
+def graphed(runs: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+    """Replays of a CUDA graph of each of `runs`; those that are here and were asked for."""
+    present = timing.present(graphed_peers(*runs))
+    return {
+        graphed_name(name): made_when_called(partial(timing.captured, run))
+        for name, run in runs.items()
+        if graphed_name(name) in present
+    }
+
+
+def made_when_called(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """A peer that cannot even be built is then refused like any other."""
+    made = cache(make)
+    return lambda: made()()
+
+
+# ------------------------------------------------------------------ other runtimes on a CPU
+
+
+class _Module(nn.Module):
+    """`function(model, images)` as exporters want it."""
+
+    def __init__(self, model: nn.Module, function: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(self.model, images)
+
+
+def openvino(module: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    """`module(images)` by OpenVINO in float32, with as many threads as PyTorch."""
+    import openvino as ov
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # it traces, and the tracer warns of every shape
+        exported = ov.convert_model(module, example_input=images, input=[tuple(images.shape)])
+    options = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = ov.Core().compile_model(exported, "CPU", options).create_infer_request()
+    rows = images.numpy()
+    return lambda: torch.from_numpy(request.infer([rows], share_inputs=True, share_outputs=True)[0])
+
+
+def onnx_runtime(module: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    """`module(images)` by ONNX Runtime, with as many threads as PyTorch."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(module, (images,), path, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    rows = {session.get_inputs()[0].name: images.numpy()}
+    return lambda: torch.from_numpy(session.run(None, rows)[0])
+
+
+_RUNTIMES = {"OpenVINO": openvino, "ONNX Runtime": onnx_runtime}
+_NEEDS = {"OpenVINO": ("cpu", "openvino"), "ONNX Runtime": ("cpu", "onnxruntime", "onnxscript")}
+RUNTIMES = {
+    f"{runtime} {what}": timing.Peer(_nothing, needs)
+    for runtime, needs in _NEEDS.items()
+    for what in ("concatenation", "prefix")
+}
+
+
+def by_runtimes(
+    functions: Mapping[str, Callable[[Any, Tensor], Tensor]], model: nn.Module, images: Tensor
+) -> dict[str, Callable[[], Tensor]]:
+    """`function(model, images)` by every runtime that is here and was asked for; "concatenation" and "prefix" by name.
+
+    A form is exported when first called.
+    """
+    present = timing.present(RUNTIMES)
+    return {
+        f"{runtime} {what}": made_when_called(partial(make, _Module(model, function), images))
+        for runtime, make in _RUNTIMES.items()
+        for what, function in functions.items()
+        if f"{runtime} {what}" in present
+    }
+
+
+# ------------------------------------------------------------------ transformers
+
+_HUGGING_FACE_SIZES = {"tiny": (32, 2, 2, 32), "B": (768, 12, 12, 224), "L": (1024, 24, 16, 224)}
+HUGGING_FACE = {TRANSFORMERS: timing.Peer(_nothing, needs=("transformers",))}
 
 
 @cache
@@ -36,8 +179,7 @@ def _hugging_face(size: str) -> Any:
     """BEiT-B/16 or -L/16 at 224 with random weights, tables of position bias included."""
     from transformers import BeitConfig, BeitModel
 
-    shapes = {"tiny": (32, 2, 2, 32), "base": (768, 12, 12, 224), "large": (1024, 24, 16, 224)}
-    width, depth, heads, side = shapes[size]
+    width, depth, heads, side = _HUGGING_FACE_SIZES[size]
     config = BeitConfig(
         hidden_size=width,
         num_hidden_layers=depth,
@@ -58,27 +200,31 @@ def _hugging_face(size: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def hugging_face(images: Tensor, size: str = "base") -> Callable[[], Tensor]:
+def hugging_face(images: Tensor, size: str = "B") -> Callable[[], Tensor]:
     """Features (B, C) of the class token by transformers' BEiT with its fused attention, in the dtype of `images`.
 
     Raises:
         ImportError: transformers is not installed.
     """
-    if importlib.util.find_spec("transformers") is None:
+    if not timing.installed("transformers"):
         raise ImportError("needs the package transformers, which is not installed")
     model = copy.deepcopy(_hugging_face(size)).to(images.device, images.dtype)
     return lambda: model(images).last_hidden_state[:, 0]
 
 
-def hugging_face_check(images: Tensor, tolerance: float, size: str = "base") -> timing.Check:
-    """Whether a result is that of the same weights in float64 with attention spelled out, on the first two images."""
-    exact = copy.deepcopy(_hugging_face(size)).double()
-    exact.set_attn_implementation("eager")
+def hugging_face_check(images: Tensor, size: str = "B") -> timing.Check:
+    """Whether a result is that of the same weights in float64 with attention spelled out, on the first two images; as
+    exact as that is in the dtype of `images`."""
+    own = copy.deepcopy(_hugging_face(size)).to(images.device, images.dtype)
+    own.set_attn_implementation("eager")
+    exact = copy.deepcopy(own).double()
     with torch.inference_mode():
-        expected = exact(images[:2].double().cpu()).last_hidden_state[:, 0]
+        few = images[:2]
+        expected, eager = (model(rows).last_hidden_state[:, 0] for model, rows in ((exact, few.double()), (own, few)))
+    within = timing.within_budget([expected], [eager], [timing.FACTOR])
 
     def check(name: str, found: Tensor) -> None:
-        error = (found[:2].double().cpu() - expected).abs().max() / expected.abs().max().clamp(min=1)
-        assert error <= tolerance, f"{name} differs from its own float64 by {error:.1e}"
+        timing.finite(name, found)
+        within(name, found[:2])
 
     return check

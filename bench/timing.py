@@ -43,12 +43,14 @@ DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16)}
 
 @dataclass(frozen=True)
 class Selection:
-    """What the command line of a bench run asks for; empty `peers` means all of them."""
+    """What the command line of a bench run asks for; empty `peers` means all of them. tiny: a rehearsal of a GPU's run,
+    whose peers are all tried, those that need a GPU too."""
 
     device: str = DEVICE
     dtypes: tuple[torch.dtype, ...] = DTYPES[DEVICE]
     peers: tuple[str, ...] = ()
     full: bool = DEVICE == "cuda"
+    tiny: bool = False
 
     def missing(self) -> str | None:
         """Why nothing can be timed with this device and these dtypes; None when it can."""
@@ -77,6 +79,7 @@ def one_graph(function: Callable[..., Any], mode: str = "default", backend: str 
     """
     from torch._dynamo import config  # loads in seconds
 
+    backend = "eager" if selection.tiny else backend
     torch.compiler.reset()
     if hasattr(config, "fail_on_recompile_limit_hit"):
         config.fail_on_recompile_limit_hit = True
@@ -85,8 +88,9 @@ def one_graph(function: Callable[..., Any], mode: str = "default", backend: str 
     )
 
 
-# compiled forms by the mode of torch.compile; without its CUDA graphs, which would hide launches of this peer alone
-MODES = {"torch.compile": "default", "torch.compile max-autotune": "max-autotune-no-cudagraphs"}
+# by what is added to the name of a compiled form; without CUDA graphs, which would hide launches of one form alone,
+# but where the name says so
+MODES = {"": "default", " max-autotune": "max-autotune-no-cudagraphs", " reduce-overhead": "reduce-overhead"}
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,11 @@ class Peer:
     """An implementation to compare with.
 
     Attributes:
-        needs: "cuda", or packages by import name.
+        needs: "cuda" or "cpu", or packages by import name.
         paired: False for one that computes less than the others and stands for the speed of light.
         mode: of torch.compile, in which `run` is timed; None for as it is.
         named: it takes minutes, and is timed when asked for by name.
+        long: on a CPU it takes half a minute for a shape, and is timed on the full grid or when asked for by name.
     """
 
     run: Callable[..., Any]
@@ -105,15 +110,29 @@ class Peer:
     paired: bool = True
     mode: str | None = None
     named: bool = False
+    long: bool = False
 
     def missing(self) -> str | None:
         """What it needs and is not here."""
         for need in self.needs:
             if need == "cuda":
-                if selection.device != "cuda":
+                if selection.device != "cuda" and not selection.tiny:
                     return "needs a GPU"
-            elif importlib.util.find_spec(need) is None:
+            elif need == "cpu":
+                if selection.device != "cpu":
+                    return "runs on CPUs"
+            elif not installed(need):
                 return f"needs the package {need}, which is not installed"
+        return None
+
+    def left_out(self, name: str) -> str | None:
+        """Why it is not timed though it could be."""
+        if name in selection.peers:
+            return None
+        if self.named:
+            return f'takes minutes, timed with --peers "{name}"'
+        if self.long and selection.device == "cpu" and not selection.full:
+            return f'takes long on a CPU, timed with --grid full or --peers "{name}"'
         return None
 
     def form(self, group: str) -> Callable[..., Any]:
@@ -132,13 +151,21 @@ class Peer:
 _formed: tuple[str, dict[tuple[Callable[..., Any], str], Callable[..., Any]]] = ("", {})
 
 
+def installed(package: str) -> bool:
+    """Whether a package, by its import name, could be imported; nothing is imported but the packages it lies in."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
+
+
 def compiled(
-    run: Callable[..., Any], name: str = "torch.compile", needs: tuple[str, ...] = ("cuda",)
+    run: Callable[..., Any], name: str = "torch.compile", needs: tuple[str, ...] = (), long: bool = True
 ) -> dict[str, Peer]:
     """Peers by name: `run` compiled by default, and with max-autotune, which takes minutes."""
     return {
-        name: Peer(run, needs, mode=MODES["torch.compile"]),
-        f"{name} max-autotune": Peer(run, needs, mode=MODES["torch.compile max-autotune"], named=True),
+        name: Peer(run, needs, mode=MODES[""], long=long),
+        f"{name} max-autotune": Peer(run, needs, mode=MODES[" max-autotune"], named=True),
     }
 
 
@@ -146,10 +173,8 @@ def absent(peers: Mapping[str, Peer]) -> dict[str, str]:
     """The peers that cannot be timed here, or are only when named, each with the reason."""
     found = {}
     for name, peer in peers.items():
-        if needed := peer.missing():
-            found[name] = needed
-        elif peer.named and name not in selection.peers:
-            found[name] = f'takes minutes, timed with --peers "{name}"'
+        if why := peer.missing() or peer.left_out(name):
+            found[name] = why
     return found
 
 
@@ -160,8 +185,8 @@ def present(peers: Mapping[str, Peer]) -> dict[str, Peer]:
 
 
 def rows(peers: Mapping[str, Peer]) -> list[str]:
-    """Names for `parametrize`: vptm, which compares, then every peer but those that are only timed when named."""
-    return ["vptm", *(name for name, peer in peers.items() if not peer.named or name in selection.peers)]
+    """Names for `parametrize`: vptm, which compares, then every peer that is not left out."""
+    return ["vptm", *(name for name, peer in peers.items() if not peer.left_out(name))]
 
 
 # ------------------------------------------------------------------ clocks
@@ -204,7 +229,10 @@ def clock_of(device: str, ahead: bool = False) -> Clock:
 
 
 def captured(run: Run) -> Run:
-    """One replay of a CUDA graph of `run`, so that launches cost the host nothing; it returns what `run` does."""
+    """One replay of a CUDA graph of `run`, so that launches cost the host nothing; it returns what `run` does. `run`
+    itself in a rehearsal without a GPU."""
+    if selection.tiny and not torch.cuda.is_available():
+        return run
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -220,6 +248,19 @@ def captured(run: Run) -> Run:
         return result
 
     return replay
+
+
+def without_onednn(run: Run) -> Run:
+    """`run` with what PyTorch sends to MKL without being told otherwise. vptm tells it otherwise on AMD processors."""
+
+    def call() -> object:
+        before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+        try:
+            return run()
+        finally:
+            torch.backends.mkldnn.enabled = before
+
+    return call
 
 
 def finished(run: Run, device: str) -> Run:
@@ -253,9 +294,9 @@ class Comparison:
     seconds: dict[str, list[float]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
-    def ratios(self, peer: str) -> list[float]:
-        """Time of `peer` over ours, round by round."""
-        return [theirs / own for theirs, own in zip(self.seconds[peer], self.seconds[self.ours])]
+    def ratios(self, peer: str, ours: str | None = None) -> list[float]:
+        """Time of `peer` over ours, or over another form of ours, round by round."""
+        return [theirs / own for theirs, own in zip(self.seconds[peer], self.seconds[ours or self.ours])]
 
     def speed_up(self, peer: str) -> float:
         return statistics.median(self.ratios(peer))
@@ -264,13 +305,26 @@ class Comparison:
         return statistics.median(self.seconds[name])
 
     def info(self) -> dict[str, Any]:
-        """For `extra_info`: "speed-up over X", quartiles of ratios and of microseconds, and what was refused."""
+        """For `extra_info`: "speed-up over X", quartiles of ratios and of microseconds, and what was refused.
+
+        Names that begin with ours and a blank are forms of ours: what they reach over every peer stands in "forms".
+        """
         peers = [name for name in self.seconds if name != self.ours]
         found: dict[str, Any] = {f"speed-up over {peer}": round(self.speed_up(peer), 3) for peer in peers}
         found["ratio quartiles"] = {peer: [round(r, 3) for r in quartiles(self.ratios(peer))] for peer in peers}
         found["microseconds"] = {
             name: [round(1e6 * s, 2) for s in quartiles(taken)] for name, taken in self.seconds.items()
         }
+        forms = [name for name in peers if name.startswith(f"{self.ours} ")]
+        if forms:
+            found["forms"] = {
+                form: {
+                    peer: [round(r, 3) for r in quartiles(self.ratios(peer, form))]
+                    for peer in peers
+                    if peer not in forms
+                }
+                for form in forms
+            }
         if self.refused:
             found["refused"] = self.refused
         return found
@@ -364,6 +418,14 @@ def repeated(run: Run, times: int) -> Run:
     return runs
 
 
+FACTOR = 3.0
+"""How many times as far from float64 as the definition in its own dtype a whole model or its gradients may be."""
+
+
+def finite(name: str, found: Tensor) -> None:
+    assert bool(found.isfinite().all()), f"{name}: not finite"
+
+
 def within_budget(exact: Sequence[Tensor], eager: Sequence[Tensor], factors: Sequence[float]) -> Check:
     """A check of one tensor or several against the float64 result, allowing `factors` times the error of eager PyTorch
     in the same dtype."""
@@ -408,23 +470,57 @@ def peak_extra_bytes(run: Run, device: str, warm: bool = False) -> int:
     return peak
 
 
+def products(device: str, a: Tensor, b: Tensor) -> dict[str, Run]:
+    """The product a @ b by each library that PyTorch has here, by its name."""
+    if device == "cuda":
+        return {name: functools.partial(_by_blas, name, a, b) for name in ("cublas", "cublaslt")}
+    found: dict[str, Run] = {"MKL" if torch.backends.mkl.is_available() else "BLAS": lambda: a @ b}
+    if torch.backends.mkldnn.is_available() and a.dtype in (torch.float32, torch.bfloat16):
+        rows, weight = a.to_mkldnn(), b.mT.contiguous().to_mkldnn()
+        found["oneDNN"] = lambda: torch.nn.functional.linear(rows, weight)
+    return found
+
+
+def _by_blas(name: str, a: Tensor, b: Tensor) -> Tensor:
+    before = torch.backends.cuda.preferred_blas_library(name)
+    try:
+        return a @ b
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
+
+
+@functools.cache
+def matrix_rates(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Operations per second of a square matrix product, by library; best of several turns, see `ceilings`."""
+    n = 64 if selection.tiny else 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, n, n, dtype=torch.float32).to(device, dtype)
+    clock, runs = clock_of(device, True), products(device, a, b)
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(7):
+        for name, run in runs.items():
+            taken[name].append(clock(run))
+    found = {name: 2 * n**3 / min(seconds) for name, seconds in taken.items()}
+    measured_rates[str(dtype)] = found
+    return found
+
+
+measured_rates: dict[str, dict[str, float]] = {}
+"""Operations per second by dtype and library, of what this process has measured so far."""
+
+
 @functools.cache
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """(bytes per second of a copy, reads and writes counted, operations per second of a square matrix product).
+    """(bytes per second of a copy, reads and writes counted, operations per second of the fastest matrix product).
 
     The best of several turns, of sizes that leave caches behind and keep every core busy: what others take of the
     machine meanwhile lowers no ceiling.
     """
-    size, n = (1 << 30, 8192) if device == "cuda" else (1 << 28, 2048)
+    size = 1 << 20 if selection.tiny else 1 << 30 if device == "cuda" else 1 << 28
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    a, b = torch.randn(2, n, n, dtype=torch.float32).to(device, dtype)
     clock = clock_of(device, True)
-    copied, multiplied = [], []
-    for _ in range(7):
-        copied.append(clock(lambda: target.copy_(source)))
-        multiplied.append(clock(lambda: a @ b))
-    return 2 * size / min(copied), 2 * n**3 / min(multiplied)
+    copied = min(clock(lambda: target.copy_(source)) for _ in range(7))
+    return 2 * size / copied, max(matrix_rates(device, dtype).values())
 
 
 def work_info(seconds: float, moved: int, operations: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -537,7 +633,10 @@ def label(value: object) -> str:
 
 # ------------------------------------------------------------------ where it ran
 
-PACKAGES = ("torch", "triton", "timm", "transformers", "numpy", "xformers", "peft")
+PACKAGES = (
+    *("torch", "triton", "timm", "transformers", "numpy", "xformers", "peft"),
+    *("flash-attn-4", "openvino", "onnxruntime"),
+)
 
 
 def versions() -> dict[str, str | None]:

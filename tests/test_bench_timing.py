@@ -177,12 +177,40 @@ def test_peak_memory_counts_what_is_held_at_once():
 
 def test_the_ceilings_are_the_best_of_several_turns(monkeypatch):
     """A neighbour that takes the machine for a turn would lower a ceiling: plain products would come out above 1."""
-    seconds = iter([4.0, 2.0, 1.0, 0.5] + [8.0, 4.0] * 5)
+    seconds = iter([8.0, 4.0, 1.0, *[8.0] * 4] + [4.0, 2.0, 4.0, 0.5] + [4.0, 2.0] * 5)
     monkeypatch.setattr(timing, "clock_of", lambda *_: lambda run: next(seconds))
-    timing.ceilings.cache_clear()
+    monkeypatch.setattr(timing, "products", lambda *_: {"one": lambda: None, "other": lambda: None})
+    for cached in (timing.ceilings, timing.matrix_rates):
+        cached.cache_clear()
     bandwidth, rate = timing.ceilings("cpu", torch.float32)
-    timing.ceilings.cache_clear()
+    for cached in (timing.ceilings, timing.matrix_rates):
+        cached.cache_clear()
     assert bandwidth == 2 * (1 << 28) / 1.0 and rate == 2 * 2048**3 / 0.5
+    assert timing.measured_rates["torch.float32"] == {"one": 2 * 2048**3 / 4.0, "other": rate}
+
+
+def test_every_matrix_library_multiplies_the_same():
+    """A ceiling of the slower library would call what the faster one leaves unused 98 % of the machine."""
+    a, b = torch.randn(2, 8, 8)
+    found = {name: run() for name, run in timing.products("cpu", a, b).items()}
+    assert not torch.backends.mkldnn.is_available() or "oneDNN" in found
+    for result in found.values():
+        torch.testing.assert_close(result.to_dense() if result.is_mkldnn else result, a @ b)
+
+
+def test_forms_of_vptm_are_compared_with_every_peer():
+    """What vptm reaches without a processor's special case, or in a graph against others in graphs, stands beside."""
+    clock = CountingClock()
+    runs = {"vptm": lambda: X + X, "vptm with MKL": lambda: X + X + X, "eager": lambda: X + X + X + X}
+    info = timing.compare(runs, check=None, clock=clock.seconds).info()
+    assert info["speed-up over eager"] == 3 and info["speed-up over vptm with MKL"] == 2
+    assert info["forms"] == {"vptm with MKL": {"eager": [1.5, 1.5, 1.5]}}
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_without_onednn_nothing_runs_in_it():
+    assert timing.without_onednn(lambda: torch.backends.mkldnn.enabled)() is False
+    assert torch.backends.mkldnn.enabled
 
 
 def test_share_of_ceiling_is_the_slower_of_the_two_times(monkeypatch):
