@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from vptm_kernels._runtime.plans import forget_plans
 from vptm_kernels._runtime.triton_support import has_triton
 from vptm_kernels.readout_attention import readout_attention
 from vptm_kernels.readout_attention.ops import readout_attention_backward_op, readout_attention_op
@@ -348,10 +349,10 @@ def test_offsets_of_64_bits_give_the_same_result(monkeypatch):
     """Rows beyond 2**31 elements use 64-bit offsets: the same kernels, forced here on a small input."""
     from vptm_kernels.readout_attention import triton_impl
 
-    results, problem = [], triton_impl._problem
+    results = []
     for wide in (False, True):
-        if wide:
-            monkeypatch.setattr(triton_impl, "_problem", lambda *args: problem(*args)._replace(int64=True))
+        monkeypatch.setattr(triton_impl, "_needs_int64", lambda reach, wide=wide: wide)
+        forget_plans()
         call = Case(dtype=torch.float32).inputs()
         out = readout_attention(**call, impl="triton")
         results.append([out, *gradients(call, out).values()])
@@ -455,6 +456,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
         readout_attention(**many, impl="triton")
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "0")
+        forget_plans()
         with pytest.raises(ValueError, match=r"impl='triton' needs GPU tensors .*, got device cpu"):
             readout_attention(**shared_call(impl="triton"))
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
+from .._runtime.plans import Plans, signature
+from .._runtime.tracing import autocasting, nothing_traces
 from .._runtime.triton_support import choose
 from . import torch_impl
-from .ops import readout_attention_op
+from .ops import direct_readout, readout_attention_op, run_readout
 
 MAX_HEADS = 64  # of the kernels, which hold all heads at once
+
+# Head dimension, scale and implementation of calls that passed the checks, by all that checks ask for.
+_checked: Plans[tuple[int, float, str]] = Plans()
 
 
 def readout_attention(
@@ -86,29 +92,38 @@ def readout_attention(
     >>> prompts.grad.shape
     torch.Size([10, 128])
     """
-    named = {"x": x, "q": q, "k_weight": k_weight, "v_weight": v_weight}
-    optional = {"v_bias": v_bias, "prompt_kv": prompt_kv, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    named |= {name: t for name, t in (*optional.items(), ("bias", bias)) if t is not None}
-    for name, t in named.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        q, k_weight, v_weight = q.to(dtype), k_weight.to(dtype), v_weight.to(dtype)
-        v_bias = None if v_bias is None else v_bias.to(dtype)
-        prompt_kv = None if prompt_kv is None else prompt_kv.to(dtype)
-        named |= {"q": q, "k_weight": k_weight, "v_weight": v_weight}
-        named |= {name: t for name, t in (("v_bias", v_bias), ("prompt_kv", prompt_kv)) if t is not None}
-        # 16 bits other than those of autocast would be a third type.
-        x = named["x"] = x if x.dtype in (dtype, torch.float32) else x.to(dtype)
-    head_dim = _check(named, num_heads, eps)
-    if scale is None:
-        scale = head_dim**-0.5
-    elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale!r}")
-    impl = _choose(impl, q, num_heads)
-    if x.shape[1] == 0:
-        impl = "torch"  # the kernels walk over tokens, and only prompts are left
+    tensors = (x, q, norm_weight, norm_bias, k_weight, v_weight, v_bias, prompt_kv, bias)
+    plain = nothing_traces(*tensors)
+    key = _signature(tensors, num_heads, eps, scale, impl) if plain and not autocasting() else None
+    known = None if key is None else _checked.get(key)
+    if known is not None:
+        head_dim, scale, impl = known
+    else:
+        named = {"x": x, "q": q, "k_weight": k_weight, "v_weight": v_weight}
+        optional = {"v_bias": v_bias, "prompt_kv": prompt_kv, "norm_weight": norm_weight, "norm_bias": norm_bias}
+        named |= {name: t for name, t in (*optional.items(), ("bias", bias)) if t is not None}
+        for name, t in named.items():
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and q.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            q, k_weight, v_weight = q.to(dtype), k_weight.to(dtype), v_weight.to(dtype)
+            v_bias = None if v_bias is None else v_bias.to(dtype)
+            prompt_kv = None if prompt_kv is None else prompt_kv.to(dtype)
+            named |= {"q": q, "k_weight": k_weight, "v_weight": v_weight}
+            named |= {name: t for name, t in (("v_bias", v_bias), ("prompt_kv", prompt_kv)) if t is not None}
+            # 16 bits other than those of autocast would be a third type.
+            x = named["x"] = x if x.dtype in (dtype, torch.float32) else x.to(dtype)
+        head_dim = _check(named, num_heads, eps)
+        if scale is None:
+            scale = head_dim**-0.5
+        elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ValueError(f"scale must be a finite number, got {scale!r}")
+        impl = _choose(impl, q, num_heads)
+        if x.shape[1] == 0:
+            impl = "torch"  # the kernels walk over tokens, and only prompts are left
+        if key is not None:
+            _checked.keep(key, (head_dim, scale, impl))
 
     # Products with weights and shared prompts are one matrix product per head, so heads come first around the core.
     # Scaled first: unscaled scores of 16 bits would overflow where scaled ones do not.
@@ -133,11 +148,13 @@ def readout_attention(
         t is not None and t.requires_grad for t in (x, absorbed, prompt_scores, bias)
     )
     inputs = (x, absorbed, prompt_scores, bias, float(eps))
-    if impl == "torch" and not keep and not torch.compiler.is_compiling():
-        # Nothing to differentiate or to trace: the registered op would only take its time.
+    if plain and not keep and impl == "torch":  # without the copies that tell the outputs of an op apart
         mixed, prompt_weights, mass, _ = torch_impl.forward(*inputs)
     else:
-        mixed, prompt_weights, mass, _, _ = readout_attention_op(*inputs, keep, impl)
+        run: Callable[..., tuple[Tensor, ...]] = readout_attention_op
+        if plain:
+            run = direct_readout if keep else run_readout
+        mixed, prompt_weights, mass, _, _ = run(*inputs, keep, impl)
     if norm_weight is not None:
         mixed = mixed * norm_weight
     if norm_bias is not None:
@@ -150,6 +167,15 @@ def readout_attention(
     if v_bias is not None:
         out = torch.addcmul(out, mass.mT[..., None], v_bias.unflatten(0, (num_heads, 1, head_dim)))
     return out.transpose(0, 1).flatten(1)
+
+
+def _signature(
+    tensors: tuple[Tensor | None, ...], num_heads: int, eps: float, scale: float | None, impl: str
+) -> Hashable:
+    """What equal calls have in common; None where options are of a type that would not tell them apart."""
+    if type(num_heads) is not int or type(eps) is not float or type(scale) not in (float, int, type(None)):
+        return None
+    return (*map(signature, tensors), num_heads, eps, scale, impl)
 
 
 def _shape(t: Tensor) -> tuple[int, ...]:

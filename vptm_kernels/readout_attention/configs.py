@@ -27,31 +27,25 @@ def _channels(width: int, at_most: int) -> int:
     return dividing[0] if dividing else min(at_most, max(16, next_power_of_2(width)))
 
 
-def split_tokens(batch: int, tokens: int, at_most: int) -> int:
-    """Tokens of one split: few for a small batch, so that its programs fill a GPU too, many for a large one, because
-    every split writes sums of H*C elements. It does not ask the device, so that results do not depend on it."""
-    block = 16
-    while block < at_most and block < tokens and batch * -(-tokens // (2 * block)) >= 132:
-        block *= 2
-    return block
-
-
-def forward_config(arch: str, stream_bits: int, dtype_bits: int, batch: int, tokens: int, width: int) -> Config:
+def forward_config(arch: str, stream_bits: int, dtype_bits: int, tokens: int, width: int) -> Config:
     """stream_bits of the tokens, dtype_bits of the query and the weights. arch: "sm80", "sm90", ..., "gfx942", or "cpu"
-    for the interpreter."""
+    for the interpreter.
+
+    It does not ask for the batch: the last one of an epoch would compile kernels of its own. Splits of 64 tokens give a
+    large batch few sums of H*C elements to write, and one image a few programs.
+    """
     if arch == "cpu":
         # Small enough that tests see several splits and blocks, ragged ones too; the cost is the number of steps.
         return Config(16 if tokens < 64 else 64, 16 if width < 64 else 128, 4, 1)
     if dtype_bits >= 32:
-        return Config(split_tokens(batch, tokens, 32), _channels(width, 32), 4, 1)
-    split = split_tokens(batch, tokens, 128)
-    # With 4 warps 128 tokens spill 8 bytes on sm90, and so do 64 channels of float32.
-    return Config(split, _channels(width, 64 if stream_bits == 16 else 32), 8 if split == 128 else 4, 2)
+        return Config(min(32, max(16, next_power_of_2(tokens))), _channels(width, 32), 4, 1)
+    # 64 channels of float32 spill 8 bytes on sm90.
+    channels = _channels(width, 64 if stream_bits == 16 else 32)
+    return Config(min(64, max(16, next_power_of_2(tokens))), channels, 4, 2)
 
 
-def backward_config(arch: str, stream_bits: int, dtype_bits: int, batch: int, tokens: int, width: int) -> Config:
-    config = forward_config(arch, stream_bits, dtype_bits, batch, tokens, width)
-    return config if arch == "cpu" else config._replace(tokens=min(config.tokens, 64), num_warps=4)
+def backward_config(arch: str, stream_bits: int, dtype_bits: int, tokens: int, width: int) -> Config:
+    return forward_config(arch, stream_bits, dtype_bits, tokens, width)
 
 
 def merge_channels(arch: str, width: int) -> int:

@@ -21,20 +21,25 @@ from .kernels_fwd import LOG2E, first_mean, load_chunk, prompt_logits
 
 # Argument lists stand in rows, in the order in which they are passed.
 # fmt: off
-@triton.jit
+# a smaller last batch must not compile: strides of tensors that stand heads first count images
+@triton.jit(do_not_specialize=["B", "stride_wb", "stride_wh", "stride_pb", "stride_ph", "stride_gb", "stride_gh"])
 def _grad_kernel(
     x_ptr, w_ptr, prompts_ptr, bias_ptr, g_ptr, gp_ptr, gm_ptr, mixed_ptr, lse_ptr, moments_ptr,
     dx_ptr, dw_ptr, dprompts_ptr, ds_ptr,
     B, N, P, columns, splits, stride_b, stride_n: tl.constexpr, stride_wb, stride_wh, stride_pb, stride_ph, stride_pp,
     stride_bias, stride_gb, stride_gh,
     C: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, HAS_PROMPTS: tl.constexpr,
+    BLOCK_P: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, BIAS: tl.constexpr, HAS_PROMPTS: tl.constexpr,
     PROMPT_BIAS: tl.constexpr, OF_X: tl.constexpr, OF_W: tl.constexpr, OF_PROMPTS: tl.constexpr, OF_BIAS: tl.constexpr,
     CENTRE: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dw_ptr: sums of one split each (splits, B, H, C). ds_ptr: gradient of the bias per image (B, H, columns). If only
-    prompts are learned one program per image is launched, and computes delta."""
+    prompts are learned one program per image is launched, and computes delta. ALIGNED: strides of w and g are multiples
+    of 16, which Triton does not look at."""
+    if ALIGNED:
+        stride_wb, stride_wh = tl.multiple_of(stride_wb, 16), tl.multiple_of(stride_wh, 16)
+        stride_gb, stride_gh = tl.multiple_of(stride_gb, 16), tl.multiple_of(stride_gh, 16)
     OF_TOKENS: tl.constexpr = OF_X or OF_W or OF_BIAS
     pid = tl.program_id(0)
     split = pid % splits

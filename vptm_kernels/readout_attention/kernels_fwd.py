@@ -60,15 +60,20 @@ def prompt_logits(prompts_ptr, bias_row, p, N, P, stride_ph, stride_pp, h,
     return tl.where(inside, t, float("-inf"))
 
 
-@triton.jit
+# a smaller last batch must not compile: strides of tensors that stand heads first count images
+@triton.jit(do_not_specialize=["B", "stride_wb", "stride_wh"])
 def _split_kernel(
     x_ptr, w_ptr, bias_ptr, part_ptr, statistics_ptr, moments_ptr,
     B, N, splits, stride_b, stride_n: tl.constexpr, stride_wb, stride_wh, stride_bias,
     C: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    EVEN: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, CENTRE: tl.constexpr, EPS: tl.constexpr,
+    EVEN: tl.constexpr, ALIGNED: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, CENTRE: tl.constexpr,
+    EPS: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """part_ptr (B, splits, H, C) weighted sums; statistics_ptr (B, splits, 2, H) maximum and sum."""
+    """part_ptr (B, splits, H, C) weighted sums; statistics_ptr (B, splits, 2, H) maximum and sum. ALIGNED: strides of w
+    are multiples of 16, which Triton does not look at."""
+    if ALIGNED:
+        stride_wb, stride_wh = tl.multiple_of(stride_wb, 16), tl.multiple_of(stride_wh, 16)
     pid = tl.program_id(0)
     split = pid % splits
     b = (pid // splits).to(tl.int64)
@@ -130,7 +135,8 @@ def _split_kernel(
         tl.store(out + c[None, :], acc, mask=(h < H)[:, None] & (c < C)[None, :])
 
 
-@triton.jit
+# a smaller last batch must not compile: strides of tensors that stand heads first count images
+@triton.jit(do_not_specialize=["stride_pb", "stride_ph"])
 def _merge_kernel(
     part_ptr, statistics_ptr, prompts_ptr, bias_ptr, mixed_ptr, weights_ptr, mass_ptr, lse_ptr,
     N, P, splits, stride_pb, stride_ph, stride_pp, stride_bias,

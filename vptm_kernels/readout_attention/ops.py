@@ -16,12 +16,27 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .._runtime.direct import direct
+from .._runtime.tracing import nothing_traces
 from .._runtime.triton_support import device_of
 from . import torch_impl
 
 
 @torch.library.custom_op("vptm::readout_attention", mutates_args=())
 def readout_attention_op(
+    x: Tensor,
+    absorbed: Tensor,
+    prompt_scores: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    keep: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """mixed, prompt weights, mass, and what backward needs of the softmax and of the tokens."""
+    return run_readout(x, absorbed, prompt_scores, bias, eps, keep, impl)
+
+
+def run_readout(
     x: Tensor,
     absorbed: Tensor,
     prompt_scores: Tensor | None,
@@ -86,15 +101,33 @@ def readout_attention_backward_op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = (grad_mixed, grad_prompt_weights, grad_mass)
-    if impl == "torch":
-        found = torch_impl.backward(*grads, x, absorbed, bias, kept, eps, needs)
-    else:
-        from . import triton_impl
-
-        with device_of(x):
-            found = triton_impl.backward(*grads, x, absorbed, prompt_scores, bias, mixed, kept, moments, needs)
+    found = _run_backward(*grads, x, absorbed, prompt_scores, bias, mixed, kept, moments, eps, needs, impl)
     dx, dabsorbed, dprompt_scores, dbias = (x.new_empty(0) if grad is None else grad for grad in found)
     return dx, dabsorbed, dprompt_scores, dbias
+
+
+def _run_backward(
+    grad_mixed: Tensor,
+    grad_prompt_weights: Tensor,
+    grad_mass: Tensor,
+    x: Tensor,
+    absorbed: Tensor,
+    prompt_scores: Tensor | None,
+    bias: Tensor | None,
+    mixed: Tensor | None,
+    kept: Tensor,
+    moments: Tensor,
+    eps: float,
+    needs: Sequence[bool],
+    impl: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    grads = (grad_mixed, grad_prompt_weights, grad_mass)
+    if impl == "torch":
+        return torch_impl.backward(*grads, x, absorbed, bias, kept, eps, needs)
+    from . import triton_impl
+
+    with device_of(x):
+        return triton_impl.backward(*grads, x, absorbed, prompt_scores, bias, mixed, kept, moments, needs)
 
 
 @readout_attention_backward_op.register_fake
@@ -134,7 +167,10 @@ def _backward(ctx: Any, grad_mixed: Tensor, grad_prompt_weights: Tensor, grad_ma
     needs = list(ctx.needs_input_grad[:4])
     grads = (grad_mixed, grad_prompt_weights, grad_mass)
     known = (x, absorbed, prompt_scores, bias, mixed, kept, moments)
-    found = readout_attention_backward_op(*grads, *known, ctx.eps, needs, ctx.impl)
+    # With create_graph the registered op is needed: it refuses to be differentiated.
+    plain = not torch.is_grad_enabled() and nothing_traces(*grads, *known)
+    run = _run_backward if plain else readout_attention_backward_op
+    found = run(*grads, *known, ctx.eps, needs, ctx.impl)
     return (*(grad if needed else None for grad, needed in zip(found, needs)), None, None, None)
 
 
@@ -144,6 +180,9 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
 
 readout_attention_op.register_autograd(_backward, setup_context=_setup_context)
 readout_attention_backward_op.register_autograd(_refuse_double_backward)
+
+direct_readout = direct(run_readout, _setup_context, _backward)
+"""`readout_attention_op` for calls that nothing traces."""
 
 
 @register_flop_formula(torch.ops.vptm.readout_attention)
