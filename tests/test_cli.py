@@ -358,6 +358,22 @@ def test_predict_counts_what_it_leaves_out_and_never_waits(vptm: Console, run: P
     assert code == 1 and "it is no regular file" in line
 
 
+@pytest.mark.parametrize(("option", "name"), [("data", "digits"), ("model", "builtin"), ("model", "resnet18")])
+def test_a_name_that_is_also_a_folder_here_is_refused(
+    vptm: Console, tmp_path: Path, material: Path, option: str, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    code, line = vptm.refused(*train_arguments(material, tmp_path / "r", f"--{option}", name))
+    assert code == 2 and f"--{option} {name} is a name that vptm knows and {tmp_path / name}: pass ./{name}" in line
+
+
+def test_a_folder_may_have_the_name_of_a_model(vptm: Console, material: Path, tmp_path: Path) -> None:
+    """Recorded as it was typed, it would be found from the same working directory alone."""
+    write_pictures(tmp_path / "resnet18", 10)
+    assert vptm(*train_arguments(material, tmp_path / "r", "--data", "resnet18", epochs=1))[0] == 0
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["settings"]["data"] == str(tmp_path / "resnet18")
+
+
 def test_a_damaged_run_file_is_one_line(vptm: Console, run: Path, tmp_path: Path) -> None:
     for file in run.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -187,7 +187,11 @@ def test_what_no_run_could_use_is_refused_before_the_first(
     for method, settings, message in (
         ("linear", {"data": "no-test"}, "^data must have test images to compare on, no-test has none$"),
         ("linear", {"data": "no-val", "search": True}, "^data must have validation images for search, no-val has"),
-        ("linear", {"shots": "999"}, "^shots: class 'left' has 7 training images, 999 were asked for$"),
+        (
+            "linear",
+            {"shots": "999"},
+            "^shots: class 'left' has 7 training images, 999 were asked for: at most 7 can be, or all$",
+        ),
         ("linear", {"shots": "few"}, "shots must be an integer >= 1 or all, got 'few'"),
         ("linear", {"data": "nosuch"}, "^data must be one of .*got 'nosuch'"),
         ("linear", {"out": "file"}, "^out must be a folder, got file: it is a file$"),

@@ -347,8 +347,46 @@ def test_labels_are_found_without_decoding_images() -> None:
     tensors = torch.utils.data.TensorDataset(images, torch.tensor([3, 1, 0, 2]))
     assert dataset_labels(tensors).tolist() == [3, 1, 0, 2]
     assert dataset_labels(torch.utils.data.Subset(tensors, [2, 0])).tolist() == [0, 3]
-    assert dataset_labels(SimpleNamespace(targets=[1, 2])).tolist() == [1, 2]
     assert dataset_labels([(0, 1)]) is None
+
+
+class Targets(torch.utils.data.Dataset[Any]):
+    """A data set as torchvision's: `targets` are what the files say, items what `target_transform` makes of them."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.targets = [0, 1, 2]
+        self.target_transform: Any = None
+        vars(self).update(attributes)
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        label = self.targets[index]
+        return torch.zeros(1, 12, 12), label if self.target_transform is None else self.target_transform(label)
+
+
+class Relabelled(torch.utils.data.Subset[Any]):
+    def __getitem__(self, index: Any) -> Any:
+        image, label = super().__getitem__(index)
+        return image, 2 - label
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return [self[index] for index in indices]
+
+
+def test_labels_are_those_that_items_have() -> None:
+    """`targets` before `target_transform` would put images into other classes than the loader does."""
+    assert dataset_labels(Targets()).tolist() == [0, 1, 2]
+    turned = Targets(target_transform=lambda label: 2 - label)
+    assert dataset_labels(turned).tolist() == [2, 1, 0]
+    assert dataset_labels(torch.utils.data.Subset(turned, [0, 2])).tolist() == [2, 0]
+    assert dataset_labels(Relabelled(turned, [0, 2])) is None
+    assert dataset_labels(Targets(transforms=lambda image, label: (image, 1))) is None
+    assert dataset_labels(Targets(transforms=SimpleNamespace(target_transform=None))).tolist() == [0, 1, 2]
+    assert dataset_labels(Targets(targets=["a", "b", "c"])) is None, "names are no numbers"
+    assert dataset_labels(Targets(targets=[0, 1])) is None, "not one for each item"
+    assert dataset_labels(Targets(targets=["a", "b", "c"], labels=np.array([2, 0, 1]))).tolist() == [2, 0, 1]
 
 
 def test_transform_normalises_what_fits_the_model() -> None:
@@ -451,3 +489,31 @@ def test_sources_that_are_no_folder_or_file_do_not_wait(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="data not found") as refusal:
         load_data("x" * 100_000)
     assert len(str(refusal.value)) < 2000
+
+
+def test_timm_reads_the_models_own_numbers() -> None:
+    """ImageNet's mean and size for a grey 28 x 28 model give other pictures than it was trained on."""
+    import timm
+
+    import vptm
+
+    model = vptm.PromptedBEiT("builtin", num_classes=2)
+    config = timm.data.resolve_model_data_config(model)
+    for name in ("input_size", "mean", "std", "crop_pct", "interpolation"):
+        assert config[name] == model.default_cfg[name]
+
+
+def test_timm_makes_registered_models_with_its_scripts_arguments() -> None:
+    """timm's train.py and validate.py pass these to every model."""
+    import timm
+
+    def create(**arguments: Any) -> Any:
+        return timm.create_model("vptm_beitv2_base_patch16_224", num_classes=4, source="builtin", **arguments)
+
+    model = create(in_chans=1, drop_rate=0.0, drop_path_rate=None, global_pool="", features_only=False)
+    assert (model.num_classes, model.source) == (4, "builtin")
+    with pytest.raises(ValueError, match="in_chans must be 1, as the weights of builtin have, got 3"):
+        create(in_chans=3)
+    for name, value in (("drop_path_rate", 0.1), ("global_pool", "avg"), ("features_only", True)):
+        with pytest.raises(TypeError, match=f"takes no {name}, got {value!r}: "):
+            create(**{name: value})

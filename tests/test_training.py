@@ -511,6 +511,21 @@ def test_empty_or_unlabelled_data_is_refused(backbone: Path) -> None:
         fit(model.requires_grad_(False), loaders(model)[0], epochs=1, lr=0.1)
 
 
+def test_labels_are_counted_as_items_give_them(backbone: Path, tmp_path: Path) -> None:
+    """Labels read off an attribute and others in the batches: the check passes on the wrong ones, and a resumed run
+    is not told apart from one on other labels."""
+
+    class Turned(TensorDataset):
+        def __getitem__(self, index: Any) -> Any:
+            image, label = super().__getitem__(index)
+            return image, (label + 1) % 4
+
+    wrong = DataLoader(Turned(torch.zeros(4, 1, 12, 12), torch.tensor([0, 1, 2, 0])))
+    with pytest.raises(ValueError, match=r"train labels must be in 0\.\.2, got 3 at index 2"):
+        fit(make_model(backbone), wrong, epochs=1, lr=0.1, run_dir=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
 def test_images_that_do_not_fit_touch_no_run_folder(backbone: Path, tmp_path: Path) -> None:
     """Wrong channels or sizes are refused before a folder is made, or a good run in it is replaced."""
     model = make_model(backbone)

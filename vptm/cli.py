@@ -329,7 +329,7 @@ def train_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
 
 def _options(ctx: typer.Context) -> tuple[dict[str, Any], set[str]]:
     settings = {name: value for name, value in ctx.params.items() if name not in ("out", "resume", "overwrite")}
-    settings |= {name: _located(settings[name]) for name in ("model", "data")}
+    settings |= {name: _located(name, settings[name]) for name in ("model", "data")}
     return settings, {
         name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
@@ -378,14 +378,25 @@ def _recipe_settings(name: str) -> dict[str, Any]:
     return settings
 
 
-def _located(source: str) -> str:
-    """A path as an absolute one, so the run can be used from any folder; names as they are."""
+def _located(option: str, source: str) -> str:
+    """A path as an absolute one, so the run can be used from any folder; a name as it is, unless it is both."""
     import timm
 
+    from .checkpoints import _SUFFIXES
     from .data import SOURCES
 
-    is_name = source in SOURCES or timm.is_model(source)
-    return source if is_name or not Path(source).exists() else str(Path(source).resolve())
+    if option == "data":
+        is_name = source in SOURCES
+    else:
+        is_name = source == "builtin" or (timm.is_model(source) and Path(source).suffix not in _SUFFIXES)
+    if not os.path.exists(source):
+        return source
+    if is_name:
+        raise ValueError(
+            f"--{option} {source} is a name that vptm knows and {os.path.abspath(source)}: pass ./{source} for "
+            "that one, or run in another folder"
+        )
+    return str(Path(source).resolve())
 
 
 def _resumed_settings(out: Path, settings: dict[str, Any], given: set[str]) -> dict[str, Any]:
@@ -602,11 +613,11 @@ def compare(
     _parse_shots(shots)
     _device(device)
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    arguments = ["--model", _located(model), "--device", device]
+    arguments = ["--model", _located("model", model), "--device", device]
     results = run(
         names,
         out,
-        data=_located(data),
+        data=_located("data", data),
         seeds=seeds,
         epochs=epochs,
         shots=shots,
@@ -837,7 +848,7 @@ def map_labels(
     if batch_size < 1:
         raise ValueError(f"--batch-size must be >= 1, got {batch_size}")
     rows, accuracy = run(
-        data=_located(data),
+        data=_located("data", data),
         classifier=classifier,
         weights=weights,
         source_labels=source_labels,
@@ -916,7 +927,7 @@ def evaluate(
         raise ValueError(f"{run} does not record its data: pass --data")
     chosen = data if data is not None else str(own)
     # a division made at training time is kept, so test images are never training images
-    same = own is not None and _located(chosen) == own
+    same = own is not None and _located("data", chosen) == own
     listed = SplitList.read(run)
     read = {"transform": transforms(model), "on_bad_image": on_bad_image, **picture_options(model)}
     with _asking_for_moved_data(data is None):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -538,15 +539,24 @@ def _stratified_split(whole: ImageDataset, seed: int, shares: dict[str, float]) 
 
 
 def dataset_labels(dataset: Any) -> np.ndarray | None:
-    """Labels (N,) of a data set that has them as `labels`, `targets` or tensors (also below `Subset`), else None."""
+    """Labels (N,) of a data set that has them as `labels`, `targets` or tensors, as its items give them.
+
+    Looked for below `Subset` too, and sent through `target_transform`. None where only the items can tell: no such
+    attribute, one that is not N integers, or a subclass of `Subset` or transforms of image and label together, which
+    may give others.
+    """
     if isinstance(dataset, Subset):
-        labels = dataset_labels(dataset.dataset)
+        labels = dataset_labels(dataset.dataset) if type(dataset) is Subset else None
         return None if labels is None else labels[np.asarray(dataset.indices, dtype=np.int64)]
-    for name in ("labels", "targets"):
-        if (stored := getattr(dataset, name, None)) is not None:
-            return np.asarray(stored)
-    tensors = getattr(dataset, "tensors", None)
-    return np.asarray(tensors[1]) if tensors is not None and len(tensors) > 1 else None
+    if not hasattr(getattr(dataset, "transforms", None) or SimpleNamespace(target_transform=None), "target_transform"):
+        return None
+    tensors = getattr(dataset, "tensors", None) or ()
+    for stored in (*(getattr(dataset, name, None) for name in ("labels", "targets")), *tensors[1:2]):
+        labels = np.asarray(()) if stored is None else np.asarray(stored)
+        if labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) == len(dataset):
+            transform = getattr(dataset, "target_transform", None)
+            return labels if transform is None else np.array([int(transform(int(label))) for label in labels])
+    return None
 
 
 def few_shot(dataset: ImageDataset, shots: int, *, seed: int = 0) -> ImageDataset:
@@ -565,7 +575,9 @@ def few_shot(dataset: ImageDataset, shots: int, *, seed: int = 0) -> ImageDatase
     for label, name in enumerate(dataset.classes):
         members = np.flatnonzero(dataset.labels == label)
         if len(members) < shots:
-            raise ValueError(f"shots: class {name!r} has {len(members)} training images, {shots} were asked for")
+            few = f"shots: class {name!r} has {len(members)} training images, {shots} were asked for"
+            fewest = int(np.bincount(dataset.labels, minlength=len(dataset.classes)).min())
+            raise ValueError(f"{few}: at most {fewest} can be, or all")
         chosen += members[_hash_order(seed, [dataset.keys[i] for i in members])[:shots]].tolist()
     return dataset.subset(sorted(chosen))
 

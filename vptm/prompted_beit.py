@@ -322,12 +322,31 @@ class PromptedBEiT(PromptedModel):
         return self.lm_head(self.forward_hidden(images))
 
 
+# what timm's own scripts pass to every model: what asks for nothing is taken, the rest has another name here
+_TIMM_ARGUMENTS = {
+    "drop_rate": "prompt_dropout is that of what is learned",
+    "drop_path_rate": "the backbone is frozen",
+    "attn_drop_rate": "the backbone is frozen",
+    "proj_drop_rate": "the backbone is frozen",
+    "global_pool": "readout says what is read",
+    "features_only": "forward_features gives the rows",
+}
+
+
 def _from_registry(architecture: str, pretrained: bool, arguments: dict[str, Any]) -> PromptedBEiT:
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         arguments.pop(name, None)
-    return PromptedBEiT(
+    for name, instead in _TIMM_ARGUMENTS.items():
+        if asked := arguments.pop(name, None):
+            raise TypeError(f"vptm_{architecture} takes no {name}, got {asked!r}: {instead}")
+    channels = arguments.pop("in_chans", None)
+    model = PromptedBEiT(
         arguments.pop("source", architecture), arguments.pop("num_classes", 1000), pretrained=pretrained, **arguments
     )
+    own = model.default_cfg["input_size"][0]
+    if channels not in (None, own):
+        raise ValueError(f"in_chans must be {own}, as the weights of {model.source} have, got {channels!r}")
+    return model
 
 
 @register_model

@@ -51,6 +51,11 @@ class PromptedModel(nn.Module):
     extra_bias = "zero"
     _sealed_hash: str | None = None
 
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """`default_cfg`, where `timm.data.resolve_model_data_config` looks for it."""
+        return self.default_cfg
+
     def _finish(self) -> None:
         """The end of every constructor: freeze, remember what was frozen, and be ready to run."""
         self.class_names: list[str] | None = None

@@ -154,11 +154,9 @@ def fit(
         else None
     )
     check_finite(model)
-    _check_sample(model, train)
-    labels = _check_labels(train, model.num_classes, "train")
+    labels = _check_labels(train, model.num_classes, "train", _check_sample(model, train))
     if val is not None:
-        _check_sample(model, val)
-        _check_labels(val, model.num_classes, "val")
+        _check_labels(val, model.num_classes, "val", _check_sample(model, val))
     settings = {
         "epochs": epochs,
         "lr": lr,
@@ -597,18 +595,22 @@ def _check_arguments(
         )
 
 
-def _check_sample(model: PromptedModel, loader: DataLoader[Any]) -> None:
-    """Refuse images the model does not take before a run folder is touched; streams are seen when they are read."""
+def _check_sample(model: PromptedModel, loader: DataLoader[Any]) -> Any:
+    """Refuse images the model does not take before a run folder is touched; streams are seen when they are read.
+
+    Gives the first item's label, None of a stream.
+    """
     dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset) or len(dataset) == 0:
-        return
+        return None
     with generators_kept(loader, None):  # reading an image may draw augmentation
-        image = dataset[0][0]
-    if isinstance(image, Tensor):
-        model.check_images(image[None])
+        item = dataset[0]
+    if isinstance(item[0], Tensor):
+        model.check_images(item[0][None])
+    return item[1]
 
 
-def _check_labels(loader: DataLoader[Any], classes: int, name: str) -> np.ndarray | None:
+def _check_labels(loader: DataLoader[Any], classes: int, name: str, first: Any) -> np.ndarray | None:
     """Labels of the loader's data set, checked; a data set that does not carry them is read once. None: a stream."""
     dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset):
@@ -616,16 +618,28 @@ def _check_labels(loader: DataLoader[Any], classes: int, name: str) -> np.ndarra
     if isinstance(dataset, ImageDataset) and len(dataset.classes) != classes:
         raise ValueError(f"{name} images must have the model's {classes} classes, got {len(dataset.classes)}")
     labels = dataset_labels(dataset)
-    if labels is None:
-        labels = np.array([int(dataset[index][1]) for index in range(len(dataset))], dtype=np.int64)
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise ValueError(f"{name} labels must be (N,) integers, got shape {labels.shape} of {labels.dtype}")
+    if labels is None or (len(labels) and not np.array_equal(labels[0], np.asarray(first))):
+        with generators_kept(loader, None):
+            labels = _read_labels(dataset, name)
     if len(labels) == 0:
         raise ValueError(f"{name} must hold at least one image, it is empty")
     bad = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(bad):
         raise ValueError(f"{name} labels must be in 0..{classes - 1}, got {labels[bad[0]]} at index {bad[0]}")
     return labels.astype(np.int64)
+
+
+def _read_labels(dataset: Any, name: str) -> np.ndarray:
+    """The label of every item, which decodes every image."""
+    labels = []
+    for index in range(len(dataset)):
+        label = np.asarray(dataset[index][1])
+        if label.ndim or label.dtype.kind not in "iub":
+            raise ValueError(
+                f"{name} labels must be (N,) integers, got shape {label.shape} of {label.dtype} at index {index}"
+            )
+        labels.append(int(label))
+    return np.array(labels, dtype=np.int64)
 
 
 def _check_batch_labels(labels: Tensor, classes: int) -> None:
