@@ -420,7 +420,7 @@ def intercept(target: str, case: str) -> Iterator[list[Report]]:
             shared=metadata.shared,
             tensor_memory=getattr(metadata, "tmem_size", 0) or 0,
             # Products of float32 at full precision have no tensor-core instruction on NVIDIA GPUs.
-            dots=len(re.findall(r"tt\.dot .*: tensor<\d+x\d+x(?:f16|bf16)>", compiled.asm["ttir"])),
+            dots=len(re.findall(r"tt\.dot .*: tensor<\d+x\d+x(?:f16|bf16)>", compiled.asm.get("ttir", ""))),
             constants=constants,
         )
         (_read_nvidia if target.startswith("sm") else _read_amd)(report, compiled)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
@@ -10,6 +11,10 @@ import torch
 
 from ..aot import Case
 from .bias import table_rows
+from .configs import ForwardConfig, forward_candidates
+
+# Of queries that come scaled and prompts that are not pooled and do not attend, as the configs take it.
+FOLDED = (False, False, False)
 
 
 def _run(
@@ -26,8 +31,13 @@ def _run(
     learned: str = "qkv prompts",
     window: tuple[int, int] = (14, 14),
     scale: float | None = None,
+    form: ForwardConfig | None = None,
 ) -> None:
+    """form: of the forward kernel instead of the table's, on targets that have it among their candidates."""
     from . import triton_impl
+
+    if form is not None and form not in forward_candidates(target, 16, head_dim, tokens, tokens + prompts, 16, *FOLDED):
+        return
 
     batch, width = 64, heads * head_dim
     qkv = torch.empty(batch, tokens, 3 * width, dtype=dtype)
@@ -49,7 +59,10 @@ def _run(
     inputs: tuple[Any, ...] = (qkv, given, data, ids, ranges)
     options: tuple[Any, ...] = (window if bias == "table" else (), heads, kind == "queries")
     options += (prompts if ranges is not None else 0, head_dim**-0.5 if scale is None else scale)
-    with patch.object(triton_impl, "architecture", lambda device: target):
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(triton_impl, "architecture", lambda device: target))
+        if form is not None:
+            patches.enter_context(patch.object(triton_impl, "forward_config", lambda *args, **options: form))
         if passes == "forward":
             triton_impl.forward(*inputs, *(*options, True))
             return
@@ -61,14 +74,14 @@ def _run(
 
 
 def cases() -> Iterator[Case]:
-    def case(name: str, ci: bool = False, precision: str = "highest", **variant: Any) -> Case:
-        return Case(f"prompted_attention/{name}", lambda target: _run(target, **variant), ci, precision)
+    def case(name: str, ci: bool = False, precision: str = "highest", candidate: bool = False, **variant: Any) -> Case:
+        return Case(f"prompted_attention/{name}", lambda target: _run(target, **variant), ci, precision, candidate)
 
     half, single = torch.float16, torch.float32
     for passes in ("forward", "backward"):
         yield case(f"{passes}-bf16-P10", True, passes=passes)
         yield case(f"{passes}-fp16-P10", True, passes=passes, dtype=half)
-        yield case(f"{passes}-bf16-P0", True, passes=passes, prompts=0)
+        yield case(f"{passes}-bf16-P0", passes=passes, prompts=0)
         yield case(f"{passes}-bf16-P50", True, passes=passes, prompts=50)
         yield case(f"{passes}-bf16-no-bias", True, passes=passes, bias="none")
         yield case(f"{passes}-bf16-P200", passes=passes, prompts=200)
@@ -82,6 +95,19 @@ def cases() -> Iterator[Case]:
         yield case(f"{passes}-tf32", passes=passes, dtype=single, precision="high")
         for head_dim in (16, 32, 48, 80, 96, 128):
             yield case(f"{passes}-bf16-D{head_dim}", passes=passes, head_dim=head_dim)
+        # Models that fold D ** -0.5 into the weights of their queries.
+        yield case(f"{passes}-bf16-P0-folded", True, passes=passes, prompts=0, scale=1.0)
+        yield case(f"{passes}-bf16-P10-folded", passes == "forward", passes=passes, scale=1.0)
+        yield case(f"{passes}-bf16-P50-folded", True, passes=passes, prompts=50, scale=1.0)
+        yield case(f"{passes}-fp16-P50-folded", passes=passes, prompts=50, scale=1.0, dtype=half)
+        yield case(f"{passes}-bf16-P50-no-bias-folded", passes=passes, prompts=50, scale=1.0, bias="none")
+        yield case(f"{passes}-bf16-P200-folded", passes=passes, prompts=200, scale=1.0)
+        yield case(f"{passes}-bf16-queries-folded", passes=passes, kind="queries", scale=1.0)
+        yield case(f"{passes}-bf16-pool-folded", passes=passes, kind="pool", prompts=50, scale=1.0)
+        yield case(f"{passes}-bf16-image-folded", passes=passes, kind="image", scale=1.0)
+        yield case(f"{passes}-bf16-N577-folded", passes=passes, tokens=577, scale=1.0)
+        for head_dim in (16, 32, 48, 80, 96, 128):
+            yield case(f"{passes}-bf16-D{head_dim}-folded", passes=passes, head_dim=head_dim, scale=1.0)
     yield case("backward-prompts-only", True, passes="backward", learned="prompts")
     yield case("backward-table", True, passes="backward", bias="table", learned="qkv prompts bias")
     yield case("backward-fp16-table", passes="backward", bias="table", learned="qkv prompts bias", dtype=half)
@@ -90,4 +116,14 @@ def cases() -> Iterator[Case]:
     # 40 x 40 patches: the tile of a table would be larger than second-level caches, so kernels gather from the table.
     large: dict[str, Any] = {"bias": "table", "window": (40, 40), "tokens": 1601}
     yield case("forward-gathered", passes="forward", **large)
+    yield case("forward-gathered-folded", passes="forward", scale=1.0, **large)
     yield case("backward-gathered", passes="backward", learned="qkv prompts bias", **large)
+    for name, form in {
+        "64-rows": ForwardConfig(64, 64, 4, 1),
+        "128-rows": ForwardConfig(128, 64, 8, 1, max_registers=128),
+        "two-stages": ForwardConfig(128, 64, 8, 2, max_registers=128),
+        "heads-first": ForwardConfig(128, 64, 8, 1, max_registers=128, heads_first=True),
+        "keys-resident": ForwardConfig(128, 64, 8, 1, max_registers=128, keys_resident=True),
+        "keys-and-scores-resident": ForwardConfig(64, 64, 4, 1, scores_resident=True, keys_resident=True),
+    }.items():
+        yield case(f"candidate-{name}", candidate=True, passes="forward", prompts=50, scale=1.0, form=form)
