@@ -318,6 +318,8 @@ def test_options_for_reading_pictures_stay_with_the_run(vptm: Console, material:
     assert vptm(*arguments, "--value-range", "0,4080", "--background", "black")[0] == 0
     config = json.loads((tmp_path / "r" / "adapter_config.json").read_text())
     assert config["preprocessing"]["value_range"] == [0, 4080] and config["preprocessing"]["background"] == "black"
+    code, _, err = vptm(*train_arguments(material, tmp_path / "dark", "--data", tmp_path / "d", epochs=1))
+    assert code == 0 and " of 65535 and are as dark as that: --value-range 0,3" in err
     code, out, _ = vptm("evaluate", tmp_path / "r")
     assert code == 0 and "test accuracy 100.00% of 6" in out
     code, deep, _ = vptm("predict", tmp_path / "r", tmp_path / "d" / "left" / "3.png")
@@ -385,6 +387,23 @@ def test_a_damaged_run_file_is_one_line(vptm: Console, run: Path, tmp_path: Path
         (tmp_path / "run.json").write_text(text)
         code, line = vptm.refused("evaluate", tmp_path)
         assert code == 2 and reason in line and len(line) < 1000
+
+
+def test_errors_are_one_bounded_line(vptm: Console, material: Path, tmp_path: Path) -> None:
+    """What a file or an argument says must neither fill a screen nor move its cursor."""
+    long = "x" * 100_000
+    (tmp_path / "\x1b[2J.csv").write_text("path\n")
+    for changes in (
+        ["--data", long],
+        ["--data", f"{long}.csv"],
+        ["--epochs", long],
+        ["--data", tmp_path / "\x1b[2J.csv"],
+    ):
+        code, line = vptm.refused(*train_arguments(material, tmp_path / "r", *changes))
+        assert code == 2 and len(line) < 2100 and "\x1b" not in line, line[:200]
+    for command in (["evaluate", long], ["predict", tmp_path, long], ["inspect", long]):
+        code, line = vptm.refused(*command)
+        assert code in (1, 2) and len(line) < 2100, command[0]
 
 
 def test_predict_prints_csv_that_csv_reads(vptm: Console, run: Path, tmp_path: Path) -> None:

@@ -149,13 +149,15 @@ def test_bad_recipes_are_refused(vptm: Console, material: Path) -> None:  # noqa
         ("x.yaml", "settings: {}", "must have summary, settings and optionally search, got settings"),
         ("x.yaml", "- 1", "got list"),
         ("x.yaml", "a: [", "must be YAML"),
+        ("x.yaml", "[" * 5000, "nested too deeply"),
+        ("x.yaml", "summary: \udcff", "text that is not Unicode"),
         ("x.yaml", "summary: x\nsettings: {lrr: 1}", "unknown setting 'lrr', did you mean 'lr'?"),
         ("x.yaml", "summary: x\nsettings: {out: y}", "unknown setting 'out'"),
         ("x.yaml", "summary: x\nsettings: {epochs: 2.5}", "epochs must be int, got 2.5"),
         ("x.yaml", "summary: x\nsettings: {}\nsearch: {lr: 1}", "search.lr must be a list"),
     ):
         if text is not None:
-            Path(name).write_text(text)
+            Path(name).write_text(text, errors="surrogateescape")
         code, line = vptm.refused("train", "--data", material / "pictures", "--recipe", name)
         assert code == 2 and message in line, line
     code, line = vptm.refused("train", "--data", material / "pictures", "--prompt-init", "k-means")

@@ -119,6 +119,7 @@ def test_bad_input_is_refused(vptm: Console, arguments: list[object], monkeypatc
     """One line each, before anything is trained or printed."""
     Path("junk.pth").write_text("junk")
     Path("few.txt").write_text("a\nb\n")
+    Path("bytes.txt").write_bytes(b"\xff\n")
     for more, message in (
         (["--m", 3], "3 for each of 3 labels need 9, there are 6"),
         (["--method", "random", "--m", 3], "need 9, there are 6"),
@@ -135,6 +136,7 @@ def test_bad_input_is_refused(vptm: Console, arguments: list[object], monkeypatc
         (["--weights", "junk.pth"], "junk.pth is no file of weights"),
         (["--source-labels", "few.txt"], "must name all 6 outputs"),
         (["--source-labels", "none.txt"], "labels not found: none.txt"),
+        (["--source-labels", "bytes.txt"], "bytes.txt: required a readable file, found text that is not Unicode"),
         (["--method", "flm", "--shots", 99], "has 7 training images, 99 were asked for"),
     ):
         code, line = vptm.refused(*arguments, *more)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DEMONSTRATION = "built for 28x28 grey clothing pictures, a demonstration"
 EVALUATION_BATCH = 256
+_LONGEST = 2000  # characters of an error, two paths of a file system among them
 # what a resumed run may change: nothing here alters which function is learned
 _FREE_ON_RESUME = {"out", "resume", "overwrite", "device", "workers", "impl"}
 _MODEL_ARGUMENTS = (
@@ -83,6 +84,8 @@ _arguments: list[str] = []
 
 
 def _run(arguments: list[str]) -> int:
+    from .choices import one_line
+
     debug = os.environ.get("VPTM_DEBUG") == "1"
     # OpenMP threads that spin while they wait make small models ten times slower where other work shares the cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -102,12 +105,12 @@ def _run(arguments: list[str]) -> int:
         return 1
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error: its class moved between versions of typer
-            if message := error.format_message():
+            if message := one_line(error.format_message(), _LONGEST):
                 _say(f"vptm: {message}")
             return int(getattr(error, "exit_code", 2))
         if debug:
             raise
-        _say(f"vptm: {' '.join(str(error).split()) or type(error).__name__}")
+        _say(f"vptm: {one_line(error, _LONGEST) or type(error).__name__}")
         return _exit_code(error)
 
 
@@ -453,6 +456,7 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     _report_classes({"train": train_set, "val": val_set, "test": test_set}, data.train)
     if settings["on_bad_image"] == "error":
         _refuse_unreadable([train_set, val_set, test_set])
+    _report_dark(train_set)
     if settings["shuffle_labels"]:
         draw = np.random.default_rng(settings["seed"])
         train_set = train_set.with_labels(draw.permutation(train_set.labels))
@@ -1307,8 +1311,10 @@ def _loader(dataset: ImageDataset, batch_size: int, workers: int, place: Any, sh
 
 
 def _report(data: ImageData) -> None:
+    from .choices import one_line
+
     for note in data.notes:
-        _say(f"{data.name}: {note}")
+        _say(one_line(f"{data.name}: {note}", _LONGEST))
 
 
 def _report_classes(parts: dict[str, ImageDataset | None], pool: ImageDataset, shown: int = 20) -> None:
@@ -1335,6 +1341,16 @@ def _report_classes(parts: dict[str, ImageDataset | None], pool: ImageDataset, s
         _say(
             f"{counts['train'].sum()} of {len(pool)} training images are used, {left_out.sum()} are left out: "
             "--shots all uses every one"
+        )
+
+
+def _report_dark(part: ImageDataset) -> None:
+    """Say so where 16-bit pictures hold 10 or 12 bits: by their files' depth they are all but black."""
+    used = part.brightest()
+    if used is not None and used[0] < used[1] / 8:
+        _say(
+            f"the pictures of more than 8 bits use values up to {used[0]:g} of {used[1]:g} and are as dark as that: "
+            f"--value-range 0,{used[0]:g} would spread them"
         )
 
 

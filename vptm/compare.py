@@ -248,7 +248,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
     """A run's `run.json`, None where there is none that `vptm train` wrote."""
     try:
         facts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return facts if isinstance(facts, dict) and isinstance(facts.get("settings"), dict) else None
 
@@ -362,8 +362,16 @@ def plot(results: Sequence[MethodResult], path: Path) -> None:
         by_method.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=2.5)
         size = result.row()["trainable_parameters"]
         by_size.plot(size, mean, "o", color=colour, markersize=7)
-        by_size.annotate(result.name, (size, mean), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
-    by_method.set_yticks(range(len(ordered)), [result.name for result in ordered])
+        by_size.annotate(
+            result.name,
+            (size, mean),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            parse_math=False,
+        )
+    by_method.set_yticks(range(len(ordered)), [result.name for result in ordered], parse_math=False)
     by_method.set(xlabel="test accuracy, %", ylim=(-0.6, max(len(ordered), 1) - 0.4))
     by_method.set_title("every run, and the mean", loc="left", fontsize=10)
     by_size.set(xlabel="trained values", ylabel="mean test accuracy, %", xscale="log")

@@ -150,6 +150,14 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         """The same images under other labels, and under other label names where given."""
         return self._with(labels=labels, classes=self.classes if classes is None else classes)
 
+    def brightest(self, looked_at: int = 64) -> tuple[float, float] | None:
+        """The largest value among the first images of more than 8 bits, and what their files' depth allows; None where
+        there are none, or where `value_range` says how bright they are."""
+        if isinstance(self.images, np.ndarray) or self.value_range is not None:
+            return None
+        found = [self.image(index).info.get("brightest") for index in range(min(looked_at, len(self)))]
+        return max(filter(None, found), default=None)
+
     def content_hashes(self) -> list[str]:
         """SHA-256 of each image's file, or of the shape and bytes of its pixels: wherever it lies, the same image has
         the same one. Reads every file once.

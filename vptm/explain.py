@@ -167,7 +167,9 @@ def _png(report: TokenReport) -> bytes:
     best = report.classes[0]
     figure = Figure(figsize=(13, 3.9), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    figure.suptitle(f"{best.name}, probability {best.probability:.1%}", fontsize=14, fontweight="bold")
+    figure.suptitle(
+        f"{best.name}, probability {best.probability:.1%}", fontsize=14, fontweight="bold", parse_math=False
+    )
     panels = 3 + bool(report.tokens)
     axes = list(figure.subplots(1, panels, width_ratios=[1, 1.15, *[0.95] * (panels - 2)]))
 
@@ -220,7 +222,7 @@ def _bars(axes: Any, names: list[str], values: list[float], write: Callable[[flo
 
     places = range(len(values))
     axes.barh(places, values, color=["#1f6f8b", *["#9fbfca"] * (len(values) - 1)])
-    axes.set_yticks(places, names)
+    axes.set_yticks(places, names, parse_math=False)  # a class may be called $x$
     axes.invert_yaxis()
     low, high = min(0.0, *values), max(0.0, *values)
     axes.set_xlim(1.05 * low, high + 0.35 * ((high - low) or 1.0))  # room for the numbers

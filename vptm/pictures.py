@@ -152,6 +152,8 @@ def _scaled(image: Image.Image, depth: _Depth, value_range: tuple[float, float] 
     low, high = limits
     share = np.clip((values - low) / (high - low), 0, 1)
     grey = Image.fromarray(np.rint(255 * (1 - share if depth.inverted else share)).astype(np.uint8))
+    if value_range is None:
+        grey.info["brightest"] = (float(values.max()), high)
     hidden = image.info.get("transparency")
     if isinstance(hidden, int):  # the one value that stands for nothing
         grey.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from .checkpoints import one_line_errors
 from .choices import hint
 from .pictures import to_8_bit
 
@@ -74,7 +75,8 @@ def load_classifier(
         path = Path(labels)
         if not path.is_file():
             raise FileNotFoundError(f"labels not found: {path}")
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        with one_line_errors(labels):
+            names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     else:
         info = ImageNetInfo()
         names = [info.index_to_description(index).partition(",")[0] for index in range(info.num_classes())]

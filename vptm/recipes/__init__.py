@@ -49,7 +49,10 @@ def read_recipe(name: str) -> Recipe:
         path = Path(name)
         if not path.is_file():
             raise FileNotFoundError(f"recipe not found: {name}")
-        return _parse(path.read_text(encoding="utf-8"), path.stem, name)
+        from ..checkpoints import one_line_errors
+
+        with one_line_errors(name):
+            return _parse(path.read_text(encoding="utf-8"), path.stem, name)
     known = recipe_names()
     shipped = ALIASES.get(name, name)
     if shipped not in known:
