@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_data import CLASSES, picture, write_backbone, write_pictures
 
+from vptm import training
 from vptm.adapters import load_adapter
 from vptm.cli import main
 from vptm.data import few_shot, load_data, transforms
@@ -660,6 +662,46 @@ def test_broken_images_are_skipped_by_choice_and_reported(vptm: Console, tmp_pat
     arguments = train_arguments(material, tmp_path / "r", "--data", root, "--on-bad-image", "skip", epochs=1)
     code, _, err = vptm(*arguments)
     assert code == 0 and err.count("skipped: cannot read image") == 1 and "left/3.png" in err
+
+
+@pytest.mark.parametrize("when", ["epoch", "plot_curves"])
+def test_a_run_folder_removed_on_the_way_is_no_bad_argument(
+    vptm: Console, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Exit code 1, the work failed, and the path: 2 would blame the arguments."""
+    place, name = (training, "plot_curves") if when == "plot_curves" else (training._Progress, "epoch")
+    monkeypatch.setattr(place, name, lambda *_: shutil.rmtree(tmp_path / "r"))
+    code, line = vptm.refused(*train_arguments(material, tmp_path / "r"))
+    assert code == 1 and str(tmp_path / "r") in line, line
+
+
+def test_every_error_is_one_bounded_line(vptm: Console, run: Path, tmp_path: Path) -> None:
+    """Names from outside may be of any length, hold line breaks, or move the cursor."""
+    for arguments in (
+        ["inspect", "x" * 100_000],
+        ["inspect", "a\nb\x1b[2J"],
+        ["x" * 100_000],
+        ["evaluate", "x" * 100_000],
+        ["train", "--model", "x" * 100_000],
+        ["train", "--lr", "y\nz"],
+    ):
+        code, line = vptm.refused(*arguments)
+        assert code == 2 and len(line) < 1020 and "\x1b" not in line
+    folder = tmp_path / "r"
+    shutil.copytree(run, folder)
+    content = json.loads((folder / "run.json").read_text())
+    for change in (
+        "[" * 100_000,
+        "[]",
+        json.dumps(content | {"settings": ["x"]}),
+        json.dumps(content | {"result": 3}),
+        json.dumps(content | {"result": {"test": {"accuracy": "high"}}}),
+        json.dumps(content | {"result": {"test": ["x" * 100_000]}}),
+    ):
+        (folder / "run.json").write_text(change)
+        for arguments in (["inspect", folder], ["train", "--resume", "--out", folder]):
+            code, line = vptm.refused(*arguments)
+            assert code == 2 and "run.json must" in line and len(line) < 1020, line
 
 
 def test_debug_shows_the_traceback(vptm: Console, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
 import os
 import pickle
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from tiny_data import picture, write_backbone
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import vptm.training
-from vptm import PromptedBEiT, evaluate, fit, load_adapter, transforms
-from vptm.adapters import CONFIG_FILE, TENSORS_FILE
+from vptm import PromptedBEiT, evaluate, fit, load_adapter, save_adapter, transforms
+from vptm.adapters import CONFIG_FILE, TENSORS_FILE, WriteError
 from vptm.data import ImageDataset
 from vptm.losses import protoverb_loss
 from vptm.split_list import SplitList
@@ -262,8 +264,9 @@ def test_a_kill_at_any_write_resumes_bitwise(
 class Interrupting(Dataset[Any]):
     """Raises KeyboardInterrupt when its n-th image is read, as Ctrl-C would."""
 
-    def __init__(self, inner: ImageDataset, at: int) -> None:
-        self.inner, self.at, self.reads, self.labels = inner, at, 0, inner.labels
+    def __init__(self, inner: Any, at: int) -> None:
+        self.inner, self.at, self.reads = inner, at, 0
+        self.labels = inner.labels if isinstance(inner, ImageDataset) else inner.tensors[1].numpy()
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -597,3 +600,185 @@ def test_progress_goes_to_stderr(backbone: Path, capsys: pytest.CaptureFixture[s
     run(make_model(backbone), progress=True)
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("val loss") == 4 and "epoch 4/4" in printed.err
+
+
+def cast_loaders(model: PromptedBEiT, dtype: torch.dtype) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """12 train and 9 val pictures as tensors of `dtype`."""
+    parts = [pictures(12), pictures(9, first=100)]
+    sets = []
+    for part in parts:
+        ready = part.with_transform(transforms(model))
+        images = torch.stack([ready[k][0] for k in range(len(ready))]).to(dtype)
+        sets.append(TensorDataset(images, torch.from_numpy(part.labels)))
+    return DataLoader(sets[0], batch_size=5, shuffle=True), DataLoader(sets[1], batch_size=9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_models_learn_like_float32(backbone: Path, dtype: torch.dtype) -> None:
+    """Adam divides by a zero in fp16: without float32 copies its second step is NaN. The model stays in 16 bits."""
+    losses = []
+    for kind in (dtype, torch.float32):
+        model = make_model(backbone, **LEARNS).to(kind)
+        train, val = cast_loaders(model, kind)
+        result = fit(model, train, val, epochs=30, lr=0.02, progress=False)
+        assert result.best_val_accuracy == 1.0
+        assert {parameter.dtype for parameter in model.parameters()} == {kind}
+        losses.append(result.history[-1]["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_steps_smaller_than_16_bits_resolve_add_up(backbone: Path) -> None:
+    """60 steps of 4e-5 on values whose bf16 neighbours are 5e-4 apart: each alone is rounded away."""
+    moved = []
+    for kind in (torch.bfloat16, torch.float32):
+        model = make_model(backbone, **LEARNS).to(kind)
+        with torch.no_grad():
+            model.prompts.weight.fill_(0.11)
+        before = model.prompts.weight.detach().float().clone()
+        train, _ = cast_loaders(model, kind)
+        fit(model, train, epochs=20, lr=4e-5, schedule="none", progress=False)
+        moved.append((model.prompts.weight.detach().float() - before).abs().mean().item())
+    assert moved[0] == pytest.approx(moved[1], rel=0.3) and moved[1] > 5e-4
+
+
+def test_a_16_bit_run_resumes_bitwise(backbone: Path, tmp_path: Path) -> None:
+    """The float32 copies and the scale of the loss are part of the state."""
+    for name, stops in (("whole", (4,)), ("parts", (2, 4))):
+        for stop in stops:
+            model = make_model(backbone).half()
+            train, val = cast_loaders(model, torch.float16)
+            if stop == 2:
+                train = DataLoader(Interrupting(train.dataset, 12 * 2 + 3), batch_size=5, shuffle=True)  # type: ignore[arg-type]
+            resume = (tmp_path / name).exists()
+            fit(model, train, val, epochs=4, lr=0.02, progress=False, run_dir=tmp_path / name, resume=resume)
+    assert len(metrics(tmp_path / "parts")) == 4
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    state = torch.load(tmp_path / "whole" / STATE_FILE, weights_only=True)
+    assert all(tensor.dtype == torch.float32 for tensor in state["learned"].values()) and state["scaler"]["scale"] > 1
+
+
+def test_an_overflow_in_float16_says_so(backbone: Path) -> None:
+    model = make_model(backbone).half()
+    images = torch.full((4, 1, 12, 12), 6e4, dtype=torch.float16)
+    train = DataLoader(TensorDataset(images, torch.tensor([0, 1, 2, 0])), batch_size=2)
+    with pytest.raises(FloatingPointError, match=r"train in bfloat16 or float32, as float16 ends at 65504"):
+        fit(model, train, epochs=2, lr=1e-3, progress=False)
+
+
+def test_a_wrapped_model_trains_as_the_model_in_it(backbone: Path, tmp_path: Path) -> None:
+    """A wrapper, as torch.compile's, renames every tensor: prompts would decay, and no adapter could be loaded."""
+    for name in ("plain", "wrapped"):
+        model = make_model(backbone)
+        train, val = loaders(model)
+        given: Any = torch.nn.DataParallel(model) if name == "wrapped" else model
+        options: dict[str, Any] = {"epochs": 2, "lr": 0.02, "progress": False, "weight_decay": 0.5}
+        fit(given, train, val, protoverb_weight=0.5, run_dir=tmp_path / name, **options)
+    assert_same_run(tmp_path / "plain", tmp_path / "wrapped")
+
+
+def test_no_entry_of_the_state_can_be_missing_or_wrong(backbone: Path, tmp_path: Path) -> None:
+    """Each is refused by name or by the digest, before the model changes: a resumed run would be another one."""
+    run(make_model(backbone), tmp_path / "good", epochs=2)
+    good = torch.load(tmp_path / "good" / STATE_FILE, weights_only=True)
+
+    def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            yield (*at, key)
+            yield from places(value[key], (*at, key))
+
+    every = list(places(good))
+    assert len(every) > 90
+    chosen = [place for place in every if len(place) == 1] + random.Random(0).sample(every, 24)
+    for number, place in enumerate(chosen):
+        state = copy.deepcopy(good)
+        parent = state
+        for key in place[:-1]:
+            parent = parent[key]
+        if number % 3:
+            parent[place[-1]] = None if number % 3 == 1 and parent[place[-1]] is not None else "x"
+        else:
+            del parent[place[-1]]
+        torch.save(state, tmp_path / "good" / STATE_FILE)
+        model = make_model(backbone)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match=r"state\.pt .*; use overwrite|must be a training state of ver") as refusal:
+            run(model, tmp_path / "good", epochs=2, resume=True)
+        assert "\n" not in str(refusal.value)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()), place
+
+
+def test_a_flipped_bit_of_the_state_is_refused(backbone: Path, tmp_path: Path) -> None:
+    run(make_model(backbone), tmp_path / "r", epochs=2)
+    path = tmp_path / "r" / STATE_FILE
+    whole = path.read_bytes()
+    value = torch.load(path, weights_only=True)["learned"]["prompts.weight"].numpy().tobytes()
+    content = bytearray(whole)
+    content[whole.index(value) + 5] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"state\.pt is not a training state of vptm"):
+        run(make_model(backbone), tmp_path / "r", epochs=2, resume=True)
+
+
+def test_states_of_the_first_version_resume(backbone: Path, tmp_path: Path) -> None:
+    """They had no digest, and of a fine-tuned backbone the hash it started with."""
+    for name in ("whole", "r"):
+        model = make_model(backbone)
+        start = model.weight_hash()
+        model.unfreeze()
+        train, val = loaders(model)
+        if name == "r":
+            train = DataLoader(Interrupting(train.dataset, 12 + 7), batch_size=5, shuffle=True)  # type: ignore[arg-type]
+        fit(model, train, val, epochs=2, lr=1e-3, progress=False, run_dir=tmp_path / name)
+    path = tmp_path / "r" / STATE_FILE
+    state = torch.load(path, weights_only=True)
+    assert state["epoch"] == 1 and state["identity"]["backbone"] != start
+    del state["digest"], state["scaler"]
+    torch.save(state | {"version": 1, "identity": state["identity"] | {"backbone": start}}, path)
+    other = write_backbone(tmp_path / "other.safetensors", seed=9)
+    with pytest.raises(ValueError, match="backbone was"):
+        fit(
+            make_model(other).unfreeze(),
+            *loaders(make_model(other)),
+            epochs=2,
+            lr=1e-3,
+            run_dir=tmp_path / "r",
+            resume=True,
+        )
+    model = make_model(backbone)
+    model.unfreeze()
+    fit(model, *loaders(model), epochs=2, lr=1e-3, progress=False, run_dir=tmp_path / "r", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "r")
+
+
+class Breaking(Interrupting):
+    """Calls `act` when its n-th image is read."""
+
+    act: Any = None
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads += 1
+        if self.reads == self.at:
+            type(self).act()
+        return self.inner[index]
+
+
+def test_a_run_folder_that_goes_away_is_named_with_its_file(backbone: Path, tmp_path: Path) -> None:
+    """Not FileNotFoundError or ValueError, which say that an argument was wrong."""
+    model = make_model(backbone)
+    train, val = loaders(model)
+    Breaking.act = lambda: shutil.rmtree(tmp_path / "r")
+    broken = DataLoader(Breaking(train.dataset, 15), batch_size=5)  # type: ignore[arg-type]
+    with pytest.raises(WriteError, match=r"r/state\.pt cannot be written: No such file or directory"):
+        fit(model, broken, val, epochs=3, lr=0.02, progress=False, run_dir=tmp_path / "r")
+
+
+def test_a_full_disk_is_reported_with_the_path(backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(vptm.adapters.os, "fsync", full)
+    with pytest.raises(WriteError, match=r"r/run\.json cannot be written: No space left on device"):
+        run(make_model(backbone), tmp_path / "r")
+    with pytest.raises(WriteError, match=r"a/adapter_config\.json cannot be written: No space left on device"):
+        save_adapter(make_model(backbone), tmp_path / "a")
+    assert not list((tmp_path / "a").iterdir()), "half a file must not stay"

@@ -557,7 +557,7 @@ def _read_safetensors(path: Path, label: str) -> tuple[dict[str, Any], dict[str,
 
 def _read_torch(path: Path, label: str) -> Mapping[str, Any]:
     _check_readable(path, label)
-    zipped = _is_checked_archive(path, label)
+    zipped = check_archive(path, label)
     try:
         # unilm stores its command-line arguments; a Namespace only holds values, and they must be plain themselves
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -587,7 +587,7 @@ def _read_torch(path: Path, label: str) -> Mapping[str, Any]:
     return state
 
 
-def _is_checked_archive(path: Path, label: str) -> bool:
+def check_archive(path: Path, label: str) -> bool:
     """Whether the file is a zip archive; then every entry is compared with the archive's own checksum, which
     `torch.load` does not do.
 

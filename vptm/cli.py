@@ -105,8 +105,9 @@ def _run(arguments: list[str]) -> int:
         return 1
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error: its class moved between versions of typer
-            if message := one_line(error.format_message(), _LONGEST):
-                _say(f"vptm: {message}")
+            if message := error.format_message():
+                is_help = type(error).__name__ == "NoArgsIsHelpError"
+                _say(f"vptm: {message if is_help else one_line(message, _LONGEST)}")
             return int(getattr(error, "exit_code", 2))
         if debug:
             raise
@@ -424,7 +425,7 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     import numpy as np
     import torch
 
-    from .adapters import save_adapter
+    from .adapters import WriteError, save_adapter
     from .choices import one_of
     from .data import few_shot, load_data, transforms
     from .prompt_init import INIT_METHODS, init_prompts
@@ -518,7 +519,9 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     if result.interrupted:
         _say(f"vptm: interrupted after epoch {len(result.history)} of {settings['epochs']}, continue with: {again}")
         raise typer.Exit(1)
-    known = _read_run(folder).get("result", {})
+    if not (folder / RUN_FILE).is_file():
+        raise WriteError(f"run folder {folder} is gone, it was removed while the run trained")
+    known = _read_run(folder).get("result") or {}
     test, accuracy = known.get("test"), result.best_val_accuracy
     contrast: list[float] = []
     try:
@@ -1115,7 +1118,7 @@ def inspect(
     from .adapters import CONFIG_FILE, TENSORS_FILE
 
     folder = Path(path)
-    if folder.is_dir() and ((folder / CONFIG_FILE).exists() or (folder / TENSORS_FILE).exists()):
+    if os.path.isdir(folder) and ((folder / CONFIG_FILE).exists() or (folder / TENSORS_FILE).exists()):
         lines = _adapter_lines(folder)
     else:
         from .checkpoints import load_backbone
@@ -1427,6 +1430,14 @@ def _read_run(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}")
+    for name in ("settings", "result"):
+        if not isinstance(content.get(name) or {}, dict):
+            raise ValueError(f"{path} must have {name} as an object, got {content[name]!r}")
+    test = (content.get("result") or {}).get("test")
+    if test is not None:
+        facts = (test.get("accuracy"), test.get("loss"), test.get("n")) if isinstance(test, dict) else (None,)
+        if any(isinstance(fact, bool) or not isinstance(fact, int | float) for fact in facts):
+            raise ValueError(f"{path} must have result.test with accuracy, loss and n, got {test!r}")
     return content
 
 

@@ -11,6 +11,7 @@ import random
 import shlex
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,8 +27,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from . import __version__
-from .adapters import CONFIG_FILE, TENSORS_FILE, frozen_part, write_adapter, write_atomically
-from .choices import hint, number, one_of
+from .adapters import (
+    CONFIG_FILE,
+    TENSORS_FILE,
+    WriteError,
+    frozen_part,
+    unwrapped,
+    write_adapter,
+    write_atomically,
+)
+from .checkpoints import check_archive, weight_hash
+from .choices import hint, number, one_line, one_of
 from .data import ImageDataset, dataset_labels
 from .losses import protoverb_loss
 from .optimization import SCHEDULES, decay_groups, make_schedule
@@ -39,8 +49,19 @@ from .verbalizers import PrototypicalVerbalizer, check_finite
 STATE_FILE, METRICS_FILE, CURVES_FILE, RUN_FILE = "state.pt", "metrics.csv", "curves.png", "run.json"
 RUN_FILES = (TENSORS_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, CURVES_FILE, RUN_FILE, SPLIT_FILE)
 METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
-_STATE_VERSION = 1
+_STATE_VERSION = 2  # 1 had neither scaler nor digest
+_STATE_ENTRIES: dict[str, type | tuple[type, ...]] = {
+    "identity": dict,
+    "epoch": int,
+    "learned": dict,
+    "optimizer": dict,
+    "best": dict,
+    "best_epoch": int,
+    "best_score": (list, type(None)),
+    "history": list,
+}
 _STEPS_PER_CHECK = 50
+_FIRST_SCALE = 1024.0  # of fp16 losses; a mean over a batch needs less than torch's 65536, which costs the first steps
 
 
 @dataclass
@@ -90,12 +111,16 @@ def fit(
     last epoch. Optimiser and per-step learning-rate schedule (from `lr` to 0) come from timm, with
     `model.no_weight_decay()` respected.
 
+    Learned tensors in float16 or bfloat16 are trained as float32 copies, from which the model's own are rounded after
+    every step: in 16 bits Adam divides by a zero and small steps are lost. With float16 the loss is scaled
+    (`torch.amp.GradScaler`), so that small gradients are not lost either.
+
     torch's, numpy's and Python's global generators, and those of the loaders, are seeded from (seed, epoch) at the
     start of every epoch and put back at the end, so a resumed run equals an uninterrupted one bitwise on one machine.
     Loaders with `persistent_workers=True` keep generators of their own and do not have this property.
 
     Args:
-        model: see `vptm.PromptedBEiT`; trained in place.
+        model: see `vptm.PromptedBEiT`, or one inside `torch.compile`; trained in place.
         train, val: yield (images (B, C, H, W) float, labels (B,) integers in 0..K-1).
         epochs: number of passes over `train`.
         lr: peak learning rate.
@@ -128,8 +153,9 @@ def fit(
         A `FitResult`; after Ctrl-C it has `interrupted=True` and the run folder is complete and can be resumed.
 
     Raises:
-        ValueError: an argument out of range, labels outside 0..K-1, an existing run folder, nothing to resume, or a
-            folder that cannot be written; all before anything is trained.
+        ValueError: an argument out of range, labels outside 0..K-1, an existing run folder, nothing to resume, a state
+            that is damaged, or a folder that cannot be written; all before anything is trained.
+        WriteError: an OSError that names the file of the run folder that could not be written on the way.
         FloatingPointError: the loss became NaN or infinite; the run folder keeps the best epoch before.
 
     Example:
@@ -139,6 +165,7 @@ def fit(
         1
     """
     _check_arguments(train, val, epochs, lr, weight_decay, optimizer, schedule, warmup_epochs, label_smoothing)
+    forward, model = model, unwrapped(model)
     if not 0 <= number("protoverb_weight", protoverb_weight) < float("inf"):
         raise ValueError(f"protoverb_weight must be finite and >= 0, got {protoverb_weight!r}")
     if protoverb_weight and not isinstance(model.verbalizer, PrototypicalVerbalizer):
@@ -180,7 +207,10 @@ def fit(
         "batch_size": train.batch_size or 0,
         "train labels": hashlib.sha256(labels.tobytes()).hexdigest() if labels is not None else "unknown",
     }
+    masters = _Masters(model)
     groups = decay_groups(model, weight_decay, prompts=prompt_weight_decay, head=head_weight_decay)
+    for group in groups:
+        group["params"] = [masters.of(parameter) for parameter in group["params"]]
     optimiser = create_optimizer_v2(groups, opt=optimizer, lr=lr, weight_decay=weight_decay)
     scheduler = make_schedule(schedule, optimiser, lr=lr, epochs=epochs, warmup_epochs=warmup_epochs, steps=len(train))
 
@@ -194,11 +224,16 @@ def fit(
             images = _listed(train, val)
         state = prepare_run_folder(folder, resume=resume, overwrite=overwrite)
         if state is not None:
-            _check_identity(state["identity"], identity, folder)
+            expected = identity if state["version"] > 1 else {**identity, "backbone": _first_hash(model)}
+            _check_identity(state["identity"], expected, folder)
             _check_images(images, folder)
-    run = _Run(model, optimiser, identity, folder)
+    run = _Run(model, masters, optimiser, identity, folder)
     if state is not None:
-        run.restore(state)
+        try:
+            run.restore(state)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            what = one_line(error, 200)
+            raise ValueError(f"{run.path(STATE_FILE)} does not fit the run: {what}; use overwrite") from error
     elif folder is not None:
         _write_run_file(folder, {**_environment(), "seed": seed, "arguments": settings, **(info or {})})
         if images is not None:
@@ -212,7 +247,7 @@ def fit(
         place = next(model.parameters()).device
         print(
             f"training {trained:,} of {total:,} parameters, {model.num_classes} classes, "
-            f"{len(train)} batches an epoch, on {place}",
+            f"{len(train)} batches an epoch, on {place}{masters.note()}",
             file=sys.stderr,
             flush=True,
         )
@@ -222,9 +257,9 @@ def fit(
                 started = time.perf_counter()
                 seed_everything(seed, epoch, train, val)
                 train_loss, train_accuracy = _train_epoch(
-                    model, train, optimiser, scheduler, label_smoothing, protoverb_weight, reform, epoch, bar
+                    forward, train, optimiser, masters, scheduler, label_smoothing, protoverb_weight, reform, epoch, bar
                 )
-                scores = None if val is None else evaluate(model, val)
+                scores = None if val is None else evaluate(forward, val)
                 run.finish_epoch(
                     {
                         "epoch": epoch,
@@ -275,6 +310,7 @@ def evaluate(
         raise TypeError(f"loader must be a torch DataLoader, got {type(loader).__name__}")
     if device is not None:
         model.to(device)
+    forward, model = model, unwrapped(model)
     place = next(model.parameters()).device
     classes = model.num_classes
     counts = torch.zeros(classes, classes, dtype=torch.int64)
@@ -284,7 +320,7 @@ def evaluate(
     try:
         for images, labels in loader:
             _check_batch_labels(labels, classes)
-            scores = model(images.to(place)).float().cpu()
+            scores = forward(images.to(place)).float().cpu()
             if scores.shape[1] != classes:
                 raise ValueError(f"model must give a score for each of its {classes} classes, got {scores.shape[1]}")
             labels = labels.cpu().long()
@@ -302,10 +338,63 @@ def evaluate(
     return result
 
 
+class _Masters:
+    """float32 copies of the learned tensors that are kept in 16 bits, which the optimiser steps in their place."""
+
+    def __init__(self, model: PromptedModel) -> None:
+        self.model = model
+        self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.copies = {
+            parameter: parameter.detach().float()
+            for parameter in self.names
+            if parameter.dtype in (torch.float16, torch.bfloat16)
+        }
+        scaled = any(parameter.dtype == torch.float16 for parameter in self.copies)
+        place = next(model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(place, init_scale=_FIRST_SCALE, enabled=scaled)
+
+    def of(self, parameter: torch.nn.Parameter) -> Tensor:
+        """What the optimiser steps for `parameter`."""
+        return self.copies.get(parameter, parameter)
+
+    def step(self, loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
+        """Gradients of `loss`, a step of the optimiser, and its outcome in the model."""
+        optimiser.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        for parameter, copy in self.copies.items():
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        self.scaler.step(optimiser)
+        self.scaler.update()
+        self._round()
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for parameter, copy in self.copies.items():
+            parameter.copy_(copy)
+
+    def learned(self) -> dict[str, Tensor]:
+        """`model.learned_state_dict()` with the copies in place of what they were rounded to."""
+        return self.model.learned_state_dict() | {self.names[p]: copy for p, copy in self.copies.items()}
+
+    @torch.no_grad()
+    def load(self, learned: Mapping[str, Tensor]) -> None:
+        """Put back what `learned` gave."""
+        self.model.load_learned_state_dict(learned)
+        for parameter, copy in self.copies.items():
+            copy.copy_(learned[self.names[parameter]])
+
+    def note(self) -> str:
+        """What is said of it before training."""
+        kinds = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in self.copies})
+        return f", learned tensors are {' and '.join(kinds)} and trained as float32 copies" if kinds else ""
+
+
 def _train_epoch(
-    model: PromptedModel,
+    forward: PromptedModel,
     loader: DataLoader[Any],
     optimiser: torch.optim.Optimizer,
+    masters: _Masters,
     scheduler: Any,
     label_smoothing: float,
     protoverb_weight: float,
@@ -313,6 +402,7 @@ def _train_epoch(
     epoch: int,
     bar: _Progress,
 ) -> tuple[float, float]:
+    model = masters.model
     place = next(model.parameters()).device
     model.train()
     losses: list[Tensor] = []
@@ -324,13 +414,11 @@ def _train_epoch(
         images, labels = images.to(place), labels.to(place).long()
         if scheduler is not None:
             scheduler.step_update((epoch - 1) * len(loader) + step)
-        scores, contrast = _scores_and_contrast(model, images, labels, protoverb_weight, reform)
+        scores, contrast = _scores_and_contrast(forward, images, labels, protoverb_weight, reform)
         loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
         if contrast is not None:
             loss = loss + contrast
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
+        masters.step(loss, optimiser)
         losses.append(loss.detach())
         weights.append(len(labels))
         correct += (scores.detach().argmax(1) == labels).sum()
@@ -340,9 +428,11 @@ def _train_epoch(
             values = torch.stack(losses).double().cpu()
             if not torch.isfinite(values).all():
                 first = int((~torch.isfinite(values)).nonzero()[0])
+                half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+                narrow = "train in bfloat16 or float32, as float16 ends at 65504, " if half else ""
                 raise FloatingPointError(
-                    f"loss became {values[first].item()} at epoch {epoch}, step {step + 2 - len(losses) + first} "
-                    f"with lr {optimiser.param_groups[0]['lr']:.3g}: use a lower lr or look for extreme pixel values"
+                    f"loss became {values[first].item()} at epoch {epoch}, step {step + 2 - len(losses) + first} with "
+                    f"lr {optimiser.param_groups[0]['lr']:.3g}: {narrow}use a lower lr or look for extreme pixel values"
                 )
             summed += float((values * torch.tensor(weights, dtype=torch.float64)).sum())
             seen += sum(weights)
@@ -353,14 +443,15 @@ def _train_epoch(
 
 
 def _scores_and_contrast(
-    model: PromptedModel,
+    forward: PromptedModel,
     images: Tensor,
     labels: Tensor,
     protoverb_weight: float,
     reform: FeatureReformation | None,
 ) -> tuple[Tensor, Tensor | None]:
     if not protoverb_weight and reform is None:
-        return model(images), None
+        return forward(images), None
+    model = unwrapped(forward)  # a wrapper's forward gives scores alone
     hidden, held = (model.forward_hidden(images), None) if reform is None else reform(images)
     if not protoverb_weight:
         return model._scores(hidden), held
@@ -376,11 +467,13 @@ class _Run:
     def __init__(
         self,
         model: PromptedModel,
+        masters: _Masters,
         optimiser: torch.optim.Optimizer,
         identity: dict[str, Any],
         folder: Path | None,
     ) -> None:
-        self.model, self.optimiser, self.identity, self.folder = model, optimiser, identity, folder
+        self.model, self.masters, self.optimiser = model, masters, optimiser
+        self.identity, self.folder = identity, folder
         self.frozen = None if folder is None else frozen_part(model)
         self.epoch = self.written = self.best_epoch = 0
         self.best_score: tuple[float, float] | None = None
@@ -390,9 +483,17 @@ class _Run:
     def _learned(self) -> dict[str, Tensor]:
         return {name: tensor.cpu().clone() for name, tensor in self.model.learned_state_dict().items()}
 
+    def path(self, name: str) -> Path:
+        """A file of the run folder."""
+        assert self.folder is not None
+        return self.folder / name
+
     def restore(self, state: dict[str, Any]) -> None:
-        self.model.load_learned_state_dict(state["learned"])
+        self.model.load_learned_state_dict(state["best"])  # first, as it is refused where it does not fit
+        self.masters.load(state["learned"])
         self.optimiser.load_state_dict(state["optimizer"])
+        if state.get("scaler"):
+            self.masters.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best_epoch = state["epoch"], state["best_epoch"]
         self.best_score = None if state["best_score"] is None else tuple(state["best_score"])
         self.best_state, self.history = state["best"], state["history"]
@@ -414,21 +515,20 @@ class _Run:
         """The state first: the other files follow from it, and a resume writes them again."""
         if self.folder is None:
             return
+        state = {
+            "version": _STATE_VERSION,
+            "identity": self.identity,
+            "epoch": self.epoch,
+            "learned": {name: tensor.cpu() for name, tensor in self.masters.learned().items()},
+            "optimizer": self.optimiser.state_dict(),
+            "scaler": self.masters.scaler.state_dict(),
+            "best": self.best_state,
+            "best_epoch": self.best_epoch,
+            "best_score": None if self.best_score is None else list(self.best_score),
+            "history": self.history,
+        }
         buffer = io.BytesIO()
-        torch.save(
-            {
-                "version": _STATE_VERSION,
-                "identity": self.identity,
-                "epoch": self.epoch,
-                "learned": self._learned(),
-                "optimizer": self.optimiser.state_dict(),
-                "best": self.best_state,
-                "best_epoch": self.best_epoch,
-                "best_score": None if self.best_score is None else list(self.best_score),
-                "history": self.history,
-            },
-            buffer,
-        )
+        torch.save({**state, "digest": _digest(state)}, buffer)
         write_atomically(self.folder / STATE_FILE, buffer.getvalue())
         self._write_files()
         self.written = self.epoch
@@ -445,13 +545,13 @@ class _Run:
 
     def _save_best(self) -> None:
         assert self.folder is not None and self.frozen is not None
-        current = self._learned()
+        current = {name: tensor.clone() for name, tensor in self.masters.learned().items()}
         self.model.load_learned_state_dict(self.best_state)
         try:
             extra = {"epoch": self.best_epoch, "val_accuracy": None if self.best_score is None else self.best_score[0]}
             write_adapter(self.model, self.folder, self.frozen, extra)
         finally:
-            self.model.load_learned_state_dict(current)
+            self.masters.load(current)
 
 
 def prepare_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
@@ -496,12 +596,54 @@ def prepare_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = 
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
+        check_archive(path, str(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated archives, foreign files and pickled code raise many kinds
         raise ValueError(f"{path} is not a training state of vptm: {type(error).__name__}; use overwrite") from None
-    if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
-        raise ValueError(f"{path} must be a training state of version {_STATE_VERSION}, use overwrite to start again")
+    version = state.get("version") if isinstance(state, dict) else None
+    if type(version) is not int or not 1 <= version <= _STATE_VERSION:
+        raise ValueError(
+            f"{path} must be a training state of version 1 to {_STATE_VERSION}, use overwrite to start again"
+        )
+    for name, kind in _STATE_ENTRIES.items():
+        if name not in state or not isinstance(state[name], kind) or isinstance(state[name], bool):
+            found = type(state[name]).__name__ if name in state else "none"
+            raise ValueError(f"{path} must have the entry {name!r} of a training state, got {found}; use overwrite")
+    if version > 1 and state.pop("digest", None) != _digest(state):
+        raise ValueError(f"{path} is damaged: its entries do not have the digest written with them; use overwrite")
+    if not len(state["history"]) == state["epoch"] >= state["best_epoch"] >= 0:
+        raise ValueError(f"{path} is damaged: its epochs do not agree; use overwrite")
     return state
+
+
+def _digest(value: Any) -> str:
+    """Of nested mappings, sequences, tensors and plain values: keys, order, types and bytes."""
+    digest = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        digest.update(f"{type(part).__name__} ".encode())
+        if isinstance(part, Mapping):
+            for key, item in part.items():
+                add(key)
+                add(item)
+        elif isinstance(part, list | tuple):
+            for item in part:
+                add(item)
+        elif isinstance(part, Tensor):
+            flat = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(f"{part.dtype} {tuple(part.shape)} {zlib.crc32(flat.numpy().data)}".encode())
+        else:
+            digest.update(repr(part).encode(errors="surrogatepass"))
+        digest.update(b";")
+
+    add(value)
+    return digest.hexdigest()
+
+
+def _first_hash(model: PromptedModel) -> str:
+    """The hash that the first version of the state kept of a backbone, whether it trained or not."""
+    state = model.state_dict()
+    return weight_hash({name: tensor for name, tensor in state.items() if not model._comes_from_no_source(name)})
 
 
 def _check_identity(stored: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
@@ -524,7 +666,10 @@ def _check_images(images: SplitList | None, folder: Path) -> None:
 
 def update_run_file(folder: Path, **facts: Any) -> None:
     """Add facts, such as the test result, to a run's `run.json`."""
-    stored = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    try:
+        stored = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WriteError(f"{folder / RUN_FILE} cannot be written, the run folder is gone: {error.strerror}") from error
     _write_run_file(folder, {**stored, **facts})
 
 
