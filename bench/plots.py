@@ -143,6 +143,7 @@ def speed_ups(runs: Iterable[Timed], against: str) -> dict[Panel, Series]:
 
     def values(run: Timed) -> dict[str, tuple[float, float, float]]:
         found = {name.removeprefix(SPEED_UP): v for name, v in run.info.items() if name.startswith(SPEED_UP)}
+        found = {name: v for name, v in found.items() if not name.startswith(f"{OURS} ")}
         quartiles = run.info.get("ratio quartiles", {})
         return {name: (v, *quartiles.get(name, (v, v, v))[::2]) for name, v in found.items()}
 
@@ -246,6 +247,8 @@ LOOKS: Looks = {
     "timm without prompts": (GREEN, "D"),
     "hand-folded": (GREEN, "D"),
     "sdpa": (GREEN, "D"),
+    "PEFT-style prefix": (BLACK, "*"),
+    "PEFT-style prefix compiled": (SKY, "h"),
     "torch.compile": (PINK, "^"),
     "torch.compile max-autotune": (ORANGE, "P"),
     "transformers without prompts": (SKY, "v"),
@@ -254,7 +257,8 @@ LOOKS: Looks = {
 
 def looks(names: Iterable[str]) -> Looks:
     """The same in all pictures: of `LOOKS`, and for who has no place there a colour and marker of its own."""
-    others = ((colour, marker) for marker in "*hp<>" for colour in (BLACK, SKY, ORANGE, PINK, GREEN, RED))
+    colours, taken = (BLACK, SKY, ORANGE, PINK, GREEN, RED), set(LOOKS.values())
+    others = [(colour, marker) for marker in "*hp<>X" for colour in colours if (colour, marker) not in taken]
     return LOOKS | dict(zip(sorted(set(names) - set(LOOKS)), cycle(others)))
 
 

@@ -32,11 +32,13 @@ MODELS = ("model", "training step")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 # in the README: what a user of the model gets, and so much of one bench and json
 FRONT = (*MODELS, "prompted attention", "readout attention", "prototype cosine")
-FEW_TABLES, FEW_ROWS = 3, 12
+FEW_TABLES, FEW_ROWS, FEW_PEERS = 3, 12, 2
 
 LEGEND = (
     "Speed-up: time of the peer over that of vptm, median of the ratios of interleaved runs. "
-    "Memory: that of vptm over the peer's."
+    "Memory: that of vptm over the peer's. "
+    "VPTM: mask row, token head and prototypes, from images to class scores; otherwise VPT's class row, in inference "
+    "without a head."
 )
 
 # ------------------------------------------------------------------ tables
@@ -88,9 +90,44 @@ def _speed_up(info: Info, peer: str, full: bool) -> str:
     return _times(info[SPEED_UP + peer]) + spread
 
 
+def _title(peer: str) -> str:
+    return PEER_TITLES.get(peer, peer)
+
+
+def _closest(info: Info, peers: Iterable[str]) -> str:
+    """The fastest of the peers, by name."""
+    found = {peer: info[SPEED_UP + peer] for peer in peers if SPEED_UP + peer in info}
+    peer = min(found, key=lambda peer: found[peer], default=None)
+    return "" if peer is None else f"{_times(found[peer])}, {_title(peer)}"
+
+
+def _alike(form: str, peer: str) -> bool:
+    """Whether a form of vptm and a peer are run in the same way."""
+    eager = not re.search(r"compile|graphed|OpenVINO|ONNX", peer)
+    way = {"graphed": peer.endswith(" graphed"), "compiled": re.search(r"\bcompiled?$", peer), "with MKL": eager}
+    return bool(way.get(form.removeprefix(f"{OURS} ")))
+
+
+def _of_forms(infos: Sequence[Info], peers: Sequence[str], full: bool) -> dict[str, list[str]]:
+    """Cells of other forms of vptm: their time over that of vptm, and speed-ups over peers that are run alike. In the
+    README the speed-up over the first such peer."""
+    found = {}
+    for form in dict.fromkeys(form for info in infos for form in info.get("forms", {})):
+        alike = [peer for peer in peers if _alike(form, peer)]
+        for peer in alike if full else alike[:1]:
+            ratios = [info.get("forms", {}).get(form, {}).get(peer) for info in infos]
+            if any(ratios):
+                cells = [_times(each[1]) if each else "" for each in ratios]
+                found[f"speed-up of {form} over {_title(peer)}"] = cells
+        if full:
+            taken = [info.get(SPEED_UP + form) for info in infos]
+            found[f"time of {form} over that of vptm"] = [_times(each) if each else "" for each in taken]
+    return found
+
+
 def _columns(infos: Sequence[Info], full: bool) -> dict[str, list[str]]:
-    """Cells by heading. What takes no prompts, and so is no peer, stands after the peers; in the README bytes are
-    compared with the first peer alone."""
+    """Cells by heading. What takes no prompts, and so is no peer, stands after the peers. In the README the first two
+    peers and whichever comes closest have columns, and bytes are compared with the first alone."""
 
     def order(peer: str) -> tuple[bool, bool]:
         return "without" in peer, peer not in PEER_TITLES
@@ -98,16 +135,22 @@ def _columns(infos: Sequence[Info], full: bool) -> dict[str, list[str]]:
     def ordered(peers: Iterable[str]) -> list[str]:
         return sorted(dict.fromkeys(peers), key=order)
 
-    peers = ordered(name.removeprefix(SPEED_UP) for info in infos for name in info if name.startswith(SPEED_UP))
-    found = {
-        f"speed-up over {PEER_TITLES.get(peer, peer)}": [_speed_up(i, peer, full) for i in infos] for peer in peers
-    }
+    timed = ordered(name.removeprefix(SPEED_UP) for info in infos for name in info if name.startswith(SPEED_UP))
+    peers = [peer for peer in timed if not peer.startswith(f"{OURS} ")]
+    others = [peer for peer in peers if "without" in peer]
+    same = [peer for peer in peers if peer not in others]
+    shown = peers if full or len(same) <= FEW_PEERS else same[:FEW_PEERS]
+    found = {f"speed-up over {_title(peer)}": [_speed_up(i, peer, full) for i in infos] for peer in shown}
+    if shown != peers:
+        found["closest peer"] = [_closest(info, same) for info in infos]
+        found |= {f"speed-up over {_title(peer)}": [_speed_up(i, peer, full) for i in infos] for peer in others[:1]}
+    found |= _of_forms(infos, peers, full)
     for what, heading in (("saved", "bytes kept for backward"), ("peak", "peak memory")):
         shares = [_shares(info, what) for info in infos]
         peers = ordered(peer for share in shares for peer in share)
         for peer in peers if full else peers[:1]:
             cells = [_times(share[peer]) if peer in share else "" for share in shares]
-            found[f"{heading} over {PEER_TITLES.get(peer, peer)}"] = cells
+            found[f"{heading} over {_title(peer)}"] = cells
     for key, heading, write in OTHERS:
         if any(key in info for info in infos):
             found[heading] = [write(info[key]) if key in info else "" for info in infos]
@@ -121,7 +164,8 @@ def _label(run: Timed) -> str:
     """The first cell of a row: kind and number of prompts, or what the group says beyond the table's title."""
     if run.bench in MODELS:
         length = run.info["prompt_length"]
-        return "none" if length == 0 else f"{run.info['mode']}, P = {length}"
+        note = f" ({run.info['note']})" if "note" in run.info else ""
+        return "none" if length == 0 else f"{run.info['mode']}, P = {length}{note}"
     text = re.sub(r",? \b(torch\.\w+|cpu|cuda)\b", "", run.group)
     return text.removeprefix(f"{run.bench}, ").removeprefix(f"{run.bench} in ")
 
@@ -143,6 +187,8 @@ def _tables(source: Source, bench: str, full: bool) -> list[str]:
         ValueError: one setting was measured twice.
     """
     where, what = plots.machine(source[1]), BENCHES.get(bench, bench)
+    if not full and (commit := source[1]["machine_info"].get("commit")):
+        where += f", commit {commit[:10]}"
     runs = [run for run in plots.load([source]) if run.bench == bench]
     held: dict[str, dict[str, int]] = {}
     for run in runs:
@@ -202,6 +248,9 @@ def tables(sources: Sequence[Source]) -> str:
         versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items() if version)
         state = [f"{what} {value}" for what, value in (machine.get("gpu state") or {}).items()]
         lines += [f"## {name}", "", f"{plots.machine(content).rsplit(', torch', 1)[0]}; {versions}.", ""]
+        for dtype, rates in (machine.get("matrix rates") or {}).items():
+            said = ", ".join(f"{library} {rate / 1e9:.0f}" for library, rate in rates.items())
+            state.append(f"{dtype.removeprefix('torch.')} products by {said} GFLOP/s")
         if load := machine.get("load average"):
             state.append(f"load average before {load[0]:g}")
         lines += [f"{', '.join(state)}.", ""] if state else []
@@ -319,9 +368,31 @@ def _claims_lines(content: dict[str, Any]) -> list[str]:
     ]
 
 
+def one_commit(sources: Iterable[Source]) -> None:
+    """Figures of several commits side by side would be a product that nobody can check out.
+
+    Raises:
+        ValueError: what was measured on one machine is of several commits.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name, content in sources:
+        machine = content["machine_info"]
+        place = machine.get("gpu") or machine.get("cpu", {}).get("brand_raw", "unknown CPU")
+        found.setdefault(place, {})[machine.get("commit") or "unknown"] = name
+    for place, commits in found.items():
+        if len(commits) > 1:
+            said = ", ".join(f"{commit[:10]} in {name}" for commit, name in commits.items())
+            raise ValueError(f"results of {place} must be of one commit, got {said}")
+
+
 def section() -> str:
-    """The README text between the markers, from the json files that are there."""
+    """The README text between the markers, from the json files that are there.
+
+    Raises:
+        ValueError: see `one_commit`.
+    """
     sources = plots.contents(RESULTS)
+    one_commit(sources)
     lines = [f"{LEGEND} Every setting: [{TABLES}](bench/results/{TABLES}); pictures: [plots](bench/results/plots).", ""]
     for bench in (bench for bench in _benches(sources) if bench in FRONT):
         for source in sources:
@@ -418,20 +489,20 @@ def unsupported_claims(readme: str) -> list[str]:
 
 
 def evidence_missing(content: dict[str, Any]) -> list[str]:
-    """What a json must say and does not: with what, by which command and of which commit it was measured; on a GPU also
-    its driver and clocks, and a commit without changes."""
+    """What a json must say and does not: with what, by which command and of which commit, without changes to it, it was
+    measured; on a GPU also its driver and clocks."""
     machine = content["machine_info"]
     wanted = {
         "command": machine.get("command"),
         "commit": machine.get("commit"),
         "torch version": machine.get("versions", {}).get("torch"),
         "processor": machine.get("gpu") or machine.get("cpu", {}).get("brand_raw"),
+        "commit without changes": not str(machine.get("commit")).endswith("+"),
     }
     if machine.get("gpu") is not None:
         wanted |= {
             "driver and clocks": machine.get("gpu state"),
             "triton version": machine.get("versions", {}).get("triton"),
-            "commit without changes": not str(machine.get("commit")).endswith("+"),
         }
     return [name for name, value in wanted.items() if not value]
 
@@ -496,8 +567,12 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         out = options.out or RESULTS
         _write(out / TABLES, text)
-        for picture in plots.draw(sources, out if options.json else out / "plots"):
-            print(f"wrote {picture}")
+        drawn = plots.draw(sources, out if options.json else out / "plots")
+        print(*(f"wrote {picture}" for picture in drawn), sep="\n")
+        if not options.json:
+            for stale in set((out / "plots").glob("*.*")) - set(drawn):
+                stale.unlink()
+                print(f"removed {stale}, no json holds its numbers")
     except ValueError as error:
         parser.error(str(error))
     return 0

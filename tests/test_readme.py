@@ -92,6 +92,52 @@ def test_models_and_dtypes_never_share_a_table() -> None:
     ]
 
 
+def test_many_peers_leave_the_closest_in_the_readme() -> None:
+    """A table of the two slowest peers would hide the one that matters; one of twelve columns nobody reads."""
+    peers = {"torch.compile": 1.6, "concatenation": 1.8, "OpenVINO prefix": 1.05, "timm without prompts": 1.1}
+    forms = {"vptm with MKL": {"concatenation": [1.5, 1.55, 1.6], "torch.compile": [1.3, 1.4, 1.5]}}
+    info = {f"speed-up over {peer}": ratio for peer, ratio in peers.items()} | {"speed-up over vptm with MKL": 1.15}
+    run = model(**info, forms=forms, readout="mask", note="the defaults")
+    head, _, row = lines_of("model", run)[1:]
+    assert head == (
+        "| prompts | speed-up over concatenated prompts | speed-up over torch.compile | closest peer "
+        "| speed-up over timm without any prompt | speed-up of vptm with MKL over concatenated prompts |"
+    )
+    assert row == "| deep, P = 50 (the defaults) | 1.80x | 1.60x | 1.05x, OpenVINO prefix | 1.10x | 1.55x |"
+    head, _, row = lines_of("model", run, full=True)[1:4]
+    assert "| speed-up over OpenVINO prefix |" in head and "over vptm with MKL |" not in head
+    assert "with MKL over torch.compile" not in head, "compiled and eager peers are no pair"
+    assert row.endswith("| 1.55x | 1.15x |") and head.endswith("| time of vptm with MKL over that of vptm |")
+
+
+@pytest.mark.parametrize("form, peer", [("graphed", "concatenation graphed"), ("compiled", "torch.compile")])
+def test_forms_of_vptm_are_tabled_beside_peers_that_run_alike(form: str, peer: str) -> None:
+    """vptm in a graph over a peer without one would be a speed-up of the graph."""
+    name, others = f"vptm {form}", ["concatenation", "PEFT-style prefix graphed", "PEFT-style prefix compiled"]
+    forms = {name: {each: [2.0, 2.0, 2.0] for each in (*others, peer)}}
+    info = {f"speed-up over {each}": 1.5 for each in (*others, peer)}
+    header = lines_of("model", model(**info, forms=forms), full=True)[1]
+    found = [cell.strip() for cell in header.split("|") if f"speed-up of {name}" in cell]
+    assert found == [f"speed-up of {name} over {each}" for each in (*others, peer) if report._alike(name, each)]
+    assert len(found) == 2 and f"speed-up of {name} over {peer}" in found
+
+
+def test_results_of_one_machine_are_of_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ratios of several commits in one table describe a version that never was."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for name, gpu, commit in (("cpu", None, "a" * 40), ("gpu", "NVIDIA H200", "b" * 40)):
+        content = measured(model(**{"speed-up over concatenation": 1.8}), gpu=gpu)
+        content["machine_info"]["commit"] = commit  # type: ignore[index]
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert re.findall(r"commit (\w+):", report.section()) == ["a" * 10, "b" * 10]
+    content["machine_info"]["commit"] = "c" * 40  # type: ignore[index]
+    (tmp_path / "more.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"NVIDIA H200 must be of one commit, got bbb.* in gpu.json, ccc.* in more.json"
+    ):
+        report.section()
+
+
 def test_a_setting_measured_twice_is_refused() -> None:
     """Else a reader picks whichever row reads better."""
     run = model(**{"speed-up over concatenation": 1.8})
@@ -284,7 +330,7 @@ def test_a_json_without_its_evidence_is_found() -> None:
     assert report.evidence_missing(content) == ["command", "commit", "torch version", "processor"]
     machine = {"gpu": "NVIDIA H200", "versions": {"torch": "2.11.0"}, "command": "pytest bench", "commit": "abc+"}
     missing = report.evidence_missing({"machine_info": machine, "benchmarks": []})
-    assert missing == ["driver and clocks", "triton version", "commit without changes"]
+    assert missing == ["commit without changes", "driver and clocks", "triton version"]
     machine |= {
         "versions": {"torch": "2.11.0", "triton": "3.6"},
         "commit": "abc",
