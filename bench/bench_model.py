@@ -17,8 +17,9 @@ its own function in float64, with as much error as the definition makes in its d
 On AMD processors vptm sends its frozen linears to oneDNN, where PyTorch would take MKL: "vptm with MKL" does not, and
 what it reaches over every peer stands in `extra_info["forms"]`, as for every other form of vptm.
 
-BEiT-B/16 at 224 and batch 4 on a CPU: the smallest batch at which linear layers, not overhead, take the time. On a GPU
-every size, resolution, number of prompts and batch, most important first, so that a run cut short has those.
+BEiT-B/16 at 224 and batch 4 on a CPU: the smallest batch at which linear layers, not overhead, take the time. Its full
+grid has more numbers of prompts, other batches, and what is compiled or exported. On a GPU every size, resolution,
+number of prompts and batch, most important first, so that a run cut short has those.
 """
 
 from __future__ import annotations
@@ -92,8 +93,10 @@ def _settings() -> list[tuple[Setting, torch.dtype]]:
     own = [("shallow", 10), ("deep", 100)]
     dtypes, full = timing.selection.dtypes, timing.selection.full
     if not CUDA and not TINY:
-        found = [Setting(*each, 4) for each in prompts] + [Setting(*each, 4, readout="mask") for each in own]
+        found = [Setting("deep", 100, 4), Setting("shallow", 10, 4), Setting("no", 0, 4)]
+        found += [Setting(*each, 4, readout="mask") for each in own[: None if full else 1]]
         if full:
+            found += [setting for each in prompts if (setting := Setting(*each, 4)) not in found]
             found += [Setting("deep", 100, batch) for batch in (1, 16)] + [Setting("shallow", 10, 1, readout="mask")]
         return list(product(found, dtypes))
     first = [Setting(*each, 64) for each in (("deep", 100), ("shallow", 10), ("deep", 50), ("no", 0))]
@@ -223,7 +226,9 @@ def _check(setting: Setting, dtype: torch.dtype) -> timing.Check:
             peers.hugging_face_check(images, "tiny" if TINY else setting.size)(name, found)
             return
         timing.finite(name, found)
-        exact, eager = _exact(setting, dtype, family)
+        # timm's forward is the same whatever the prompts
+        own = setting._replace(mode="no", length=0, readout="cls") if family == TIMM else setting
+        exact, eager = _exact(own, dtype, family)
         timing.within_budget([exact], [eager], [timing.FACTOR])(name, found[:2])
 
     return check
@@ -251,7 +256,7 @@ def _peers(setting: Setting, dtype: torch.dtype) -> dict[str, Callable[[], Tenso
     eager = dict(found)
     every, prefix = _in_every_form(setting), _prefix_in_every_form(setting)
     in_forms = {name: run for name, run in eager.items() if every or (prefix and name == PREFIX)}
-    if peers.WITH_MKL in present:
+    if peers.WITH_MKL in present and (every or timing.selection.full):
         found[peers.WITH_MKL] = timing.without_onednn(eager["vptm"])
     found |= peers.compiled(in_forms)
     if every or setting.batch <= 8:  # launches of few images take longer than their work

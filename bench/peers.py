@@ -146,7 +146,7 @@ def onnx_runtime(module: nn.Module, images: Tensor) -> Callable[[], Tensor]:
 _RUNTIMES = {"OpenVINO": openvino, "ONNX Runtime": onnx_runtime}
 _NEEDS = {"OpenVINO": ("cpu", "openvino"), "ONNX Runtime": ("cpu", "onnxruntime", "onnxscript")}
 RUNTIMES = {
-    f"{runtime} {what}": timing.Peer(_nothing, needs)
+    f"{runtime} {what}": timing.Peer(_nothing, needs, long=True)
     for runtime, needs in _NEEDS.items()
     for what in ("concatenation", "prefix")
 }

@@ -172,7 +172,7 @@ def test_the_whole_model_bench_times_nothing_when_vptm_is_wrong(counted, tiny_mo
 def test_timm_is_checked_against_its_own_float64(counted, tiny_model, monkeypatch):
     """The speed without prompts is one only if that forward is right."""
     plain = bench_model._plain("tiny", 32, FP32)
-    bench_model._exact(tiny_model, FP32, bench_model.TIMM)
+    assert f"speed-up over {bench_model.TIMM}" in model_info(tiny_model)
     forward = plain.forward
     monkeypatch.setattr(plain, "forward", lambda images: forward(images) + 1e-4)
     assert "exceeds the budget" in model_info(tiny_model)["refused"][bench_model.TIMM]
