@@ -1,4 +1,7 @@
-"""Test set-up: one thread, Triton's interpreter where there is no GPU, a bounded number of property-test examples."""
+"""Test set-up: one thread, Triton's interpreter where there is no GPU, a bounded number of property-test examples.
+
+`pytest -m gpu` selects what runs kernels, or models on them: what a GPU is worth waiting for.
+"""
 
 import importlib.util
 import os
@@ -17,8 +20,11 @@ torch.set_num_threads(1)
 
 sys.path.append(str(Path(__file__).parent.parent))  # for `bench`; last, so that an installed vptm is what is tested
 
+# Kernels are compiled for a GPU elsewhere and not run (`python -m bench.kernel_cache`): nothing is compared.
+COMPILING = "VPTM_COMPILE_FOR" in os.environ
+
 # Triton reads TRITON_INTERPRET when it is first imported, so this must stand before anything that imports it.
-if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available() and not COMPILING:
     os.environ["TRITON_INTERPRET"] = "1"
     from interpreter import install
 
@@ -33,6 +39,18 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 AOT_BASELINE = Path(__file__).parent.parent / "bench" / "results" / "aot_baseline.json"
 _baseline_changes: list[str] = []
+
+
+KERNEL_TESTS = ("test_prompted_attention", "test_readout_attention", "test_residual_norm", "test_prototype_cosine")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """Tests of an op that are asked for its kernels run them on the GPU where there is one."""
+    for item in items:
+        asked = getattr(item, "callspec", None) and item.callspec.params.get("impl")
+        if asked == "triton" and item.module.__name__ in KERNEL_TESTS:
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture

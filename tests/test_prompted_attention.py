@@ -96,6 +96,7 @@ def test_every_kind_of_prompt_and_bias_equals_the_definition(case, impl):
     check(replace(case, window=(2, 3) if case.bias == "table" else None), impl)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")
 @pytest.mark.parametrize("scores", [False, True], ids=["by blocks", "all scores"])
 @pytest.mark.parametrize(
@@ -129,6 +130,7 @@ def test_resident_keys_equal_the_definition(prompts, bias, tokens, length, head_
             assert_close_to_exact(f"{case} {name}", actual, want, peer, factor=2, tolerance=1e-12)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")
 @pytest.mark.parametrize("prompts", ["shared", "queries", "pool"])
 def test_the_order_of_programs_changes_no_bit(prompts):
@@ -139,6 +141,7 @@ def test_the_order_of_programs_changes_no_bit(prompts):
         assert torch.equal(actual, want)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")
 @pytest.mark.parametrize("bias", ["aligned", "table", "none"])
 def test_queries_that_come_scaled_are_not_multiplied_again(bias, monkeypatch):
@@ -247,6 +250,7 @@ def test_image_sizes_of_real_models(tokens, prompts, impl):
     check(case, impl, with_lse=False)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")
 @pytest.mark.parametrize("prompts", ["none", "shared", "pool", "queries"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16] if DEVICE == "cpu" else [torch.float16])
@@ -709,6 +713,7 @@ class Forbidden(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")
 @pytest.mark.parametrize("prompts,bias", [("shared", "table"), ("pool", "dense"), ("queries", "square")])
 def test_launches_do_not_wait_for_the_device(prompts, bias):
@@ -720,6 +725,7 @@ def test_launches_do_not_wait_for_the_device(prompts, bias):
         torch.autograd.grad(out.sum(), list(differentiable(call).values()))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 def test_a_captured_graph_replays_forward_and_backward():
     case = AttentionCase(tokens=50, prompt_length=10, bias="table", window=(7, 7), dtype=torch.float16)
@@ -745,6 +751,7 @@ def test_a_captured_graph_replays_forward_and_backward():
         assert torch.equal(a, b)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_kernels_run_on_the_device_of_their_tensors():
     call = AttentionCase(tokens=17, bias="dense", dtype=torch.float16).inputs("cuda:1")

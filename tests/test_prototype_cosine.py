@@ -182,6 +182,7 @@ def test_every_plan_in_low_precision(name, activation, dtype, force_plan):
     check(Case(batch=20, width=24, dim=8, activation=activation, dtype=dtype))
 
 
+@pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
