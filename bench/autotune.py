@@ -1,13 +1,15 @@
 """Search block sizes on this GPU and propose entries for the ops' `configs.py`.
 
     python -m bench.autotune --seconds 60 --json configs.json
+    python -m bench.autotune --exhaustive --seconds 50   # all block sizes of attention, from `bench.kernel_cache`
     python -m bench.autotune --list
+    TRITON_INTERPRET=1 python -m bench.autotune --rehearse   # no GPU needed: a tiny call in the interpreter
 
 The ops never search: their tables answer at once, the same on every rank. This is how an entry gets into a table. A
 call is run with the table's answer, with the other forms that its op names, then with one field at a time halved or
-doubled; what is faster and gives the same result becomes the next start. A proposal is printed when the best found
-beats the table by more than 3 % in paired replays made afterwards. The file is rewritten after every table function, so
-that an early end loses little.
+doubled; what is faster and gives the same result becomes the next start; with `--exhaustive` every block size is tried
+instead. A proposal is printed when the best found beats the table by more than 3 % in paired replays made afterwards.
+The file is rewritten after every table function, so that an early end loses little.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import sys
 import time
@@ -29,6 +32,7 @@ from torch import Tensor
 
 from bench import timing
 from vptm_kernels._runtime.plans import forget_plans
+from vptm_kernels._runtime.triton_support import interpreting
 
 PACKAGE = "vptm_kernels"
 WORTH_AN_ENTRY = 1.03
@@ -41,12 +45,26 @@ Setting = tuple[str, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where calls run, and how large they are: `tiny` ones are through in a second in the interpreter."""
+
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    tiny: bool = False
+
+    def random(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape) * scale).to(self.device, self.dtype)
+
+
+@dataclass(frozen=True)
 class Call:
-    """A call of one op as models make it; `make` allocates the inputs on a device and returns the call."""
+    """A call of one op as models make it; `make` allocates the inputs in a place and returns the call. exhaustive:
+    every candidate of it is worth a run."""
 
     op: str
     name: str
-    make: Callable[[], Callable[[], Tensors]]
+    make: Callable[[Place], Callable[[], Tensors]]
+    exhaustive: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,19 +79,19 @@ class Proposal:
     microseconds: float
 
 
-def _random(*shape: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape) * scale).to("cuda", torch.bfloat16)
-
-
-def _attention(prompts: int, window: tuple[int, int], heads: int, batch: int, backward: bool) -> Callable[[], Tensors]:
+def _attention(
+    place: Place, prompts: int, window: tuple[int, int], heads: int, batch: int, backward: bool
+) -> Callable[[], Tensors]:
     from vptm_kernels import RelativePositionBias, prompted_attention
 
+    if place.tiny:
+        window, heads, batch, prompts = (3, 5), 2, 2, min(prompts, 3)
     tokens, width = window[0] * window[1] + 1, 64 * heads
-    qkv = _random(batch, tokens, 3 * width).requires_grad_(backward)
-    prefix = _random(prompts, 2 * width).requires_grad_(backward) if prompts else None
-    table = torch.randn((2 * window[0] - 1) * (2 * window[1] - 1) + 3, heads, device="cuda")
+    qkv = place.random(batch, tokens, 3 * width).requires_grad_(backward)
+    prefix = place.random(prompts, 2 * width).requires_grad_(backward) if prompts else None
+    table = torch.randn((2 * window[0] - 1) * (2 * window[1] - 1) + 3, heads, device=place.device)
     bias = RelativePositionBias(table, window).dense(torch.float16)
-    grad = _random(batch, tokens, width)
+    grad = place.random(batch, tokens, width)
 
     def forward() -> Tensor:
         return prompted_attention(qkv, prefix, num_heads=heads, bias=bias, impl="triton")
@@ -81,13 +99,15 @@ def _attention(prompts: int, window: tuple[int, int], heads: int, batch: int, ba
     return _call(forward, [t for t in (qkv, prefix) if t is not None], grad, backward)
 
 
-def _readout(batch: int, backward: bool) -> Callable[[], Tensors]:
+def _readout(place: Place, batch: int, backward: bool) -> Callable[[], Tensors]:
     from vptm_kernels.readout_attention.api import readout_attention
 
     tokens, width, heads = 197, 768, 12
-    x, q = _random(batch, tokens, width).requires_grad_(backward), _random(batch, width).requires_grad_(backward)
-    k_weight, v_weight = (_random(width, width, scale=width**-0.5) for _ in range(2))
-    prompts = _random(50, 2 * width)
+    if place.tiny:
+        tokens, width, heads, batch = 17, 32, 2, 2
+    x, q = (place.random(*shape).requires_grad_(backward) for shape in ((batch, tokens, width), (batch, width)))
+    k_weight, v_weight = (place.random(width, width, scale=width**-0.5) for _ in range(2))
+    prompts = place.random(50, 2 * width)
 
     def forward() -> Tensor:
         return readout_attention(
@@ -104,30 +124,33 @@ def _readout(batch: int, backward: bool) -> Callable[[], Tensors]:
             impl="triton",
         )
 
-    return _call(forward, [x, q], _random(batch, width), backward)
+    return _call(forward, [x, q], place.random(batch, width), backward)
 
 
-def _prototypes(batch: int, activation: str, backward: bool) -> Callable[[], Tensors]:
+def _prototypes(place: Place, batch: int, activation: str, backward: bool) -> Callable[[], Tensors]:
     from vptm_kernels import prototype_cosine
 
     width, vocabulary, dim, classes = 768, 8192, 128, 100
-    hidden = _random(batch, width).requires_grad_(backward)
-    weight, bias = _random(vocabulary, width, scale=width**-0.5), _random(vocabulary)
-    projection = _random(dim, vocabulary, scale=vocabulary**-0.5).requires_grad_(backward)
-    prototypes = _random(classes, dim).requires_grad_(backward)
+    if place.tiny:
+        width, vocabulary, dim, classes, batch = 32, 70, 16, 5, 3
+    hidden = place.random(batch, width).requires_grad_(backward)
+    weight, bias = place.random(vocabulary, width, scale=width**-0.5), place.random(vocabulary)
+    projection = place.random(dim, vocabulary, scale=vocabulary**-0.5).requires_grad_(backward)
+    prototypes = place.random(classes, dim).requires_grad_(backward)
 
     def forward() -> Tensor:
         return prototype_cosine(
             hidden, weight, bias, prototypes, projection=projection, activation=activation, impl="triton"
         )
 
-    return _call(forward, [hidden, projection, prototypes], _random(batch, classes), backward)
+    return _call(forward, [hidden, projection, prototypes], place.random(batch, classes), backward)
 
 
-def _residual(batch: int, backward: bool) -> Callable[[], Tensors]:
+def _residual(place: Place, batch: int, backward: bool) -> Callable[[], Tensors]:
     from vptm_kernels.residual_norm.api import residual_norm
 
-    x, update = (_random(batch, 197, 768).requires_grad_(backward) for _ in range(2))
+    shape = (2, 5, 32) if place.tiny else (batch, 197, 768)
+    x, update = (place.random(*shape).requires_grad_(backward) for _ in range(2))
     return _call(lambda: residual_norm(x, update, eps=1e-6, impl="triton"), [x, update], torch.ones_like(x), backward)
 
 
@@ -159,7 +182,8 @@ def calls() -> list[Call]:
                 Call(
                     "prompted_attention",
                     f"{what}, B=64 H=12 N=197 P={prompts}",
-                    lambda p=prompts, b=backward: _attention(p, (14, 14), 12, 64, b),  # type: ignore[misc]
+                    lambda at, p=prompts, b=backward: _attention(at, p, (14, 14), 12, 64, b),  # type: ignore[misc]
+                    exhaustive=True,
                 )
             )
     for backward, what in ((False, "forward"), (True, "forward and backward")):
@@ -167,22 +191,22 @@ def calls() -> list[Call]:
             Call(
                 "readout_attention",
                 f"{what}, B=64 N=197 P=50",
-                lambda b=backward: _readout(64, b),  # type: ignore[misc]
+                lambda at, b=backward: _readout(at, 64, b),  # type: ignore[misc]
             ),
             Call(
                 "prototype_cosine",
                 f"{what}, B=64, log_softmax",
-                lambda b=backward: _prototypes(64, "log_softmax", b),  # type: ignore[misc]
+                lambda at, b=backward: _prototypes(at, 64, "log_softmax", b),  # type: ignore[misc]
             ),
             Call(
                 "residual_norm",
                 f"{what}, B=64 N=197 C=768",
-                lambda b=backward: _residual(64, b),  # type: ignore[misc]
+                lambda at, b=backward: _residual(at, 64, b),  # type: ignore[misc]
             ),
             Call(
                 "prompted_attention",
                 f"{what}, B=16 H=16 N=577 P=50",
-                lambda b=backward: _attention(50, (24, 24), 16, 16, b),  # type: ignore[misc]
+                lambda at, b=backward: _attention(at, 50, (24, 24), 16, 16, b),  # type: ignore[misc]
             ),
         ]
     return found
@@ -254,6 +278,18 @@ def neighbours(answer: Any) -> list[Any]:
     return found
 
 
+BLOCK_SIZES = {"block_m": (32, 64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)}
+
+
+def block_sizes(answer: Any) -> list[Any]:
+    """Every combination of block sizes, warps and stages, with the answer's other fields as they are."""
+    if not hasattr(answer, "_asdict"):
+        return neighbours(answer)
+    sizes = {name: values for name, values in BLOCK_SIZES.items() if name in answer._fields}
+    found = (answer._replace(**dict(zip(sizes, values))) for values in itertools.product(*sizes.values()))
+    return [config for config in found if config != answer]
+
+
 def same(found: Tensors, expected: Tensors) -> bool:
     return all(
         bool(a.isfinite().all()) and (a.double() - b.double()).norm() <= TOLERANCE * b.double().norm()
@@ -269,8 +305,13 @@ def search(
     out_of_time: Callable[[], bool],
     log: Callable[[str], None] = print,
     others: Callable[[Setting], list[Any]] = lambda setting: [],
+    sizes: Callable[[Any], list[Any]] | None = None,
 ) -> Iterator[tuple[Setting, Any, Any, float, float]]:
-    """(setting, the table's answer, the best found, speed-up, seconds of the table's) of every table that is asked."""
+    """(setting, the table's answer, the best found, speed-up, seconds of the table's) of every table that is asked.
+
+    others: forms to try beside a table's answer. sizes: all that it gives for a table's answer is tried, and not
+    what is near to the best found so far.
+    """
     with answering(module, {}) as asked:
         expected = run()
     for setting, table in asked.items():
@@ -288,7 +329,7 @@ def search(
         improved = True
         while improved and not out_of_time():
             improved = False
-            for candidate in [*others(setting), *neighbours(best)]:
+            for candidate in [*others(setting), *(neighbours(best) if sizes is None else sizes(table))]:
                 if candidate in tried or out_of_time():
                     continue
                 tried.add(candidate)
@@ -300,8 +341,10 @@ def search(
                 pair = timing.compare({"best": current, "other": other}, "other", check=None, clock=clock, rounds=7)
                 log(f"  {_fields(candidate)}: {pair.speed_up('best'):.3f}x")
                 if pair.speed_up("best") > 1.01:
-                    best, current, improved = candidate, other, True
-                    break
+                    best, current = candidate, other
+                    if sizes is None:
+                        improved = True
+                        break
         final = timing.compare({"table": start, "best": current}, "best", check=None, clock=clock, rounds=21)
         yield setting, table, best, final.speed_up("table"), final.median("table")
 
@@ -320,18 +363,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60, help="no search starts after this (default: 60)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--list", action="store_true", help="print the calls that are tuned, most important first")
+    parser.add_argument("--exhaustive", action="store_true", help="every candidate, of the calls that are worth it")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: the first call, tiny, and few sizes")
     options = parser.parse_args(argv)
+    chosen = [call for call in calls() if call.exhaustive or not options.exhaustive]
     if options.list:
-        print(*(f"{call.op}: {call.name}" for call in calls()), sep="\n")
+        print(*(f"{call.op}: {call.name}" for call in chosen), sep="\n")
         return 0
-    if not torch.cuda.is_available():
+    place, sizes = Place(), block_sizes if options.exhaustive else None
+    if options.rehearse:
+        place, chosen, sizes = rehearsal(), chosen[:1], lambda table: block_sizes(table)[:2]
+    elif not torch.cuda.is_available():
         print("no GPU here: block sizes are timed on one", file=sys.stderr)
         return 2
     deadline = time.monotonic() + options.seconds
     document: dict[str, Any] = {"environment": timing.environment(), "proposals": [], "kept": [], "failed": {}}
-    clock = timing.clock_of("cuda", True)
+    clock = timing.clock_of(place.device, True)
+    prepare = timing.captured if place.device == "cuda" else lambda run: run
     torch.manual_seed(0)
-    for call in calls():
+    for call in chosen:
         if time.monotonic() > deadline:
             document.setdefault("not reached", []).append(f"{call.op}: {call.name}")
             continue
@@ -341,11 +391,12 @@ def main(argv: list[str] | None = None) -> int:
             configs = importlib.import_module(f"{PACKAGE}.{call.op}.configs")
             found = search(
                 module,
-                call.make(),
-                timing.captured,
+                call.make(place),
+                prepare,
                 clock,
                 lambda: time.monotonic() > deadline,
                 others=functools.partial(candidates, configs),
+                sizes=sizes,
             )
             for (function, arguments), table, best, speed_up, seconds in found:
                 proposal = Proposal(
@@ -370,6 +421,21 @@ def main(argv: list[str] | None = None) -> int:
     if not document["proposals"]:
         print("no entry beats the tables")
     return int(bool(document["failed"]))
+
+
+def rehearsal() -> Place:
+    """Kernels run in the interpreter, with the repairs that the tests have for it.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is not set, which Triton reads when it is imported.
+    """
+    if not interpreting():
+        raise RuntimeError("a rehearsal needs TRITON_INTERPRET=1")
+    sys.path.append(str(Path(__file__).parent.parent / "tests"))
+    from interpreter import install
+
+    install()
+    return Place("cpu", torch.float16, tiny=True)
 
 
 def _write(path: Path | None, document: dict[str, Any]) -> None:

@@ -2,6 +2,9 @@
 
     pytest bench/ --benchmark-only --device cuda --dtype bfloat16,float16 --peers "sdpa efficient,flex compiled"
 
+`--settings "B=64 P=50,deep-100-64"` keeps the shapes and settings whose label has all words of one of these, and
+`--each FILE` writes a line of json for every result when it is made.
+
 `--grid tiny` runs the settings of a GPU on models of two blocks, with compiled peers traced and not compiled: a
 rehearsal, whose times mean nothing.
 
@@ -11,9 +14,10 @@ that are not here are listed with the reason below the tables and in the json, a
 
 from __future__ import annotations
 
+import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -28,6 +32,7 @@ SPEED_UP = "speed-up over "
 IMPLEMENTATION = ("implementation", "name", "peer")
 STARTED = pytest.StashKey[float]()
 BEFORE = pytest.StashKey[dict[str, Any]]()
+WRITTEN = pytest.StashKey[int]()
 ABSENT = pytest.StashKey[dict[str, dict[str, str]]]()
 """What is not timed with the reason, by bench file."""
 
@@ -38,6 +43,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--dtype", metavar="NAMES", help=f"comma separated, of {', '.join(DTYPES)}")
     group.addoption("--peers", metavar="NAMES", help="comma separated; vptm itself always runs (default: all)")
     group.addoption("--grid", choices=("small", "full", "tiny"), help=GRID_HELP)
+    group.addoption("--settings", metavar="LABELS", help="comma separated: words of the labels of shapes and settings")
+    group.addoption("--each", metavar="FILE", help="append every result as a line of json when it is made")
 
 
 def _split(text: str | None) -> tuple[str, ...]:
@@ -76,9 +83,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         dropped = [item for item in items if (_implementation(item) or "vptm") not in (*asked, "vptm")]
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
+    if wanted := _split(config.getoption("--settings")):
+        dropped = [item for item in items if not any(_labelled(item, words) for words in wanted)]
+        if items and len(dropped) == len(items):
+            raise pytest.UsageError(f"--settings must be words of a label, got {', '.join(wanted)}")
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
     for item in items:
         if reason := _why_not(item, bool(config.getoption("--dtype"))):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _labelled(item: pytest.Item, words: str) -> bool:
+    """Whether a parameter's label has all of these words; benches without shapes or settings are not chosen by them."""
+    values = getattr(getattr(item, "callspec", None), "params", {}).values()
+    return any(set(words.split()) <= set(timing.label(value).split()) for value in values)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """A run that is cut short has written what it had measured until then."""
+    yield
+    benches = getattr(getattr(item.config, "_benchmarksession", None), "benchmarks", [])
+    path, done = item.config.getoption("--each"), item.config.stash.get(WRITTEN, 0)
+    if path and len(benches) > done:
+        lines = [json.dumps(bench.as_dict(include_data=False, flat=False), default=str) for bench in benches[done:]]
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+        item.config.stash[WRITTEN] = len(benches)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
