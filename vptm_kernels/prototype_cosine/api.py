@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._runtime.tracing import nothing_traces
-from .._runtime.triton_support import IMPLEMENTATIONS, has_triton, interpreting
+from .._runtime import triton_support
+from .._runtime.plans import Plans, signature
+from .._runtime.tracing import autocasting, nothing_traces
+from .._runtime.triton_support import IMPLEMENTATIONS
 from . import torch_impl
 from .cosine import cosine, cosine_
 from .folding import FoldedHead, accumulator
-from .ops import prototype_similarity_op, readout, task_linear_op
+from .ops import per_task, readout, similarity
 from .plan import KEEP_BYTES, can_fold, room_to_keep
 
 ACTIVATIONS = ("logits", "softmax", "log_softmax")
+# Class offsets, widest task, implementation and eps of calls that passed the checks, by all that checks ask for. Ids of
+# tasks are checked at every call, for their values.
+_checked: Plans[tuple[list[int], int, str, float]] = Plans()
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -71,9 +76,9 @@ def prototype_cosine(
     "high" and "medium".
 
     The cheapest exact way is taken, by counting multiply-adds of forward and backward (`prototype_cosine/plan.py`):
-    fold projection @ token_weight once per call (logits only; a full training step from B = 75 against streaming and
-    105 against keeping the logits, at C = 768, V = 8192, d = 128), stream over V and compute the logits again in
-    backward, or on the PyTorch path keep them when they fit 16 MB. Function and gradients are the same. For inference
+    fold projection @ token_weight once per call (logits only; Triton always, PyTorch a full training step from B = 105
+    at C = 768, V = 8192, d = 128), stream over V and compute the logits again in backward, or on the PyTorch path keep
+    them when they fit 16 MB. Function and gradients are the same. For inference
     fold beforehand, with `fold_head`. Triton never stores a (B, V) tensor. At B = 128 and K = 1000 the cosines are half
     a megabyte: what is saved is the V axis, not the K axis.
 
@@ -98,8 +103,8 @@ def prototype_cosine(
     torch.Size([8, 64])
     """
     # Spelled out: a loop over the arguments takes as long as one of the products below.
-    alone = token_gram is None and class_offsets is None and task_ids is None and impl != "triton"
-    if alone and not torch.compiler.is_compiling():
+    alone = class_offsets is None and task_ids is None
+    if alone and token_gram is None and impl != "triton" and not torch.compiler.is_compiling():
         arguments = (token_weight, token_bias, projection, projection_bias, activation)
         scores = _plain(hidden, *arguments, prototypes, unit_prototypes, eps, impl)
         if scores is not None:
@@ -126,35 +131,47 @@ def prototype_cosine(
     weight: Tensor
     head_bias: Tensor | None
     weight, head_bias = token_weight if isinstance(token_weight, FoldedHead) else (token_weight, token_bias)
-    if folded:
-        _check_folded(token_bias, projection, projection_bias, token_gram, activation)
-        dim = _check_head(hidden, "token_weight.weight", weight, "token_weight.bias", head_bias, task_ids is not None)
+    learned_head = not folded and torch.is_grad_enabled() and isinstance(weight, Tensor) and weight.requires_grad
+    key = None
+    if alone:
+        tensors = (hidden, weight, head_bias, prototypes, projection, projection_bias, token_gram)
+        given = (folded, token_bias is not None, learned_head, activation, unit_prototypes, eps, impl)
+        key = _signature(tensors, given)
+    known = None if key is None else _checked.get(key)
+    if known is None:
+        if folded:
+            _check_folded(token_bias, projection, projection_bias, token_gram, activation)
+            names = ("token_weight.weight", weight, "token_weight.bias", head_bias)
+            dim = _check_head(hidden, *names, task_ids is not None)
+        else:
+            dim = _check_head(hidden, "token_weight", weight, "token_bias", head_bias, False)
+            dim = _check_projection(hidden, dim, projection, projection_bias)
+            _check_gram(hidden, weight, projection, activation, token_gram)
+        _check("prototypes", prototypes, hidden, (None, dim), "(K, d)")
+        if prototypes.shape[0] < 1:
+            raise ValueError(f"prototypes must have at least one row, got {tuple(prototypes.shape)}")
+        if unit_prototypes and torch.is_grad_enabled() and prototypes.requires_grad:
+            raise ValueError(
+                "unit_prototypes must be False where prototypes ask for a gradient, which is that of their norm too"
+            )
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+            raise TypeError(f"eps must be a number > 0, got {eps!r}")
+        if not eps > 0:
+            raise ValueError(f"eps must be > 0, got {eps!r}")
+        offsets, widest = [0, prototypes.shape[0]], prototypes.shape[0]
+        if not alone:
+            heads = weight.shape[0] if folded and weight.ndim == 3 else None
+            offsets, widest = _check_tasks(hidden, prototypes.shape[0], class_offsets, task_ids, heads)
+        elif weight.ndim == 3:
+            raise ValueError(f"task_ids must be given with (T, d, C) heads, got None with {tuple(weight.shape)}")
+        impl = _choose(impl, hidden, learned_head)
+        eps = max(float(eps), torch.finfo(hidden.dtype).tiny)
+        if key is not None:
+            _checked.keep(key, (offsets, widest, impl, eps))
     else:
-        dim = _check_head(hidden, "token_weight", weight, "token_bias", head_bias, False)
-        dim = _check_projection(hidden, dim, projection, projection_bias)
-        _check_gram(hidden, weight, projection, activation, token_gram)
-    _check("prototypes", prototypes, hidden, (None, dim), "(K, d)")
-    if prototypes.shape[0] < 1:
-        raise ValueError(f"prototypes must have at least one row, got {tuple(prototypes.shape)}")
-    if unit_prototypes and torch.is_grad_enabled() and prototypes.requires_grad:
-        raise ValueError(
-            "unit_prototypes must be False where prototypes ask for a gradient, which is that of their norm too"
-        )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number > 0, got {eps!r}")
-    if not eps > 0:
-        raise ValueError(f"eps must be > 0, got {eps!r}")
-    offsets, widest = [0, prototypes.shape[0]], prototypes.shape[0]
-    if class_offsets is not None or task_ids is not None:
-        heads = weight.shape[0] if folded and weight.ndim == 3 else None
-        offsets, widest = _check_tasks(hidden, prototypes.shape[0], class_offsets, task_ids, heads)
-    elif weight.ndim == 3:
-        raise ValueError(f"task_ids must be given with (T, d, C) heads, got None with {tuple(weight.shape)}")
-    learned_head = not folded and torch.is_grad_enabled() and weight.requires_grad
-    impl = _choose(impl, hidden, learned_head)
-    eps = max(float(eps), torch.finfo(hidden.dtype).tiny)
+        offsets, widest, impl, eps = known
 
     if not folded and projection is None:
         scores = _token_space(hidden, weight, head_bias, prototypes, token_gram, activation, eps, impl)
@@ -162,7 +179,7 @@ def prototype_cosine(
 
     if folded and weight.ndim == 3:
         assert task_ids is not None and head_bias is not None
-        embedding = task_linear_op(hidden, weight, head_bias, task_ids, impl)
+        embedding = per_task(hidden, weight, head_bias, task_ids, impl)
     elif folded:
         embedding = F.linear(hidden, weight, head_bias)
         embedding = embedding.to(accumulator(hidden.dtype))
@@ -174,8 +191,20 @@ def prototype_cosine(
     if impl == "torch" and task_ids is None:
         scores = _cosine(embedding, prototypes, unit_prototypes, eps)
     else:
-        scores = prototype_similarity_op(embedding, prototypes, task_ids, offsets, widest, eps, impl)
+        scores = similarity(embedding, prototypes, task_ids, offsets, widest, eps, impl)
     return scores.to(hidden.dtype)
+
+
+def _signature(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Hashable:
+    """What equal calls have in common; None where a call must be looked at, as nothing is checked yet."""
+    *_, prototypes, _projection, _projection_bias, _gram = tensors
+    *_, activation, unit_prototypes, eps, impl = options
+    if type(activation) is not str or type(unit_prototypes) is not bool or type(eps) is not float:
+        return None
+    if not nothing_traces(*tensors) or autocasting() or type(impl) is not str or prototypes is None:
+        return None
+    asked = unit_prototypes and torch.is_grad_enabled() and prototypes.requires_grad
+    return (*map(signature, tensors), options, asked)
 
 
 def _plain(
@@ -343,14 +372,8 @@ def _choose(impl: str, hidden: Tensor, learned_head: bool) -> str:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "torch" or (impl == "auto" and not hidden.is_cuda):
         return "torch"
-    missing = None
-    if not has_triton():
-        missing = "the triton package, which is not installed"
-    elif not hidden.is_cuda and not (hidden.device.type == "cpu" and interpreting()):
-        missing = f"GPU tensors (or TRITON_INTERPRET=1 on a CPU), got device {hidden.device}"
-    elif hidden.dtype == torch.float64 and hidden.is_cuda:
-        missing = "float16, bfloat16 or float32 tensors on a GPU, got float64"
-    elif learned_head:
+    missing = triton_support.missing_for_triton(hidden)
+    if missing is None and learned_head:
         missing = "a frozen token_weight, got one with requires_grad=True"
     if missing is None:
         return "triton"

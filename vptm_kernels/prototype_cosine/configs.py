@@ -26,34 +26,35 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def forward_config(arch: str, dtype_bits: int, batch: int, dim: int, aligned: bool) -> Config:
+def forward_config(arch: str, dtype_bits: int, dim: int, aligned: bool) -> Config:
     """aligned: every row starts at a multiple of 16 bytes. Other rows are read an element at a time, and the addresses
     of a full tile would not fit the registers.
+
+    It does not ask for the batch: the last one of an epoch would compile kernels of its own. A few rows in a block of
+    64 waste products, of which reading the token head leaves plenty.
     """
     if arch == "cpu":
         return Config(16, 32, 16, 16, 4, 1)
     stages = 1 if arch.startswith("gfx") else 2
     dims = min(max(16, next_power_of_2(dim)), 128)
     if dtype_bits >= 32 or not aligned:
-        rows = 16 if batch <= 16 or (arch.startswith("gfx") and not aligned) else 32
+        rows = 16 if arch.startswith("gfx") and not aligned else 32
         return Config(rows, 32, 32, min(dims, 64), 4, stages)
-    if batch <= 16:
-        return Config(16, 64, 64, dims, 4, stages)
     # 64 channels at a time spill 8 bytes on sm100, in log-softmax mode.
     return Config(64, 64, 32 if arch == "sm100" else 64, dims, 8, stages)
 
 
-def reader_grad_config(arch: str, dtype_bits: int, batch: int, dim: int, aligned: bool) -> Config:
-    return forward_config(arch, dtype_bits, batch, dim, aligned)
+def reader_grad_config(arch: str, dtype_bits: int, dim: int, aligned: bool) -> Config:
+    return forward_config(arch, dtype_bits, dim, aligned)
 
 
-def hidden_grad_config(arch: str, dtype_bits: int, batch: int, dim: int, aligned: bool, recompute: bool) -> Config:
+def hidden_grad_config(arch: str, dtype_bits: int, dim: int, aligned: bool, recompute: bool) -> Config:
     """dims: rows of the reader that one product takes. The channels of the result stand in `channels`.
 
     recompute: whether logits are needed again. Where they are not the loop is so short that pipelining it makes ptxas
     serialise the tensor-core instructions (C7514). In float32 pipelining spills up to 48 bytes, by version of Triton.
     """
-    config = forward_config(arch, dtype_bits, batch, dim, aligned)
+    config = forward_config(arch, dtype_bits, dim, aligned)
     dims = 16 if arch == "cpu" else 32 if dtype_bits >= 32 or not aligned else 64
     return config._replace(dims=dims, num_stages=config.num_stages if recompute and dtype_bits < 32 else 1)
 
@@ -76,7 +77,7 @@ class CombineConfig(NamedTuple):
 
 def combine_config(arch: str, splits: int, dim: int) -> CombineConfig:
     """Small tiles of the result, so that programs cover a GPU though the result is small, and many splits a step: 128
-    splits one after the other would wait for memory 128 times.
+    splits one after the other would wait for memory 128 times. splits: the most that any batch has.
     """
     if arch == "cpu":
         return CombineConfig(2, 16, 16, 4)

@@ -20,7 +20,7 @@ from .kernels_fwd import LOGITS, SOFTMAX, token_logits
 
 # Argument lists stand in rows, in the order in which they are passed.
 # fmt: off
-@triton.jit
+@triton.jit(do_not_specialize=["B"])  # a smaller last batch compiles nothing
 def _reader_grad_kernel(hidden, weight, bias, grad, saved, out,
                         B, C, V, D, stride_h, stride_w,
                         ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -45,7 +45,7 @@ def _reader_grad_kernel(hidden, weight, bias, grad, saved, out,
     tl.store(out + dims.to(tl.int64)[:, None] * V + v[None, :], acc.to(out.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "per_split"])  # a smaller last batch compiles nothing
 def _hidden_grad_kernel(hidden, weight, bias, reader, grad, saved, subtract, twice, part, bias_part,
                         B, C, V, D, per_split, stride_h, stride_w, stride_r,
                         ACTIVATION: tl.constexpr, SQUARES: tl.constexpr, HAS_BIAS: tl.constexpr,

@@ -44,7 +44,7 @@ def token_logits(hidden_rows, weight, bias, v, C, V, stride_w,
     return t
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "per_split"])  # a smaller last batch compiles nothing
 def _readout_kernel(hidden, weight, bias, reader, part, seen_part, statistics,
                     B, C, V, D, per_split, stride_h, stride_w, stride_r,
                     ACTIVATION: tl.constexpr, SQUARES: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -110,7 +110,7 @@ def _readout_kernel(hidden, weight, bias, reader, part, seen_part, statistics,
             tl.store(seen_part + split * D + dims, seen, mask=dims < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "per_split", "S"])  # a smaller last batch compiles nothing
 def _combine_kernel(part, seen_part, statistics, out, squared, saved,
                     B, V, D, per_split, S,
                     ACTIVATION: tl.constexpr, SQUARES: tl.constexpr, ACC: tl.constexpr,
@@ -195,7 +195,7 @@ def _task_linear_kernel(hidden, weight, bias, task_ids, out, T, C, D, stride_h, 
     tl.store(out + row * D + dims, e, mask=dims < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])  # a smaller last batch compiles nothing
 def _cosine_kernel(embedding, prototypes, out, B, K, D, stride_c, eps,
                    ACC: tl.constexpr, PRECISION: tl.constexpr,
                    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):

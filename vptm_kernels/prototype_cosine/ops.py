@@ -4,20 +4,21 @@
 heads task by task; `prototype_similarity` turns embeddings into cosines. Outputs that were not asked for are empty
 tensors, because an op cannot return None. No output is differentiable twice.
 
-Where nothing is traced, `readout` takes `token_readout` past the dispatcher: its schema and alias checks take 0.4 ms
-of the 2 ms that a training step on one image takes on a CPU.
+Where nothing is traced, `readout`, `similarity` and `per_task` go past the dispatcher: its schema and alias checks take
+0.4 ms of the 2 ms that a training step on one image takes on a CPU.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .._runtime.direct import direct
 from .._runtime.tracing import nothing_traces
 from .._runtime.triton_support import device_of
 from . import cosine, torch_impl
@@ -145,13 +146,13 @@ def _readout_backward(ctx: Any, grad_out: Tensor | None, grad_squared: Tensor | 
         grad_out = torch.zeros_like(out)
     if grad_out is not None:
         # With create_graph the registered op is needed: it refuses to be differentiated.
-        direct = not torch.is_grad_enabled() and nothing_traces(grad_out)
+        tensors = (hidden, token_weight, token_bias, reader, gram, out, squared, statistics, kept)
+        plain = not torch.is_grad_enabled() and nothing_traces(grad_out, grad_squared, *tensors)
         # The plan was made for ctx.needs; what autograd asks for now can only be less.
-        found = (_run_readout_backward if direct else token_readout_backward_op)(
+        found = (_run_readout_backward if plain else token_readout_backward_op)(
             grad_out,
             grad_squared if ctx.squares else None,
-            *(hidden, token_weight, token_bias, reader, gram),
-            *(out, squared, statistics, kept),
+            *tensors,
             ctx.activation,
             ctx.squares,
             ctx.needs,
@@ -162,26 +163,25 @@ def _readout_backward(ctx: Any, grad_out: Tensor | None, grad_squared: Tensor | 
     return (*grads, *[None] * 6)
 
 
-class _TokenReadout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _run_readout(*inputs)
-        _readout_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_readout_backward)
+_direct_readout = direct(_run_readout, _readout_context, _readout_backward)
 
 
-def readout(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def readout(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`token_readout` by the shortest way; arguments as there."""
-    if not nothing_traces(hidden):
-        return token_readout_op(hidden, *args)
+    if not nothing_traces(*args[:5]):
+        return token_readout_op(*args)
     needs = args[-3]
-    return _TokenReadout.apply(hidden, *args) if any(needs) else _run_readout(hidden, *args)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = (_direct_readout if any(needs) else _run_readout)(*args)
+    return found
 
 
 @torch.library.custom_op("vptm::task_linear", mutates_args=())
 def task_linear_op(hidden: Tensor, weight: Tensor, bias: Tensor, task_ids: Tensor, impl: str) -> Tensor:
+    """The head of every row's task, (B, d)."""
+    return _run_task_linear(hidden, weight, bias, task_ids, impl)
+
+
+def _run_task_linear(hidden: Tensor, weight: Tensor, bias: Tensor, task_ids: Tensor, impl: str) -> Tensor:
     out = hidden.new_empty(hidden.shape[0], weight.shape[1], dtype=accumulator(hidden.dtype))
     if impl == "torch":
         cosine.task_linear(hidden, weight, bias, task_ids, out)
@@ -223,8 +223,21 @@ def _task_linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 def _task_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    found = task_linear_backward_op(grad, *ctx.saved_tensors, needs)
+    saved = ctx.saved_tensors
+    plain = not torch.is_grad_enabled() and nothing_traces(grad, *saved)
+    run: Callable[..., Any] = cosine.task_linear_backward if plain else task_linear_backward_op
+    found = run(grad, *saved, needs)
     return (*(g if needed else None for g, needed in zip(found, needs)), None, None)
+
+
+_direct_task_linear = direct(_run_task_linear, _task_linear_context, _task_linear_backward)
+
+
+def per_task(hidden: Tensor, weight: Tensor, bias: Tensor, task_ids: Tensor, impl: str) -> Tensor:
+    """`task_linear` by the shortest way; arguments as there."""
+    tensors = (hidden, weight, bias, task_ids)
+    out: Tensor = _shortest(_run_task_linear, _direct_task_linear, task_linear_op, tensors)(*tensors, impl)
+    return out
 
 
 @torch.library.custom_op("vptm::prototype_similarity", mutates_args=())
@@ -238,6 +251,18 @@ def prototype_similarity_op(
     impl: str,
 ) -> Tensor:
     """Cosines (B, widest) in the dtype of the embedding, -inf beyond the classes of a row's task."""
+    return _run_similarity(embedding, prototypes, task_ids, offsets, widest, eps, impl)
+
+
+def _run_similarity(
+    embedding: Tensor,
+    prototypes: Tensor,
+    task_ids: Tensor | None,
+    offsets: Sequence[int],
+    widest: int,
+    eps: float,
+    impl: str,
+) -> Tensor:
     if impl == "torch":
         if task_ids is None:
             return cosine.cosine(embedding, prototypes, eps)
@@ -269,15 +294,28 @@ def prototype_similarity_backward_op(
     eps: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    if task_ids is None:
-        grads = cosine.cosine_backward(grad, embedding, prototypes, eps, needs)
-    else:
-        grads = cosine.task_cosine_backward(grad, embedding, prototypes, task_ids, offsets, eps, needs)
-    dembedding, dprototypes = grads
+    dembedding, dprototypes = _run_similarity_backward(grad, embedding, prototypes, task_ids, offsets, eps, needs)
     return (
         embedding.new_empty(0) if dembedding is None else dembedding,
-        prototypes.new_empty(0) if dprototypes is None else dprototypes.to(prototypes.dtype),
+        prototypes.new_empty(0) if dprototypes is None else dprototypes,
     )
+
+
+def _run_similarity_backward(
+    grad: Tensor,
+    embedding: Tensor,
+    prototypes: Tensor,
+    task_ids: Tensor | None,
+    offsets: Sequence[int],
+    eps: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    if task_ids is None:
+        dembedding, dprototypes = cosine.cosine_backward(grad, embedding, prototypes, eps, needs)
+    else:
+        arguments = (grad, embedding, prototypes, task_ids, offsets, eps, needs)
+        dembedding, dprototypes = cosine.task_cosine_backward(*arguments)
+    return dembedding, None if dprototypes is None else dprototypes.to(prototypes.dtype)
 
 
 @prototype_similarity_backward_op.register_fake
@@ -303,8 +341,30 @@ def _similarity_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 def _similarity_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:2])
-    found = prototype_similarity_backward_op(grad, *ctx.saved_tensors, ctx.offsets, ctx.eps, needs)
+    saved = ctx.saved_tensors
+    plain = not torch.is_grad_enabled() and nothing_traces(grad, *saved)
+    run: Callable[..., Any] = _run_similarity_backward if plain else prototype_similarity_backward_op
+    found = run(grad, *saved, ctx.offsets, ctx.eps, needs)
     return (*(g if needed else None for g, needed in zip(found, needs)), *[None] * 5)
+
+
+_direct_similarity = direct(_run_similarity, _similarity_context, _similarity_backward)
+
+
+def similarity(embedding: Tensor, prototypes: Tensor, task_ids: Tensor | None, *options: Any) -> Tensor:
+    """`prototype_similarity` by the shortest way; arguments as there."""
+    tensors = (embedding, prototypes, task_ids)
+    out: Tensor = _shortest(_run_similarity, _direct_similarity, prototype_similarity_op, tensors)(*tensors, *options)
+    return out
+
+
+def _shortest(
+    run: Callable[..., Any], recorded: Callable[..., Any], op: Callable[..., Any], tensors: tuple[Tensor | None, ...]
+) -> Callable[..., Any]:
+    if not nothing_traces(*tensors):
+        return op
+    learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return recorded if learned else run
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:

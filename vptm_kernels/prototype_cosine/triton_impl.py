@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels: pointers, strides, block sizes and the few buffers they need."""
+"""Calls of the Triton kernels, planned once a signature: block sizes, constants, launches and the buffers they need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .._runtime.triton_support import architecture, dot_precision
+from .._runtime.launch import Launch
+from .._runtime.plans import Plans, signature
+from .._runtime.triton_support import architecture, dot_precision, float32_precision
 from . import torch_impl
 from .configs import (
     Config,
@@ -26,6 +28,11 @@ from .kernels_bwd import _hidden_grad_kernel, _reader_grad_kernel
 from .kernels_fwd import _combine_kernel, _cosine_kernel, _readout_kernel, _task_cosine_kernel, _task_linear_kernel
 
 _ACTIVATIONS = {"logits": 0, "softmax": 1, "log_softmax": 2}
+
+
+_readouts: Plans[_Readout] = Plans()
+_backwards: Plans[_Backward] = Plans()
+_launches: Plans[Launch] = Plans()
 
 
 def _dtype(t: Tensor) -> Any:
@@ -60,49 +67,13 @@ def forward(
     room: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a @ reader.T (B, D), sum of a² (B,), [log-sum-exp, sum of a] (2, B), and `room` elements kept for backward."""
-    (batch, width), tokens, dim = hidden.shape, token_weight.shape[0], reader.shape[0]
-    exact = accumulator(hidden.dtype)
-    out = hidden.new_empty(batch, dim, dtype=exact)
-    squared = hidden.new_empty(batch if squares else 0, dtype=exact)
-    saved = hidden.new_empty((2, batch) if activation != "logits" else (0,), dtype=exact)
-    kept = hidden.new_empty(room)
-    if batch == 0:
-        return out, squared, saved, kept
-    plan = torch_impl.plan_of(hidden, token_weight, reader, gram, activation, squares, needs, room, False)
-    if plan == "fold":
-        torch_impl.fold_forward(hidden, token_weight, token_bias, reader, gram, out, squared, kept)
-        return out, squared, saved, kept
-
-    arch = architecture(hidden.device)
-    config = forward_config(arch, 8 * hidden.element_size(), batch, dim, _aligned(hidden, token_weight, reader))
-    row_blocks, dim_blocks = _cdiv(batch, config.rows), _cdiv(dim, config.dims)
-    per_split = tokens_per_split(arch, tokens, row_blocks * dim_blocks, config.tokens)
-    splits = _cdiv(tokens, per_split)
-    part = hidden.new_empty(splits, batch, dim, dtype=exact)
-    seen = hidden.new_empty((splits, dim) if activation == "log_softmax" else 0, dtype=exact)
-    statistics = hidden.new_empty(splits, 4, batch, dtype=exact)
-    shared = {"ACTIVATION": _ACTIVATIONS[activation], "SQUARES": squares, "ACC": _dtype(hidden)}
-    _readout_kernel[(splits, row_blocks, dim_blocks)](
-        *(hidden, token_weight, token_bias, reader, part, seen, statistics),
-        *(batch, width, tokens, dim, per_split),
-        *(hidden.stride(0), token_weight.stride(0), reader.stride(0)),
-        **shared,
-        HAS_BIAS=token_bias is not None,
-        PRECISION=dot_precision(hidden.dtype, arch),
-        **_blocks(config),
-        **_launch_options(config.num_warps, config.num_stages),
-    )
-    combine = combine_config(arch, splits, dim)
-    _combine_kernel[(_cdiv(batch, combine.rows), _cdiv(dim, combine.dims))](
-        *(part, seen, statistics, out, squared, saved),
-        *(batch, tokens, dim, per_split, splits),
-        **shared,
-        BLOCK_S=combine.splits,
-        BLOCK_B=combine.rows,
-        BLOCK_D=combine.dims,
-        **_launch_options(combine.num_warps, 1),
-    )
-    return out, squared, saved, kept
+    tensors = (hidden, token_weight, token_bias, reader)
+    options = (activation, squares, tuple(needs), room)
+    key = (*map(signature, tensors), gram is not None, options, float32_precision(hidden.dtype))
+    plan = _readouts.get(key)
+    if plan is None:
+        plan = _readouts.keep(key, _Readout(*tensors, gram, *options))
+    return plan(*tensors, gram)
 
 
 def backward(
@@ -124,119 +95,257 @@ def backward(
     """Gradients of hidden, token_weight (never), token_bias and reader, None where not needed."""
     if needs[1]:
         raise ValueError("token_weight must be frozen for impl='triton', got requires_grad=True")
-    inputs = (hidden, token_weight, token_bias, reader, gram)
-    plan = torch_impl.plan_of(hidden, token_weight, reader, gram, activation, squares, needs, kept.numel(), False)
-    (batch, width), tokens, dim = hidden.shape, token_weight.shape[0], reader.shape[0]
-    if batch == 0:
-        sources = (hidden, None, token_bias, reader)
-        return tuple(
-            torch.zeros(t.shape, dtype=t.dtype, device=t.device) if needed and t is not None else None
-            for t, needed in zip(sources, needs)
-        )
-    if plan == "fold":
-        return torch_impl.fold_backward(grad_out, grad_squared, *inputs, kept, needs)
+    tensors = (hidden, token_weight, token_bias, reader)
+    grad, saved = grad_out.to(hidden.dtype).contiguous(), saved.contiguous()
+    options = (activation, squares, tuple(needs), kept.numel())
+    others = (grad_squared is not None, grad_out.dtype, grad.data_ptr() % 16, saved.data_ptr() % 16)
+    key = (*map(signature, tensors), gram is not None, options, others, float32_precision(hidden.dtype))
+    plan = _backwards.get(key)
+    if plan is None:
+        plan = _backwards.keep(key, _Backward(*tensors, gram, *options, grad_squared is not None))
+    return plan(grad_out, grad, grad_squared, *tensors, gram, out, squared, saved, kept)
 
-    exact, arch, bits = grad_out.dtype, architecture(hidden.device), 8 * hidden.element_size()
-    aligned = _aligned(hidden, token_weight, reader)
-    grad = grad_out.to(hidden.dtype).contiguous()
-    shared = {
-        "ACTIVATION": _ACTIVATIONS[activation],
-        "HAS_BIAS": token_bias is not None,
-        "ACC": _dtype(hidden),
-        "PRECISION": dot_precision(hidden.dtype, arch),
-    }
-    dhidden = dbias = dreader = None
-    if needs[3]:
-        dreader = reader.new_empty(reader.shape)
-        config = reader_grad_config(arch, bits, batch, dim, aligned)
-        _reader_grad_kernel[(_cdiv(tokens, config.tokens), _cdiv(dim, config.dims))](
-            *(hidden, token_weight, token_bias, grad, saved, dreader),
-            *(batch, width, tokens, dim, hidden.stride(0), token_weight.stride(0)),
-            **shared,
-            **_blocks(config),
-            **_launch_options(config.num_warps, config.num_stages),
+
+class _Plan:
+    """What calls of one signature share: sizes, constants and launches. It holds no tensor."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        token_weight: Tensor,
+        token_bias: Tensor | None,
+        reader: Tensor,
+        gram: Tensor | None,
+        activation: str,
+        squares: bool,
+        needs: tuple[bool, ...],
+        room: int,
+    ) -> None:
+        (self.batch, self.width), self.tokens, self.dim = hidden.shape, token_weight.shape[0], reader.shape[0]
+        self.activation, self.squares, self.needs, self.room = activation, squares, needs, room
+        self.exact = accumulator(hidden.dtype)
+        matrices = (hidden, token_weight, reader, gram)
+        self.folds = torch_impl.plan_of(*matrices, activation, squares, needs, room, False) == "fold"
+        self.arch, self.bits = architecture(hidden.device), 8 * hidden.element_size()
+        self.aligned = _aligned(hidden, token_weight, reader)
+        self.strides = (hidden.stride(0), token_weight.stride(0), reader.stride(0))
+        self.shared = {"ACTIVATION": _ACTIVATIONS[activation], "ACC": _dtype(hidden)}
+        self.of_bias = {"HAS_BIAS": token_bias is not None, "PRECISION": dot_precision(hidden.dtype, self.arch)}
+
+
+class _Readout(_Plan):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if self.folds or self.batch == 0:
+            return
+        batch, tokens, dim = self.batch, self.tokens, self.dim
+        config = forward_config(self.arch, self.bits, dim, self.aligned)
+        row_blocks, dim_blocks = _cdiv(batch, config.rows), _cdiv(dim, config.dims)
+        per_split = tokens_per_split(self.arch, tokens, row_blocks * dim_blocks, config.tokens)
+        self.splits = _cdiv(tokens, per_split)
+        shared = self.shared | {"SQUARES": self.squares}
+        self._read = Launch(
+            _readout_kernel,
+            (self.splits, row_blocks, dim_blocks),
+            (batch, self.width, tokens, dim, per_split, *self.strides),
+            {
+                **shared,
+                **self.of_bias,
+                **_blocks(config),
+                **_launch_options(config.num_warps, config.num_stages),
+            },
         )
-    if needs[0] or (needs[2] and token_bias is not None):
-        twice = grad_out.new_empty(0) if grad_squared is None else 2 * grad_squared
-        subtract = grad_out.new_empty(0)
-        if activation == "softmax":
-            subtract = (grad_out * out).sum(1)
-        elif activation == "log_softmax":
-            subtract = grad_out @ reader.sum(1, dtype=exact)
-        if activation != "logits" and grad_squared is not None:
-            subtract += twice * (squared if activation == "softmax" else saved[1])
-        recompute = activation != "logits" or grad_squared is not None
-        config = hidden_grad_config(arch, bits, batch, dim, aligned, recompute)
-        block = channels(arch, bits, width, aligned)
-        row_blocks, channel_blocks = _cdiv(batch, config.rows), _cdiv(width, block) if needs[0] else 1
-        per_split = tokens_per_split(arch, tokens, row_blocks * channel_blocks, config.tokens)
-        splits = _cdiv(tokens, per_split)
-        part = hidden.new_empty((splits, batch, width) if needs[0] else 0, dtype=exact)
-        bias_part = hidden.new_empty((row_blocks, tokens) if needs[2] else 0, dtype=exact)
-        _hidden_grad_kernel[(splits, row_blocks, channel_blocks)](
-            *(hidden, token_weight, token_bias, reader, grad, saved, subtract, twice, part, bias_part),
-            *(batch, width, tokens, dim, per_split),
-            *(hidden.stride(0), token_weight.stride(0), reader.stride(0)),
-            **shared,
-            SQUARES=grad_squared is not None,
-            FOR_HIDDEN=needs[0],
-            FOR_BIAS=needs[2],
-            **_blocks(config),
-            BLOCK_O=block,
-            **_launch_options(config.num_warps, config.num_stages),
+        combine = combine_config(self.arch, _cdiv(tokens, config.tokens), dim)
+        self._combine = Launch(
+            _combine_kernel,
+            (_cdiv(batch, combine.rows), _cdiv(dim, combine.dims)),
+            (batch, tokens, dim, per_split, self.splits),
+            {
+                **shared,
+                "BLOCK_S": combine.splits,
+                "BLOCK_B": combine.rows,
+                "BLOCK_D": combine.dims,
+                **_launch_options(combine.num_warps, 1),
+            },
         )
-        dhidden = part.sum(0).to(hidden.dtype) if needs[0] else None
-        dbias = bias_part.sum(0).to(hidden.dtype) if needs[2] else None
-    return dhidden, None, dbias, dreader
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        token_weight: Tensor,
+        token_bias: Tensor | None,
+        reader: Tensor,
+        gram: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        batch, exact = self.batch, self.exact
+        out = hidden.new_empty((batch, self.dim), dtype=exact)
+        squared = hidden.new_empty((batch if self.squares else 0,), dtype=exact)
+        saved = hidden.new_empty((2, batch) if self.activation != "logits" else (0,), dtype=exact)
+        kept = hidden.new_empty((self.room,))
+        if batch == 0:
+            return out, squared, saved, kept
+        if self.folds:
+            torch_impl.fold_forward(hidden, token_weight, token_bias, reader, gram, out, squared, kept)
+            return out, squared, saved, kept
+        part = hidden.new_empty((self.splits, batch, self.dim), dtype=exact)
+        seen = hidden.new_empty((self.splits, self.dim) if self.activation == "log_softmax" else (0,), dtype=exact)
+        statistics = hidden.new_empty((self.splits, 4, batch), dtype=exact)
+        self._read(hidden, token_weight, token_bias, reader, part, seen, statistics)
+        self._combine(part, seen, statistics, out, squared, saved)
+        return out, squared, saved, kept
+
+
+class _Backward(_Plan):
+    def __init__(
+        self, hidden: Tensor, token_weight: Tensor, token_bias: Tensor | None, reader: Tensor, *options: Any
+    ) -> None:
+        *options_of_both, has_squared = options
+        super().__init__(hidden, token_weight, token_bias, reader, *options_of_both)
+        if self.folds or self.batch == 0:
+            return
+        batch, tokens, dim, needs = self.batch, self.tokens, self.dim, self.needs
+        shared = self.shared | self.of_bias
+        self._of_reader = self._of_hidden = None
+        if needs[3]:
+            config = reader_grad_config(self.arch, self.bits, dim, self.aligned)
+            self._of_reader = Launch(
+                _reader_grad_kernel,
+                (_cdiv(tokens, config.tokens), _cdiv(dim, config.dims)),
+                (batch, self.width, tokens, dim, *self.strides[:2]),
+                {**shared, **_blocks(config), **_launch_options(config.num_warps, config.num_stages)},
+            )
+        if needs[0] or (needs[2] and token_bias is not None):
+            recompute = self.activation != "logits" or has_squared
+            config = hidden_grad_config(self.arch, self.bits, dim, self.aligned, recompute)
+            block = channels(self.arch, self.bits, self.width, self.aligned)
+            self.row_blocks = _cdiv(batch, config.rows)
+            channel_blocks = _cdiv(self.width, block) if needs[0] else 1
+            per_split = tokens_per_split(self.arch, tokens, self.row_blocks * channel_blocks, config.tokens)
+            self.splits = _cdiv(tokens, per_split)
+            self._of_hidden = Launch(
+                _hidden_grad_kernel,
+                (self.splits, self.row_blocks, channel_blocks),
+                (batch, self.width, tokens, dim, per_split, *self.strides),
+                {
+                    **shared,
+                    "SQUARES": has_squared,
+                    "FOR_HIDDEN": needs[0],
+                    "FOR_BIAS": needs[2],
+                    **_blocks(config),
+                    "BLOCK_O": block,
+                    **_launch_options(config.num_warps, config.num_stages),
+                },
+            )
+
+    def __call__(
+        self,
+        grad_out: Tensor,
+        grad: Tensor,
+        grad_squared: Tensor | None,
+        hidden: Tensor,
+        token_weight: Tensor,
+        token_bias: Tensor | None,
+        reader: Tensor,
+        gram: Tensor | None,
+        out: Tensor,
+        squared: Tensor,
+        saved: Tensor,
+        kept: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        """grad: grad_out as kernels read it, in the dtype of hidden."""
+        needs, activation = self.needs, self.activation
+        inputs = (hidden, token_weight, token_bias, reader, gram)
+        if self.batch == 0:
+            sources = (hidden, None, token_bias, reader)
+            return tuple(
+                torch.zeros(t.shape, dtype=t.dtype, device=t.device) if needed and t is not None else None
+                for t, needed in zip(sources, needs)
+            )
+        if self.folds:
+            return torch_impl.fold_backward(grad_out, grad_squared, *inputs, kept, needs)
+        dhidden = dbias = dreader = None
+        if self._of_reader is not None:
+            dreader = reader.new_empty(reader.shape)
+            self._of_reader(hidden, token_weight, token_bias, grad, saved, dreader)
+        if self._of_hidden is not None:
+            exact = self.exact
+            twice = grad_out.new_empty((0,)) if grad_squared is None else 2 * grad_squared
+            subtract = grad_out.new_empty((0,))
+            if activation == "softmax":
+                subtract = (grad_out * out).sum(1)
+            elif activation == "log_softmax":
+                subtract = grad_out @ reader.sum(1, dtype=exact)
+            if activation != "logits" and grad_squared is not None:
+                subtract += twice * (squared if activation == "softmax" else saved[1])
+            part = hidden.new_empty((self.splits, self.batch, self.width) if needs[0] else (0,), dtype=exact)
+            bias_part = hidden.new_empty((self.row_blocks, self.tokens) if needs[2] else (0,), dtype=exact)
+            self._of_hidden(hidden, token_weight, token_bias, reader, grad, saved, subtract, twice, part, bias_part)
+            dhidden = part.sum(0).to(hidden.dtype) if needs[0] else None
+            dbias = bias_part.sum(0).to(hidden.dtype) if needs[2] else None
+        return dhidden, None, dbias, dreader
 
 
 def task_linear(hidden: Tensor, weight: Tensor, bias: Tensor, task_ids: Tensor, out: Tensor) -> None:
     batch, width, (tasks, dim, _) = hidden.shape[0], hidden.shape[1], weight.shape
     if batch == 0:
         return
-    block = 16 if architecture(hidden.device) == "cpu" else 64
-    _task_linear_kernel[(batch, _cdiv(dim, block))](
-        *(hidden, weight, bias, task_ids, out, tasks, width, dim),
-        *(hidden.stride(0), weight.stride(0), weight.stride(1), bias.stride(0)),
-        ACC=_dtype(hidden),
-        BLOCK_C=block,
-        BLOCK_D=block,
-        **_launch_options(4, 1),
-    )
+    task_ids = task_ids.contiguous()
+    tensors = (hidden, weight, bias, task_ids)
+    key = ("task_linear", *map(signature, tensors))
+    launch = _launches.get(key)
+    if launch is None:
+        block = 16 if architecture(hidden.device) == "cpu" else 64
+        launch = Launch(
+            _task_linear_kernel,
+            (batch, _cdiv(dim, block)),
+            (tasks, width, dim, hidden.stride(0), weight.stride(0), weight.stride(1), bias.stride(0)),
+            {"ACC": _dtype(hidden), "BLOCK_C": block, "BLOCK_D": block, **_launch_options(4, 1)},
+        )
+        _launches.keep(key, launch)
+    launch(*tensors, out)
 
 
 def similarity(
     embedding: Tensor, prototypes: Tensor, task_ids: Tensor | None, offsets: Sequence[int], widest: int, eps: float
 ) -> Tensor:
     """Cosines (B, widest) in the dtype of the embedding, -inf beyond the classes of a row's task."""
-    batch, dim = embedding.shape
-    out = embedding.new_empty(batch, widest)
+    batch = embedding.shape[0]
+    out = embedding.new_empty((batch, widest))
     if batch == 0:
         return out
     embedding = embedding.contiguous()
-    arch = architecture(embedding.device)
+    task_ids = None if task_ids is None else task_ids.contiguous()
+    places = (*map(signature, (embedding, prototypes, task_ids)), float32_precision(prototypes.dtype))
+    key = ("similarity", places, tuple(offsets), widest, eps)
+    launch = _launches.get(key)
+    if launch is None:
+        launch = _launches.keep(key, _similarity_launch(embedding, prototypes, task_ids, offsets, widest, eps))
+    if task_ids is None:
+        launch(embedding, prototypes, out)
+    else:
+        launch(embedding, prototypes, task_ids, _bounds(tuple(offsets), embedding.device), out)
+    return out
+
+
+def _similarity_launch(
+    embedding: Tensor, prototypes: Tensor, task_ids: Tensor | None, offsets: Sequence[int], widest: int, eps: float
+) -> Launch:
+    (batch, dim), arch = embedding.shape, architecture(embedding.device)
     block = 16 if arch == "cpu" else 64
     sizes = {"ACC": _dtype(embedding), "BLOCK_K": 16 if arch == "cpu" else 32, "BLOCK_D": block}
-    columns = _cdiv(widest, sizes["BLOCK_K"])
-    if task_ids is None:
-        # float32 sums of 16-bit prototypes take three tensor-core products; float32 prototypes are multiplied as such.
-        precise = prototypes.element_size() > 2 or arch.startswith("gfx")
-        precision = dot_precision(prototypes.dtype, arch) if precise else "tf32x3"
-        _cosine_kernel[(_cdiv(batch, 16), columns)](
-            *(embedding, prototypes, out, batch, widest, dim, prototypes.stride(0), eps),
-            **sizes,
-            PRECISION=precision,
-            BLOCK_B=16,
-            **_launch_options(4, 1),
-        )
-        return out
-    bounds = _bounds(tuple(offsets), embedding.device)
-    _task_cosine_kernel[(batch, columns)](
-        *(embedding, prototypes, task_ids, bounds, out, len(offsets) - 1, dim, widest, prototypes.stride(0), eps),
+    columns, stride = _cdiv(widest, sizes["BLOCK_K"]), prototypes.stride(0)
+    if task_ids is not None:
+        scalars = (len(offsets) - 1, dim, widest, stride, eps)
+        return Launch(_task_cosine_kernel, (batch, columns), scalars, sizes | _launch_options(4, 1))
+    # float32 sums of 16-bit prototypes take three tensor-core products; float32 prototypes are multiplied as such.
+    precise = prototypes.element_size() > 2 or arch.startswith("gfx")
+    constants = {
         **sizes,
+        "PRECISION": dot_precision(prototypes.dtype, arch) if precise else "tf32x3",
+        "BLOCK_B": 16,
         **_launch_options(4, 1),
-    )
-    return out
+    }
+    return Launch(_cosine_kernel, (_cdiv(batch, 16), columns), (batch, widest, dim, stride, eps), constants)
 
 
 @functools.lru_cache(maxsize=64)
