@@ -187,8 +187,10 @@ def query_grad_config(
         return Config(64, 64, 4, 1)
     if arch.startswith("gfx"):
         return Config(32, 16, 4, 1) if prompts_attend else Config(64, 32, 4, 1)
+    if arch == "sm80":
+        return Config(32 if prompts_attend else 64, 32, 4, 1)
     # Larger blocks spill a few registers on sm120.
-    return Config(64, 32, 4, 1) if arch == "sm80" else Config(32, 16 if prompts_attend else 32, 4, 1)
+    return Config(32, 16 if prompts_attend else 32, 4, 1)
 
 
 def key_grad_config(
@@ -198,12 +200,14 @@ def key_grad_config(
     keys: int,
     *,
     of_prompts: bool = False,
+    prompts_attend: bool = False,
     gathered: bool = False,
     interpreted: bool = False,
 ) -> Config:
     """block_m counts query rows, block_n keys; `keys` are those of one launch, tokens or prompts.
 
-    of_prompts: sums over images, which takes registers. gathered: the bias is read from its table, which takes more.
+    of_prompts: sums over images, which takes registers, and more with queries from two tensors (prompts_attend).
+    gathered: the bias is read from its table, which takes more still.
     """
     if interpreted:
         return _interpreted(keys)
@@ -214,7 +218,8 @@ def key_grad_config(
         block_n = min(32, block_n)
     if head_dim > 64 and not _asynchronous_tensor_cores(arch):
         return Config(32, block_n, 8 if block_n > 16 else 4, 1)
-    wide = block_n == 16 or _asynchronous_tensor_cores(arch)
+    narrow = block_n == 16 and not (arch == "sm80" and of_prompts and prompts_attend)
+    wide = narrow or _asynchronous_tensor_cores(arch)
     warps = 8 if of_prompts and block_n == 64 and _tensor_memory(arch) else 4
     return Config(64 if wide and head_dim <= 64 else 32, block_n, warps, 1)
 

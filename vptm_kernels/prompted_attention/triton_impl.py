@@ -566,7 +566,12 @@ class _Backward:
         plan = self.plan
         gathered = plan.bias.kind == TABLE.value and not of_prompts
         config = key_grad_config(
-            *plan.target, keys, of_prompts=of_prompts, gathered=gathered, interpreted=plan.interpreted
+            *plan.target,
+            keys,
+            of_prompts=of_prompts,
+            prompts_attend=plan.prompt_queries,
+            gathered=gathered,
+            interpreted=plan.interpreted,
         )
         constants = {
             "OF_PROMPTS": of_prompts,
