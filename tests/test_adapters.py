@@ -341,6 +341,15 @@ def test_a_cast_model_is_known_by_its_source(backbone: Path, tmp_path: Path, dty
         load_adapter(tmp_path / "a", source=other)
 
 
+def test_a_model_of_several_dtypes_is_known_by_its_source(backbone: Path, tmp_path: Path) -> None:
+    model = trained(backbone)
+    model.backbone.blocks.to(torch.bfloat16)
+    save_adapter(model, tmp_path / "a")
+    assert load_file(tmp_path / "a" / TENSORS_FILE).keys() == model.learned_state_dict().keys()
+    loaded = load_adapter(tmp_path / "a")
+    assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(loaded.parameters(), model.parameters()))
+
+
 def test_wrappers_come_off(backbone: Path, tmp_path: Path) -> None:
     """torch.compile's and DDP's wrappers give the class and the names of what they wrap another name."""
     model = trained(backbone)

@@ -155,6 +155,23 @@ def test_post_hoc_training_is_adam_on_projection_and_prototypes_alone(activation
         assert torch.equal(tensor, before[name]) == (name not in parts), name
 
 
+@pytest.mark.parametrize("start", ["present", "class_means"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_post_hoc_training_in_16_bits_is_that_of_float32(dtype, start):
+    """Without float32 copies Adam's second step is NaN in fp16, and 20 steps of 1e-4 are rounded away in bf16."""
+    moved = []
+    for kind in (dtype, torch.float32):
+        model = build().to(kind)
+        loader = [(images.to(kind), labels) for images, labels in support([0, 2, 1, 0, 2])]
+        if start == "class_means":
+            model.verbalizer.init_prototypes(model, loader)
+        before = model.verbalizer.prototypes.detach().float().clone()
+        fit_prototypes(model, loader, start=start, steps=20, lr=1e-4)
+        assert model.verbalizer.prototypes.dtype == kind
+        moved.append((model.verbalizer.prototypes.detach().float() - before).abs().mean().item())
+    assert moved[0] == pytest.approx(moved[1], rel=0.3) and moved[1] > 5e-4
+
+
 def test_post_hoc_training_can_start_at_class_means():
     model = build()
     other, loader = copy.deepcopy(model), support([0, 2, 1, 0, 2])

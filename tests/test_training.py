@@ -707,6 +707,23 @@ def test_no_entry_of_the_state_can_be_missing_or_wrong(backbone: Path, tmp_path:
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()), place
 
 
+def test_a_state_cannot_claim_what_it_does_not_hold(backbone: Path, tmp_path: Path) -> None:
+    """A mapping that holds itself, a value repeated to a size that no machine has: refused without following either."""
+    run(make_model(backbone), tmp_path / "r", epochs=2)
+    path = tmp_path / "r" / STATE_FILE
+    good = torch.load(path, weights_only=True)
+    loop: dict[str, Any] = {}
+    loop["loop"] = loop
+    huge = {"prompts.weight": torch.ones(1).expand(10**13)}
+    for entries in ({"identity": loop}, {"learned": good["learned"] | huge}, {"best": good["best"] | huge}):
+        torch.save(good | entries, path)
+        with pytest.raises(ValueError, match="do not have the digest written with them"):
+            run(make_model(backbone), tmp_path / "r", epochs=2, resume=True)
+        torch.save(good | entries | {"version": 1}, path)
+        with pytest.raises(ValueError, match=r"cannot resume|does not fit the run: prompts.weight must have shape"):
+            run(make_model(backbone), tmp_path / "r", epochs=2, resume=True)
+
+
 def test_a_flipped_bit_of_the_state_is_refused(backbone: Path, tmp_path: Path) -> None:
     run(make_model(backbone), tmp_path / "r", epochs=2)
     path = tmp_path / "r" / STATE_FILE

@@ -380,17 +380,21 @@ def fit_prototypes(
     if not 0 < number("temperature", temperature) < math.inf:
         raise ValueError(f"temperature must be finite and > 0, got {temperature!r}")
     parts = [verbalizer.prototypes, *(verbalizer.projection.parameters() if verbalizer.projection else ())]
-    learned = [parameter for parameter in parts if parameter.requires_grad]
+    learned: list[Tensor] = [parameter for parameter in parts if parameter.requires_grad]
     if not verbalizer.prototypes.requires_grad:
         raise ValueError("verbalizer.prototypes must be trainable, got requires_grad=False")
     check_finite(model)
     hidden, labels = support_rows(model, loader, len(verbalizer.prototypes))
     before = [parameter.detach().clone() for parameter in learned]
-    optimiser = torch.optim.Adam(learned, lr=lr)
+    # in 16 bits Adam divides by a zero and small steps are lost: float32 copies step, as in `vptm.fit`
+    half = (torch.float16, torch.bfloat16)
+    stepped = [parameter.detach().float() if parameter.dtype in half else parameter for parameter in learned]
+    optimiser = torch.optim.Adam(stepped, lr=lr)
     losses: list[float] = []
     try:
         if start == "class_means":
             verbalizer._to_class_means(hidden, labels, model.lm_head)
+            _copy_values(learned, stepped)
         for step in range(steps + 1):
             with torch.set_grad_enabled(step < steps):
                 embedding = verbalizer._embed_support(hidden, model.lm_head)
@@ -399,17 +403,23 @@ def fit_prototypes(
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(f"loss became {losses[-1]} at step {step} with lr {lr:.3g}: use a lower lr")
             if step < steps:
-                for parameter, gradient in zip(learned, torch.autograd.grad(loss, learned)):
-                    parameter.grad = gradient
+                for copy, gradient in zip(stepped, torch.autograd.grad(loss, learned)):
+                    copy.grad = gradient.to(copy.dtype)
                 optimiser.step()
+                _copy_values(stepped, learned)
     except BaseException:
-        with torch.no_grad():
-            for parameter, value in zip(learned, before):
-                parameter.copy_(value)
+        _copy_values(before, learned)
         raise
     finally:
         optimiser.zero_grad(set_to_none=True)
     return losses
+
+
+@torch.no_grad()
+def _copy_values(source: list[Tensor], target: list[Tensor]) -> None:
+    for values, tensor in zip(source, target):
+        if values is not tensor:
+            tensor.copy_(values)
 
 
 def check_finite(model: PromptedModel) -> None:
