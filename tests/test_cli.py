@@ -333,6 +333,25 @@ def test_options_for_reading_pictures_stay_with_the_run(vptm: Console, material:
         assert code == 2 and "--value-range must be LOW,HIGH" in line
 
 
+@pytest.mark.parametrize("command", [["compare"], ["protocol", "few-shot"], ["map"]])
+def test_other_commands_read_pictures_with_the_same_options(
+    vptm: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    """Signed pictures are refused with the option that reads them: every command must have it."""
+    seen: list[Any] = []
+
+    def stop(*_: Any, **options: Any) -> None:
+        seen.append({name: options[name] for name in ("background", "value_range")})
+        raise ValueError("seen")
+
+    for module in ("data", "compare", "reprogram"):
+        monkeypatch.setattr(f"vptm.{module}.load_data", stop)
+    monkeypatch.setattr("vptm.reprogram.text_encoder", lambda name: None)
+    arguments = [*command, "--value-range", "-1024,3071", "--background", "black"]
+    assert vptm.refused(*arguments, "--data", tmp_path) == (2, "vptm: seen")
+    assert seen == [{"background": "black", "value_range": (-1024.0, 3071.0)}]
+
+
 def test_a_console_without_the_letters_loses_no_result(
     vptm: Console, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -600,6 +600,8 @@ def compare(
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder of the comparison; runs in it are kept.")] = Path("runs/comparison"),
     model: Annotated[str, typer.Option(help="As in `vptm train`.")] = "builtin",
+    background: Background = "white",
+    value_range: ValueRange = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time; more than one disturbs images/s.")] = 1,
     device: Device = "auto",
 ) -> None:
@@ -620,7 +622,8 @@ def compare(
     _parse_shots(shots)
     _device(device)
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    arguments = ["--model", _located("model", model), "--device", device]
+    arguments = ["--model", _located("model", model), "--device", device, "--background", background]
+    arguments += [] if value_range is None else [f"--value-range={value_range}"]
     results = run(
         names,
         out,
@@ -693,6 +696,8 @@ def protocol(
         float | None, typer.Option(help="As published, 0.0005 for few-shot, else 0.001.", show_default=False)
     ] = None,
     augment: Annotated[bool, typer.Option(help="Random changes of training images.")] = True,
+    background: Background = "white",
+    value_range: ValueRange = None,
     device: Device = "auto",
 ) -> None:
     """Run ProVP-Ref's few-shot or base-to-novel protocol.
@@ -733,7 +738,7 @@ def protocol(
     counts = [count for count in parsed if count is not None]
     if len(counts) < len(parsed):
         raise ValueError(f"--shots must be integers >= 1 in a protocol, got {shots!r}")
-    images = load_data(data)
+    images = load_data(data, background=background, value_range=_parse_range(value_range))
     _report(images)
     if class_embeddings is not None:
         features = read_class_features(class_embeddings, images.classes)
@@ -838,6 +843,8 @@ def map_labels(
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
     evaluate: Annotated[bool, typer.Option(help="Read the test images, once, at the end.")] = True,
     seed: Annotated[int, typer.Option(help="Of random mappings, shots and order.")] = 0,
+    background: Background = "white",
+    value_range: ValueRange = None,
     device: Device = "auto",
 ) -> None:
     """Map a classifier's labels to the classes of a data set.
@@ -856,6 +863,8 @@ def map_labels(
         raise ValueError(f"--batch-size must be >= 1, got {batch_size}")
     rows, accuracy = run(
         data=_located("data", data),
+        background=background,
+        value_range=_parse_range(value_range),
         classifier=classifier,
         weights=weights,
         source_labels=source_labels,

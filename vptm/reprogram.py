@@ -25,7 +25,7 @@ from .label_mapping import (
     semantic_scores,
     text_encoder,
 )
-from .pictures import to_8_bit
+from .pictures import BACKGROUND, to_8_bit
 from .source_classifier import SourceClassifier, load_classifier
 from .visual_prompts import PIXEL_PROMPTS, ReprogrammedClassifier, VisualPrompt, fit_visual_prompt
 
@@ -56,6 +56,8 @@ def map_labels(
     seed: int,
     device: torch.device,
     report: Callable[[str], None],
+    background: str = BACKGROUND,
+    value_range: tuple[float, float] | None = None,
 ) -> tuple[list[list[str]], float | None]:
     """The mapping as rows of (label, source labels, score of the first), and the test accuracy.
 
@@ -76,7 +78,7 @@ def map_labels(
         raise ValueError(f"--aggregation must be mean for the soft mapping of --method blm, got {aggregation}")
     # what can be refused is, before a classifier is loaded
     encode = text_encoder(encoder) if method == "semantic" else None
-    images = data if isinstance(data, ImageData) else load_data(data)
+    images = data if isinstance(data, ImageData) else load_data(data, background=background, value_range=value_range)
     source = load_classifier(classifier, weights=weights, labels=source_labels)
     for note in (*images.notes, *source.notes):
         report(note)

@@ -114,10 +114,9 @@ class SplitList:
     def is_within(self, parts: Mapping[str, ImageDataset]) -> bool:
         """Whether every image of the list is in the data, under the same key and with the same content."""
         wanted = {image.key: image.sha256 for image in self.images}
-        found: Counter[str] = Counter()
-        for part in parts.values():
-            listed = part.subset([index for index, key in enumerate(part.keys) if key in wanted])
-            if len(listed) and [wanted[key] for key in listed.keys] != listed.content_hashes():
-                return False
-            found.update(listed.keys)
-        return bool(wanted) and len(found) == len(wanted)
+        found = [
+            part.subset([index for index, key in enumerate(part.keys) if key in wanted]) for part in parts.values()
+        ]
+        if not wanted or sum(map(len, found)) != len(wanted):
+            return False
+        return all([wanted[key] for key in part.keys] == part.content_hashes() for part in found)

@@ -138,8 +138,8 @@ def fit(
         cache_frozen: compute the frozen features of an image once; for training without augmentation.
         prompt_weight_decay: of prompts, None for none.
         head_weight_decay: of the verbalizer's matrices, None for `weight_decay`.
-        run_dir: folder for the adapter, `metrics.csv`, `curves.png`, `run.json` and the state to resume from; every
-            file is replaced by a rename at the end of an epoch. None writes nothing.
+        run_dir: folder for the adapter, `metrics.csv`, `curves.png`, `run.json`, `split.csv` and the state to resume
+            from; every file is replaced by a rename at the end of an epoch. None writes nothing.
         resume: continue the run in `run_dir`; every argument that changes the result must be as it was.
         overwrite: replace the run in `run_dir`; files of other names stay.
         seed: of data order, augmentation and dropout.
