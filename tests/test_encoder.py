@@ -189,7 +189,7 @@ def test_what_is_not_a_parameter_is_noticed_too() -> None:
     assert max(vptm.check(model, batch, gradients=False).values()) <= 1e-12
     assert not torch.equal(model(batch), before)
     hook = model.backbone.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: 0 * output)
-    assert not model._encoder.runs(model) and "blocks with forward hooks" in model._unfolded()
+    assert not model._encoder.runs(model) and "blocks with hooks" in model._unfolded()
     assert max(vptm.check(model, batch, gradients=False).values()) <= 1e-12
     hook.remove()
     assert model._encoder.runs(model)
@@ -286,11 +286,17 @@ def test_triton_kernels_run_the_blocks(prompt_mode: str, extra_bias: str, monkey
     monkeypatch.setattr(GridExecutor, "__call__", counted)
     with torch.no_grad(), _Calls() as calls:
         model(batch)
-    assert launches == {"_forward_kernel": 2, "_split_kernel": 1, "_merge_kernel": 1, "_cosine_kernel": 1}, launches
+    blocks = {"_forward_kernel": 2, "_split_kernel": 1, "_merge_kernel": 1, "_cosine_kernel": 1}
+    assert launches == blocks | {"_readout_kernel": 1, "_combine_kernel": 1}, launches
     attention = {name: count for name, count in calls.names.items() if "prompted_attention" in name}
     assert sum(attention.values()) == 2, attention
     assert calls.names["vptm::readout_attention"] == 1, "the read-out row of the last block"
     assert not [name for name in calls.names if any(word in name for word in ("cat", "scaled_dot_product", "pad"))]
+    model.freeze_for_inference()
+    launches.clear()
+    with torch.no_grad():
+        model(batch)
+    assert launches == blocks, "sealed, token head and projection are one product"
 
 
 def test_corrupting_the_kernel_changes_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +385,7 @@ def test_autocast_runs_in_bf16_and_agrees() -> None:
         expected = model.forward_hidden(batch)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             actual = model.forward_hidden(batch)
-        assert model._encoder._blocks[0].qkv_weight.dtype == torch.bfloat16
+            assert model._encoder.folded(model).blocks[0].qkv_weight.dtype == torch.bfloat16
         again = model.forward_hidden(batch)
     assert torch.equal(again, expected)
     assert relative_error(actual.float(), expected) < 0.05

@@ -177,7 +177,7 @@ def held(model: Any) -> int:
 
 @pytest.mark.parametrize("kind", ["beit", "vit"])
 def test_freeze_for_inference_drops_the_originals(kind: str) -> None:
-    """Half the memory of the weights goes, the output stays bitwise, and what needs the originals says so."""
+    """Half the memory of the weights goes, features stay bitwise, and what needs the originals says so."""
     if kind == "beit":
         model = small().eval()
         batch = images(model, 2).float()
@@ -194,10 +194,13 @@ def test_freeze_for_inference_drops_the_originals(kind: str) -> None:
     assert model.freeze_for_inference() is model and model.freeze_for_inference() is model
     assert before - held(model) > 0.95 * linears
     with torch.no_grad():
-        assert torch.equal(model(batch), expected) and torch.equal(model.forward_features(batch), features)
+        assert torch.equal(model.forward_features(batch), features)
+        sealed = model(batch)  # token head and projection are multiplied in another order than before
+        assert relative_error(sealed, expected) <= 1e-5
+        expected = sealed
         twin = copy.deepcopy(model)
         assert torch.equal(twin(batch), expected)
-        model.prompts.weight.mul_(2.0)  # prompts are not folded and stay live
+        model.prompts.weight.mul_(2.0)  # an edit that PyTorch counts is followed by a sealed model too
         assert not torch.equal(model(batch), expected) and torch.equal(twin(batch), expected)
     assert "prompts.weight" in model.learned_state_dict() and model.weight_hash().startswith("sha256:")
     needs_originals: dict[str, Callable[[], Any]] = {

@@ -238,20 +238,24 @@ def heads_given(monkeypatch):
     return seen
 
 
-def test_inference_multiplies_token_head_and_projection_once(monkeypatch):
-    """A saved adapter runs on the folded head; training and what does not fold never see it."""
+def test_a_sealed_model_multiplies_token_head_and_projection_once(monkeypatch):
+    """Sealed, a model runs on the folded head; before, and where it does not fold, on the token head itself."""
     model = build(projection_bias=True).eval()
     images = support([0, 1])[0][0]
     seen = heads_given(monkeypatch)
     expected = model(images)
-    assert seen.pop() is model.lm_head.weight
-    for mode in (torch.no_grad, torch.inference_mode):
+    with torch.no_grad():
+        model(images)
+    assert all(head is model.lm_head.weight for head in seen)
+    seen.clear()
+    model.freeze_for_inference()
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
             for _ in range(2):
-                torch.testing.assert_close(model(images), expected.detach(), rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(model(images), expected, rtol=1e-12, atol=1e-12)
     assert isinstance(seen[0], FoldedHead) and all(head is seen[0] for head in seen)
     for options in ({"token_activation": "softmax"}, {"token_activation": "log_softmax"}, {"prototype_dim": None}):
-        other = build(**options).eval()
+        other = build(**options).eval().freeze_for_inference()
         with torch.no_grad():
             other(images)
         assert seen.pop() is other.lm_head.weight

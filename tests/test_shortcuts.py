@@ -105,7 +105,7 @@ def test_one_query_row_would_be_wrong_for_a_mean(prompt_mode: str) -> None:
     model = build(prompt_mode=prompt_mode, readout="mean")
     batch = images(model)
     right = model.forward_hidden(batch)
-    rows = [model._encoder.row(model, batch, row) for row in range(1, 1 + model.num_patches)]
+    rows = [model._encoder.folded(model).row(model, batch, row) for row in range(1, 1 + model.num_patches)]
     assert min(relative_error(row, right) for row in rows) > 1e-2
     assert relative_error(torch.stack(rows).mean(0), right) <= 1e-12
 
@@ -116,15 +116,16 @@ def test_prompt_rows_matter_until_the_last_block(prompt_mode: str) -> None:
     model = build(prompt_mode=prompt_mode, progressive_alpha=0.3, readout="cls")
     batch = images(model)
     right = model.forward_hidden(batch)
-    encoder, last = model._encoder, len(model.backbone.blocks) - 1
-    x, real = encoder._run(model, batch, last)
-    assert x.shape[1] == real + model.prompts.length
-    without = model.backbone.norm(encoder._last_block(model, x[:, :real], real, 0, last))
+    folded, last = model._encoder.folded(model), len(model.backbone.blocks) - 1
+    x, prefix = folded._run(model, batch, last, None)
+    assert x.shape[1] == folded.real + model.prompts.length and prefix is None
+    without = model.backbone.norm(folded._last_block(model, x[:, : folded.real], 0, last, None))
     assert relative_error(without, right) > 1e-3
 
 
 def test_key_and_value_biases_fold_and_query_bias_does_not() -> None:
-    """A5, and value biases into the next linear: exact. A query bias dropped the same way would change the scores."""
+    """A5, value biases into the next linear, and the scale into the queries: exact. A query bias dropped like a key
+    bias would change the scores."""
     vit = tiny_vit().double()
     block = vit.blocks[0]
     x = torch.randn(2, 7, 16, dtype=torch.float64)
@@ -135,7 +136,7 @@ def test_key_and_value_biases_fold_and_query_bias_does_not() -> None:
         assert not folded.qkv_bias[16:].any() and folded.qkv_bias[:16].all()
         qkv = F.linear(F.layer_norm(x, (16,), eps=folded.eps_1), folded.qkv_weight, qkv_bias)
         query, key, value = qkv.unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0).transpose(1, 2).flatten(2)
         return F.linear(mixed, folded.proj_weight, folded.proj_bias)
 
     bias = fold_block(block, torch.float64).qkv_bias

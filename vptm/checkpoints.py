@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from .choices import one_line
 from .pictures import check_picture_options
+from .sharing import shared_twin
 
 __all__ = ["LoadReport", "LoadedBackbone", "canonical_state_dict", "load_backbone", "weight_hash"]
 
@@ -206,7 +207,8 @@ def load_backbone(
       - a `.pth`, `.pt`, `.bin`, `.ckpt` file (unilm pre-training or fine-tuned, timm or Hugging Face names) or a
         `.safetensors` file (vptm's own, or plain weights under any of those names);
       - a folder with `config.json` and weights, as Hugging Face's `save_pretrained` writes, or the hub id of one;
-      - a `timm.models.beit.Beit` instance, which is kept, not copied: it is put in eval mode and loses its classifier.
+      - a `timm.models.beit.Beit` instance, which stays as it is: the backbone is another module on the same storage, in
+        eval mode and without a classifier.
     img_size: pixels, int or (height, width), multiples of the patch; position tables are resized by timm's rule
       (`timm.layers.resize_rel_pos_bias_table`, `resample_abs_pos_embed`). None keeps the source's size.
       A source that does not state its window (no config, no index buffer) is taken to be square where its position
@@ -302,7 +304,7 @@ def _load(source: str | os.PathLike[str] | Beit, size: tuple[int, int] | None, p
             raise TypeError(
                 f"source: PromptedBEiT runs timm's Beit class, the given module is a {type(source).__name__}"
             )
-        return _from_module(source, "timm Beit instance", "module", size, pretrained)
+        return _from_module(shared_twin(source), "timm Beit instance", "module", size, pretrained)
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source: required a path, a name or a timm Beit instance, got {type(source).__name__}")
 

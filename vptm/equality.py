@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .modes import eval_mode
+
 if TYPE_CHECKING:
     from .prompted_model import PromptedModel
 
@@ -15,22 +17,21 @@ def _outputs(model: PromptedModel, images: Tensor, impl: str, gradients: bool) -
     own = model.impl
     model.impl = impl
     try:
-        with torch.set_grad_enabled(gradients):
-            features = model.forward_features(images)
+        with torch.no_grad():  # the path that inference takes
             hidden = model.forward_hidden(images)
-            tensors = {"features": features, "hidden": hidden}
+            tensors = {"features": model.forward_features(images), "hidden": hidden}
             if model.lm_head is not None:
                 tensors["token_logits"] = model.lm_head(hidden)
             tensors["logits"] = model(images)
-            named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-            if gradients and named:
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if gradients and named:
+            with torch.enable_grad():
+                logits = model(images)
                 # a fixed, uneven cotangent: a constant one would hide errors that sum to zero over classes
-                cotangent = torch.linspace(-1, 1, tensors["logits"].numel(), device=images.device).view_as(
-                    tensors["logits"]
-                )
-                loss = (tensors["logits"] * cotangent).sum()
-                values = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
-                tensors |= {f"grad {name}": value for name, value in zip(named, values)}
+                cotangent = torch.linspace(-1, 1, logits.numel(), device=images.device).view_as(logits)
+                values = torch.autograd.grad((logits * cotangent).sum(), list(named.values()), materialize_grads=True)
+            tensors["logits in training"] = logits
+            tensors |= {f"grad {name}": value for name, value in zip(named, values)}
     finally:
         model.impl = own
     return {name: tensor.detach().double() for name, tensor in tensors.items()}
@@ -42,12 +43,12 @@ def check(model: PromptedModel, images: Tensor, *, gradients: bool = True) -> di
     Args:
         model: any `PromptedBEiT` or `PromptedViT`; it is compared in eval mode and left in the mode it was in.
         images: (B, channels, height, width) as `model` takes them.
-        gradients: also compare the gradients of everything that is trained.
+        gradients: also compare the path that records gradients, and the gradients of everything that is trained.
 
     Returns:
-        For "features", "hidden", "token_logits" (with a token head), "logits" and "grad <parameter>": the largest
-        absolute difference over max(1, largest absolute reference value). About 1e-6 in fp32; NaN where either path is
-        not finite.
+        The largest absolute difference over max(1, largest absolute reference value), for "features", "hidden",
+        "token_logits" (with a token head) and "logits" without gradients, as inference computes them, then for "logits
+        in training" and "grad <parameter>". About 1e-6 in fp32; NaN where either path is not finite.
 
     Example:
         >>> import vptm
@@ -55,13 +56,9 @@ def check(model: PromptedModel, images: Tensor, *, gradients: bool = True) -> di
         >>> max(errors.values()) < 1e-4
         True
     """
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         running = _outputs(model, images, model.impl, gradients)
         expected = _outputs(model, images, "reference", gradients)
-    finally:
-        model.train(training)
     errors = {}
     for name, reference in expected.items():
         if reference.numel() == 0:

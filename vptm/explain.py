@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .adapters import write_atomically
 from .data import picture_options, read_image, transforms
+from .modes import eval_mode
 from .prompted_beit import PromptedBEiT
 from .prompted_model import PromptedModel
 from .reference import reference_features, softmax_attention
@@ -98,9 +99,7 @@ def inspect_tokens(
     elif not image.is_floating_point():
         raise TypeError(f"image must be floating point, normalised as vptm.transforms does, got {image.dtype}")
     pixels = image.to(place)[None]
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         hidden = model.forward_hidden(pixels)
         probabilities = model._scores(hidden).softmax(-1)[0]
         similarities = None
@@ -111,8 +110,6 @@ def inspect_tokens(
             found = model.lm_head(hidden)[0].softmax(-1).topk(min(top, model.lm_head.out_features))
             tokens = list(zip(found.indices.tolist(), found.values.tolist()))
         weights = readout_attention_weights(model, pixels, layer)[0]
-    finally:
-        model.train(training)
     names = model.class_names or [str(k) for k in range(model.num_classes)]
     best = probabilities.topk(min(top, len(names))).indices.tolist()
     rows, columns = model.backbone.patch_embed.grid_size

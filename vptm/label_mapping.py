@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .choices import number, one_of
+from .modes import eval_mode
 
 ASSIGNMENTS = ("argmax", "hungarian", "greedy", "round_robin", "top", "threshold")
 EXCLUSIVE = ("hungarian", "greedy", "round_robin")
@@ -324,10 +325,8 @@ def label_counts(
     Raises:
         ValueError: an empty loader, a label outside 0..K-1, or logits that are NaN or +inf.
     """
-    training = model.training
-    model.eval()
     counts: Tensor | None = None
-    try:
+    with eval_mode(model):
         for images, targets in loader:
             logits = model(images)
             check_labels(targets, labels)
@@ -343,8 +342,6 @@ def label_counts(
                 best = logits.double().softmax(dim=1).topk(top, dim=1)
                 shares.scatter_(1, best.indices, best.values)
             counts.index_add_(0, targets.to(counts.device), shares)
-    finally:
-        model.train(training)
     if counts is None:
         raise ValueError("loader must hold at least one image, it is empty")
     return counts.float().cpu()

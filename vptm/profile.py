@@ -21,7 +21,8 @@ from .reference import reference_features, sdpa
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .prompted_model import PromptedModel
+    from .modes import eval_mode
+from .prompted_model import PromptedModel
 
 PATHS = ("vptm", "concatenation")
 
@@ -74,7 +75,6 @@ def stages_of(model: PromptedModel, images: Tensor, *, repeats: int = 5) -> list
         raise ValueError("stages_of needs a frozen backbone, got a trainable one: it runs every row of every block")
     if model.impl == "reference":
         raise ValueError("stages_of compares model.impl with the reference path, got impl='reference' itself")
-    training = model.training
     runs: dict[str, Callable[[], Tensor]] = {
         "vptm": lambda: model(images),
         "concatenation": lambda: model.forward_head(reference_features(model, images, sdpa)),
@@ -82,8 +82,7 @@ def stages_of(model: PromptedModel, images: Tensor, *, repeats: int = 5) -> list
     flops: dict[str, list[int]] = {}
     saved: dict[str, list[int]] = {}
     times: dict[str, list[list[float]]] = {path: [] for path in PATHS}
-    try:
-        model.eval()
+    with eval_mode(model):
         with torch.no_grad():
             for _ in range(repeats + 1):
                 for path, run in runs.items():
@@ -96,8 +95,6 @@ def stages_of(model: PromptedModel, images: Tensor, *, repeats: int = 5) -> list
         model.train()
         for path, run in runs.items():
             saved[path] = _saved_bytes(model, run)
-    finally:
-        model.train(training)
     parameters = _parameters(model)
     return [
         Stage(

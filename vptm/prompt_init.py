@@ -9,7 +9,6 @@ code also scores every epoch on test images and keeps the best, and carries an a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate, default_convert
 
 from .choices import one_of
+from .modes import eval_mode
 from .training import generators_kept, seed_everything
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def init_prompts(
             f"tokens of {count} images"
         )
     generator = np.random.default_rng(seed)
-    with generators_kept(loader, None), _eval(model), _Bar(progress) as bar:
+    with generators_kept(loader, None), eval_mode(model), _Bar(progress) as bar:
         seed_everything(seed, 0, loader, None)
         if method == "kmeans":
             prompts, forwarded = _centres(model, loader, generator.permutation(size)[:count], seed, bar)
@@ -232,18 +232,6 @@ def _batches(
         images = batch[0].to(model.prompts.weight.device)
         model.check_images(images)
         yield images
-
-
-@contextmanager
-def _eval(model: PromptedModel) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    model.backbone.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class _Bar:

@@ -10,14 +10,15 @@ from typing import Any
 import timm
 import torch
 from timm.models import register_model
-from timm.models.beit import Beit
+from timm.models.beit import Attention, Beit
 from torch import Tensor, nn
 
 from .checkpoints import LoadReport, load_backbone
 from .choices import one_of
+from .encoder import Folded
 from .position_bias import extended_index, parse_extra_bias
 from .prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
-from .reference import AttentionFunction, block_forward, canonical_bias, embed
+from .reference import AttentionFunction, BiasedAttention, GivenBias, canonical_bias, embed
 
 PROMPT_LOCATIONS = ("after_cls", "after_mask", "before_mask", "end")
 READOUTS = ("mask", "cls", "mean")
@@ -40,8 +41,8 @@ class PromptedBEiT(PromptedModel):
     backbone stays in eval mode under `model.train()`.
 
     Args:
-        source: unilm `.pth`, safetensors file, Hugging Face folder or id, timm name, timm `Beit` instance (used as it
-            is, and frozen) or "builtin". See `vptm.load_backbone`.
+        source: unilm `.pth`, safetensors file, Hugging Face folder or id, timm name, timm `Beit` instance (which stays
+            as it is: `backbone` is another module on the same storage) or "builtin". See `vptm.load_backbone`.
         num_classes: K.
         prompt_length: prompts per layer P, 0 allowed.
         prompt_mode: "shallow", "deep" or "progressive", see `vptm.PromptBank`.
@@ -170,6 +171,9 @@ class PromptedBEiT(PromptedModel):
         self.architecture = loaded.report.architecture
         self.default_cfg = loaded.default_cfg
         self.backbone = loaded.backbone
+        for block in self.backbone.blocks:
+            if type(block.attn) is Attention:
+                block.attn.__class__ = BiasedAttention  # the same parts, for rows that timm's table does not know
         self.num_features = width = self.backbone.embed_dim
 
         mask_token, lm_head = loaded.mask_token, loaded.lm_head
@@ -263,10 +267,10 @@ class PromptedBEiT(PromptedModel):
         }[self.prompt_location]
         return torch.cat([segments[name] for name in order])
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, folded: Folded | None = None) -> Tensor:
         """Rows `[class | patches | mask?]`, written into one buffer."""
         backbone = self.backbone
-        patches = self._encoder.patches(self, images)
+        patches = backbone.patch_embed(images) if folded is None else folded.patches(self, images)
         position = backbone.pos_embed
         end = 1 + self.num_patches
         dtype = torch.promote_types(patches.dtype, backbone.cls_token.dtype)
@@ -289,11 +293,19 @@ class PromptedBEiT(PromptedModel):
 
     def reference_block(self, layer: int, rows: Tensor, attention: AttentionFunction) -> Tensor:
         """Block `layer` on the rows in the order of `prompt_location`."""
-        order = self.row_order[self.row_order < rows.shape[1]]  # a block may have no prompt rows
+        order = self.row_order
+        if rows.shape[1] < self.num_rows:  # a block may have no prompt rows
+            order = order[order < rows.shape[1]]
         bias = canonical_bias(self, layer)
         if bias is not None:
             bias = bias[:, order][:, :, order].unsqueeze(0)
-        return block_forward(self.backbone.blocks[layer], rows[:, order], bias, attention)[:, order.argsort()]
+        block = self.backbone.blocks[layer]
+        attn = getattr(block, "attn", None)
+        if type(attn) is BiasedAttention and "forward" not in attn.__dict__:
+            out = block(rows[:, order], shared_rel_pos_bias=GivenBias(bias, attention))
+        else:  # somebody's own attention takes the bias as timm's does
+            out = block(rows[:, order], shared_rel_pos_bias=bias)
+        return out[:, order.argsort()]
 
     def position_bias(self, layer: int, *, learned: bool = True) -> Tensor | None:
         """The table's entries for every pair of rows, with `prompt_bias` where it is learned and asked for."""

@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import weight_hash
 from .choices import one_of
-from .encoder import FrozenEncoder, can_fold
+from .encoder import Folded, FrozenEncoder, Start
+from .fold import refuse_unread
 from .prompts import PROMPT_OPTIONS, PromptBank
 from .reference import AttentionFunction, reference_features, sdpa, softmax_attention
+from .sharing import own_storage
 from .verbalizers import ClassEmbeddings, LinearVerbalizer, PrototypicalVerbalizer
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
@@ -28,7 +29,8 @@ class PromptedModel(nn.Module):
     has.
 
     Rows stand as `[prefix | patches | mask? | prompts]` wherever they are kept: the prefix is the class token and what
-    comes with it. A subclass builds `backbone`, `prompts` and `verbalizer`, calls `_finish`, and defines the methods
+    comes with it. How long what is derived from weights holds is said in `vptm.encoder.FrozenEncoder`. A subclass
+    builds `backbone`, `prompts` and `verbalizer`, calls `_finish`, and defines the methods
     that raise NotImplementedError here.
     """
 
@@ -68,8 +70,9 @@ class PromptedModel(nn.Module):
         self.train(self.training)
 
     @abstractmethod
-    def embed(self, images: Tensor) -> Tensor:
-        """Rows `[prefix | patches | mask?]` before block 0, in memory of their own."""
+    def embed(self, images: Tensor, folded: Folded | None = None) -> Tensor:
+        """Rows `[prefix | patches | mask?]` before block 0, in memory of their own; by the patch embedding of `folded`
+        where there is one."""
         raise NotImplementedError
 
     @abstractmethod
@@ -174,14 +177,19 @@ class PromptedModel(nn.Module):
         """Training mode for prompts and verbalizer; a frozen backbone stays in eval mode."""
         if mode:
             self._refuse_dropped("train()")
-        super().train(mode)
-        if self._frozen:
-            self.backbone.eval()
+        self.training = mode
+        for name, child in self.named_children():
+            child.train(mode and not (self._frozen and name == "backbone"))
         return self
 
     def unfreeze(self) -> PromptedModel:
-        """Make the backbone trainable too (full fine-tuning), and let it follow `train()`."""
+        """Make the backbone trainable too (full fine-tuning), and let it follow `train()`.
+
+        A backbone that was passed in as a module is copied first: what trains is not the module that was passed.
+        """
         self._refuse_dropped("unfreeze()")
+        own_storage(self.backbone)
+        self.refresh()
         self._frozen = False
         self.backbone.requires_grad_(True)
         return self.train(self.training)
@@ -192,15 +200,17 @@ class PromptedModel(nn.Module):
         return super()._apply(fn, recurse)
 
     def refresh(self) -> None:
-        """Derive the folded constants of encoder and verbalizer again.
+        """Derive the folded constants again at the next forward.
 
-        Needed only after an edit PyTorch does not count as a change (through `.data`, or of a tensor made under
-        `inference_mode`), or of a compiled model's frozen weights; any other change is noticed.
+        Needed only after an edit that PyTorch does not count; which these are is said in
+        `vptm.encoder.FrozenEncoder`.
         """
         self._refuse_dropped("refresh()")
         self._encoder = FrozenEncoder()
-        if isinstance(self.verbalizer, PrototypicalVerbalizer):
-            self.verbalizer.refresh()
+
+    @torch.compiler.assume_constant_result
+    def _fold_while_tracing(self) -> bool:
+        return self._encoder.runs_eagerly(self)
 
     def freeze_for_inference(self, keep_originals: bool = False) -> PromptedModel:
         """Fold the frozen weights now and, by default, drop the originals, which halves the memory the model holds.
@@ -224,7 +234,8 @@ class PromptedModel(nn.Module):
             >>> model(torch.zeros(2, 1, 28, 28)).shape
             torch.Size([2, 10])
         """
-        if self.impl == "reference" or not self._encoder.runs(self):
+        folded = self._runs_on()
+        if folded is None:
             raise ValueError(f"freeze_for_inference needs a model that runs folded, got {self._unfolded()}")
         if self._encoder.sealed:
             if keep_originals:
@@ -236,8 +247,29 @@ class PromptedModel(nn.Module):
             for block in self.backbone.blocks:
                 for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
                     linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
-            self._encoder.seal()
+            self._encoder.seal(self, folded)
         return self
+
+    def _twin(self) -> PromptedModel:
+        """A model of the same parts, with an encoder of its own."""
+        twin = object.__new__(type(self))
+        twin.__dict__ = dict(self.__dict__)
+        for kind in ("_modules", "_parameters", "_buffers"):
+            twin.__dict__[kind] = dict(self.__dict__[kind])
+        twin._encoder = FrozenEncoder()
+        return twin
+
+    def sealed_twin(self) -> PromptedModel:
+        """This model as it is now, to predict with: the same parts, with prompts projected and the head folded once.
+
+        The parts keep their mode: call `eval()` before. A model that does not run folded, or is sealed, is its own.
+        """
+        folded = None if self._encoder.sealed else self._runs_on()
+        if folded is None:
+            return self
+        twin = self._twin()
+        twin._encoder.seal(twin, folded)
+        return twin
 
     def _refuse_dropped(self, action: str) -> None:
         encoder = self.__dict__.get("_encoder")
@@ -289,34 +321,28 @@ class PromptedModel(nn.Module):
             CLS or mean read-out this equals `backbone.forward_features`.
         """
         self.check_images(images)
-        if self.impl != "reference" and self._encoder.runs(self):
-            return self._encoder.features(self, images)
-        return self._plain_features(images)
+        folded = self._runs_on()
+        return self._plain_features(images) if folded is None else folded.features(self, images)
+
+    def _runs_on(self) -> Folded | None:
+        """The folded constants this model runs on now, None where it runs its modules."""
+        return None if self.impl == "reference" else self._encoder.folded(self)
 
     def _plain_features(self, images: Tensor) -> Tensor:
         self._refuse_dropped("the reference path")
+        refuse_unread(self.backbone)
         if self.impl == "triton":
             raise ValueError(
                 "impl='triton' needs a frozen backbone of plain pre-norm blocks with a two-layer MLP, "
                 f"got {self._unfolded()}"
             )
+        if any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            own_storage(self.backbone)
         return reference_features(self, images, softmax_attention if self.impl == "reference" else sdpa)
 
     def _unfolded(self) -> str:
         """What keeps this model from the folded path."""
-        if any(parameter.requires_grad for parameter in self.backbone.parameters()):
-            return "a trainable one"
-        if self.backbone.training:
-            return "one in training mode"
-        if self.impl == "reference":
-            return "impl='reference'"
-        block = next(block for block in self.backbone.blocks if not can_fold(block))
-        if any(part._forward_hooks or part._forward_pre_hooks for part in block.modules()):
-            return "blocks with forward hooks"
-        mlp = getattr(block, "mlp", None)
-        if mlp is not None and type(mlp) is not Mlp:
-            return f"{type(mlp).__name__} blocks"
-        return f"{type(block).__name__} blocks with other parts"
+        return FrozenEncoder.unsupported(self) or f"impl={self.impl!r}"
 
     def run_block(self, function: Any, *args: Any) -> Tensor:
         """`function(*args)`, its activations recomputed in backward where `set_grad_checkpointing` asked for it."""
@@ -327,10 +353,13 @@ class PromptedModel(nn.Module):
     def forward_hidden(self, images: Tensor) -> Tensor:
         """The normalised read-out row (B, C), equal to `forward_head(forward_features(images), pre_logits=True)`."""
         self.check_images(images)
-        if self.impl == "reference" or not self._encoder.runs(self):
+        return self._hidden(images, self._runs_on())
+
+    def _hidden(self, images: Tensor, folded: Folded | None, start: Start | None = None) -> Tensor:
+        if folded is None:
             return self.forward_head(self._plain_features(images), pre_logits=True)
         row = self._readout_row()
-        pooled = self._encoder.mean(self, images) if row is None else self._encoder.row(self, images, row)
+        pooled = folded.mean(self, images, start) if row is None else folded.row(self, images, row, start)
         return self.backbone.fc_norm(pooled)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
@@ -347,12 +376,16 @@ class PromptedModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Class scores (B, K), cosine / temperature with the prototypical verbalizer, for normalised images (B,
         channels, H, W)."""
-        return self._scores(self.forward_hidden(images))
+        self.check_images(images)
+        folded = self._runs_on()
+        return self._scores(self._hidden(images, folded), folded)
 
-    def _scores(self, hidden: Tensor) -> Tensor:
-        if isinstance(self.verbalizer, PrototypicalVerbalizer):
+    def _scores(self, hidden: Tensor, folded: Folded | None = None) -> Tensor:
+        if not isinstance(self.verbalizer, PrototypicalVerbalizer):
+            return self.verbalizer(hidden, self.lm_head)
+        if folded is None:
             return self.verbalizer(hidden, self.lm_head, self.impl)
-        return self.verbalizer(hidden, self.lm_head)
+        return self.verbalizer(hidden, self.lm_head, self.impl, folded.token_head, folded.sealed_head)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that training changes."""
@@ -400,12 +433,13 @@ class PromptedModel(nn.Module):
                 raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
             if not torch.isfinite(state[name]).all():
                 raise ValueError(f"{name} must be finite, got NaN or infinite values")
+        if any(name.startswith("backbone.") for name in own):
+            own_storage(self.backbone)
+            own = self.learned_state_dict()
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
-        self._encoder.forget_prompts()
-        if isinstance(self.verbalizer, PrototypicalVerbalizer):
-            self.verbalizer.refresh()
+        self._encoder.forget_learned()
 
     def get_classifier(self) -> nn.Module:
         """The verbalizer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 from .checkpoints import _check_size, _check_values, _first_line, _pair, _probe
 from .choices import hint, one_of
+from .encoder import Folded
 from .prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
 from .reference import AttentionFunction
+from .sharing import shared_twin
 
 READOUTS = ("cls", "mean", "mean_with_prompts")
 BLOCKS = ("Block", "ResPostBlock", "ParallelScalingBlock", "DiffParallelScalingBlock", "ParallelThingsBlock")
@@ -34,7 +37,7 @@ class PromptedViT(PromptedModel):
 
     Args:
         source: timm name, with its tag where it has one ("vit_base_patch16_224.mae"), or a timm `VisionTransformer`
-            instance (used as it is, and frozen; it loses its classifier).
+            instance (which stays as it is: `backbone` is another module on the same storage).
         num_classes: K.
         prompt_length: prompts per layer P, 0 allowed.
         prompt_mode: "deep", "shallow" or "progressive", see `vptm.PromptBank`. Prompts are inserted after the position
@@ -142,16 +145,18 @@ class PromptedViT(PromptedModel):
                     f"token_activation={token_activation!r} reads the source's classifier, this backbone does not have "
                     "exactly one: use 'hidden'"
                 )
-            self.lm_head = backbone.head
+            self.lm_head = copy.deepcopy(backbone.head)  # of its own, as it may learn
         backbone.reset_classifier(0)
         self.prompts = self._make_prompts()
         self.num_rows = backbone.num_prefix_tokens + self.num_patches + self.prompts.length
         self.verbalizer = self._make_verbalizer(num_classes)
         self._finish()
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, folded: Folded | None = None) -> Tensor:
         """Rows `[class | registers | patches]` with positions, after `norm_pre`."""
-        return self.backbone.norm_pre(self.backbone._pos_embed(self._encoder.patches(self, images)))
+        backbone = self.backbone
+        patches = backbone.patch_embed(images) if folded is None else folded.patches(self, images)
+        return backbone.norm_pre(backbone._pos_embed(patches))
 
     def reference_embed(self, images: Tensor) -> Tensor:
         """The same rows by timm's code alone."""
@@ -182,7 +187,7 @@ def _load(source: str | VisionTransformer, img_size: int | tuple[int, int] | Non
     if isinstance(source, nn.Module):
         if img_size is not None:
             raise ValueError(f"img_size must be None for an instance, which has its own size, got {img_size!r}")
-        backbone, label = source, type(source).__name__
+        backbone, label = shared_twin(source), type(source).__name__
         _check(backbone, label)
     elif not isinstance(source, str | Path):
         raise TypeError(f"source must be a timm name or a timm VisionTransformer, got {type(source).__name__}")

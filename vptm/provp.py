@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .choices import number
-from .encoder import FrozenEncoder
+from .encoder import Start
 from .losses import feature_reformation
 from .prompted_beit import PromptedBEiT
 from .prompts import PromptBank
@@ -143,10 +143,7 @@ def unprompted(model: PromptedModel) -> PromptedModel:
 
     Made for the device and dtype the model has now. Needs a frozen backbone.
     """
-    twin = object.__new__(type(model))
-    twin.__dict__ = dict(model.__dict__)
-    for kind in ("_modules", "_parameters", "_buffers"):
-        twin.__dict__[kind] = dict(model.__dict__[kind])
+    twin = model._twin()
     weight = model.prompts.weight
     twin.prompts = PromptBank(len(model.backbone.blocks), 0, model.num_features, patch_values=1).to(weight)
     twin.num_rows = rows = model.num_rows - model.prompts.length
@@ -156,7 +153,7 @@ def unprompted(model: PromptedModel) -> PromptedModel:
     if twin.prompt_bias is not None:
         twin.prompt_bias = None
     twin.training = False
-    twin._encoder = FrozenEncoder()
+    twin._encoder.borrow(model)
     return twin
 
 
@@ -199,9 +196,11 @@ class FeatureReformation:
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The prompted read-out rows (B, C) of a batch, and its loss."""
         model = self.model
-        if self._cache is None and model.prompts.placement == "prepend" and self._lend():
-            with model._encoder.started_together(model, self.twin, images):
-                frozen, hidden = self._compute(images), model.forward_hidden(images)
+        folded = model._runs_on() if self._cache is None and model.prompts.placement == "prepend" else None
+        if folded is not None:
+            model.check_images(images)
+            start = folded.start(model, images)
+            frozen, hidden = self._compute(images, start), model._hidden(images, folded, start)
         else:
             frozen, hidden = self.frozen(images), model.forward_hidden(images)
         loss = feature_reformation(image_features(model, hidden), frozen, temperature=self.temperature)
@@ -220,11 +219,8 @@ class FeatureReformation:
                 self._cache[keys[i]] = features
         return torch.stack([self._cache[key] for key in keys])
 
-    def _lend(self) -> bool:
-        self.model._encoder.lend(self.model, self.twin)
-        return self.model.impl != "reference" and self.model._encoder.runs(self.model)
-
     @torch.no_grad()
-    def _compute(self, images: Tensor) -> Tensor:
-        self._lend()
-        return image_features(self.model, self.twin.forward_hidden(images))
+    def _compute(self, images: Tensor, start: Start | None = None) -> Tensor:
+        twin = self.twin
+        twin.impl = self.model.impl
+        return image_features(self.model, twin._hidden(images, twin._runs_on(), start))

@@ -7,12 +7,12 @@ own model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from einops import rearrange, repeat
-from timm.models.beit import Block
-from torch import Tensor
+from timm.models.beit import Attention
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """`softmax(q k^T / sqrt(D) + bias) v` for (B, H, T, D) inputs and a (1, H, T, T) bias, every score stored."""
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, drop: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """`drop(softmax(q k^T / sqrt(D) + bias)) v` for (B, H, T, D) inputs and a (1, H, T, T) bias, every score stored."""
     scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias
-    return scores.softmax(dim=-1) @ value
+    weights = scores.softmax(dim=-1)
+    return (weights if drop is None else drop(weights)) @ value
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
@@ -35,29 +38,49 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tens
     return F.scaled_dot_product_attention(query, key, value, attn_mask=None if bias is None else bias.to(query.dtype))
 
 
-def block_forward(block: Block, x: Tensor, bias: Tensor | None, attention: AttentionFunction) -> Tensor:
-    """One pre-norm BEiT block on (B, T, C) with an explicit (1, H, T, T) bias instead of the block's own (1 + N)-token
-    one."""
-    attn = block.attn
-    qkv_bias = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-    qkv = F.linear(block.norm1(x), attn.qkv.weight, qkv_bias)
-    query, key, value = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=attn.num_heads)
-    mixed = rearrange(attention(query, key, value, bias), "b h t d -> b t (h d)")
-    update = attn.proj_drop(attn.proj(mixed))
-    x = x + block.drop_path1(update if block.gamma_1 is None else block.gamma_1 * update)
-    update = block.mlp(block.norm2(x))
-    return x + block.drop_path2(update if block.gamma_2 is None else block.gamma_2 * update)
+class GivenBias(NamedTuple):
+    """All of the position bias of a block, (1, H, T, T) or None, and the function that attends with it."""
+
+    bias: Tensor | None
+    attention: AttentionFunction
+
+
+class BiasedAttention(Attention):
+    """timm's BEiT attention, which may be given all of its bias, for rows that its own table does not know.
+
+    With a `GivenBias` in place of the shared bias it attends by that; its parts run as the modules they are. Without
+    one it is timm's.
+    """
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | GivenBias | None = None) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        if not isinstance(shared_rel_pos_bias, GivenBias):
+            return super().forward(x, shared_rel_pos_bias)
+        bias, attention = shared_rel_pos_bias
+        qkv_bias = None if self.q_bias is None else torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        if type(self.qkv) is nn.Linear and not _listened_to(self.qkv):
+            qkv = F.linear(x, self.qkv.weight, qkv_bias)
+        else:  # an adapter's or a quantised linear has no weight to read past it
+            qkv = self.qkv(x) if qkv_bias is None else self.qkv(x) + qkv_bias
+        query, key, value = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
+        if type(self.attn_drop) is nn.Dropout and not self.attn_drop.training and not _listened_to(self.attn_drop):
+            mixed = attention(query, key, value, bias)
+        else:
+            mixed = softmax_attention(query, key, value, bias, self.attn_drop)
+        return self.proj_drop(self.proj(rearrange(mixed, "b h t d -> b t (h d)")))
+
+
+def _listened_to(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def canonical_bias(model: PromptedBEiT, layer: int, *, learned: bool = True) -> Tensor | None:
     """Bias (H, T, T) of block `layer` for rows `[class | patches | mask? | prompts]`, or None where nothing is
     added."""
     backbone = model.backbone
-    tables = [
-        module.relative_position_bias_table
-        for module in (backbone.rel_pos_bias, backbone.blocks[layer].attn)
-        if module is not None and module.relative_position_bias_table is not None
-    ]
+    parts = (backbone.rel_pos_bias, getattr(backbone.blocks[layer], "attn", None))
+    found = (getattr(part, "relative_position_bias_table", None) for part in parts)
+    tables = [table for table in found if table is not None]
     bias = None
     if tables:
         table = sum(tables[1:], start=tables[0])

@@ -40,6 +40,7 @@ from .checkpoints import check_archive, weight_hash
 from .choices import hint, number, one_line, one_of
 from .data import ImageDataset, dataset_labels
 from .losses import protoverb_loss
+from .modes import eval_mode
 from .optimization import SCHEDULES, decay_groups, make_schedule
 from .prompted_model import PromptedModel
 from .provp import FeatureReformation
@@ -315,19 +316,17 @@ def evaluate(
     classes = model.num_classes
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     total = torch.zeros((), dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
+        # what is compiled or wrapped runs as it is
+        runs = model.sealed_twin() if forward is model and isinstance(model, PromptedModel) else forward
         for images, labels in loader:
             _check_batch_labels(labels, classes)
-            scores = forward(images.to(place)).float().cpu()
+            scores = runs(images.to(place)).float().cpu()
             if scores.shape[1] != classes:
                 raise ValueError(f"model must give a score for each of its {classes} classes, got {scores.shape[1]}")
             labels = labels.cpu().long()
             total += F.cross_entropy(scores, labels, reduction="sum").double()
             counts += torch.bincount(labels * classes + scores.argmax(1), minlength=classes**2).view(classes, classes)
-    finally:
-        model.train(was_training)
     n = int(counts.sum())
     if n == 0:
         raise ValueError("loader must yield at least one image, it is empty")

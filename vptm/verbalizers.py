@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from vptm_kernels import FoldedHead, fold_head, prototype_cosine
 
 from .choices import number, one_of
-from .encoder import _state, storages
+from .fold import is_plain_linear
 from .losses import check_labels, protoverb_loss
+from .modes import eval_mode
 
 if TYPE_CHECKING:
     from .prompted_model import PromptedModel
@@ -52,6 +53,14 @@ def _check_sizes(in_features: int, num_classes: int) -> None:
     for name, size in (("in_features", in_features), ("num_classes", num_classes)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
+
+
+class PreparedHead(NamedTuple):
+    """Constants of a verbalizer that does not change any more: token head and projection as one map, and unit
+    prototypes (K, d)."""
+
+    head: FoldedHead
+    prototypes: Tensor
 
 
 class PrototypicalVerbalizer(nn.Module):
@@ -113,16 +122,6 @@ class PrototypicalVerbalizer(nn.Module):
             self.log_temperature = nn.Parameter(log_temperature)
         else:
             self.register_buffer("log_temperature", log_temperature)
-        self._fold: tuple[object, object, FoldedHead, Tensor] | None = None
-        self._cast: tuple[object, object, Tensor, Tensor | None] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fold": None, "_cast": None}
-
-    def refresh(self) -> None:
-        """Forget the folded head; needed only after an edit PyTorch does not count as a change (through `.data`, or of
-        a tensor made under `inference_mode`)."""
-        self._fold = self._cast = None
 
     @property
     def temperature(self) -> Tensor:
@@ -136,7 +135,8 @@ class PrototypicalVerbalizer(nn.Module):
 
     def _embed_support(self, hidden: Tensor, lm_head: nn.Linear | None) -> Tensor:
         """`embed` for many rows at once: where that is exact, without the V token logits of each."""
-        if self.token_activation == "logits" and self.projection is not None and lm_head is not None:
+        if self.token_activation == "logits" and self.projection is not None and self._is_plain(lm_head):
+            assert lm_head is not None
             head = fold_head(lm_head.weight, lm_head.bias, self.projection.weight, self.projection.bias)
             return F.linear(hidden, *head)
         return self.embed(hidden, lm_head)
@@ -169,53 +169,41 @@ class PrototypicalVerbalizer(nn.Module):
         """Cosine similarities (B, K) of embeddings (B, d), as `embed` makes them, to the prototypes."""
         return F.linear(F.normalize(embedding, dim=-1), F.normalize(self.prototypes, dim=-1))
 
-    def _folded(self, lm_head: nn.Linear) -> tuple[FoldedHead, Tensor] | None:
-        """Token head and projection as one map, and unit prototypes, where that is exact and neither learned nor
-        traced."""
-        if self.token_activation != "logits" or self.projection is None:
+    def prepare(self, lm_head: nn.Linear | None) -> PreparedHead | None:
+        """Token head and projection as one map, and unit prototypes, as they are now; None where that is not exact."""
+        if self.token_activation != "logits" or self.projection is None or not self._is_plain(lm_head):
             return None
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        parts = (lm_head.weight, lm_head.bias, self.projection.weight, self.projection.bias)
-        key = tuple(None if part is None else _state(part) for part in (*parts, self.prototypes))
-        if self._fold is None or self._fold[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                held = storages((*parts, self.prototypes))
-                self._fold = key, held, fold_head(*parts), F.normalize(self.prototypes, dim=-1)
-        return self._fold[2:]
+        assert lm_head is not None
+        head = fold_head(lm_head.weight, lm_head.bias, self.projection.weight, self.projection.bias)
+        return PreparedHead(head, F.normalize(self.prototypes, dim=-1))
 
-    def _token_head(self, lm_head: nn.Linear) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the token head, under autocast cast once while they are frozen."""
-        parts, device = (lm_head.weight, lm_head.bias), lm_head.weight.device.type
-        learned = any(part is not None and part.requires_grad for part in parts)
-        if learned or torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
-            return parts
-        dtype = torch.get_autocast_dtype(device)
-        if lm_head.weight.dtype in (dtype, torch.float64):
-            return parts
-        key = (dtype, *(None if part is None else _state(part) for part in parts))
-        if self._cast is None or self._cast[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                bias = None if lm_head.bias is None else lm_head.bias.to(dtype)
-                self._cast = key, storages(parts), lm_head.weight.to(dtype), bias
-        return self._cast[2:]
+    def _is_plain(self, lm_head: nn.Linear | None) -> bool:
+        """Whether token head and projection are linears whose weights may be read past them."""
+        return is_plain_linear(lm_head) and (self.projection is None or is_plain_linear(self.projection))
 
-    def cosine(self, hidden: Tensor, lm_head: nn.Linear | None = None, impl: str = "auto") -> Tensor:
+    def cosine(
+        self,
+        hidden: Tensor,
+        lm_head: nn.Linear | None = None,
+        impl: str = "auto",
+        token_head: tuple[Tensor, Tensor | None] | None = None,
+        prepared: PreparedHead | None = None,
+    ) -> Tensor:
         """Cosine similarities (B, K) of the read-out rows (B, C) to the prototypes, in [-1, 1].
 
         What reads tokens runs in `vptm_kernels.prototype_cosine`, with its `impl`, and stores token logits only where
-        that is cheapest; "reference" always stores them. Where no gradient is recorded, token head and projection are
-        one matrix and prototypes unit rows, made again when one of them changes.
+        that is cheapest; "reference" always stores them, and so does a token head or projection that is not a plain
+        linear, which runs as the module it is. `token_head` is weight and bias of a frozen `lm_head` in the type of
+        autocast; `prepared` what `prepare` gave, which then stands for everything learned here but the temperature.
         """
-        if lm_head is None or self.token_activation == "hidden" or impl == "reference":
+        if prepared is not None:
+            return prototype_cosine(hidden, prepared.head, None, prepared.prototypes, unit_prototypes=True, impl=impl)
+        if self.token_activation == "hidden" or impl == "reference" or not self._is_plain(lm_head):
             return self.compare(self.embed(hidden, lm_head))
-        folded = self._folded(lm_head)
-        if folded is not None:
-            head, prototypes = folded
-            return prototype_cosine(hidden, head, None, prototypes, unit_prototypes=True, impl=impl)
+        assert lm_head is not None
         return prototype_cosine(
             hidden,
-            *self._token_head(lm_head),
+            *(token_head or (lm_head.weight, lm_head.bias)),
             self.prototypes,
             projection=None if self.projection is None else self.projection.weight,
             projection_bias=None if self.projection is None else self.projection.bias,
@@ -223,9 +211,16 @@ class PrototypicalVerbalizer(nn.Module):
             impl=impl,
         )
 
-    def forward(self, hidden: Tensor, lm_head: nn.Linear | None = None, impl: str = "auto") -> Tensor:
-        """Class scores (B, K) = cosine / temperature; `impl` as in `cosine`."""
-        return self.cosine(hidden, lm_head, impl) / self.temperature
+    def forward(
+        self,
+        hidden: Tensor,
+        lm_head: nn.Linear | None = None,
+        impl: str = "auto",
+        token_head: tuple[Tensor, Tensor | None] | None = None,
+        prepared: PreparedHead | None = None,
+    ) -> Tensor:
+        """Class scores (B, K) = cosine / temperature; arguments as in `cosine`."""
+        return self.cosine(hidden, lm_head, impl, token_head, prepared) / self.temperature
 
 
 class ClassEmbeddings(nn.Module):
@@ -253,6 +248,9 @@ class ClassEmbeddings(nn.Module):
         if dim is not None:
             self.projection = nn.Parameter(torch.zeros(dim, in_features), requires_grad=False)
         self.temperature = temperature
+
+    def prepare(self, lm_head: nn.Linear | None) -> None:
+        """Nothing here can be folded."""
 
     def embed(self, hidden: Tensor) -> Tensor:
         """What is compared with the embeddings, (B, D), of any length."""
@@ -286,6 +284,9 @@ class LinearVerbalizer(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
+    def prepare(self, lm_head: nn.Linear | None) -> None:
+        """Nothing here can be folded."""
+
     def forward(self, hidden: Tensor, lm_head: nn.Linear | None = None) -> Tensor:
         """Class scores (B, K)."""
         return self.head(read_tokens(hidden, lm_head, self.token_activation))
@@ -299,12 +300,11 @@ def support_rows(model: PromptedModel, loader: Iterable[tuple[Tensor, Tensor]], 
         ValueError: labels that are not (B,) integers, a label outside 0 .. classes - 1, a row that is not finite, or a
             class without an image.
     """
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     rows: list[Tensor] = []
     found: list[Tensor] = []
     seen = 0
-    model.eval()
-    try:
+    with eval_mode(model):
         for images, labels in loader:
             if not isinstance(labels, Tensor):
                 raise ValueError(f"labels must be a tensor (B,) of integers, got {type(labels).__name__}")
@@ -321,8 +321,6 @@ def support_rows(model: PromptedModel, loader: Iterable[tuple[Tensor, Tensor]], 
             rows.append(hidden)
             found.append(labels.to(device).long())
             seen += len(labels)
-    finally:
-        model.train(training)
     counts = torch.bincount(torch.cat(found), minlength=classes) if found else torch.zeros(classes)
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from .choices import number, one_of
-from .encoder import can_fold
+from .fold import unfoldable
 from .label_mapping import LabelMapping, bayesian_mapping, check_labels, frequency_mapping, label_counts
 
 PIXEL_PROMPTS = ("expansive", "additive")
@@ -194,7 +194,7 @@ class ReprogrammedClassifier(nn.Module):
             return vit(self.prompt(images))
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(self.prompt.patches(vit.patch_embed, images))))
         blocks = list(vit.blocks)
-        if self.prompt.mode == "expansive" and can_fold(blocks[0]):
+        if self.prompt.mode == "expansive" and unfoldable(blocks[0]) is None:
             own = vit.num_prefix_tokens + self.prompt.own_patches(vit.patch_embed)
             x = _block_with_shared_rows(blocks.pop(0), x, own)
         for block in blocks:

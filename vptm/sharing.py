@@ -1,0 +1,47 @@
+"""A module that was passed in stays as it is: what is done to it is done to a twin on the same storage."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def shared_twin(module: nn.Module) -> nn.Module:
+    """A module of the same parts, frozen, on the storage of `module`.
+
+    Modes, gradients and parts that are replaced or taken away are the twin's own; values edited in place are seen by
+    both, until `own_storage` or `load_state_dict` of the twin. Hooks run on the twin too.
+    """
+    memo: dict[int, object] = {}
+    for part in module.modules():
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        attributes = (value for value in part.__dict__.values() if isinstance(value, Tensor))
+        for tensor in chain(part._buffers.values(), attributes):
+            if tensor is not None:
+                memo[id(tensor)] = tensor.detach()
+        for hook in chain.from_iterable(getattr(part, hooks).values() for hooks in _HOOKS):
+            memo[id(hook)] = hook  # a bound method would be copied with the object it belongs to
+    twin = copy.deepcopy(module, memo)
+    twin._shares_storage = True  # type: ignore[assignment]
+    twin.register_load_state_dict_pre_hook(_own_before_loading)
+    return twin
+
+
+@torch.no_grad()
+def own_storage(module: nn.Module) -> None:
+    """Give a `shared_twin` storage of its own, with the same values, before they change; other modules have it."""
+    if module.__dict__.get("_shares_storage", False):
+        for tensor in chain(module.parameters(), module.buffers()):
+            tensor.data = tensor.data.clone()
+        module._shares_storage = False  # type: ignore[assignment]
+
+
+def _own_before_loading(module: nn.Module, *_: object) -> None:
+    own_storage(module)
