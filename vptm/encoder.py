@@ -29,7 +29,7 @@ from vptm_kernels._runtime.frozen_linear import frozen_linear, runs_onednn
 from vptm_kernels._runtime.triton_support import choose
 from vptm_kernels.prompted_attention.bias import align_rows
 
-from .fold import FrozenBlock, Watch, fold_block, is_plain_linear, oddity, unfoldable, unread
+from .fold import FrozenBlock, Watch, fold_block, is_plain_linear, oddity, refuse_unread, unfoldable, unread
 
 if TYPE_CHECKING:
     from .prompted_model import PromptedModel
@@ -435,6 +435,9 @@ class FrozenEncoder:
             return "a trainable one"
         if backbone.training:
             return "one in training mode"
+        odd = oddity(model.prompts)
+        if odd is not None:
+            return f"prompts with {odd}"  # their rows are asked for, and the module is not run
         return unread(backbone) or next(filter(None, map(unfoldable, backbone.blocks)), None)
 
     @classmethod
@@ -467,7 +470,7 @@ class FrozenEncoder:
 
     def _eagerly(self, model: PromptedModel) -> Folded | None:
         made = self._looked(model)
-        if made.reason is not None:
+        if made.reason is not None or oddity(model.prompts) is not None:
             return None
         key, dtype, triton = self._key(model)
         found = made.folded.get(key)
@@ -495,13 +498,14 @@ class FrozenEncoder:
     def _looked(self, model: PromptedModel) -> _Made:
         made = self._made
         if made is None or made.watch.changed():
+            refuse_unread(model.backbone)
             with self._lock:
                 made = self._made
                 if made is None or made.watch.changed():
                     heads = [] if model.lm_head is None else [model.lm_head]
                     modules = [module for part in (model.backbone, *heads) for module in part.modules()]
                     # the watch first: an edit between the two is then seen at the next call
-                    watch = Watch(modules, model.buffers(recurse=False))
+                    watch = Watch(modules, [model._buffers])
                     self._made = made = _Made(watch, self.unsupported(model), {})
         return made
 

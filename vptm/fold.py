@@ -46,6 +46,7 @@ _KNOWN = {
         *(nn.Dropout, nn.Identity, DropPath, nn.GELU, beit.RelativePositionBias),
     )
 }
+_MODELESS = (nn.Linear, LayerScale, *_NORMS, nn.Identity, nn.GELU)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -78,7 +79,7 @@ def unfoldable(block: Any) -> str | None:
         odd = oddity(module)
         if odd is not None:
             return f"blocks with {odd}"
-        if module.training:
+        if module.training and type(module) not in _MODELESS:
             return "blocks with parts in training mode"
     attn: Any = getattr(block, "attn", None)
     mlp: Any = getattr(block, "mlp", None)
@@ -128,9 +129,18 @@ def unread(backbone: Any) -> str | None:
 
 
 def refuse_unread(backbone: Any) -> None:
-    """Raise ValueError where a part that no path runs as a module has a `forward` of somebody's own."""
+    """Raise ValueError where a part that no path runs as a module has a `forward` of somebody's own, or is one."""
     shared = getattr(backbone, "rel_pos_bias", None)
-    for name, module in (("backbone", backbone), ("backbone.rel_pos_bias", shared)):
+    if shared is not None and not isinstance(shared, beit.RelativePositionBias):
+        raise ValueError(
+            "backbone.rel_pos_bias must be timm's RelativePositionBias, whose table is read, "
+            f"got {type(shared).__name__}"
+        )
+    for name, module in (
+        ("backbone", backbone),
+        ("backbone.blocks", backbone.blocks),
+        ("backbone.rel_pos_bias", shared),
+    ):
         if module is not None and "forward" in module.__dict__:
             raise ValueError(
                 f"{name} must have the forward of its class, which is not run as a whole, got a patched one"
@@ -212,15 +222,17 @@ class Watch:
     """Notices that modules are no longer what they were when it was made: an object replaced, a tensor edited in place,
     moved, set or asked for gradients, a mode, a hook, a patched `forward`, an eps.
 
-    It looks at no value. What PyTorch does not count it cannot see: edits through `.data` that keep the storage,
-    through an alias that is no tensor (numpy, shared memory), or of tensors made under `inference_mode`.
+    `also` are further dictionaries of what a module holds. No value is looked at. What PyTorch does not count is not
+    seen: edits through `.data` that keep the storage, through an alias that is no tensor (numpy, shared memory), or of
+    tensors made under `inference_mode`.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], tensors: Iterable[Tensor | None] = ()) -> None:
+    def __init__(self, modules: Iterable[nn.Module], also: Iterable[dict[str, Any]] = ()) -> None:
         self._modules = list(modules)
         self._contents: list[dict[str, Any]] = [
             held for module in self._modules for held in (module._parameters, module._buffers, module._modules)
         ]
+        self._contents += also
         values = list(chain.from_iterable(map(_values, self._contents)))
         # a tensor may stand in place of a parameter as a plain attribute
         self._attributes = [
@@ -237,7 +249,7 @@ class Watch:
         self._dicts = [module.__dict__ for module in self._modules]
         self._kinds = list(_KNOWN)
         # holding every object keeps its id, and holding storages their addresses, from being given out again
-        self._held = [*values, *tensors]
+        self._held = values
         self.tensors = [value for value in self._held if isinstance(value, Tensor)]
         plain = [tensor for tensor in self.tensors if _is_tensor(tensor)]
         self._addressed = plain

@@ -18,7 +18,7 @@ from .choices import one_of
 from .encoder import Folded
 from .position_bias import extended_index, parse_extra_bias
 from .prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
-from .reference import AttentionFunction, BiasedAttention, GivenBias, canonical_bias, embed
+from .reference import AttentionFunction, BiasedAttention, block_forward, canonical_bias, embed
 
 PROMPT_LOCATIONS = ("after_cls", "after_mask", "before_mask", "end")
 READOUTS = ("mask", "cls", "mean")
@@ -299,13 +299,7 @@ class PromptedBEiT(PromptedModel):
         bias = canonical_bias(self, layer)
         if bias is not None:
             bias = bias[:, order][:, :, order].unsqueeze(0)
-        block = self.backbone.blocks[layer]
-        attn = getattr(block, "attn", None)
-        if type(attn) is BiasedAttention and "forward" not in attn.__dict__:
-            out = block(rows[:, order], shared_rel_pos_bias=GivenBias(bias, attention))
-        else:  # somebody's own attention takes the bias as timm's does
-            out = block(rows[:, order], shared_rel_pos_bias=bias)
-        return out[:, order.argsort()]
+        return block_forward(self.backbone.blocks[layer], rows[:, order], bias, attention)[:, order.argsort()]
 
     def position_bias(self, layer: int, *, learned: bool = True) -> Tensor | None:
         """The table's entries for every pair of rows, with `prompt_bias` where it is learned and asked for."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from einops import rearrange, repeat
-from timm.models.beit import Attention
+from timm.models.beit import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -70,6 +70,26 @@ class BiasedAttention(Attention):
         return self.proj_drop(self.proj(rearrange(mixed, "b h t d -> b t (h d)")))
 
 
+def block_forward(block: Block, x: Tensor, bias: Tensor | None, attention: AttentionFunction) -> Tensor:
+    """A BEiT block on rows (B, T, C) with all of its position bias given, (1, H, T, T) or None.
+
+    Somebody's own attention, and a patched `forward` where the block has no table of its own, take the bias as timm's
+    does, as one that all blocks share.
+    """
+    inner = biased_attention(block)
+    if inner is None or ("forward" in inner.__dict__ and inner.relative_position_bias_table is None):
+        return block(x, shared_rel_pos_bias=bias)
+    return block(x, shared_rel_pos_bias=GivenBias(bias, attention))
+
+
+def biased_attention(block: nn.Module) -> BiasedAttention | None:
+    """The attention of a BEiT block, also where the block or its attention stands inside somebody's module."""
+    attn = getattr(block, "attn", None)
+    if type(attn) is BiasedAttention:
+        return attn
+    return next((module for module in block.modules() if type(module) is BiasedAttention), None)
+
+
 def _listened_to(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
@@ -78,7 +98,7 @@ def canonical_bias(model: PromptedBEiT, layer: int, *, learned: bool = True) -> 
     """Bias (H, T, T) of block `layer` for rows `[class | patches | mask? | prompts]`, or None where nothing is
     added."""
     backbone = model.backbone
-    parts = (backbone.rel_pos_bias, getattr(backbone.blocks[layer], "attn", None))
+    parts = (backbone.rel_pos_bias, biased_attention(backbone.blocks[layer]))
     found = (getattr(part, "relative_position_bias_table", None) for part in parts)
     tables = [table for table in found if table is not None]
     bias = None
