@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula, sdpa_flop_count
 
+from .modes import eval_mode
 from .reference import reference_features, sdpa
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .modes import eval_mode
 from .prompted_model import PromptedModel
 
 PATHS = ("vptm", "concatenation")
@@ -83,15 +83,15 @@ def stages_of(model: PromptedModel, images: Tensor, *, repeats: int = 5) -> list
     saved: dict[str, list[int]] = {}
     times: dict[str, list[list[float]]] = {path: [] for path in PATHS}
     with eval_mode(model):
-        with torch.no_grad():
-            for _ in range(repeats + 1):
-                for path, run in runs.items():
-                    times[path].append(_steps(model, run, lambda: _now(images)))
         with _nothing_learns(model), torch.no_grad():
-            for path, run in runs.items():
-                run()  # prompts and heads that stopped learning are projected and folded again, once
+            sealed = model.sealed_twin()
+            inference = {"vptm": (sealed, lambda: sealed(images)), "concatenation": (model, runs["concatenation"])}
+            for _ in range(repeats + 1):
+                for path, (owner, run) in inference.items():
+                    times[path].append(_steps(owner, run, lambda: _now(images)))
+            for path, (owner, run) in inference.items():
                 with FlopCounterMode(display=False) as counter:
-                    flops[path] = _steps(model, run, counter.get_total_flops)
+                    flops[path] = _steps(owner, run, counter.get_total_flops)
         model.train()
         for path, run in runs.items():
             saved[path] = _saved_bytes(model, run)
