@@ -55,6 +55,9 @@ GRACE = 5.0
 
 # ------------------------------------------------------------------ what is measured
 
+# those that `-m gpu` selects from: every worker collects all it is given
+OPS = ("prompted_attention", "readout_attention", "prototype_cosine", "residual_norm")
+TESTS = ("tests/test_on_gpu.py", *(f"tests/test_{op}.py" for op in OPS))
 FILES = ("bench_prompted_attention.py", "bench_model.py", "bench_training_step.py")
 ATTENTION = tuple(f"B=64 H=12 N=197 P={prompts}" for prompts in (0, 50, 100))
 # the last one is what the package does by default
@@ -146,8 +149,18 @@ def plan(part: str, rehearse: bool = False) -> Plan:
     environment = Stage("environment", facts, 15, 8)
     if part == "first":
         # all of them where there is a GPU; elsewhere a few in the interpreter
-        where = "tests/test_on_gpu.py" if rehearse else "tests"
-        tests = ("-m", "pytest", where, "-m", "gpu", "-v", "--no-header", "--tb=short", "-p", "no:cacheprovider")
+        tests = (
+            "-m",
+            "pytest",
+            *(TESTS[:1] if rehearse else TESTS),
+            "-m",
+            "gpu",
+            "-v",
+            "--no-header",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+        )
         few = ("-k", "residual_norm") if rehearse else ("--hypothesis-profile", "quick")
         workers = ("-n", str(WORKERS)) if not rehearse and importlib.util.find_spec("xdist") else ()
         tuning = ("-m", "bench.autotune", "--exhaustive", "--seconds", "{seconds}", "--json", "{result}")

@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -35,7 +36,6 @@ from bench import timing
 ROOT = Path(__file__).parent.parent
 TARGET = "sm90"
 MANIFEST = "manifest.json"
-OPS = ("prompted_attention", "readout_attention", "prototype_cosine", "residual_norm")
 # Part of Triton's keys: the same where kernels are compiled and where they are looked up.
 ENVIRONMENT = {"TRITON_DEFAULT_FP_FUSION": "1"}
 # Named so that `tests/conftest.py` leaves the interpreter alone and compares nothing.
@@ -53,33 +53,17 @@ def compiling(target: str) -> Iterator[None]:
     Raises:
         RuntimeError: TRITON_INTERPRET is set, and there is nothing to compile.
     """
-    from triton.runtime import driver  # as `vptm_kernels.aot` sets it
     from triton.runtime.jit import JITFunction
 
-    from vptm_kernels import aot
-    from vptm_kernels._runtime import triton_support
-    from vptm_kernels._runtime.plans import forget_plans
+    from vptm_kernels.testing.pretend_gpu import pretend_gpu
 
-    if triton_support.interpreting():
-        raise RuntimeError("TRITON_INTERPRET must not be set where kernels are compiled")
-    launchers = [importlib.import_module(f"vptm_kernels.{op}.triton_impl") for op in OPS]
-    replaced: list[tuple[Any, str, Any]] = [
-        *((module, "architecture", lambda device: target) for module in launchers),
-        (triton_support, "missing_for_triton", lambda tensor, head_dim=None: None),
-        (JITFunction, "run", _warmed(JITFunction.run)),
-    ]
-    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    forget_plans()
-    driver.set_active(aot._Driver(aot._gpu_target(target)))
-    try:
-        for owner, name, value in replaced:
-            setattr(owner, name, value)
+    compiled, warmed = JITFunction._do_compile, _warmed(JITFunction.run)
+    with (
+        pretend_gpu(target),
+        patch.object(JITFunction, "_do_compile", compiled),
+        patch.object(JITFunction, "run", warmed),
+    ):
         yield
-    finally:
-        for owner, name, value in kept:
-            setattr(owner, name, value)
-        driver._active = None
-        forget_plans()
 
 
 def _warmed(run: Any) -> Any:
@@ -121,9 +105,13 @@ def probe(device: str) -> None:
 def _tests(target: str) -> None:
     import pytest
 
+    from bench import gpu_check
+
     names = "test_on_gpu or error_budget or low_precision or real_model"
-    quiet = ("-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:warnings")
-    pytest.main([str(ROOT / "tests"), "-m", "gpu", "-k", names, *quiet])
+    quiet = ("-q", "--no-header", "--tb=line", "-p", "no:cacheprovider")
+    files = [str(ROOT / name) for name in gpu_check.TESTS]
+    if status := pytest.main([*files, "-m", "gpu", "-k", names, *quiet]):
+        raise SystemExit(status)
 
 
 def _tuning(target: str) -> None:
@@ -155,14 +143,15 @@ def _models(target: str) -> None:
     settings = [s for s, dtype in bench_model.SETTINGS if str(s) in wanted and dtype == torch.bfloat16]
     for setting in settings:
         images = bench_model._images(setting.batch, setting.side, torch.bfloat16)
+        labels = torch.arange(setting.batch) % bench_model.CLASSES
         with WithoutProducts():
-            model = bench_model._model(setting, torch.bfloat16)[0]
+            model = bench_model.prompted(setting, torch.bfloat16)
             model.impl = "triton"
             with torch.inference_mode():
-                model(images)
+                bench_model._read(setting, model, images)
+            model.train()
             learned = [parameter for parameter in model.trainable_parameters() if parameter.numel()]
-            if learned:
-                torch.autograd.grad(model(images).float().sum(), learned, allow_unused=True)
+            torch.autograd.grad(torch.nn.functional.cross_entropy(model(images).float(), labels), learned)
 
 
 def _small(target: str) -> None:
@@ -182,10 +171,10 @@ PARTS = {
 }
 
 
-def _part(name: str, target: str, folder: Path) -> None:
-    """One part in a process of its own, filling `folder`."""
+def _part(name: str, target: str, folder: Path) -> int:
+    """The exit status of one part in a process of its own, filling `folder`."""
     code = f"from bench import kernel_cache as k\nwith k.compiling({target!r}): k.PARTS[{name!r}]({target!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(folder, target), check=False)
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(folder, target)).returncode
 
 
 def environment(folder: Path, compile_for: str | None = None) -> dict[str, str]:
@@ -214,16 +203,25 @@ def versions() -> dict[str, str]:
 
 def pack(archive: Path, target: str, parts: Sequence[str], folder: Path) -> dict[str, Any]:
     """Compile `parts` into `folder`, which may hold kernels already, and write it; returns the manifest."""
-    seconds = {}
+    seconds, failed = {}, []
     for part in dict.fromkeys(("probe", *parts)):
         before, started = len(kernels(folder)), time.monotonic()
-        _part(part, target, folder)
+        if status := _part(part, target, folder):
+            failed.append(part)
         seconds[part] = round(time.monotonic() - started, 1)
-        print(f"{part}: {len(kernels(folder)) - before} kernels in {seconds[part]:.0f} s", flush=True)
+        how = f", FAILED with exit status {status}" if status else ""
+        print(f"{part}: {len(kernels(folder)) - before} kernels in {seconds[part]:.0f} s{how}", flush=True)
     found = sorted(kernels(folder))
     if not found:
         raise RuntimeError("nothing was compiled: run `python -m vptm_kernels.aot --targets sm90 --ci` for the reason")
-    manifest = {"target": target, **versions(), "kernels": len(found), "seconds": seconds, "commit": timing.commit()}
+    manifest = {
+        "target": target,
+        **versions(),
+        "kernels": len(found),
+        "seconds": seconds,
+        "failed": failed,
+        "commit": timing.commit(),
+    }
     archive.parent.mkdir(parents=True, exist_ok=True)
     temporary = archive.with_name(archive.name + ".tmp")
     with tarfile.open(temporary, "w:xz") as file, tempfile.TemporaryDirectory() as scratch:
@@ -318,6 +316,7 @@ def main(argv: list[str] | None = None) -> int:
             manifest = pack(options.archive, options.target, parts, folder.resolve())
         size = options.archive.stat().st_size / 2**20
         print(f"wrote {options.archive}: {manifest['kernels']} kernels, {size:.1f} MiB")
+        return int(bool(manifest["failed"]))
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     return 0

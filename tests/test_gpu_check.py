@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import KERNEL_TESTS
 
 from bench import gpu_check, kernel_cache, timing
 from bench.gpu_check import Check, Plan, Stage
@@ -245,6 +246,16 @@ def test_a_part_fits_its_budget_and_names_what_is_there(part):
         if "--peers" in stage.command:
             assert stage.command[stage.command.index("--peers") + 1], stage.name
             assert "cuda" in stage.command and "tiny" not in stage.command
+
+
+def test_every_test_of_a_gpu_is_in_the_plan():
+    """Workers are given the files that have some, and a new file would never see a GPU."""
+    tests = gpu_check.ROOT / "tests"
+    marked = {f"tests/{path.name}" for path in tests.glob("test_*.py") if "mark.gpu" + "\n" in path.read_text()}
+    assert marked <= set(gpu_check.TESTS) and len(marked) >= 2
+    assert {f"tests/{name}.py" for name in KERNEL_TESTS} == set(gpu_check.TESTS[1:])
+    ops = {path.parent.name for path in (gpu_check.ROOT / "vptm_kernels").glob("*/api.py")}
+    assert ops == set(gpu_check.OPS), "an op that no GPU would see"
 
 
 def test_settings_of_the_plan_exist_where_they_are_measured():

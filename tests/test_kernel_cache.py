@@ -65,13 +65,13 @@ def test_what_is_no_archive_is_one_line(tmp_path, capsys):
 
 
 CALLS = """
-import json, torch
-from bench import autotune, kernel_cache
+import dataclasses, json, torch
+from bench import autotune, kernel_cache, timing
 from triton.runtime.jit import JITFunction
 with kernel_cache.compiling("sm90"):
     seen = []
     compile_only = JITFunction.run
-    JITFunction.run = lambda self, *a, grid, **o: (seen.append((self.fn.__name__, o["BLOCK_M"])), None)[1]
+    JITFunction.run = lambda self, *a, grid, **o: (seen.append((self.fn.__name__, o.get("BLOCK_M"))), None)[1]
     from vptm_kernels.prompted_attention import configs, triton_impl
     call = next(call for call in autotune.calls() if call.exhaustive)
     run = call.make(autotune.Place("cpu", tiny=True))
@@ -82,20 +82,27 @@ with kernel_cache.compiling("sm90"):
     for candidate in tried:
         with autotune.answering(triton_impl, {setting: candidate}):
             run()
+    tuned, seen = seen, []
+    select = timing.select
+    timing.select = lambda chosen: select(dataclasses.replace(chosen, tiny=True))
+    kernel_cache.PARTS["models"]("sm90")
     JITFunction.run = compile_only
-print(json.dumps([len(tried), seen]))
+print(json.dumps([len(tried), tuned, sorted({name for name, _ in seen})]))
 """
 
 
-def test_every_candidate_of_the_search_is_called(tmp_path):
-    """A plan kept from the candidate before would be compiled again instead of the next, and the search would wait."""
+def test_every_candidate_and_every_model_is_called(tmp_path):
+    """A plan kept from the candidate before would be compiled again instead of the next, and the search would wait; a
+    model on another path would compile nothing."""
     run = [sys.executable, "-c", CALLS]
     environment = kernel_cache.environment(tmp_path, kernel_cache.TARGET)
     done = subprocess.run(run, env=environment, cwd=kernel_cache.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    tried, seen = json.loads(done.stdout)
+    tried, seen, models = json.loads(done.stdout)
     assert len(seen) == tried + 1 and {name for name, _ in seen} == {"_forward_kernel"}
     assert {rows for _, rows in seen} == {32, 64, 128}
+    wanted = {"_forward_kernel", "_query_grad_kernel", "_key_grad_kernel", "_split_kernel", "_merge_kernel"}
+    assert wanted <= set(models) and any("cosine" in name for name in models), models
 
 
 def test_a_model_passes_by_without_its_products():
