@@ -1,6 +1,6 @@
 """Tables and pictures of measured results: `python -m bench.report` after a bench run has stored its json.
 
-    pytest bench/ --benchmark-only --benchmark-json bench/results/cpu.json
+    pytest bench/ --benchmark-only --grid full --benchmark-json bench/results/cpu.json
     python -m bench.report                            # README, bench/results/results.md and bench/results/plots
     python -m bench.report mine.json                  # tables of a run of your own, on the terminal
     python -m bench.report mine.json --out report     # the same in report/results.md, and its pictures

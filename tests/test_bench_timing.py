@@ -228,6 +228,17 @@ def test_environment_says_where_and_what():
     assert {"threads", "commit", "gpu state", "load average"} <= set(found)
 
 
+def test_the_commit_comes_from_the_environment_where_there_is_no_git_folder(monkeypatch):
+    """Results of a borrowed machine, which gets the files alone, would be of no commit."""
+
+    def no_git(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(timing.subprocess, "run", no_git)
+    monkeypatch.setenv("VPTM_COMMIT", "abc")
+    assert timing.commit() == "abc"
+
+
 @pytest.mark.parametrize("arguments, message", [({"ours": "mine"}, "ours must be one of a"), ({"rounds": 0}, "rounds")])
 def test_a_comparison_of_nothing_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
