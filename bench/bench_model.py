@@ -146,7 +146,7 @@ def _backbone(size: str = "B", side: int = 224) -> Beit:
     torch.manual_seed(0)
     width, depth, heads = SIZES[size]
     beit = Beit(
-        img_size=pixels(side),
+        img_size=side,
         embed_dim=width,
         depth=depth,
         num_heads=heads,
@@ -176,7 +176,7 @@ def prompted(setting: Setting, dtype: torch.dtype) -> PromptedBEiT:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # random weights are what is timed
         model = PromptedBEiT(
-            copy.deepcopy(_backbone(setting.size, setting.side)),
+            copy.deepcopy(_backbone(setting.size, pixels(setting.side))),
             CLASSES,
             prompt_mode="deep" if setting.mode == "no" else setting.mode,
             prompt_length=setting.length,
@@ -187,7 +187,7 @@ def prompted(setting: Setting, dtype: torch.dtype) -> PromptedBEiT:
 
 @lru_cache(maxsize=1)
 def _plain(size: str, side: int, dtype: torch.dtype) -> Beit:
-    return copy.deepcopy(_backbone(size, side)).to(DEVICE, dtype)
+    return copy.deepcopy(_backbone(size, pixels(side))).to(DEVICE, dtype)
 
 
 @lru_cache(maxsize=4)
