@@ -115,6 +115,17 @@ def test_weights_under_other_names(tmp_path: Path, arguments: list[object]) -> N
     assert torch.equal(source.model(image), own.eval().to(memory_format=torch.channels_last)(image))
 
 
+def test_a_flipped_bit_of_the_weights_is_refused(tmp_path: Path, arguments: list[object]) -> None:
+    """`torch.load` reads past the checksums of its own archive."""
+    own, path = timm.create_model(CLASSIFIER, num_classes=6), tmp_path / "own.pth"
+    torch.save(own.state_dict(), path)
+    content = bytearray(path.read_bytes())
+    content[content.index(next(own.parameters()).detach().numpy().tobytes()) + 7] ^= 2
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"own\.pth is no file of weights: .* changed"):
+        load_classifier(CLASSIFIER, weights=path, labels=tmp_path / "labels.txt")
+
+
 def test_bad_input_is_refused(vptm: Console, arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """One line each, before anything is trained or printed."""
     Path("junk.pth").write_text("junk")

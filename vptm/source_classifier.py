@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from .checkpoints import one_line_errors
+from .checkpoints import check_archive, one_line_errors
 from .choices import hint
 from .pictures import to_8_bit
 
@@ -90,8 +90,13 @@ def load_classifier(
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"weights not found: {path}")
+    state: Any
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            check_archive(path, path.name)
+            state = torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} is no file of weights: {' '.join(str(error).split())[:200]}") from None
     except Exception as error:  # pickled code and damaged archives raise many kinds
