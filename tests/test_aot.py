@@ -76,14 +76,31 @@ def test_softmax_is_computed_once(reports, target):
 
 
 def test_size_of_the_forward_loop_on_sm90(reports):
-    """Instructions per 64 x 64 tile, 313 to 320 with a bias; compilers differ by a few."""
+    """Instructions for 32 scores a thread, 299 to 320 with a bias; compilers differ by a few."""
     for report in of(reports, "sm90", "forward"):
-        assert (report.constants["BLOCK_M"], report.constants["BLOCK_N"], report.num_warps) == (64, 64, 4)
+        tile = report.constants["BLOCK_M"], report.constants["BLOCK_N"], report.num_warps
+        assert tile in ((64, 64, 4), (128, 64, 8)), report.row()
         if not report.constants["SCORES_RESIDENT"]:
             assert report.main_loop["total"] <= 326, report.row()
 
 
-def test_resident_keys_save_instructions_and_leave_room_for_three_blocks_on_sm90(reports):
+def test_queries_that_come_scaled_take_larger_programs_on_sm90(reports):
+    """128 rows for 64: a third fewer bytes through the cache and 16 warps for 12. Without the cap on registers one such
+    program would fit a multiprocessor, and one register more than the cap spills."""
+    one = {r.case.rpartition("/")[2]: r for r in of(reports, "sm90", "forward")}
+    folded = [r for name, r in one.items() if name.endswith("-folded")]
+    assert len(folded) >= 3
+    for report in folded:
+        assert report.constants["BLOCK_M"] == 128 and report.registers <= 128, report.row()
+        assert report.blocks_per_sm * report.num_warps == 16, report.row()
+    small, large = one["forward-bf16-P50"], one["forward-bf16-P50-folded"]
+    assert large.cache_bytes < 0.7 * small.cache_bytes and large.memory_bytes == small.memory_bytes
+    # 64 images of 197 tokens, 12 heads of 64 channels: 79 MB from DRAM.
+    assert small.memory_bytes == pytest.approx(79.2e6, rel=0.01)
+    assert small.programs == 3072 and small.tail_efficiency > 0.9
+
+
+def test_resident_scores_save_instructions_and_leave_room_for_three_blocks_on_sm90(reports):
     """The whole program for N=197 with up to 11 prompts; streaming it takes over 1700 instructions.
 
     Prompts that attend cost 280 more, for rows without a bias.
@@ -170,6 +187,13 @@ def test_faults_are_seen(tmp_path):
     assert not good.problems and good.tensor_core_kind == "mma" and not good.loads.get("16"), good.row()
     assert narrow.loads.get("16"), narrow.row()
     assert spill.problems and ("spills" in spill.problems[0] or spill.error), spill.row()
+
+
+def test_only_a_candidate_may_spill():
+    """Forms that a card may choose are compiled beside the others and must not hide a spill of those."""
+    assert aot.Report("c", "k", "sm90", spills=8).problems == ["spills 8 bytes"]
+    assert aot.Report("c", "k", "sm90", spills=8, candidate=True).problems == []
+    assert not any(case.candidate for case in aot.all_cases() if case.ci)
 
 
 def test_a_kernel_without_its_tensor_core_or_with_a_warning_is_a_problem():

@@ -130,6 +130,7 @@ def test_forms_of_the_attention_kernel_can_be_chosen_by_a_card():
     pooled = configs.forward_candidates(*arguments[:7], True, False)
     assert pooled and not any(c.keys_resident or c.scores_resident for c in pooled)
     assert not any(c.max_registers for c in configs.forward_candidates("gfx942", *arguments[1:]))
+    assert autotune.candidates(configs, ("query_grad_config", arguments[:4]))[0].block_m == 128
 
 
 def test_search_stops_when_time_is_up():

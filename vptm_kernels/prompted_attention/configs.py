@@ -14,16 +14,18 @@ RESIDENT_KEYS = 256
 
 
 class Config(NamedTuple):
+    """max_registers: of a thread, as launch option; 0 leaves it to the compiler."""
+
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0
 
 
 class ForwardConfig(NamedTuple):
-    """What a program of the forward kernel holds, and in which order programs run.
+    """`Config`, what a program of the forward kernel holds, and in which order programs run.
 
-    max_registers: of a thread, as launch option; 0 leaves it to the compiler.
     scores_resident: the scores of all keys stay in registers, so that a row has one maximum and nothing is rescaled.
     keys_resident: keys and values are loaded once per image and head, for all of its rows one block after the other.
     heads_first: programs next to each other take the heads of one block of rows, not the blocks of rows of one head.
@@ -191,6 +193,14 @@ def query_grad_config(
         return Config(32 if prompts_attend else 64, 32, 4, 1)
     # Larger blocks spill a few registers on sm120.
     return Config(32, 16 if prompts_attend else 32, 4, 1)
+
+
+def query_grad_candidates(arch: str, dtype_bits: int, head_dim: int, tokens: int) -> list[Config]:
+    """What a card may prefer: 128 rows read two thirds of the bytes and have 16 warps for 12, but with some dtypes and
+    numbers of prompts 128 registers spill up to 100 bytes."""
+    if arch != "sm90" or dtype_bits != 16 or head_dim > 64:
+        return []
+    return [Config(128, 64, 8, 1, max_registers=128)]
 
 
 def key_grad_config(

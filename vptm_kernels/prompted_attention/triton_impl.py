@@ -225,14 +225,13 @@ def _zeros(t: Tensor | None) -> Tensor | None:
 
 
 def _blocks(config: Config | ForwardConfig, arch: str) -> dict[str, int]:
-    limit = config.max_registers if isinstance(config, ForwardConfig) else 0
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "STAGES": config.num_stages,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        **({"maxnreg": limit} if limit else {}),
+        **({"maxnreg": config.max_registers} if config.max_registers else {}),
         **compiler_options(arch),
     }
 
