@@ -53,6 +53,7 @@ def _hidden_grad_kernel(hidden, weight, bias, reader, grad, saved, subtract, twi
                         BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
                         BLOCK_O: tl.constexpr):
     """part (S, B, C) = dt @ weight over a split's tokens; bias_part (row blocks, V) = sum of dt over a block's rows."""
+    per_split = per_split // BLOCK_V * BLOCK_V  # says that it is a multiple; tl.multiple_of of an argument does nothing
     split = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     channel = tl.program_id(2) * BLOCK_O + tl.arange(0, BLOCK_O)

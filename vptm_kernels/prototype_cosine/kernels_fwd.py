@@ -51,6 +51,7 @@ def _readout_kernel(hidden, weight, bias, reader, part, seen_part, statistics,
                     ACC: tl.constexpr, PRECISION: tl.constexpr,
                     BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
     """part (S, B, D), seen_part (S, D), statistics (S, 4, B): m, l, s1, s2."""
+    per_split = per_split // BLOCK_V * BLOCK_V  # says that it is a multiple; tl.multiple_of of an argument does nothing
     split = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     dims = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)

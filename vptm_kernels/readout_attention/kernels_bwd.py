@@ -38,8 +38,9 @@ def _grad_kernel(
     prompts are learned one program per image is launched, and computes delta. ALIGNED: strides of w and g are multiples
     of 16, which Triton does not look at."""
     if ALIGNED:
-        stride_wb, stride_wh = tl.multiple_of(stride_wb, 16), tl.multiple_of(stride_wh, 16)
-        stride_gb, stride_gh = tl.multiple_of(stride_gb, 16), tl.multiple_of(stride_gh, 16)
+        # tl.multiple_of says nothing about an argument
+        stride_wb, stride_wh = stride_wb // 16 * 16, stride_wh // 16 * 16
+        stride_gb, stride_gh = stride_gb // 16 * 16, stride_gh // 16 * 16
     OF_TOKENS: tl.constexpr = OF_X or OF_W or OF_BIAS
     pid = tl.program_id(0)
     split = pid % splits

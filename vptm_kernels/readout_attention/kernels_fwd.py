@@ -73,7 +73,8 @@ def _split_kernel(
     """part_ptr (B, splits, H, C) weighted sums; statistics_ptr (B, splits, 2, H) maximum and sum. ALIGNED: strides of w
     are multiples of 16, which Triton does not look at."""
     if ALIGNED:
-        stride_wb, stride_wh = tl.multiple_of(stride_wb, 16), tl.multiple_of(stride_wh, 16)
+        # tl.multiple_of says nothing about an argument
+        stride_wb, stride_wh = stride_wb // 16 * 16, stride_wh // 16 * 16
     pid = tl.program_id(0)
     split = pid % splits
     b = (pid // splits).to(tl.int64)
