@@ -3,11 +3,11 @@
     pytest bench/bench_host_time.py --benchmark-only
     pytest bench/bench_host_time.py --benchmark-only --benchmark-json bench/results/host_time.json
 
-Tensors are on the CPU, one image of a width at which arithmetic takes little time, and the kernels of vptm are bound and
-kept as on sm_90 but not launched: what is left is Python, PyTorch's dispatch and Triton's binder. What is not counted is
-the driver's part of a launch, which everybody pays, and vptm for fewer kernels. PyTorch's own operations run on the CPU,
-those of vptm and those of peers, and their time is counted. `extra_info` has microseconds of each by name; the outputs
-of vptm hold whatever memory held, and are looked at by tests, not here.
+Tensors are on the CPU, one image of a width at which arithmetic takes little time, and the kernels of vptm are bound
+and kept as on sm_90 but not launched: what is left is Python, PyTorch's dispatch and Triton's binder. What is not
+counted is the driver's part of a launch, which everybody pays, and vptm for fewer kernels. PyTorch's own operations run
+on the CPU, those of vptm and those of peers, and their time is counted. `extra_info` has microseconds of each by name;
+the outputs of vptm hold whatever memory held, and are looked at by tests, not here.
 """
 
 from __future__ import annotations
