@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
-        'triton; platform_system=="Linux"',
+        'triton>=3.6; platform_system=="Linux"',
         "timm>=1.0.31",
         "einops>=0.8",
         "numpy",

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -641,9 +642,35 @@ def test_triton_names_what_is_missing(monkeypatch):
     forget_plans()
     with pytest.raises(ValueError, match=r"impl='triton' needs GPU tensors .*, got device cpu"):
         prompted_attention(**call)
+    monkeypatch.setattr(triton_support, "_TOO_OLD", triton_support.too_old("triton", "3.5.1"))
+    with pytest.raises(ValueError, match=r"^impl='triton' needs triton 3\.6 or newer, got 3\.5\.1$"):
+        prompted_attention(**call)
     monkeypatch.setattr(triton_support, "_HAS_TRITON", False)
     with pytest.raises(ValueError, match="impl='triton' needs the triton package, which is not installed"):
         prompted_attention(**call)
+
+
+@pytest.mark.parametrize(
+    "package,version,expected",
+    [
+        ("triton", "3.5.1", "triton 3.6 or newer, got 3.5.1"),
+        ("triton", "2.10.0", "triton 3.6 or newer, got 2.10.0"),
+        ("torch", "2.9.1+cu128", "torch 2.11 or newer, got 2.9.1+cu128"),
+        ("torch", "2.11.0", None),
+        ("triton", "3.10.0", None),
+        ("triton", "3.6.0+git1a2b", None),
+    ],
+)
+def test_a_version_is_too_old(package, version, expected):
+    """Compared as numbers: as text, 2.9 is newer than 2.11 and 3.10 older than 3.6."""
+    assert triton_support.too_old(package, version) == expected
+
+
+def test_the_oldest_torch_is_what_the_package_asks_for():
+    """Installed by pip beside an older one, vptm would refuse its own kernels, or run what nobody tested."""
+    setup = (Path(__file__).parent.parent / "setup.py").read_text(encoding="utf-8")
+    asked = {name: tuple(map(int, v.split("."))) for name, v in re.findall(r"(torch|triton)>=([\d.]+)", setup)}
+    assert asked == triton_support.OLDEST
 
 
 @pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")

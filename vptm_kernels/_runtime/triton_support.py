@@ -5,15 +5,42 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
+# the versions that the kernels are tested with start here
+OLDEST = {"torch": (2, 11), "triton": (3, 6)}
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+def _triton_version() -> str | None:
+    """As the package itself says, without importing it: its distribution has other names where torch brings it."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None:
+        return None
+    source = Path(spec.origin).read_text(encoding="utf-8") if spec.origin else ""
+    found = re.search(r"^__version__ = ['\"]([^'\"]+)", source, re.MULTILINE)
+    return found[1] if found else ""
+
+
+_TRITON = _triton_version()
+_HAS_TRITON = _TRITON is not None
+
+
+def too_old(package: str, version: str) -> str | None:
+    """What `package` must be and is, where that is older than the kernels are tested with; a version that does not
+    start with two numbers is nobody's release, and taken for new."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) >= OLDEST[package]:
+        return None
+    return f"{package} {'.'.join(map(str, OLDEST[package]))} or newer, got {version}"
+
+
+_TOO_OLD = too_old("torch", str(torch.__version__)) or too_old("triton", _TRITON or "")
 
 
 def has_triton() -> bool:
@@ -30,6 +57,8 @@ def missing_for_triton(t: Tensor, head_dim: int | None = None) -> str | None:
     head as a whole take any head dimension."""
     if not has_triton():
         return "the triton package, which is not installed"
+    if _TOO_OLD is not None:
+        return _TOO_OLD
     if not t.is_cuda and not (t.device.type == "cpu" and interpreting()):
         return f"GPU tensors (or TRITON_INTERPRET=1 on a CPU), got device {t.device}"
     if t.dtype == torch.float64 and t.is_cuda:
