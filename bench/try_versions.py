@@ -295,6 +295,7 @@ def write(root: Path, content: dict[str, Any]) -> None:
 
 def record(root: Path, place: Sequence[str], result: dict[str, Any]) -> None:
     """Put a result where it belongs, also while others run beside this one."""
+    (root / JSON).parent.mkdir(exist_ok=True)
     with (root / JSON).with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         content = at = read(root)
