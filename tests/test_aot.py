@@ -175,7 +175,8 @@ def test_faults_are_seen(tmp_path):
 
             cases = [Case("good", lambda t: run(128)), Case("narrow", lambda t: run(131))]
             cases.append(Case("spill", lambda t: run(128, maxnreg=40)))
-            print(json.dumps([asdict(r) for case in cases for r in compile_case(case, "sm80")]))
+            reports = [r for only in (False, True) for case in cases for r in compile_case(case, "sm80", only)]
+            print(json.dumps([asdict(r) for r in reports]))
             """
         )
     )
@@ -183,10 +184,13 @@ def test_faults_are_seen(tmp_path):
     environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), environment.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    good, narrow, spill = (aot.Report(**values) for values in json.loads(done.stdout))
+    good, narrow, spill, *quick = (aot.Report(**values) for values in json.loads(done.stdout))
     assert not good.problems and good.tensor_core_kind == "mma" and not good.loads.get("16"), good.row()
     assert narrow.loads.get("16"), narrow.row()
     assert spill.problems and ("spills" in spill.problems[0] or spill.error), spill.row()
+    # read from the binary alone: the same
+    assert [r.registers for r in quick] == [good.registers, narrow.registers, spill.registers]
+    assert [bool(r.problems) for r in quick] == [False, False, True], quick
 
 
 def test_only_a_candidate_may_spill():

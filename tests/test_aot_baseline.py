@@ -58,7 +58,7 @@ def test_targets_compile_side_by_side_and_report_in_order(monkeypatch):
     """Six targets one after the other take more than the time there is; a target that waits for none stays in place."""
     both = threading.Barrier(2, timeout=60)
 
-    def one(target, pattern, ci):
+    def one(target, pattern, ci, spills_only):
         both.wait()
         yield aot.Report(pattern, "forward", target)
 

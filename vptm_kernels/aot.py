@@ -2,6 +2,7 @@
 
     python -m vptm_kernels.aot                         # every case, every target
     python -m vptm_kernels.aot --ci                    # the cases that matter most, as the tests run it
+    python -m vptm_kernels.aot --spills                # registers and spills alone, in a third of the time
     python -m vptm_kernels.aot --targets sm90 --cases forward --json
     python -m vptm_kernels.aot --ci --baseline FILE    # also what changed since FILE was written
     python -m vptm_kernels.aot --ci --write-baseline FILE
@@ -297,6 +298,23 @@ def _innermost_loops(lines: list[tuple[str | None, str, str]]) -> list[tuple[int
     return [s for s in spans if not any(o != s and o[0] >= s[0] and o[1] <= s[1] for o in spans)]
 
 
+def _read_nvidia_resources(report: Report, compiled: Any) -> None:
+    """Registers and bytes of stack, which kernels have for spills alone, as the binary itself states them."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise ValueError(f"cuobjdump must print REG and STACK, got {text[:80]!r}")
+    report.registers, report.spills = int(found[1]), int(found[2])
+    report.dots, report.tensor_core_kind = 0, "not read"
+
+
 def _read_nvidia(report: Report, compiled: Any) -> None:
     from triton.backends.nvidia import compiler
 
@@ -393,7 +411,7 @@ def _gpu_target(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def intercept(target: str, case: str) -> Iterator[list[Report]]:
+def intercept(target: str, case: str, spills_only: bool = False) -> Iterator[list[Report]]:
     """Inside, `kernel[grid](...)` compiles for `target` instead of launching, and the list fills with reports."""
     import triton
     from triton.runtime.jit import JITFunction
@@ -423,6 +441,10 @@ def intercept(target: str, case: str) -> Iterator[list[Report]]:
             dots=len(re.findall(r"tt\.dot .*: tensor<\d+x\d+x(?:f16|bf16)>", compiled.asm.get("ttir", ""))),
             constants=constants,
         )
+        if spills_only and target.startswith("sm"):
+            _read_nvidia_resources(report, compiled)
+            reports.append(report)
+            return compiled
         (_read_nvidia if target.startswith("sm") else _read_amd)(report, compiled)
         report.programs = math.prod(grid)
         report.cache_bytes, report.memory_bytes = traffic(self.fn, bound)
@@ -444,11 +466,11 @@ def intercept(target: str, case: str) -> Iterator[list[Report]]:
         forget_plans()
 
 
-def compile_case(case: Case, target: str) -> list[Report]:
+def compile_case(case: Case, target: str, spills_only: bool = False) -> list[Report]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(case.precision)
     try:
-        with intercept(target, case.name) as reports:
+        with intercept(target, case.name, spills_only) as reports:
             case.run(target)
         for report in reports:
             report.candidate = case.candidate
@@ -460,10 +482,10 @@ def compile_case(case: Case, target: str) -> list[Report]:
         torch.set_float32_matmul_precision(before)
 
 
-def _compile_in_fork(case: Case, target: str) -> list[Report]:
+def _compile_in_fork(case: Case, target: str, spills_only: bool = False) -> list[Report]:
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send([asdict(r) for r in compile_case(case, target)]))
+    process = context.Process(target=lambda: sender.send([asdict(r) for r in compile_case(case, target, spills_only)]))
     process.start()
     sender.close()
     try:
@@ -494,20 +516,19 @@ def _chosen(pattern: str, ci: bool) -> list[Case]:
     return [case for case in all_cases() if (case.ci or not ci) and re.search(pattern, case.name)]
 
 
-def _work(target: str, pattern: str, ci: bool) -> None:
+def _work(target: str, pattern: str, ci: bool, spills_only: bool) -> None:
     """Print one json list of reports per case, as they come."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     compile_one = compile_case if target.startswith("sm") else _compile_in_fork
     for case in _chosen(pattern, ci):
-        print(json.dumps([asdict(report) for report in compile_one(case, target)]), flush=True)
+        print(json.dumps([asdict(report) for report in compile_one(case, target, spills_only)]), flush=True)
 
 
-def _run_target(target: str, pattern: str, ci: bool) -> Iterator[Report]:
+def _run_target(target: str, pattern: str, ci: bool, spills_only: bool = False) -> Iterator[Report]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "vptm_kernels.aot", "--worker", target, "--cases", pattern]
-    with subprocess.Popen(
-        command + ["--ci"] * ci, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
+    command += ["--ci"] * ci + ["--spills"] * spills_only
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None and child.stderr is not None
         for line in child.stdout:
             yield from (Report(**values) for values in json.loads(line))
@@ -518,13 +539,20 @@ def _run_target(target: str, pattern: str, ci: bool) -> Iterator[Report]:
 
 
 def run(
-    targets: Sequence[str], pattern: str = "", ci: bool = False, on_report: Callable[[Report], None] | None = None
+    targets: Sequence[str],
+    pattern: str = "",
+    ci: bool = False,
+    on_report: Callable[[Report], None] | None = None,
+    spills_only: bool = False,
 ) -> list[Report]:
-    """Reports of all chosen cases, in the order of targets, from one child process per target."""
+    """Reports of all chosen cases, in the order of targets, from one child process per target.
+
+    spills_only: registers and spills alone are read from NVIDIA's binaries, and spills are bytes of stack.
+    """
 
     def reports_of(target: str) -> list[Report]:
         found = []
-        for report in _run_target(target, pattern, ci):
+        for report in _run_target(target, pattern, ci, spills_only):
             found.append(report)
             if on_report is not None:
                 on_report(report)
@@ -629,6 +657,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--targets", help=f"comma separated, of {', '.join(TARGETS)}, or all (default: all)")
     parser.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name matches")
     parser.add_argument("--ci", action="store_true", help="only cases that matter most")
+    parser.add_argument("--spills", action="store_true", help="read registers and spills alone, and check no more")
     parser.add_argument("--json", action="store_true", help="print one json list instead of a table")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="print what changed since it was written")
@@ -638,7 +667,7 @@ def main(argv: list[str] | None = None) -> int:
     if importlib.util.find_spec("triton") is None:
         parser.error("compiling kernels needs the triton package, which is not installed")
     if options.worker:
-        _work(options.worker, options.cases, options.ci)
+        _work(options.worker, options.cases, options.ci, options.spills)
         return 0
     targets = list(TARGETS) if options.targets in (None, "all") else options.targets.split(",")
     if unknown := set(targets) - set(TARGETS):
@@ -653,7 +682,9 @@ def main(argv: list[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             parser.error(str(error))
     show = None if options.json else lambda report: print(report.row(), flush=True)
-    reports = run(targets, options.cases, options.ci, show)
+    if options.spills and (options.baseline or options.write_baseline):
+        parser.error("--spills reads too little for --baseline or --write-baseline")
+    reports = run(targets, options.cases, options.ci, show, options.spills)
     if options.json:
         print(json.dumps([asdict(report) for report in reports], indent=1))
     if not reports:
