@@ -337,6 +337,7 @@ class Plan:
             self.constants["QUERY_SCALE"] != 1,
             self.pooled,
             self.prompt_queries,
+            gathered=self.bias.kind == TABLE.value,
             interpreted=self.interpreted,
         )
         row_blocks = 1 if config.keys_resident else triton.cdiv(self.rows, config.block_m)

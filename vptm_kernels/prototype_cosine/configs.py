@@ -26,9 +26,10 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def forward_config(arch: str, dtype_bits: int, dim: int, aligned: bool) -> Config:
+def forward_config(arch: str, dtype_bits: int, dim: int, aligned: bool, many_sums: bool = False) -> Config:
     """aligned: every row starts at a multiple of 16 bytes. Other rows are read an element at a time, and the addresses
-    of a full tile would not fit the registers.
+    of a full tile would not fit the registers. many_sums: log-softmax with its squares, for which 64 tokens spill 32
+    bytes on sm100 with Triton 3.6.
 
     It does not ask for the batch: the last one of an epoch would compile kernels of its own. A few rows in a block of
     64 waste products, of which reading the token head leaves plenty.
@@ -41,7 +42,9 @@ def forward_config(arch: str, dtype_bits: int, dim: int, aligned: bool) -> Confi
         rows = 16 if arch.startswith("gfx") and not aligned else 32
         return Config(rows, 32, 32, min(dims, 64), 4, stages)
     # 64 channels at a time spill 8 bytes on sm100, in log-softmax mode.
-    return Config(64, 64, 32 if arch == "sm100" else 64, dims, 8, stages)
+    if arch == "sm100":
+        return Config(64, 32 if many_sums else 64, 32, dims, 8, stages)
+    return Config(64, 64, 64, dims, 8, stages)
 
 
 def reader_grad_config(arch: str, dtype_bits: int, dim: int, aligned: bool) -> Config:
@@ -81,7 +84,14 @@ def combine_config(arch: str, splits: int, dim: int) -> CombineConfig:
     """
     if arch == "cpu":
         return CombineConfig(2, 16, 16, 4)
-    return CombineConfig(min(16, next_power_of_2(splits)), 4, min(32, max(16, next_power_of_2(dim))), 4)
+    # 16 a step spill 8 bytes on sm100 with Triton 3.6.
+    step = 8 if arch == "sm100" else 16
+    return CombineConfig(min(step, next_power_of_2(splits)), 4, min(32, max(16, next_power_of_2(dim))), 4)
+
+
+def task_linear_blocks(arch: str) -> tuple[int, int]:
+    """Rows and columns of a head that one program multiplies at a time. 64 x 64 spill 8 bytes on sm100, Triton 3.6."""
+    return (16, 16) if arch == "cpu" else (64, 32 if arch == "sm100" else 64)
 
 
 def tokens_per_split(arch: str, tokens: int, other_programs: int, block: int) -> int:

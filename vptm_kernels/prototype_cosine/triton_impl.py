@@ -21,6 +21,7 @@ from .configs import (
     forward_config,
     hidden_grad_config,
     reader_grad_config,
+    task_linear_blocks,
     tokens_per_split,
 )
 from .folding import accumulator
@@ -139,7 +140,8 @@ class _Readout(_Plan):
         if self.folds or self.batch == 0:
             return
         batch, tokens, dim = self.batch, self.tokens, self.dim
-        config = forward_config(self.arch, self.bits, dim, self.aligned)
+        many_sums = self.squares and self.activation == "log_softmax"
+        config = forward_config(self.arch, self.bits, dim, self.aligned, many_sums)
         row_blocks, dim_blocks = _cdiv(batch, config.rows), _cdiv(dim, config.dims)
         per_split = tokens_per_split(self.arch, tokens, row_blocks * dim_blocks, config.tokens)
         self.splits = _cdiv(tokens, per_split)
@@ -294,12 +296,12 @@ def task_linear(hidden: Tensor, weight: Tensor, bias: Tensor, task_ids: Tensor, 
     key = ("task_linear", *map(signature, tensors))
     launch = _launches.get(key)
     if launch is None:
-        block = 16 if architecture(hidden.device) == "cpu" else 64
+        dims, columns = task_linear_blocks(architecture(hidden.device))
         launch = Launch(
             _task_linear_kernel,
-            (batch, _cdiv(dim, block)),
+            (batch, _cdiv(dim, dims)),
             (tasks, width, dim, hidden.stride(0), weight.stride(0), weight.stride(1), bias.stride(0)),
-            {"ACC": _dtype(hidden), "BLOCK_C": block, "BLOCK_D": block, **_launch_options(4, 1)},
+            {"ACC": _dtype(hidden), "BLOCK_C": columns, "BLOCK_D": dims, **_launch_options(4, 1)},
         )
         _launches.keep(key, launch)
     launch(*tensors, out)
