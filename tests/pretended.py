@@ -6,11 +6,13 @@ A script of its own, as Triton interprets kernels in the process of the tests.
 import json
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 from unittest.mock import patch
 
 import torch
 
 import vptm
+from bench import bench_host_time
 from vptm_kernels import RelativePositionBias, prompted_attention
 from vptm_kernels.prompted_attention import api, ops
 from vptm_kernels.prototype_cosine import api as cosine_api
@@ -173,11 +175,32 @@ def forward_of_model(name):
         return [counted(seen, run) for _ in range(4)]
 
 
+def benched():
+    for mode in bench_host_time.MODES:
+        yield mode, partial(bench_host_time.of_model, mode)
+    for op, runs in bench_host_time.OPS.items():
+        for direction in bench_host_time.DIRECTIONS:
+            yield f"{op}, {direction}", partial(runs, direction)
+
+
+def names_and_kernels(name, make):
+    """Who is timed, and how often one of our calls binds a launch when it is warm."""
+    with pretend_gpu() as seen:
+        runs = make()
+        for run in [*runs.values(), runs["vptm"], runs["vptm"]]:
+            run()
+        compiled = len(seen.compiled)
+        seen.clear()
+        runs["vptm"]()
+        return {"timed": list(runs), "compiled": compiled, "bound": len(seen.bound)}
+
+
 def main():
     torch.set_num_threads(1)
     found = {"op": of_one_op(), "epoch of the op": epoch_of_attention()}
     found["forward"] = {name: forward_of_model(name) for name in MODELS}
     found["epoch"] = {name: epoch_of_model(name) for name in MODELS}
+    found["bench"] = {name: names_and_kernels(name, make) for name, make in benched()}
     print(json.dumps(found))
 
 

@@ -51,6 +51,13 @@ def test_a_warm_model_binds_checks_and_dispatches_nothing(seen):
         assert warm == [NOTHING] * len(warm), name
 
 
+def test_the_bench_times_warm_calls_of_the_gpu_path(seen):
+    """A bench of the CPU path, or of calls that still bind, would report another cost than a GPU waits for."""
+    for name, found in seen["bench"].items():
+        assert found["timed"][0] == "vptm" and len(found["timed"]) > 1, name
+        assert found["compiled"] > 0 and found["bound"] == 0, name
+
+
 def later(epoch):
     return {batch: names for batch, names in epoch["later"].items() if names}
 
