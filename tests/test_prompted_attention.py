@@ -731,6 +731,23 @@ def test_rows_of_a_bias_beyond_two_to_the_31_elements(tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")
+@pytest.mark.parametrize("prompts", ["shared", "queries"])
+def test_the_gradient_of_one_image_has_the_same_bits_summed_or_not(prompts, monkeypatch):
+    """After larger batches the last image of an epoch goes through their kernel, which stores sums to be converted."""
+    from vptm_kernels.prompted_attention import triton_impl
+
+    case, found = AttentionCase(batch=1, tokens=17, prompts=prompts, dtype=torch.float16), []
+    for summed in (None, True):
+        monkeypatch.setattr(triton_impl._summed, "get", lambda shape, summed=summed: summed)
+        forget_plans()
+        call = case.inputs(DEVICE, requires_grad=True)
+        out = prompted_attention(**call, impl="triton")
+        found.append(torch.autograd.grad(out.float().sin().sum(), list(differentiable(call).values())))
+    for direct, converted in zip(*found):
+        assert torch.equal(direct, converted)
+
+
 class Forbidden(TorchDispatchMode):
     """Operations that make a host wait for a GPU."""
 

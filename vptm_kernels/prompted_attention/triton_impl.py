@@ -90,6 +90,8 @@ def backward(
 
 
 _plans: Plans[Plan] = Plans()
+# Shapes of which some batch had the prompts' gradient summed over chunks.
+_summed: Plans[bool] = Plans()
 
 
 def plan_of(
@@ -489,6 +491,12 @@ class _Backward:
         if wants_prompts:
             images = self._images_per_sum()
             self.chunks = triton.cdiv(plan.batch, images)
+            # One chunk needs no sum, unless larger batches have compiled the kernel for one: none is compiled for the
+            # last image of an epoch. The bits are the same.
+            shape = (*plan.target, plan.tokens, plan.prompts, plan.heads, plan.prompt_queries)
+            self.sums = plan.pooled or self.chunks > 1 or _summed.get(shape) is not None
+            if self.chunks > 1:
+                _summed.keep(shape, True)
             launch = (plan.prompts, self.chunks, images, has_dlse)
             row = (3 if plan.prompt_queries else 2) * plan.width
             self._of_prompts = (
@@ -593,12 +601,9 @@ class _Backward:
         return images_per_program(plan.batch, plan.heads * triton.cdiv(plan.prompts, config.block_n))
 
     def _partial_sums(self, prompts: Tensor) -> Tensor:
-        """(chunks, P, 2*H*D or 3*H*D): one image each where prompts are not shared.
-
-        The accumulator's dtype even where there is one chunk, so that no batch needs a kernel of its own.
-        """
+        """(chunks, P, 2*H*D or 3*H*D): one image each where prompts are not shared."""
         plan = self.plan
-        dtype = prompts.dtype if plan.per_image else plan.accumulator
+        dtype = plan.accumulator if self.sums and not plan.per_image else prompts.dtype
         return prompts.new_empty((self.chunks, plan.prompts, prompts.shape[-1]), dtype=dtype)
 
     def _pool_launch(self, columns: int) -> Launch:
