@@ -1,6 +1,6 @@
 """Kernels compiled on a machine without a GPU, packed for one that has little time: Triton finds them in its cache.
 
-    python -m bench.kernel_cache pack kernels/sm90.tar.xz               # half an hour on two cores; needs no GPU
+    python -m bench.kernel_cache pack kernels/sm90.tar.xz --jobs 2      # needs no GPU, and its time
     python -m bench.kernel_cache pack kernels/sm90.tar.xz --parts tuning
     python -m bench.kernel_cache unpack kernels/sm90.tar.xz FOLDER      # there; then TRITON_CACHE_DIR=FOLDER
 
@@ -102,19 +102,24 @@ def probe(device: str) -> None:
     residual_norm(x, x, eps=1e-6, impl="triton")
 
 
-def _tests(target: str) -> None:
+def _tests(share: slice) -> None:
     import pytest
 
     from bench import gpu_check
 
+    class Shared:
+        @pytest.hookimpl(trylast=True)  # after -m and -k have selected
+        def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+            items[:] = items[share]
+
     names = "test_on_gpu or error_budget or low_precision or real_model"
     quiet = ("-q", "--no-header", "--tb=line", "-p", "no:cacheprovider")
     files = [str(ROOT / name) for name in gpu_check.TESTS]
-    if status := pytest.main([*files, "-m", "gpu", "-k", names, *quiet]):
+    if status := pytest.main([*files, "-m", "gpu", "-k", names, *quiet], plugins=[Shared()]):
         raise SystemExit(status)
 
 
-def _tuning(target: str) -> None:
+def _tuning(share: slice) -> None:
     """Every candidate of every table, as `bench.autotune --exhaustive` asks for them."""
     from bench import autotune
 
@@ -126,7 +131,7 @@ def _tuning(target: str) -> None:
             run()
         for setting, table in asked.items():
             found = [*autotune.candidates(configs, setting), *autotune.block_sizes(table)]
-            for candidate in found if call.exhaustive else ():
+            for candidate in found[share] if call.exhaustive else ():
                 try:
                     with autotune.answering(module, {setting: candidate}):
                         run()
@@ -134,47 +139,79 @@ def _tuning(target: str) -> None:
                     print(f"{call.op} {setting[0]} {candidate}: {timing.reason(error)[:100]}", flush=True)
 
 
-def _models(target: str) -> None:
-    """The headline settings: a forward pass of each and a training step."""
-    timing.select(timing.Selection("cpu", (torch.bfloat16,), (), True))
-    from bench import bench_model, gpu_check
+def _headlines(share: slice) -> None:
+    """What the benches of `bench.gpu_check` call: attention, and models in a forward pass and a training step."""
+    from bench import gpu_check
 
-    wanted = set(gpu_check.MODELS)
-    settings = [s for s, dtype in bench_model.SETTINGS if str(s) in wanted and dtype == torch.bfloat16]
-    for setting in settings:
-        images = bench_model._images(setting.batch, setting.side, torch.bfloat16)
-        labels = torch.arange(setting.batch) % bench_model.CLASSES
-        with WithoutProducts():
-            model = bench_model.prompted(setting, torch.bfloat16)
-            model.impl = "triton"
-            with torch.inference_mode():
-                bench_model._read(setting, model, images)
-            model.train()
-            learned = [parameter for parameter in model.trainable_parameters() if parameter.numel()]
-            torch.autograd.grad(torch.nn.functional.cross_entropy(model(images).float(), labels), learned)
+    half, full = torch.float16, torch.bfloat16
+    labels = [(label, full) for label in (*gpu_check.ATTENTION, *gpu_check.MODELS, *gpu_check.OTHER_BATCHES)]
+    for label, dtype in [*labels, *((label, half) for label in gpu_check.HALF)][share]:
+        if "=" in label:
+            _attention(label, dtype)
+        else:
+            _model(label, dtype)
 
 
-def _small(target: str) -> None:
+FEW = 4
+
+
+def _attention(label: str, dtype: torch.dtype) -> None:
+    from bench.bench_prompted_attention import Shape, _inputs
+    from vptm_kernels import prompted_attention
+
+    said = dict(word.split("=") for word in label.split())
+    x = _inputs(Shape(min(FEW, int(said["B"])), int(said["P"])), dtype)
+    bias = x.bias.dense(torch.float16)
+    options = {"num_heads": int(said["H"]), "bias": bias, "impl": "triton"}
+    with torch.no_grad():
+        prompted_attention(x.qkv, x.prompts, **options)
+    out = prompted_attention(x.qkv, x.prompts, **options)
+    torch.autograd.grad(out, [x.qkv, x.prompts], x.grad, allow_unused=True)
+
+
+def _model(label: str, dtype: torch.dtype) -> None:
+    from bench import bench_model
+
+    mode, length, batch, *readout = label.split("-")
+    # what a kernel is compiled for does not depend on the batch
+    few = min(FEW, int(batch))
+    setting = bench_model.Setting(mode, int(length), few, readout=readout[0] if readout else "cls")
+    images = bench_model._images(setting.batch, setting.side, dtype)
+    labels = torch.arange(setting.batch) % bench_model.CLASSES
+    with WithoutProducts():
+        model = bench_model.prompted(setting, dtype)
+        model.impl = "triton"
+        with torch.inference_mode():
+            bench_model._read(setting, model, images)
+        model.train()
+        learned = [parameter for parameter in model.trainable_parameters() if parameter.numel()]
+        torch.autograd.grad(torch.nn.functional.cross_entropy(model(images).float(), labels), learned)
+
+
+def _small(share: slice) -> None:
     """What the sanitizer watches."""
     from bench import autotune
 
-    for call in autotune.calls():
+    for call in autotune.calls()[share]:
         call.make(autotune.Place("cpu", tiny=True))()
 
 
-PARTS = {
-    "probe": lambda target: probe("cpu"),
-    "models": _models,
-    "tests": _tests,
-    "small": _small,
-    "tuning": _tuning,
-}
+def _probe(share: slice) -> None:
+    probe("cpu")
 
 
-def _part(name: str, target: str, folder: Path) -> int:
-    """The exit status of one part in a process of its own, filling `folder`."""
-    code = f"from bench import kernel_cache as k\nwith k.compiling({target!r}): k.PARTS[{name!r}]({target!r})"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(folder, target)).returncode
+PARTS = {"probe": _probe, "headlines": _headlines, "tests": _tests, "small": _small, "tuning": _tuning}
+"""What is compiled, by name; a share of each at a time."""
+
+
+def _part(name: str, target: str, folder: Path, jobs: int) -> int:
+    """The largest exit status of the processes that compile the shares of a part into `folder`."""
+    children = []
+    for first in range(jobs if name != "probe" else 1):
+        call = f"k.PARTS[{name!r}](slice({first}, None, {jobs}))"
+        code = f"from bench import kernel_cache as k\nwith k.compiling({target!r}): {call}"
+        children.append(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(folder, target)))
+    return max(abs(child.wait()) for child in children)
 
 
 def environment(folder: Path, compile_for: str | None = None) -> dict[str, str]:
@@ -201,12 +238,13 @@ def versions() -> dict[str, str]:
     return {"triton": str(timing.versions()["triton"]), "python": ".".join(platform.python_version_tuple()[:2])}
 
 
-def pack(archive: Path, target: str, parts: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Compile `parts` into `folder`, which may hold kernels already, and write it; returns the manifest."""
+def pack(archive: Path, target: str, parts: Sequence[str], folder: Path, jobs: int = 1) -> dict[str, Any]:
+    """Compile `parts` into `folder`, which may hold kernels already, by so many processes, and write it; returns the
+    manifest."""
     seconds, failed = {}, []
     for part in dict.fromkeys(("probe", *parts)):
         before, started = len(kernels(folder)), time.monotonic()
-        if status := _part(part, target, folder):
+        if status := _part(part, target, folder, jobs):
             failed.append(part)
         seconds[part] = round(time.monotonic() - started, 1)
         how = f", FAILED with exit status {status}" if status else ""
@@ -292,6 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     making.add_argument("archive", type=Path)
     making.add_argument("--target", default=TARGET, help=f"of which GPU (default: {TARGET})")
     making.add_argument("--parts", default=",".join(PARTS), help=f"comma separated, of {', '.join(PARTS)}")
+    making.add_argument("--jobs", type=int, default=1, help="processes that compile (default: 1)")
     making.add_argument("--folder", type=Path, help="compile there, and keep it: a second run compiles what is new")
     taking = commands.add_parser("unpack", help="make a cache folder of an archive")
     taking.add_argument("archive", type=Path)
@@ -310,10 +349,12 @@ def main(argv: list[str] | None = None) -> int:
         parts = [part.strip() for part in options.parts.split(",")]
         if unknown := set(parts) - set(PARTS):
             parser.error(f"--parts must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+        if options.jobs < 1:
+            parser.error(f"--jobs must be at least 1, got {options.jobs}")
         with contextlib.ExitStack() as stack:
             folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folder.mkdir(parents=True, exist_ok=True)
-            manifest = pack(options.archive, options.target, parts, folder.resolve())
+            manifest = pack(options.archive, options.target, parts, folder.resolve(), options.jobs)
         size = options.archive.stat().st_size / 2**20
         print(f"wrote {options.archive}: {manifest['kernels']} kernels, {size:.1f} MiB")
         return int(bool(manifest["failed"]))

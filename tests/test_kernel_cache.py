@@ -61,11 +61,11 @@ def test_what_is_no_archive_is_one_line(tmp_path, capsys):
         assert f"kernels must be an archive of bench.kernel_cache pack, got {archive}: " in error
     with pytest.raises(SystemExit):
         kernel_cache.main(["pack", str(text), "--parts", "probe,test"])
-    assert "--parts must be of probe, models, tests, small, tuning, got test" in capsys.readouterr().err
+    assert "--parts must be of probe, headlines, tests, small, tuning, got test" in capsys.readouterr().err
 
 
 CALLS = """
-import dataclasses, json, torch
+import json, torch
 from bench import autotune, kernel_cache, timing
 from triton.runtime.jit import JITFunction
 with kernel_cache.compiling("sm90"):
@@ -83,9 +83,8 @@ with kernel_cache.compiling("sm90"):
         with autotune.answering(triton_impl, {setting: candidate}):
             run()
     tuned, seen = seen, []
-    select = timing.select
-    timing.select = lambda chosen: select(dataclasses.replace(chosen, tiny=True))
-    kernel_cache.PARTS["models"]("sm90")
+    timing.select(timing.Selection("cpu", (torch.bfloat16,), (), True, True))
+    kernel_cache.PARTS["headlines"](slice(None, None, 3))
     JITFunction.run = compile_only
 print(json.dumps([len(tried), tuned, sorted({name for name, _ in seen})]))
 """
