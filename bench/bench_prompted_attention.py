@@ -196,7 +196,17 @@ PEERS = {
     "flash without bias": timing.Peer(_forced(SDPBackend.FLASH_ATTENTION, biased=False), needs=("cuda",), paired=False),
     "flash-attn-4 without bias": timing.Peer(_flash_4, needs=("cuda", "flash_attn.cute"), paired=False),
 }
+# FlexAttention has no backward on a CPU
+FORWARD_ONLY = () if CUDA else ("flex compiled",)
 Call = Callable[[], Any]
+
+
+def _detached(x: Inputs) -> Inputs:
+    return replace(x, qkv=x.qkv.detach(), prompts=x.prompts.detach())
+
+
+def _no_backward() -> None:
+    raise NotImplementedError("FlexAttention has no backward on a CPU")
 
 
 def _forms(group: str) -> dict[str, Implementation]:
@@ -216,10 +226,13 @@ def _call(implementation: Implementation, shape: Shape, x: Inputs, direction: st
     return lambda: torch.autograd.grad(implementation(shape, x), [x.qkv, x.prompts], x.grad, allow_unused=True)
 
 
-def _two_images(implementation: Implementation, shape: Shape, x: Inputs) -> tuple[Tensor, ...]:
+def _two_images(implementation: Implementation, shape: Shape, x: Inputs, gradients: bool = True) -> tuple[Tensor, ...]:
     """out, dqkv and dprompts of the first images alone: the definition in float64 has no room for a whole batch."""
     few = Inputs(x.qkv[:2].detach().requires_grad_(), x.prompts, x.bias, x.frozen_bias, x.grad[:2])
-    out = implementation(replace(shape, batch=len(few.qkv)), few)
+    few_images = replace(shape, batch=len(few.qkv))
+    if not gradients:
+        return (implementation(few_images, _detached(few)),)
+    out = implementation(few_images, few)
     return out.detach(), *torch.autograd.grad(out, [few.qkv, few.prompts], few.grad)
 
 
@@ -242,7 +255,9 @@ def _check(shape: Shape, dtype: torch.dtype, direction: str, forms: Mapping[str,
     def check(name: str, found: Tensor | tuple[Tensor, ...]) -> None:
         biased = name == "vptm" or PEERS[name].paired
         exact, eager = (_exact(shape, each, dtype, biased) for each in (torch.float64, dtype))
-        timing.within_budget(exact, eager, factors)(name, _two_images(forms[name], shape, x))
+        alone = _two_images(forms[name], shape, x, gradients=name not in FORWARD_ONLY)
+        some = len(alone)
+        timing.within_budget(exact[:some], eager[:some], factors[:some])(name, alone)
         results = (found,) if isinstance(found, Tensor) else found
         assert all(t is None or t.isfinite().all() for t in results), f"{name}: not finite in the batch"
         in_batch = timing.within_budget(exact[which : which + 1], eager[which : which + 1], factors[which:])
@@ -278,10 +293,15 @@ def bench_prompted_attention(
         "shape": f"H={shape.heads} N={shape.tokens} D={shape.head_dim}, {direction}",
     }
     x, forms = _inputs(shape, dtype), _forms(benchmark.group)
+    runs = {name: _call(form, shape, x, direction) for name, form in forms.items()}
+    for name in FORWARD_ONLY:
+        if name in runs:
+            alone = _call(forms[name], shape, _detached(x), direction)
+            runs[name] = alone if direction == "forward" else _no_backward
     timing.report(
         benchmark,
         implementation,
-        {name: _call(form, shape, x, direction) for name, form in forms.items()},
+        runs,
         check=_check(shape, dtype, direction, forms),
         work=_work(shape, dtype, direction),
         device=DEVICE,
