@@ -217,7 +217,7 @@ def _compiled(by_op: dict[str, dict[str, Any]], current: dict[str, str]) -> str:
     """A cell: every kernel of a target and a version of Triton."""
     missing = [op for op in current if op not in by_op]
     if missing:
-        return f"not yet compiled: {', '.join(missing)}"
+        return "not yet compiled" + (f": {', '.join(missing)}" if by_op else "")
     kernels = sum(entry["kernels"] for entry in by_op.values())
     faults = [
         f"{count} {word}" for word in ("spilled", "failed") if (count := sum(len(e[word]) for e in by_op.values()))

@@ -140,8 +140,7 @@ class _Readout(_Plan):
         if self.folds or self.batch == 0:
             return
         batch, tokens, dim = self.batch, self.tokens, self.dim
-        many_sums = self.squares and self.activation == "log_softmax"
-        config = forward_config(self.arch, self.bits, dim, self.aligned, many_sums)
+        config = forward_config(self.arch, self.bits, dim, self.aligned, self.activation == "log_softmax")
         row_blocks, dim_blocks = _cdiv(batch, config.rows), _cdiv(dim, config.dims)
         per_split = tokens_per_split(self.arch, tokens, row_blocks * dim_blocks, config.tokens)
         self.splits = _cdiv(tokens, per_split)
