@@ -1,7 +1,7 @@
 """What a call costs the host while a GPU waits for it: thread CPU time, with a GPU that is pretended, on any machine.
 
     pytest bench/bench_host_time.py --benchmark-only
-    pytest bench/bench_host_time.py --benchmark-only --benchmark-json bench/results/host_time.json
+    python -m bench.bench_host_time bench/results/host_time.json     # the same, in few lines
 
 Tensors are on the CPU, one image of a width at which arithmetic takes little time, and the kernels of vptm are bound
 and kept as on sm_90 but not launched: what is left is Python, PyTorch's dispatch and Triton's binder. What is not
@@ -13,10 +13,13 @@ the outputs of vptm hold whatever memory held, and are looked at by tests, not h
 from __future__ import annotations
 
 import copy
+import json
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,15 +180,21 @@ def of_model(mode: str) -> Runs:
     return {name: _inferring(run) for name, run in runs.items()}
 
 
-def _report(benchmark: BenchmarkFixture, group: str, runs: Runs, compiled: list[str]) -> None:
-    benchmark.group = f"host time: {group}"
-    present = timing.present(PEERS)
-    runs = {name: run for name, run in runs.items() if name == peers.OURS or name in present}
+def compared(runs: Runs, compiled: list[str]) -> tuple[timing.Comparison, dict[str, Any]]:
+    """In turns; and microseconds of host by name. compiled: kernels, as they are asked for."""
     found = timing.compare(runs, check=None, rounds=ROUNDS, warmup=5, clock=thread_seconds)
     assert not found.refused, found.refused
     assert compiled, "no kernel was asked for: this is not the path of a GPU"
     taken = {name: round(1e6 * found.median(name), 1) for name in runs}
-    benchmark.extra_info |= found.info() | {"microseconds of host": taken, "kernels compiled": len(compiled)}
+    return found, {"microseconds of host": taken, "kernels compiled": len(compiled)}
+
+
+def _report(benchmark: BenchmarkFixture, group: str, runs: Runs, compiled: list[str]) -> None:
+    benchmark.group = f"host time: {group}"
+    present = timing.present(PEERS)
+    runs = {name: run for name, run in runs.items() if name == peers.OURS or name in present}
+    found, taken = compared(runs, compiled)
+    benchmark.extra_info |= found.info() | taken
     benchmark.pedantic(runs[peers.OURS], rounds=ROUNDS, iterations=CALLS)
 
 
@@ -202,3 +211,25 @@ def bench_op(benchmark: BenchmarkFixture, op: str, direction: str) -> None:
 def bench_model_of_12_blocks(benchmark: BenchmarkFixture, mode: str) -> None:
     with pretend_gpu() as seen:
         _report(benchmark, f"{BLOCKS} blocks, {mode}", of_model(mode), seen.compiled)
+
+
+def main(path: Path) -> None:
+    torch.set_num_threads(1)
+    document: dict[str, Any] = {"environment": timing.environment(), "load average before": timing.load_average()}
+    makes: dict[str, Callable[[], Runs]] = {
+        f"{op}, {direction}": partial(make, direction) for op, make in OPS.items() for direction in DIRECTIONS
+    }
+    makes |= {f"{BLOCKS} blocks, {mode}": partial(of_model, mode) for mode in MODES}
+    for group, make in makes.items():
+        with pretend_gpu() as seen:
+            found, taken = compared(make(), seen.compiled)
+        ratios = {
+            f"share of {name}": round(1 / found.speed_up(name), 3) for name in found.seconds if name != found.ours
+        }
+        document[group] = taken | ratios
+        print(group, taken["microseconds of host"], ratios, flush=True)
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
