@@ -83,9 +83,12 @@ class Folded:
         weight = backbone.patch_embed.proj.weight
         self.key = key
         blocks = [fold_block(block, dtype) for block in backbone.blocks]
-        # one tensor for all, so that the prompts of all blocks are projected by one product
-        self.qkv_weights = torch.stack([block.qkv_weight for block in blocks])
-        self.blocks = [block._replace(qkv_weight=weight) for block, weight in zip(blocks, self.qkv_weights)]
+        # one tensor for all, so that the prompts of all blocks are projected by one product; keys have no bias, and
+        # that of values is in the next linear
+        qkv_weights = torch.stack([block.qkv_weight for block in blocks])
+        self.blocks = [block._replace(qkv_weight=weight) for block, weight in zip(blocks, qkv_weights)]
+        self.prefix_weights = qkv_weights[:, model.num_features :].mT
+        self.prefix_eps = blocks[0].eps_1 if len({block.eps_1 for block in blocks}) == 1 else None
         # a GPU's product takes a bias along, and one launch less is worth more than a pass over fewer bytes
         self.plain = triton or weight.device.type != "cpu"
         # the kernel reads a token-to-token bias in place and takes prompt columns as zero; SDPA wants all columns
@@ -175,18 +178,15 @@ class Folded:
         found: list[Tensor | None] = [None] * depth
         if prompts.length == 0 or prompts.per_sample():  # every sample's own are drawn block by block
             return found
-        fresh = [i for i in range(depth) if prompts.role(i) == "own" and not self._prompts_attend(model, i)]
-        rows, eps = prompts.weight, self.blocks[0].eps_1
         drawn = prompts.training and prompts.dropout > 0
-        if len(rows) != depth or len(fresh) != depth or drawn or any(block.eps_1 != eps for block in self.blocks):
-            for layer in fresh:
-                found[layer] = self._prefix(model, layer, batch)
+        everywhere = prompts.mode == "deep" and len(prompts.blocks) == len(prompts.weight) == depth
+        if not everywhere or model.pools_prompts or drawn or self.prefix_eps is None:
+            for layer in range(depth):
+                if prompts.role(layer) == "own" and not self._prompts_attend(model, layer):
+                    found[layer] = self._prefix(model, layer, batch)
             return found
-        if prompts.projection is not None:
-            rows = prompts.projection(rows)
-        # keys have no bias, and that of values is in the next linear
-        keys_and_values = self.qkv_weights[:, model.num_features :].mT
-        return torch.bmm(_normalise(rows, eps), keys_and_values).unbind()
+        rows = prompts.weight if prompts.projection is None else prompts.projection(prompts.weight)
+        return torch.bmm(_normalise(rows, self.prefix_eps), self.prefix_weights).unbind()
 
     def _prefix(self, model: PromptedModel, layer: int, batch: int) -> Tensor:
         rows = _normalise(model.prompts.rows(layer, batch), self.blocks[layer].eps_1)

@@ -12,6 +12,7 @@ from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
 from timm.models import beit, vision_transformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from .reference import BiasedAttention
 
@@ -230,7 +231,7 @@ class Watch:
     def __init__(self, modules: Iterable[nn.Module], also: Iterable[dict[str, Any]] = ()) -> None:
         self._modules = list(modules)
         self._contents: list[dict[str, Any]] = [
-            held for module in self._modules for held in (module._parameters, module._buffers, module._modules)
+            held for module in self._modules for held in (module._parameters, module._buffers, module._modules) if held
         ]
         self._contents += also
         values = list(chain.from_iterable(map(_values, self._contents)))
@@ -245,8 +246,9 @@ class Watch:
         self._scalars = [
             (module.__dict__, name) for module in self._modules for name in _WATCHED if name in module.__dict__
         ]
+        self._moded = [module for module in self._modules if type(module) not in _MODELESS]
         self._hooks = [getattr(module, hooks) for module in self._modules for hooks in _HOOKS]
-        self._dicts = [module.__dict__ for module in self._modules]
+        self._dicts: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
         self._kinds = list(_KNOWN)
         # holding every object keeps its id, and holding storages their addresses, from being given out again
         self._held = values
@@ -255,6 +257,8 @@ class Watch:
         self._addressed = plain
         self._storages = [tensor.untyped_storage() for tensor in plain]
         self._counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+        self._registered = getattr(RemovableHandle, "next_id", None)
+        self._hooked = any(self._hooks)
         self._seen = self._look()
 
     def _look(self) -> tuple[object, ...]:
@@ -263,16 +267,25 @@ class Watch:
             list(map(_version, self._counted)),
             list(map(Tensor.data_ptr, self._addressed)),
             list(map(_requires_grad, self.tensors)),
-            list(map(_training, self._modules)),
-            any(self._hooks),
-            any("forward" in attributes for attributes in self._dicts),
+            list(map(_training, self._moded)),
+            list(map(len, self._dicts)),  # a patched forward, a tensor in place of None
             [id(attributes.get(name)) for attributes, name in self._attributes],
             [attributes.get(name) for attributes, name in self._scalars],
             [kind.forward for kind in self._kinds],
         )
 
     def changed(self) -> bool:
-        return self._look() != self._seen
+        return self._look() != self._seen or self._hooks_changed()
+
+    def _hooks_changed(self) -> bool:
+        # every registration anywhere takes a number: without a new one nobody can have added a hook here
+        registered = getattr(RemovableHandle, "next_id", None)
+        if not self._hooked and registered is not None and registered == self._registered:
+            return False
+        if any(self._hooks) != self._hooked:
+            return True
+        self._registered = registered
+        return False
 
     def learns(self) -> bool:
         return any(map(_requires_grad, self.tensors))
