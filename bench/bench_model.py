@@ -350,11 +350,11 @@ def work(setting: Setting, dtype: torch.dtype, step: bool = False) -> timing.Wor
     row alone.
 
     Operations per image: patch embedding 2 n 768 C of n patches; L-1 blocks of 24 N C² + 4 N (N+P) C; the last one
-    24 C² + 4 H N C + 4 P C: keys and values of deep prompts are cached. Shallow prompts are rows, T = N+P in place of
-    N, which block 0 projects once for the batch. Token head and projection to d = 128 are folded, 2 C d, and K
-    prototypes compared, 2 K d. A training step projects prompts, 4 P C² per block and batch, goes back once through
-    every linear but the projection of image rows in block 0, and with five products for the two of attention; the head
-    of V tokens takes 4 V C + 6 V d and 6 K d, a linear classifier 6 C K.
+    24 C² + 4 H N C + 4 P C. Keys and values of deep prompts are projected once for the batch, 4 P C² per block. Shallow
+    prompts are rows, T = N+P in place of N, which block 0 projects once for the batch. The head of V tokens takes
+    2 V C, the projection to d = 128 2 V d and K prototypes 2 K d. A training step goes back once through every linear
+    but the projection of image rows in block 0, and with five products for the two of attention; the head then takes
+    4 V C + 6 V d and 6 K d, a linear classifier 6 C K.
 
     Bytes: weights and images once, and 24 C elements per row and block: input and output of its five steps, with
     residual sums and norms inside of them. A step reads the weights twice and moves 34 C elements more: gradients of
@@ -370,12 +370,13 @@ def work(setting: Setting, dtype: torch.dtype, step: bool = False) -> timing.Wor
     linear = 24 * (depth - 1) * rows * square - 6 * carried * square
     attention = (depth - 1) * rows * keys * width
     reading = 4 * heads * rows * width + 4 * (length - carried) * width
-    once = 6 * carried * square
+    once = 6 * carried * square + 4 * depth * (length - carried) * square
     weights, kept = (12 * depth * square + 768 * width), batch * (depth - 1) * rows * width
     moved = weights + 24 * kept + batch * (rows * width + 3 * side**2)
     operations = 2 * patches * 768 * width + linear + 4 * attention + 24 * square + reading
     if readout == "mask" and not step:
-        operations += 2 * DIM * (width + CLASSES)
+        operations += 2 * VOCABULARY * (width + DIM) + 2 * CLASSES * DIM
+        moved += VOCABULARY * (width + DIM)
     if step and length:
         operations += linear - 6 * tokens * square + 10 * attention + 24 * square + 2 * reading
         once = 12 * carried * square + 8 * depth * (length - carried) * square
