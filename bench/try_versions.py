@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -170,6 +171,8 @@ def try_tests(environment: Environment, selection: Sequence[str]) -> dict[str, A
     report.unlink(missing_ok=True)
     began = time.monotonic()
     command = [str(environment.folder / "bin" / "pytest"), "-q", f"--junitxml={report}", *selection]
+    # In a shell's background Ctrl-C is ignored, by children too, and the suite has tests that send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     done = subprocess.run(command, cwd=environment.source, env=environment.variables())
     result = {
         "versions": environment.versions(),
