@@ -1021,6 +1021,7 @@ def predict(
             _say(f"{path}{note}")
         files += found
     model = load_adapter(run, source=source, impl=impl).to(place)
+    sealed = model.sealed_twin()
     names = model.class_names or [str(k) for k in range(model.num_classes)]
     prepare, read = transforms(model), picture_options(model)
     rows: list[list[str]] = []
@@ -1039,7 +1040,7 @@ def predict(
         if not readable:
             continue
         with torch.inference_mode():
-            scores = model(torch.stack(pixels).to(place)).float().softmax(1).cpu()
+            scores = sealed(torch.stack(pixels).to(place)).float().softmax(1).cpu()
         best = scores.topk(min(5, len(names)))
         for path, values, indices in zip(readable, best.values.tolist(), best.indices.tolist()):
             top = [[names[k], round(value, 6)] for k, value in zip(indices, values)]
