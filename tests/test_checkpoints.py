@@ -567,7 +567,8 @@ def test_builtin_is_read_from_the_package(tmp_path: Path, monkeypatch: pytest.Mo
     assert loaded.report.source == "builtin" and loaded.report.format == "vptm" and loaded.pretrained
 
 
-def test_instance_is_kept_put_in_eval_mode_and_described() -> None:
+def test_instance_stays_as_it_is_and_is_described() -> None:
+    """The backbone is another module on its storage, in eval mode and without a classifier."""
     beit = Beit(
         img_size=(8, 12),
         patch_size=4,
@@ -580,7 +581,10 @@ def test_instance_is_kept_put_in_eval_mode_and_described() -> None:
         use_rel_pos_bias=True,
     ).train()
     loaded = load_backbone(beit)
-    assert loaded.backbone is beit and not beit.training and beit.num_classes == 0
+    assert beit.training and beit.num_classes == 5 and all(tensor.requires_grad for tensor in beit.parameters())
+    backbone = loaded.backbone
+    assert backbone is not beit and not backbone.training and backbone.num_classes == 0
+    assert backbone.cls_token.data_ptr() == beit.cls_token.data_ptr()
     assert loaded.report.format == "module" and not loaded.pretrained
     assert loaded.report.dropped == ("head.weight", "head.bias")
     assert loaded.default_cfg["input_size"] == (3, 8, 12)

@@ -294,6 +294,7 @@ def test_vision_transformers_give_their_patch_tokens() -> None:
     caught: list[Tensor] = []
     for block in vit.blocks[1:]:
         block.register_forward_pre_hook(lambda module, given: caught.append(given[0][:, 3:]))
+    vit.double()
     with torch.no_grad():
         vit.forward_features(data.images)
         fed = [vit.patch_embed.proj(data.images).flatten(2).mT, *caught]

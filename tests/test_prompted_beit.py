@@ -208,7 +208,15 @@ def test_check_reports_rounding_and_catches_a_wrong_path(monkeypatch: pytest.Mon
     batch = images(model)
     errors = vptm.check(model, batch)
     gradients = {f"grad {name}" for name in model.learned_state_dict()}
-    assert set(errors) == {"features", "hidden", "token_logits", "logits", "logits in training", *gradients}
+    assert set(errors) == {
+        "features",
+        "hidden",
+        "token_logits",
+        "logits",
+        "logits sealed",
+        "logits in training",
+        *gradients,
+    }
     assert max(errors.values()) <= 1e-10
     assert model.training and model.impl == "auto"
     attention = vptm_kernels.prompted_attention

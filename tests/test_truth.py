@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 import types
 from collections.abc import Callable
@@ -485,6 +486,193 @@ def test_a_compiled_model_follows_refresh_and_loading() -> None:
         assert relative_error(compiled(batch), textbook(model, batch)) <= 1e-11
         model.prompts.weight.data.mul_(3)
         assert relative_error(compiled(batch), textbook(model, batch)) <= 1e-11
+
+
+@torch.no_grad()
+def test_a_second_hook_fires_beside_a_first_one() -> None:
+    """A hook on a part that always runs must not hide the next one, on a part that is folded."""
+    for kind in KINDS:
+        model, batch = make(kind)
+        model.backbone.norm.register_forward_hook(lambda module, inputs, output: None)
+        model(batch)
+        hooked(model.backbone.blocks[1], "mlp")
+        assert relative_error(model(batch), textbook(model, batch)) <= 1e-11, kind
+
+
+@torch.no_grad()
+def test_replaced_roots_and_classes_are_noticed() -> None:
+    """Another backbone, token head, prompts or verbalizer, and a module that became one of another class."""
+
+    class Louder(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    for name in ("backbone", "lm_head", "prompts", "verbalizer"):
+        model, batch = make(KINDS[0])
+        model(batch)
+        other = build(tiny_beit(depth=2, seed=9), prompt_mode="deep", extra_bias="cls", seed=5)
+        setattr(model, name, getattr(other, name))
+        assert relative_error(model(batch), textbook(model, batch)) <= 1e-11, name
+    model, batch = make(KINDS[0])
+    model(batch)
+    model.backbone.blocks[0].mlp.fc1.__class__ = Louder
+    assert relative_error(model(batch), textbook(model, batch)) <= 1e-11
+    model, batch = make(KINDS[0])
+    model, batch = model.float(), batch.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(batch)
+        model.lm_head = nn.Linear(16, 11).requires_grad_(False)
+        assert relative_error(model(batch).float(), before.float()) > 1e-2
+
+
+@torch.no_grad()
+def test_a_sealed_model_follows_replaced_learned_parts_and_refuses_changed_frozen_ones() -> None:
+    """Nothing that sealing folded may be stepped over: a part that learns is read again, a frozen one is refused."""
+    for name in ("prompts", "verbalizer", "lm_head"):
+        model, batch = make(KINDS[0])
+        twin = copy.deepcopy(model)
+        model.freeze_for_inference()
+        model(batch)
+        other = build(tiny_beit(depth=2), prompt_mode="deep", extra_bias="cls", seed=5)
+        for at in (model, twin):
+            setattr(at, name, getattr(other, name))
+        assert relative_error(model(batch), textbook(twin, batch)) <= 1e-11, name
+    model, batch = make(KINDS[0])
+    model.freeze_for_inference().reset_classifier(7)
+    assert model(batch).shape == (2, 7)
+    for change in (hooked, patched, wrapped, in_training):
+        for part in ("backbone.blocks.1.mlp", "backbone.blocks.0.attn"):
+            model, batch = make(KINDS[0])
+            model.freeze_for_inference()
+            change(*holder(model, part))
+            with pytest.raises(RuntimeError, match="a sealed model must stay as freeze_for_inference left it"):
+                model(batch)
+    model, batch = make(KINDS[0])
+    state = model.backbone.state_dict()
+    model.freeze_for_inference()
+    with pytest.raises(RuntimeError, match=r"load_state_dict\(\) needs the original weights"):
+        model.backbone.load_state_dict(state, assign=True)
+
+
+def test_a_sealed_model_learns_and_is_traced_as_it_is() -> None:
+    """Gradients reach what learns, and a graph reads it: what was projected at sealing is for plain inference alone."""
+    model, batch = make(KINDS[0])
+    twin = copy.deepcopy(model)
+    model.freeze_for_inference()
+    for at in (model, twin):
+        at(batch).square().sum().backward()
+    for (name, found), (_, expected) in zip(model.named_parameters(), twin.named_parameters()):
+        if expected.requires_grad:
+            assert relative_error(found.grad, expected.grad) <= 1e-10, name
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        model(batch)
+        compiled(batch)
+        learned = {name: 2 * tensor for name, tensor in model.learned_state_dict().items()}
+        for at in (model, twin):
+            at.load_learned_state_dict(learned)
+        expected = textbook(twin, batch)
+        assert relative_error(compiled(batch), expected) <= 1e-11
+        assert relative_error(torch.export.export(model, (batch,)).module()(batch), expected) <= 1e-11
+
+
+def test_a_tensor_in_place_of_a_parameter_learns() -> None:
+    """Sharded training puts plain tensors, which ask for gradients, where parameters were."""
+    model, batch = make(KINDS[0])
+    linear = model.backbone.blocks[0].mlp.fc1
+    weight = linear._parameters.pop("weight").detach().clone().requires_grad_(True)
+    linear.__dict__["weight"] = weight
+    model(batch).sum().backward()
+    assert weight.grad is not None and weight.grad.any()
+
+
+@torch.no_grad()
+def test_a_bias_of_the_linear_of_queries_keys_and_values_counts() -> None:
+    """timm's BEiT adds its own bias beside a linear without one; a linear with a bias, put there later, keeps it."""
+    own = tiny_beit(depth=2, qkv_bias=False).double()
+    for block in own.blocks:
+        block.attn.qkv = nn.Linear(16, 48).double().requires_grad_(False)
+        nn.init.normal_(block.attn.qkv.bias)
+    options = {"prompt_length": 0, "readout": "cls", "token_activation": "hidden", "verbalizer": "linear"}
+    model = vptm.PromptedBEiT(own, 3, **options).double().eval()
+    batch = images(model)
+    for impl in ("auto", "reference"):
+        model.impl = impl
+        assert relative_error(model.forward_features(batch), own.eval().forward_features(batch)) <= 1e-12
+
+
+@torch.no_grad()
+def test_subclasses_of_prompts_and_verbalizers_run_as_they_are() -> None:
+    """Somebody's own comparison, or rows of prompts, must not be replaced by ours."""
+
+    class Halved(vptm.PromptBank):
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return 0.5 * super().forward(*args, **kwargs)
+
+    class Negated(vptm.PrototypicalVerbalizer):
+        def compare(self, embedding: torch.Tensor) -> torch.Tensor:
+            return -super().compare(embedding)
+
+    for name, kind in (("prompts", Halved), ("verbalizer", Negated)):
+        model, batch = make(KINDS[0])
+        getattr(model, name).__class__ = kind
+        assert relative_error(model(batch), textbook(model, batch)) <= 1e-11, name
+
+
+@torch.no_grad()
+def test_cached_frozen_features_follow_the_weights_and_refuse_a_mask_that_learns() -> None:
+    from vptm.provp import FeatureReformation
+
+    model, batch = make(KINDS[0])
+    cached = FeatureReformation(model, cache=True)
+    before = cached.frozen(batch)
+    model.backbone.blocks[0].mlp.fc1.weight.mul_(2)
+    assert relative_error(cached.frozen(batch), before) > 1e-6
+    assert torch.equal(cached.frozen(batch), FeatureReformation(model).frozen(batch))
+    model.mask_token.mul_(3)
+    assert torch.equal(cached.frozen(batch), FeatureReformation(model).frozen(batch))
+    model.mask_token.requires_grad_(True)
+    with pytest.raises(ValueError, match="cache must be False where the mask token learns"):
+        FeatureReformation(model, cache=True)
+
+
+def test_loading_a_part_of_a_backbone_leaves_the_module_that_was_passed() -> None:
+    own = tiny_beit()
+    before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
+    model = vptm.PromptedBEiT(own, 3, readout="cls", token_activation="hidden")
+    block = model.backbone.blocks[0]
+    block.load_state_dict({name: 2 * value for name, value in block.state_dict().items()})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in own.state_dict().items())
+    assert not torch.equal(block.attn.qkv.weight, own.blocks[0].attn.qkv.weight)
+
+
+def test_a_pickle_of_a_sealed_model_holds_its_weights_once() -> None:
+    """Folded weights of all blocks are one tensor and its views, which a pickle would write once for every view."""
+    sizes = {}
+    for depth in (1, 4):
+        model = build(tiny_beit(depth=depth, dim=64), prompt_mode="deep").eval().freeze_for_inference()
+        held = sum(tensor.nbytes for tensor in {id(t): t for t in model._encoder.constants()}.values())
+        data = pickle.dumps(model)
+        sizes[depth] = len(data) / held
+        batch = images(model)
+        with torch.no_grad():
+            assert torch.equal(pickle.loads(data)(batch), model(batch))
+    assert sizes[4] < 1.3 * sizes[1], sizes
+
+
+def test_check_sees_a_wrong_sealed_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`evaluate` and `predict` run sealed, so `check` runs that too."""
+    model, batch = make(KINDS[0])
+    own = vptm.PrototypicalVerbalizer.prepare
+
+    def wrong(self: Any, lm_head: Any) -> Any:
+        prepared = own(self, lm_head)
+        return prepared._replace(prototypes=-prepared.prototypes)
+
+    monkeypatch.setattr(vptm.PrototypicalVerbalizer, "prepare", wrong)
+    errors = vptm.check(model, batch)
+    assert errors["logits sealed"] > 1e-3 and errors["logits"] <= 1e-10
 
 
 def test_timm_still_builds_what_was_passed() -> None:

@@ -29,7 +29,8 @@ from vptm_kernels._runtime.frozen_linear import frozen_linear, runs_onednn
 from vptm_kernels._runtime.triton_support import choose
 from vptm_kernels.prompted_attention.bias import align_rows
 
-from .fold import FrozenBlock, Watch, fold_block, is_plain_linear, oddity, refuse_unread, unfoldable, unread
+from .fold import FrozenBlock, Watch, fold_block, is_plain_linear, learns, oddity, refuse_unread, unfoldable, unread
+from .prompts import PromptBank
 
 if TYPE_CHECKING:
     from .prompted_model import PromptedModel
@@ -85,9 +86,8 @@ class Folded:
         blocks = [fold_block(block, dtype) for block in backbone.blocks]
         # one tensor for all, so that the prompts of all blocks are projected by one product; keys have no bias, and
         # that of values is in the next linear
-        qkv_weights = torch.stack([block.qkv_weight for block in blocks])
-        self.blocks = [block._replace(qkv_weight=weight) for block, weight in zip(blocks, qkv_weights)]
-        self.prefix_weights = qkv_weights[:, model.num_features :].mT
+        self.qkv_weights = torch.stack([block.qkv_weight for block in blocks])
+        self._take_weights(blocks)
         self.prefix_eps = blocks[0].eps_1 if len({block.eps_1 for block in blocks}) == 1 else None
         # a GPU's product takes a bias along, and one launch less is worth more than a pass over fewer bytes
         self.plain = triton or weight.device.type != "cpu"
@@ -112,6 +112,10 @@ class Folded:
         self.sealed_prefixes: Prefixes | None = None
         self.sealed_head: PreparedHead | None = None
 
+    def _take_weights(self, blocks: list[FrozenBlock]) -> None:
+        self.blocks = [block._replace(qkv_weight=weight) for block, weight in zip(blocks, self.qkv_weights)]
+        self.prefix_weights = self.qkv_weights[:, self.qkv_weights.shape[1] // 3 :].mT
+
     def _take_biases(self, biases: list[Tensor | None], real: int) -> None:
         self.real = real
         self.biases = biases
@@ -120,16 +124,32 @@ class Folded:
         if not self.narrow:
             self.wide_biases = [None if bias is None else bias[:, :real] for bias in biases]
 
+    def _twin(self) -> Folded:
+        twin = object.__new__(Folded)
+        twin.__dict__ |= self.__dict__
+        return twin
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without views, which a pickle would write as often as there are any."""
+        blocks = [block._replace(qkv_weight=torch.empty(0)) for block in self.blocks]
+        views: dict[str, object] = {"prefix_weights": None, "square_biases": [], "wide_biases": []}
+        return self.__dict__ | views | {"blocks": blocks}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__ |= state
+        self._take_weights(self.blocks)
+        self._take_biases(self.biases, self.real)
+
     def without_prompts(self) -> Folded:
         """The same for the model without its prompts, on the same tensors."""
-        twin = copy.copy(self)
+        twin = self._twin()
         twin._take_biases(self.square_biases, self.real)
         twin.sealed_prefixes = twin.sealed_head = None
         return twin
 
     def sealed(self, prefixes: Prefixes | None, head: PreparedHead | None) -> Folded:
         """The same, with what is learned projected and folded as it is now."""
-        twin = copy.copy(self)
+        twin = self._twin()
         twin.sealed_prefixes, twin.sealed_head = prefixes, head
         return twin
 
@@ -392,12 +412,13 @@ class FrozenEncoder:
     - Every forward looks whether the backbone is what it was: objects, in-place edits, modes, hooks, patched methods
       (`vptm.fold.Watch`). Where it is not, constants are made again.
     - Nothing learned is kept between calls, so every way of changing it is followed: fused optimisers, `.data` and
-      aliases too. A model sealed by `freeze_for_inference` is the exception. It keeps projected prompts and the folded
-      head, made again after an edit that PyTorch counts, or by `load_learned_state_dict`.
+      aliases too. A model sealed by `freeze_for_inference` is the exception. Where no gradient is recorded and nothing
+      traces, it keeps projected prompts and the folded head, made again after an edit that PyTorch counts, or by
+      `load_learned_state_dict`. It refuses to run once a part, mode or hook of its backbone is another.
     - What PyTorch does not count is not seen: edits of frozen weights (and, once sealed, of learned ones) through
       `.data` that keep the storage, through numpy or shared memory, or of tensors made under `inference_mode`. Call
-      `model.refresh()` after those, and after any edit of frozen weights of a model that `torch.compile` has compiled,
-      which looks at nothing. An exported program holds the weights of its export.
+      `model.refresh()` after those, and after any change of the frozen part of a model that `torch.compile` has
+      compiled, which looks at nothing. An exported program holds the weights of its export.
 
     The originals stay in `model.backbone`: `state_dict()` never sees a folded weight. Once sealed, they are gone, and
     what is here is all there is.
@@ -408,6 +429,8 @@ class FrozenEncoder:
         self._made: _Made | None = None
         self._seal: Folded | None = None
         self._seal_watch: Watch | None = None
+        self._bare: Folded | None = None
+        self._seal_backbone: Watch | None = None
         self._lender: PromptedModel | None = None
         self._lent: tuple[Folded, Folded] | None = None
 
@@ -417,7 +440,7 @@ class FrozenEncoder:
         return twin
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_seal": self._seal, "_lender": self._lender}
+        return {"_seal": self._seal, "_bare": self._bare, "_lender": self._lender}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__()  # type: ignore[misc]
@@ -431,14 +454,23 @@ class FrozenEncoder:
     def unsupported(model: PromptedModel) -> str | None:
         """What keeps a backbone from being folded, in words that fit after "got"; None where nothing does."""
         backbone = model.backbone
-        if any(parameter.requires_grad for parameter in backbone.parameters()):
+        if learns(backbone):
             return "a trainable one"
         if backbone.training:
             return "one in training mode"
+        return (
+            FrozenEncoder._prompts_run(model)
+            or unread(backbone)
+            or next(filter(None, map(unfoldable, backbone.blocks)), None)
+        )
+
+    @staticmethod
+    def _prompts_run(model: PromptedModel) -> str | None:
+        """What keeps prompts from being asked for their rows, in words: then the module itself has to run."""
+        if type(model.prompts) is not PromptBank:
+            return f"prompts of {type(model.prompts).__name__}"
         odd = oddity(model.prompts)
-        if odd is not None:
-            return f"prompts with {odd}"  # their rows are asked for, and the module is not run
-        return unread(backbone) or next(filter(None, map(unfoldable, backbone.blocks)), None)
+        return None if odd is None else f"prompts with {odd}"
 
     @classmethod
     def supports(cls, model: PromptedModel) -> bool:
@@ -470,7 +502,7 @@ class FrozenEncoder:
 
     def _eagerly(self, model: PromptedModel) -> Folded | None:
         made = self._looked(model)
-        if made.reason is not None or oddity(model.prompts) is not None:
+        if made.reason is not None or self._prompts_run(model) is not None:
             return None
         key, dtype, triton = self._key(model)
         found = made.folded.get(key)
@@ -505,7 +537,9 @@ class FrozenEncoder:
                     heads = [] if model.lm_head is None else [model.lm_head]
                     modules = [module for part in (model.backbone, *heads) for module in part.modules()]
                     # the watch first: an edit between the two is then seen at the next call
-                    watch = Watch(modules, [model._buffers])
+                    mask = model.mask_token
+                    fixed = {} if mask is None or mask.requires_grad else {"mask_token": mask}
+                    watch = Watch(modules, [model._buffers, model._modules, fixed])
                     self._made = made = _Made(watch, self.unsupported(model), {})
         return made
 
@@ -537,13 +571,26 @@ class FrozenEncoder:
 
     def _sealed(self, model: PromptedModel) -> Folded:
         assert self._seal is not None
+        if not torch.compiler.is_compiling():
+            if self._seal_backbone is None:
+                self._seal_backbone = Watch(model.backbone.modules(), values=False)
+            if self._seal_backbone.changed() or oddity(model.prompts) is not None:
+                raise RuntimeError(
+                    "a sealed model must stay as freeze_for_inference left it, got another part, mode or hook"
+                )
         key, dtype, _ = self._key(model)
         if self._seal.key != key:
             raise RuntimeError(
                 f"freeze_for_inference dropped the weights that {dtype} with impl={model.impl!r} needs: "
                 "call it where the model will run"
             )
-        if not torch.compiler.is_compiling() and (self._seal_watch is None or self._seal_watch.changed()):
+        bare = self._bare
+        assert bare is not None
+        if torch.compiler.is_compiling():
+            return bare  # a graph looks at nothing, so what is learned is read in it
+        if torch.is_grad_enabled():
+            return bare  # whose prompts and head may learn
+        if self._seal_watch is None or self._seal_watch.changed():
             self.seal(model, self._seal)
         return self._seal
 
@@ -552,11 +599,13 @@ class FrozenEncoder:
         heads = [] if model.lm_head is None else [model.lm_head]
         learned = (model.prompts, model.verbalizer, *heads)
         with self._lock:
-            watch = Watch([module for part in learned for module in part.modules()])
+            watch = Watch([module for part in learned for module in part.modules()], [model._modules])
             with torch.inference_mode(False), torch.no_grad():
                 unsealed = folded.sealed(None, None)
                 seal = unsealed.sealed(unsealed.prefixes(model, 1), model.verbalizer.prepare(model.lm_head))
-            self._seal, self._seal_watch, self._made = seal, watch, None
+            if self._seal_backbone is None:
+                self._seal_backbone = Watch(model.backbone.modules(), values=False)
+            self._seal, self._bare, self._seal_watch, self._made = seal, unsealed, watch, None
 
     def forget_learned(self) -> None:
         """Project and fold what is learned again, after an edit that PyTorch does not count."""

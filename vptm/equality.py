@@ -23,6 +23,7 @@ def _outputs(model: PromptedModel, images: Tensor, impl: str, gradients: bool) -
             if model.lm_head is not None:
                 tensors["token_logits"] = model.lm_head(hidden)
             tensors["logits"] = model(images)
+            tensors["logits sealed"] = model.sealed_twin()(images)  # as `evaluate` and `predict` run it
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if gradients and named:
             with torch.enable_grad():
@@ -47,8 +48,8 @@ def check(model: PromptedModel, images: Tensor, *, gradients: bool = True) -> di
 
     Returns:
         The largest absolute difference over max(1, largest absolute reference value), for "features", "hidden",
-        "token_logits" (with a token head) and "logits" without gradients, as inference computes them, then for "logits
-        in training" and "grad <parameter>". About 1e-6 in fp32; NaN where either path is not finite.
+        "token_logits" (with a token head), "logits" and "logits sealed" without gradients, as inference computes them,
+        then for "logits in training" and "grad <parameter>". About 1e-6 in fp32; NaN where either path is not finite.
 
     Example:
         >>> import vptm

@@ -63,6 +63,15 @@ def oddity(module: nn.Module) -> str | None:
     return None
 
 
+def learns(module: nn.Module) -> bool:
+    """Whether anything in a module asks for a gradient, also a tensor that stands in place of a parameter."""
+    return any(parameter.requires_grad for parameter in module.parameters()) or any(
+        isinstance(value, Tensor) and value.requires_grad
+        for part in module.modules()
+        for value in part.__dict__.values()
+    )
+
+
 def is_plain_linear(module: nn.Module | None) -> bool:
     """Whether a module is `F.linear(x, weight, bias)` and nothing else; an adapter library may have put its own there,
     or a quantised one."""
@@ -71,6 +80,12 @@ def is_plain_linear(module: nn.Module | None) -> bool:
 
 def _is_tensor(value: object) -> bool:
     return value is None or type(value) in (Tensor, nn.Parameter)
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    """Subclasses of Tensor, as quantised ones, have their own arithmetic; a trace puts stand-ins of its own there."""
+    held = (held for part in module.modules() for held in (part._parameters, part._buffers))
+    return torch.compiler.is_compiling() or all(map(_is_tensor, chain.from_iterable(map(_values, held))))
 
 
 def unfoldable(block: Any) -> str | None:
@@ -103,15 +118,14 @@ def unfoldable(block: Any) -> str | None:
         return f"{type(block).__name__} blocks"
     drops += [block.drop_path1, block.drop_path2, mlp.drop1, mlp.drop2]
     linears = _linears(block)
-    held = [*linears, block.norm1, block.norm2]
     plain = (
         all(type(drop) in (nn.Identity, nn.Dropout, DropPath) for drop in drops)
         and isinstance(mlp.norm, nn.Identity)
         and type(block.norm1) in _NORMS
         and type(block.norm2) in _NORMS
         and all(type(linear) is nn.Linear for linear in linears)
-        # subclasses of Tensor, as quantised ones, have their own arithmetic; a trace puts stand-ins of its own there
-        and (torch.compiler.is_compiling() or all(_is_tensor(part.weight) and _is_tensor(part.bias) for part in held))
+        and (type(block) is not beit.Block or attn.qkv.bias is None)  # whose bias stands beside the linear
+        and _holds_tensors(block)
         and attn.qkv.out_features == 3 * attn.qkv.in_features
         and attn.scale == (attn.qkv.in_features // attn.num_heads) ** -0.5
     )
@@ -126,6 +140,8 @@ def unread(backbone: Any) -> str | None:
     shared = getattr(backbone, "rel_pos_bias", None)
     if shared is not None and parametrize.is_parametrized(shared):
         return "a parametrised rel_pos_bias"
+    if shared is not None and not _holds_tensors(shared):
+        return "a rel_pos_bias of another kind of tensor"
     return None
 
 
@@ -223,26 +239,31 @@ class Watch:
     """Notices that modules are no longer what they were when it was made: an object replaced, a tensor edited in place,
     moved, set or asked for gradients, a mode, a hook, a patched `forward`, an eps.
 
-    `also` are further dictionaries of what a module holds. No value is looked at. What PyTorch does not count is not
-    seen: edits through `.data` that keep the storage, through an alias that is no tensor (numpy, shared memory), or of
-    tensors made under `inference_mode`.
+    `also` are further dictionaries of what a module holds; without `values` only parts, modes and hooks are watched. No
+    value is looked at. What PyTorch does not count is not seen: edits through `.data` that keep the storage, through an
+    alias that is no tensor (numpy, shared memory), or of tensors made under `inference_mode`.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], also: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(
+        self, modules: Iterable[nn.Module], also: Iterable[dict[str, Any]] = (), *, values: bool = True
+    ) -> None:
         self._modules = list(modules)
         self._contents: list[dict[str, Any]] = [
-            held for module in self._modules for held in (module._parameters, module._buffers, module._modules) if held
+            content
+            for module in self._modules
+            for content in ((module._parameters, module._buffers, module._modules) if values else (module._modules,))
+            if content
         ]
         self._contents += also
-        values = list(chain.from_iterable(map(_values, self._contents)))
+        held = list(chain.from_iterable(map(_values, self._contents)))
         # a tensor may stand in place of a parameter as a plain attribute
         self._attributes = [
             (module.__dict__, name)
             for module in self._modules
             for name, value in module.__dict__.items()
-            if isinstance(value, Tensor)
+            if values and isinstance(value, Tensor)
         ]
-        values += [attributes[name] for attributes, name in self._attributes]
+        held += [attributes[name] for attributes, name in self._attributes]
         self._scalars = [
             (module.__dict__, name) for module in self._modules for name in _WATCHED if name in module.__dict__
         ]
@@ -251,18 +272,19 @@ class Watch:
         self._dicts: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
         self._kinds = list(_KNOWN)
         # holding every object keeps its id, and holding storages their addresses, from being given out again
-        self._held = values
+        self._held = held
         self.tensors = [value for value in self._held if isinstance(value, Tensor)]
         plain = [tensor for tensor in self.tensors if _is_tensor(tensor)]
         self._addressed = plain
         self._storages = [tensor.untyped_storage() for tensor in plain]
         self._counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self._registered = getattr(RemovableHandle, "next_id", None)
-        self._hooked = any(self._hooks)
+        self._hooked = list(map(len, self._hooks))
         self._seen = self._look()
 
     def _look(self) -> tuple[object, ...]:
         return (
+            list(map(type, self._modules)),
             list(map(id, chain.from_iterable(map(_values, self._contents)))),
             list(map(_version, self._counted)),
             list(map(Tensor.data_ptr, self._addressed)),
@@ -280,12 +302,9 @@ class Watch:
     def _hooks_changed(self) -> bool:
         # every registration anywhere takes a number: without a new one nobody can have added a hook here
         registered = getattr(RemovableHandle, "next_id", None)
-        if not self._hooked and registered is not None and registered == self._registered:
+        if not any(self._hooked) and registered is not None and registered == self._registered:
             return False
-        if any(self._hooks) != self._hooked:
+        if list(map(len, self._hooks)) != self._hooked:
             return True
         self._registered = registered
         return False
-
-    def learns(self) -> bool:
-        return any(map(_requires_grad, self.tensors))

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .checkpoints import weight_hash
 from .choices import one_of
 from .encoder import Folded, FrozenEncoder, Start
-from .fold import refuse_unread
+from .fold import learns, refuse_unread
 from .prompts import PROMPT_OPTIONS, PromptBank
 from .reference import AttentionFunction, reference_features, sdpa, softmax_attention
 from .sharing import own_storage
@@ -217,8 +217,10 @@ class PromptedModel(nn.Module):
 
         Until this is called every block has its weights twice: the originals in `backbone`, which `state_dict()` gives
         and training can unfreeze, and folded copies in the encoder, which run. Afterwards the block's four linear
-        weights in `backbone` are without values (on the meta device): the model is for inference as it stands, on its
-        device and in its dtype. `state_dict`, `load_state_dict`, `train`, `unfreeze`, `refresh`, `.to` and the
+        weights in `backbone` are without values (on the meta device; a module that was passed in keeps its own): the
+        model is for inference as it stands, on its device, in its dtype and with the parts, modes and hooks it has.
+        Prompts are projected, and token head and projection multiplied, once, for calls that record no gradient.
+        `state_dict`, `load_state_dict`, `train`, `unfreeze`, `refresh`, `.to` and the
         reference path then raise RuntimeError; edits of the norms and biases that are left change nothing.
         `learned_state_dict`, `vptm.save_adapter` and `weight_hash` go on working. A pickle of such a model, as a
         spawned process gets it, holds the folded weights; nothing else writes them.
@@ -228,6 +230,7 @@ class PromptedModel(nn.Module):
 
         Raises:
             ValueError: a trainable backbone, blocks that do not fold, or impl="reference".
+            RuntimeError: from calls of the model afterwards, where a part, mode or hook of its backbone is another.
 
         Example:
             >>> model = vptm.PromptedBEiT("builtin", num_classes=10).freeze_for_inference()
@@ -247,6 +250,7 @@ class PromptedModel(nn.Module):
             for block in self.backbone.blocks:
                 for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
                     linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
+            self.backbone.register_load_state_dict_pre_hook(_refuse_dropped_weights)
             self._encoder.seal(self, folded)
         return self
 
@@ -336,7 +340,7 @@ class PromptedModel(nn.Module):
                 "impl='triton' needs a frozen backbone of plain pre-norm blocks with a two-layer MLP, "
                 f"got {self._unfolded()}"
             )
-        if any(parameter.requires_grad for parameter in self.backbone.parameters()):
+        if learns(self.backbone):
             own_storage(self.backbone)
         return reference_features(self, images, softmax_attention if self.impl == "reference" else sdpa)
 
@@ -488,6 +492,10 @@ class PromptedModel(nn.Module):
 # functions and not lambdas: a model can be pickled, to be spawned with a process
 def _refresh_loaded(module: Any, *_: Any) -> None:
     module.refresh()
+
+
+def _refuse_dropped_weights(*_: Any) -> None:
+    raise RuntimeError("load_state_dict() needs the original weights, freeze_for_inference dropped them")
 
 
 def _refuse_loading(module: Any, *_: Any) -> None:

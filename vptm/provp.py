@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .choices import number
-from .encoder import Start
+from .encoder import Folded, Start
 from .losses import feature_reformation
 from .prompted_beit import PromptedBEiT
 from .prompts import PromptBank
@@ -189,7 +189,10 @@ class FeatureReformation:
             raise ValueError(f"reformation must be finite and >= 0, got {weight!r}")
         if not 0 < number("reformation_temperature", temperature) < float("inf"):
             raise ValueError(f"reformation_temperature must be finite and > 0, got {temperature!r}")
+        if cache and model.mask_token is not None and model.mask_token.requires_grad:
+            raise ValueError("cache must be False where the mask token learns: frozen features change with it")
         self.model, self.twin = model, unprompted(model)
+        self._cached_on: Folded | None = None
         self.weight, self.temperature = weight, temperature
         self._cache: dict[bytes, Tensor] | None = {} if cache else None
 
@@ -209,8 +212,12 @@ class FeatureReformation:
     @torch.no_grad()
     def frozen(self, images: Tensor) -> Tensor:
         """Features (B, D) without prompts."""
-        if self._cache is None:
+        folded = self.model._runs_on()
+        if self._cache is None or folded is None:
             return self._compute(images)
+        if folded is not self._cached_on:  # of other weights
+            self._cache.clear()
+            self._cached_on = folded
         pixels = images.detach().cpu().contiguous().view(torch.uint8).numpy()  # numpy knows no bfloat16
         keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]
         missing = [i for i, key in enumerate(keys) if key not in self._cache]

@@ -58,9 +58,9 @@ class BiasedAttention(Attention):
             return super().forward(x, shared_rel_pos_bias)
         bias, attention = shared_rel_pos_bias
         qkv_bias = None if self.q_bias is None else torch.cat([self.q_bias, self.k_bias, self.v_bias])
-        if type(self.qkv) is nn.Linear and not _listened_to(self.qkv):
+        if type(self.qkv) is nn.Linear and self.qkv.bias is None and not _listened_to(self.qkv):
             qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        else:  # an adapter's or a quantised linear has no weight to read past it
+        else:  # an adapter's or a quantised linear has no weight to read past it, and one with a bias keeps it
             qkv = self.qkv(x) if qkv_bias is None else self.qkv(x) + qkv_bias
         query, key, value = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
         if type(self.attn_drop) is nn.Dropout and not self.attn_drop.training and not _listened_to(self.attn_drop):

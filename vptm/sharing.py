@@ -29,18 +29,23 @@ def shared_twin(module: nn.Module) -> nn.Module:
         for hook in chain.from_iterable(getattr(part, hooks).values() for hooks in _HOOKS):
             memo[id(hook)] = hook  # a bound method would be copied with the object it belongs to
     twin = copy.deepcopy(module, memo)
-    twin._shares_storage = True  # type: ignore[assignment]
-    twin.register_load_state_dict_pre_hook(_own_before_loading)
+    for part in twin.modules():
+        part._shares_storage = True  # type: ignore[assignment]
+        part.register_load_state_dict_pre_hook(_own_before_loading)
     return twin
 
 
 @torch.no_grad()
 def own_storage(module: nn.Module) -> None:
-    """Give a `shared_twin` storage of its own, with the same values, before they change; other modules have it."""
-    if module.__dict__.get("_shares_storage", False):
-        for tensor in chain(module.parameters(), module.buffers()):
-            tensor.data = tensor.data.clone()
-        module._shares_storage = False  # type: ignore[assignment]
+    """Give every part of a `shared_twin` storage of its own, with the same values, before they change; other modules
+    have it."""
+    for part in module.modules():
+        if part.__dict__.get("_shares_storage", False):
+            attributes = (value for value in part.__dict__.values() if isinstance(value, Tensor))
+            for tensor in chain(part._parameters.values(), part._buffers.values(), attributes):
+                if tensor is not None:
+                    tensor.data = tensor.data.clone()
+            part._shares_storage = False  # type: ignore[assignment]
 
 
 def _own_before_loading(module: nn.Module, *_: object) -> None:

@@ -317,8 +317,9 @@ def evaluate(
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     total = torch.zeros((), dtype=torch.float64)
     with eval_mode(model):
-        # what is compiled or wrapped runs as it is
-        runs = model.sealed_twin() if forward is model and isinstance(model, PromptedModel) else forward
+        # what was compiled runs compiled
+        seals = isinstance(model, PromptedModel) and "_orig_mod" not in forward._modules
+        runs = model.sealed_twin() if seals else forward
         for images, labels in loader:
             _check_batch_labels(labels, classes)
             scores = runs(images.to(place)).float().cpu()

@@ -29,7 +29,7 @@ def next_power_of_2(n: int) -> int:
 def forward_config(arch: str, dtype_bits: int, dim: int, aligned: bool, log_softmax: bool = False) -> Config:
     """aligned: every row starts at a multiple of 16 bytes. Other rows are read an element at a time, and the addresses
     of a full tile would not fit the registers. log_softmax: its sums take registers; with Triton 3.6, 64 channels at a
-    time spill 24 bytes on sm90, 64 tokens 32 bytes on sm100.
+    time spill 24 bytes on sm90.
 
     It does not ask for the batch: the last one of an epoch would compile kernels of its own. A few rows in a block of
     64 waste products, of which reading the token head leaves plenty.
@@ -41,9 +41,9 @@ def forward_config(arch: str, dtype_bits: int, dim: int, aligned: bool, log_soft
     if dtype_bits >= 32 or not aligned:
         rows = 16 if arch.startswith("gfx") and not aligned else 32
         return Config(rows, 32, 32, min(dims, 64), 4, stages)
-    # 64 channels at a time spill 8 bytes on sm100, in log-softmax mode.
+    # On sm100 64 channels at a time spill 8 to 24 bytes, 64 tokens up to 80 and eight warps 32, by version of Triton.
     if arch == "sm100":
-        return Config(64, 32 if log_softmax else 64, 32, dims, 8, stages)
+        return Config(64, 32, 32, dims, 4, stages)
     return Config(64, 64, 32 if log_softmax and arch == "sm90" else 64, dims, 8, stages)
 
 
@@ -58,7 +58,9 @@ def hidden_grad_config(arch: str, dtype_bits: int, dim: int, aligned: bool, reco
     serialise the tensor-core instructions (C7514). In float32 pipelining spills up to 48 bytes, by version of Triton.
     """
     config = forward_config(arch, dtype_bits, dim, aligned)
-    dims = 16 if arch == "cpu" else 32 if dtype_bits >= 32 or not aligned else 64
+    dims = 32 if dtype_bits >= 32 or not aligned else 64
+    if arch == "cpu" or (arch == "sm100" and not aligned):  # 32 spill 8 bytes there
+        dims = 16
     return config._replace(dims=dims, num_stages=config.num_stages if recompute and dtype_bits < 32 else 1)
 
 
