@@ -538,6 +538,13 @@ def test_a_sealed_model_follows_replaced_learned_parts_and_refuses_changed_froze
             setattr(at, name, getattr(other, name))
         assert relative_error(model(batch), textbook(twin, batch)) <= 1e-11, name
     model, batch = make(KINDS[0])
+    twin = copy.deepcopy(model)
+    model.freeze_for_inference()
+    model(batch)
+    for at in (model, twin):
+        at.verbalizer.token_activation = "softmax"
+    assert relative_error(model(batch), textbook(twin, batch)) <= 1e-11
+    model, batch = make(KINDS[0])
     model.freeze_for_inference().reset_classifier(7)
     assert model(batch).shape == (2, 7)
     for change in (hooked, patched, wrapped, in_training):

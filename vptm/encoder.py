@@ -415,10 +415,8 @@ class FrozenEncoder:
       aliases too. A model sealed by `freeze_for_inference` is the exception. Where no gradient is recorded and nothing
       traces, it keeps projected prompts and the folded head, made again after an edit that PyTorch counts, or by
       `load_learned_state_dict`. It refuses to run once a part, mode or hook of its backbone is another.
-    - What PyTorch does not count is not seen: edits of frozen weights (and, once sealed, of learned ones) through
-      `.data` that keep the storage, through numpy or shared memory, or of tensors made under `inference_mode`. Call
-      `model.refresh()` after those, and after any change of the frozen part of a model that `torch.compile` has
-      compiled, which looks at nothing. An exported program holds the weights of its export.
+    - What PyTorch does not count is not seen, and a compiled graph looks at nothing: docs/inference.md lists these
+      edits of frozen weights, after which `model.refresh()` is to be called.
 
     The originals stay in `model.backbone`: `state_dict()` never sees a folded weight. Once sealed, they are gone, and
     what is here is all there is.
@@ -586,10 +584,9 @@ class FrozenEncoder:
             )
         bare = self._bare
         assert bare is not None
-        if torch.compiler.is_compiling():
-            return bare  # a graph looks at nothing, so what is learned is read in it
-        if torch.is_grad_enabled():
-            return bare  # whose prompts and head may learn
+        # a graph looks at nothing, so what is learned is read in it; with gradients it may learn, training may draw it
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or model.prompts.training:
+            return bare
         if self._seal_watch is None or self._seal_watch.changed():
             self.seal(model, self._seal)
         return self._seal

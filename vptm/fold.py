@@ -231,8 +231,8 @@ def fold_block(block: Any, dtype: torch.dtype) -> FrozenBlock:
 
 _values = methodcaller("values")
 _version, _requires_grad, _training = attrgetter("_version"), attrgetter("requires_grad"), attrgetter("training")
-# Plain attributes that enter the arithmetic of a block.
-_WATCHED = ("eps", "scale", "num_heads")
+# Plain attributes that enter what is folded or kept.
+_WATCHED = ("eps", "scale", "num_heads", "token_activation", "mode", "after", "dropout")
 
 
 class Watch:

@@ -202,8 +202,8 @@ class PromptedModel(nn.Module):
     def refresh(self) -> None:
         """Derive the folded constants again at the next forward.
 
-        Needed only after an edit that PyTorch does not count; which these are is said in
-        `vptm.encoder.FrozenEncoder`.
+        Needed only after an edit of frozen weights that PyTorch does not count, and after any of a compiled model's:
+        which these are is said in docs/inference.md.
         """
         self._refuse_dropped("refresh()")
         self._encoder = FrozenEncoder()
