@@ -12,9 +12,9 @@ the outputs of vptm hold whatever memory held, and are looked at by tests, not h
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -232,4 +232,6 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="json to write")
+    main(parser.parse_args().file)
