@@ -357,6 +357,18 @@ def test_check_sees_a_stale_constant_of_inference(monkeypatch: pytest.MonkeyPatc
     assert vptm.check(model, batch, gradients=False)["logits"] > 1e-6
 
 
+def test_constants_are_not_made_again_for_what_learns() -> None:
+    """A step that moves the token head, mask token, prompts or verbalizer leaves the folded backbone as it is."""
+    model = build(tiny_beit(depth=2), prompt_mode="deep", train_mask_token=True, train_lm_head=True).train()
+    batch = images(model)
+    folded = model._encoder.folded(model)
+    model(batch).square().sum().backward()
+    torch.optim.SGD(list(model.trainable_parameters()), lr=0.1).step()
+    assert model._encoder.folded(model) is folded
+    with torch.no_grad():
+        assert relative_error(model.eval()(batch), textbook(model, batch)) <= 1e-11
+
+
 def test_unfreezing_training_and_freezing_again() -> None:
     """Constants of before the training would be those of other weights."""
     model, batch = make(KINDS[0])

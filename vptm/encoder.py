@@ -432,11 +432,6 @@ class FrozenEncoder:
         self._lender: PromptedModel | None = None
         self._lent: tuple[Folded, Folded] | None = None
 
-    def __deepcopy__(self, memo: dict[int, object]) -> FrozenEncoder:
-        twin = FrozenEncoder()
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return twin
-
     def __getstate__(self) -> dict[str, object]:
         return {"_seal": self._seal, "_bare": self._bare, "_lender": self._lender}
 
@@ -532,7 +527,8 @@ class FrozenEncoder:
             with self._lock:
                 made = self._made
                 if made is None or made.watch.changed():
-                    heads = [] if model.lm_head is None else [model.lm_head]
+                    # a token head that learns is folded into nothing, and changes at every step
+                    heads = [] if model.lm_head is None or learns(model.lm_head) else [model.lm_head]
                     modules = [module for part in (model.backbone, *heads) for module in part.modules()]
                     # the watch first: an edit between the two is then seen at the next call
                     mask = model.mask_token

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from .reference import BiasedAttention
+from .sharing import HOOKS
 
 
 class FrozenBlock(NamedTuple):
@@ -48,13 +49,12 @@ _KNOWN = {
     )
 }
 _MODELESS = (nn.Linear, LayerScale, *_NORMS, nn.Identity, nn.GELU)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def oddity(module: nn.Module) -> str | None:
     """What makes a module another function than its class says, in words that fit after "with"; None where nothing
     does."""
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    if any(getattr(module, hooks) for hooks in HOOKS):
         return "hooks"  # they would never fire on a part that does not run as a module
     if "forward" in module.__dict__ or type(module).forward is not _KNOWN.get(type(module), type(module).forward):
         return "a patched forward"
@@ -268,7 +268,7 @@ class Watch:
             (module.__dict__, name) for module in self._modules for name in _WATCHED if name in module.__dict__
         ]
         self._moded = [module for module in self._modules if type(module) not in _MODELESS]
-        self._hooks = [getattr(module, hooks) for module in self._modules for hooks in _HOOKS]
+        self._hooks = [getattr(module, hooks) for module in self._modules for hooks in HOOKS]
         self._dicts: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
         self._kinds = list(_KNOWN)
         # holding every object keeps its id, and holding storages their addresses, from being given out again

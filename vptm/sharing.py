@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def shared_twin(module: nn.Module) -> nn.Module:
@@ -26,7 +26,7 @@ def shared_twin(module: nn.Module) -> nn.Module:
         for tensor in chain(part._buffers.values(), attributes):
             if tensor is not None:
                 memo[id(tensor)] = tensor.detach()
-        for hook in chain.from_iterable(getattr(part, hooks).values() for hooks in _HOOKS):
+        for hook in chain.from_iterable(getattr(part, hooks).values() for hooks in HOOKS):
             memo[id(hook)] = hook  # a bound method would be copied with the object it belongs to
     twin = copy.deepcopy(module, memo)
     for part in twin.modules():
