@@ -461,6 +461,8 @@ def test_nothing_is_fetched_unless_the_source_is_passed(folder: Path, monkeypatc
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
+    # A machine may say HF_HUB_OFFLINE: then the hub's own library would refuse before any call, and nothing were tested.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     config = json.loads((folder / CONFIG_FILE).read_text())
     hub = config["backbone"] | {"source": "nobody/no-such-beit"}
     vit = {"num_classes": 3, "pretrained": True}
