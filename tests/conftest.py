@@ -73,6 +73,26 @@ def against_baseline():
     return check
 
 
+@pytest.fixture
+def vptm(capsys, monkeypatch, tmp_path):
+    from console import Console
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VPTM_DEBUG", raising=False)
+    return Console(capsys)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A backbone file and a folder of 10 pictures of each of three classes."""
+    from tiny_data import write_backbone, write_pictures
+
+    root = tmp_path_factory.mktemp("material")
+    write_backbone(root / "backbone.safetensors")
+    write_pictures(root / "pictures", 10)
+    return root
+
+
 def pytest_terminal_summary(terminalreporter):
     if _baseline_changes:
         terminalreporter.section(f"compiled kernels that differ from {AOT_BASELINE.name}")

@@ -388,7 +388,7 @@ def test_a_folder_without_a_json_is_refused() -> None:
 
 def test_every_named_test_exists() -> None:
     """The support table proves each line by a test: a renamed or deleted one fails here."""
-    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
     table = README[README.index("## What is supported") : README.index("## Limits")]
     named = re.findall(r"`((?:test_\w+\.py)?(?:::test_\w+)?)`", table)
     assert len(named) > 5

@@ -13,25 +13,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "PromptedBEiT": "prompted_beit",
-    "PromptedViT": "prompted_vit",
-    "check": "equality",
-    "load_backbone": "checkpoints",
-    "weight_hash": "checkpoints",
-    "PrototypicalVerbalizer": "verbalizers",
-    "LinearVerbalizer": "verbalizers",
-    "PromptBank": "prompts",
-    "save_adapter": "adapters",
-    "load_adapter": "adapters",
-    "load_data": "data",
-    "few_shot": "data",
-    "transforms": "data",
-    "fit": "training",
-    "fit_prototypes": "verbalizers",
-    "inspect_tokens": "explain",
-    "evaluate": "training",
-    "init_prompts": "prompt_init",
-    "set_class_embeddings": "provp",
+    "PromptedBEiT": "models.prompted_beit",
+    "PromptedViT": "models.prompted_vit",
+    "check": "frozen.check",
+    "load_backbone": "weights.backbones",
+    "weight_hash": "weights.backbones",
+    "PrototypicalVerbalizer": "models.verbalizers",
+    "LinearVerbalizer": "models.verbalizers",
+    "PromptBank": "models.prompts",
+    "save_adapter": "weights.adapters",
+    "load_adapter": "weights.adapters",
+    "load_data": "data.datasets",
+    "few_shot": "data.datasets",
+    "transforms": "data.datasets",
+    "fit": "training.fit",
+    "fit_prototypes": "models.verbalizers",
+    "inspect_tokens": "inspection.explain",
+    "evaluate": "training.fit",
+    "init_prompts": "methods.spt",
+    "set_class_embeddings": "methods.provp",
 }
 __all__ = [
     "LinearVerbalizer",
@@ -57,18 +57,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .adapters import load_adapter, save_adapter
-    from .checkpoints import load_backbone, weight_hash
-    from .data import few_shot, load_data, transforms
-    from .equality import check
-    from .explain import inspect_tokens
-    from .prompt_init import init_prompts
-    from .prompted_beit import PromptedBEiT
-    from .prompted_vit import PromptedViT
-    from .prompts import PromptBank
-    from .provp import set_class_embeddings
-    from .training import evaluate, fit
-    from .verbalizers import LinearVerbalizer, PrototypicalVerbalizer, fit_prototypes
+    from vptm.data.datasets import few_shot, load_data, transforms
+    from vptm.frozen.check import check
+    from vptm.inspection.explain import inspect_tokens
+    from vptm.methods.provp import set_class_embeddings
+    from vptm.methods.spt import init_prompts
+    from vptm.models.prompted_beit import PromptedBEiT
+    from vptm.models.prompted_vit import PromptedViT
+    from vptm.models.prompts import PromptBank
+    from vptm.models.verbalizers import LinearVerbalizer, PrototypicalVerbalizer, fit_prototypes
+    from vptm.training.fit import evaluate, fit
+    from vptm.weights.adapters import load_adapter, save_adapter
+    from vptm.weights.backbones import load_backbone, weight_hash
 
 
 def __getattr__(name: str) -> Any:
@@ -84,4 +84,4 @@ def __dir__() -> list[str]:
 
 
 if "timm" in sys.modules:  # timm is paid for already, so its registry can learn our names at once
-    import_module(".prompted_beit", __name__)
+    import_module(".models.prompted_beit", __name__)

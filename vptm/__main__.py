@@ -1,4 +1,4 @@
-from vptm.cli import main
+from vptm.commands.app import main
 
 if __name__ == "__main__":
     main()

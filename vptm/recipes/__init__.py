@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..choices import hint
+from vptm.messages import hint
 
 ALIASES = {"spt": "spt-deep", "provp-ref": "provp"}
 
@@ -49,7 +49,7 @@ def read_recipe(name: str) -> Recipe:
         path = Path(name)
         if not path.is_file():
             raise FileNotFoundError(f"recipe not found: {name}")
-        from ..checkpoints import one_line_errors
+        from vptm.weights.backbones import one_line_errors
 
         with one_line_errors(name):
             return _parse(path.read_text(encoding="utf-8"), path.stem, name)

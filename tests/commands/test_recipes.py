@@ -1,0 +1,193 @@
+"""Recipes: every shipped one trains, says what its paper says, and goes behind the command line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+from console import Console
+
+from vptm.commands import app as cli
+from vptm.data import datasets as data_module
+from vptm.models import prompted_vit
+from vptm.recipes import ALIASES, read_recipe, recipe_names
+from vptm.training.schedules import SCHEDULES
+from vptm.weights.adapters import load_adapter
+
+FAST = ["--epochs", 2, "--warmup-epochs", 1, "--prompt-length", 2, "--shots", 2, "--batch-size", 3]
+
+
+def train(vptm: Console, material: Path, recipe: str, *more: object) -> tuple[dict, str]:
+    arguments = ["train", "--model", material / "backbone.safetensors", "--data", material / "pictures"]
+    code, out, err = vptm(*arguments, "--recipe", recipe, "--out", "run", "--overwrite", *FAST, *more)
+    assert code == 0, err
+    return json.loads(Path("run/run.json").read_text()), out
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_trains(vptm: Console, material: Path, name: str) -> None:
+    """A recipe whose settings contradict each other, or that the model refuses, fails here; its values are the run's
+    where the command line says nothing."""
+    run, out = train(vptm, material, name)
+    given = {str(option)[2:].replace("-", "_") for option in FAST if str(option).startswith("--")}
+    for key, value in read_recipe(name).settings.items():
+        assert key in given or run["settings"][key] == value, key
+    assert run["settings"]["recipe"] == name and run["settings"]["epochs"] == 2
+    assert "test accuracy" in out and load_adapter("run", source=material / "backbone.safetensors").num_classes == 3
+    assert run["cost"]["trainable_parameters"] > 0 and run["cost"]["images_per_second"] > 0
+    assert run["cost"]["peak_memory"] > 1e6
+
+
+def test_settings_of_the_papers() -> None:
+    """Values that identify a method: changing one silently would train another."""
+    recipes = {name: read_recipe(name).settings for name in recipe_names()}
+    assert {"vptm", "vpt-shallow", "vpt-deep", "spt-shallow", "spt-deep", "linear", "finetune"} <= recipes.keys()
+    vpt, spt = recipes["vpt-deep"], recipes["spt-deep"]
+    assert (vpt["optimizer"], vpt["schedule"], vpt["warmup_epochs"], vpt["epochs"]) == ("momentum", "vpt", 10, 100)
+    assert vpt["prompt_weight_decay"] == vpt["weight_decay"] and vpt["prompt_dropout"] == 0.1
+    assert (spt["prompt_length"], spt["prompt_init"], spt["head_weight_decay"], spt["lr"]) == (20, "random", 0.5, 0.05)
+    assert recipes["spt-shallow"]["prompt_length"] == 100
+    assert all(settings["schedule"] in SCHEDULES for settings in recipes.values())
+    stated = {"optimizer", "lr", "weight_decay", "schedule", "epochs", "batch_size", "prompt_length", "augment"}
+    for name, settings in recipes.items():
+        assert stated <= settings.keys(), f"{name} leaves {stated - settings.keys()} to the defaults of `vptm train`"
+        assert settings["augment"] is True, f"{name}: the published codes crop and mirror photos, save those of VTAB"
+    assert "`vptm protocol`" in read_recipe("provp").summary, "its linear head is not the paper's"
+
+
+def test_search_values_are_options_of_train() -> None:
+    """`vptm compare --search` would fail late on a misspelt option."""
+    options = inspect.signature(cli.train).parameters.keys()
+    for name in recipe_names():
+        recipe = read_recipe(name)
+        assert recipe.search.keys() <= options and recipe.search.keys() <= recipe.settings.keys()
+        assert all(recipe.settings[key] in values for key, values in recipe.search.items())
+
+
+def test_own_recipe_and_command_line(vptm: Console, material: Path) -> None:
+    """A file of one's own works like a shipped one, and an option on the command line goes before it."""
+    Path("mine.yaml").write_text(
+        "summary: mine\nsettings: {readout: mean, token_activation: hidden, lr: 1e-3, seed: 4, temperature: null}\n"
+    )
+    run, _ = train(vptm, material, "mine.yaml", "--lr", 0.02)
+    assert (run["settings"]["readout"], run["settings"]["seed"], run["settings"]["lr"]) == ("mean", 4, 0.02)
+
+
+def test_a_recipe_decides_on_augmentation(vptm: Console, material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`augment: false` of a recipe must reach the images, and --augment on the command line goes before it."""
+    asked: list[bool] = []
+    original = data_module.transforms
+
+    def transforms(model: object, train: bool = False, **settings: object) -> object:
+        asked.append(train)
+        return original(model, train, **settings)
+
+    monkeypatch.setattr(data_module, "transforms", transforms)
+    Path("mine.yaml").write_text("summary: x\nsettings: {readout: mean, token_activation: hidden, augment: false}\n")
+    for more, augmented in (([], False), (["--augment"], True)):
+        asked.clear()
+        run, _ = train(vptm, material, "mine.yaml", *more)
+        assert run["settings"]["augment"] is augmented and any(asked) is augmented
+
+
+@pytest.mark.parametrize(
+    "given, warmup",
+    [
+        ([], 10),
+        (["--epochs", "1"], 0),
+        (["--epochs", "15"], 2),
+        (["--epochs", "200"], 20),
+        (["--epochs", "15", "--warmup-epochs", "4"], 4),
+        (["--warmup-epochs", "4"], 4),
+    ],
+)
+def test_the_warm_up_keeps_its_share_of_given_epochs(given: list[str], warmup: int) -> None:
+    """The recipe's 10 of 100 epochs; as they stand, `--epochs` up to 10 would be refused."""
+    settings, _ = cli.train_settings(["--recipe", "vpt-deep", *given])
+    assert settings["warmup_epochs"] == warmup
+
+
+def test_few_epochs_of_a_recipe_with_warm_up_train(vptm: Console, material: Path) -> None:
+    arguments = ["train", "--model", material / "backbone.safetensors", "--data", material / "pictures", "--shots", 2]
+    code, _, err = vptm(*arguments, "--recipe", "vpt-deep", "--prompt-length", 2, "--epochs", 1, "--out", "run")
+    assert code == 0, err
+    assert json.loads(Path("run/run.json").read_text())["arguments"]["warmup_epochs"] == 0
+
+
+def test_aliases_are_recipes_everywhere(vptm: Console, material: Path) -> None:
+    """A name that `vptm compare` takes is one for `vptm train`, and trains the same."""
+    assert ALIASES["spt"] == "spt-deep" and not ALIASES.keys() & set(recipe_names())
+    for alias, name in ALIASES.items():
+        assert read_recipe(alias) == read_recipe(name)
+    run, _ = train(vptm, material, "spt")
+    assert run["settings"]["prompt_init"] == "random" and run["settings"]["head_weight_decay"] == 0.5
+
+
+def test_prompts_start_from_tokens_and_survive_a_resume(vptm: Console, material: Path) -> None:
+    """`--prompt-init` changes where training starts, alike for one seed; a finished run resumed is unchanged."""
+    arguments = ["train", "--model", material / "backbone.safetensors", "--data", material / "pictures"]
+    arguments += ["--readout", "cls", "--token-activation", "hidden", *FAST, "--lr", 1e-12, "--seed", 5]
+    weights = {}
+    for out, method in (("a", "random"), ("b", "random"), ("c", "uniform"), ("d", "kmeans")):
+        code, _, err = vptm(*arguments, "--prompt-init", method, "--out", out)
+        assert code == 0, err
+        weights[out] = Path(out, "adapter_model.safetensors").read_bytes()
+    assert weights["a"] == weights["b"] and len(set(weights.values())) == 3
+    assert vptm("train", "--resume", "--out", "a")[0] == 0
+    assert Path("a", "adapter_model.safetensors").read_bytes() == weights["a"]
+
+
+def test_bad_recipes_are_refused(vptm: Console, material: Path) -> None:
+    """One line that lists the known names, suggests the nearest, or names the wrong entry; nothing is trained."""
+    for name, text, message in (
+        ("spt-depe", None, "one of finetune, linear,"),
+        ("spt-depe", None, "did you mean 'spt-deep'?"),
+        ("sptt", None, "an alias (spt, provp-ref), or a .yaml file, got 'sptt', did you mean 'spt'?"),
+        ("prov", None, "did you mean 'provp'?"),
+        ("none.yaml", None, "recipe not found: none.yaml"),
+        ("x.yaml", "settings: {}", "must have summary, settings and optionally search, got settings"),
+        ("x.yaml", "- 1", "got list"),
+        ("x.yaml", "a: [", "must be YAML"),
+        ("x.yaml", "[" * 5000, "nested too deeply"),
+        ("x.yaml", "summary: \udcff", "text that is not Unicode"),
+        ("x.yaml", "summary: x\nsettings: {lrr: 1}", "unknown setting 'lrr', did you mean 'lr'?"),
+        ("x.yaml", "summary: x\nsettings: {out: y}", "unknown setting 'out'"),
+        ("x.yaml", "summary: x\nsettings: {epochs: 2.5}", "epochs must be int, got 2.5"),
+        ("x.yaml", "summary: x\nsettings: {}\nsearch: {lr: 1}", "search.lr must be a list"),
+    ):
+        if text is not None:
+            Path(name).write_text(text, errors="surrogateescape")
+        code, line = vptm.refused("train", "--data", material / "pictures", "--recipe", name)
+        assert code == 2 and message in line, line
+    code, line = vptm.refused("train", "--data", material / "pictures", "--prompt-init", "k-means")
+    assert code == 2 and "did you mean 'kmeans'" in line
+
+
+def test_prompt_variants_from_the_command_line(vptm: Console, material: Path) -> None:
+    """The options reach the prompt bank, and only those that were given are stored with the adapter."""
+    run, _ = train(
+        vptm, material, "vpt-deep", "--prompt-blocks", -1, "--prompt-dim", 5, "--prompt-dropout-per", "batch"
+    )
+    assert run["settings"]["prompt_blocks"] == -1
+    loaded = load_adapter("run", source=material / "backbone.safetensors")
+    assert loaded.config["prompt_options"] == {"blocks": -1, "prompt_dim": 5, "dropout_per": "batch"}
+    assert loaded.prompts.weight.shape == (1, 2, 5)
+    arguments = ["train", "--model", material / "backbone.safetensors", "--data", material / "pictures"]
+    code, line = vptm.refused(*arguments, "--shots", 2, "--prompt-placement", "add", "--prompt-length", 4)
+    assert code == 2 and "prompt_length must be 1 or the number of patches, 9" in line
+
+
+def test_vision_transformers_by_name(vptm: Console, material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timm ViT name builds a PromptedViT under the same recipes; options of BEiT alone are refused by name."""
+    original = prompted_vit._load
+    monkeypatch.setattr(prompted_vit, "_load", lambda source, size, pretrained: original(source, size, False))
+    arguments = ["train", "--model", "vit_tiny_patch16_224", "--img-size", 32, "--data", material / "pictures", *FAST]
+    code, out, err = vptm(*arguments, "--recipe", "spt-deep", "--epochs", 2, "--out", "vit")
+    assert code == 0 and "test accuracy" in out, err
+    assert json.loads(Path("vit/adapter_config.json").read_text())["model_class"] == "PromptedViT"
+    code, line = vptm.refused(*arguments, "--recipe", "vpt-deep", "--mask-mode", "replace")
+    assert code == 2 and "--mask-mode is for BEiT models" in line
+    code, line = vptm.refused(*arguments)
+    assert code == 2 and "readout must be one of cls" in line

@@ -1,0 +1,98 @@
+"""The numbers of `vptm profile` are the model's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_flops import B, D, H, K, L, N, P, beit_model
+from tiny_models import build_vit, images, pictures, tiny_vit
+
+from vptm.commands.app import _run
+from vptm.inspection.profile import stages_of, total
+
+
+@pytest.mark.parametrize("mode", ["deep", "shallow"])
+def test_stages_add_up_and_name_the_right_block(mode: str) -> None:
+    """Parameters of all stages are the model's; FLOPs of each block are those of the cost model, on both paths."""
+    model = beit_model(mode, P)
+    stages = stages_of(model, images(model, B), repeats=1)
+    assert [stage.name for stage in stages] == ["embedding", *(f"block {i}" for i in range(L)), "read-out"]
+    whole = total(stages)
+    assert whole.parameters == sum(p.numel() for p in model.parameters())
+    assert whole.trained == sum(p.numel() for p in model.trainable_parameters())
+    assert stages[1].trained == (P * D if mode == "deep" else 0)
+    rows = N + P
+    assert {stage.flops["concatenation"] for stage in stages[1:-1]} == {B * (24 * rows * D**2 + 4 * rows**2 * D)}
+    middle = 24 * N * D**2 + 4 * N * rows * D if mode == "deep" else 24 * rows * D**2 + 4 * rows**2 * D
+    assert stages[2].flops["vptm"] == B * middle
+    # deep prompts are projected before; shallow ones get queries, keys and values in block 0, once for the batch
+    first = B * middle if mode == "deep" else B * (middle - 6 * P * D**2) + 6 * P * D**2
+    assert stages[1].flops["vptm"] == first
+    last = 4 * H * N * D + 4 * P * D if mode == "deep" else 4 * H * rows * D  # projected prompts
+    assert stages[L].flops["vptm"] == B * (24 * D**2 + last)
+    assert stages[-1].flops["vptm"] == B * 2 * D * K
+    # the float64 of these models: two norm inputs, qkv, attention's out, the MLP's inner rows, statistics
+    kept = 8 * B * (N if mode == "deep" else rows) * (10 * D + H + 4)
+    assert stages[2].saved["vptm"] == pytest.approx(kept, rel=0.02)
+    if mode == "deep":  # keys and values of the prompts of all blocks are one tensor, kept by the first that reads it
+        assert stages[1].saved["vptm"] == pytest.approx(kept - 8 * B * N * D + 8 * L * P * 2 * D, rel=0.03)
+    assert all(stage.seconds[path] > 0 for stage in stages for path in stage.seconds)
+
+
+def test_a_trainable_backbone_is_refused() -> None:
+    """It runs unfolded; counting it frozen would report a path that does not run."""
+    model = beit_model("deep", P).unfreeze()
+    with pytest.raises(ValueError, match="stages_of needs a frozen backbone, got a trainable one"):
+        stages_of(model, images(model, B), repeats=1)
+
+
+def test_the_token_head_is_counted_folded() -> None:
+    """Inference multiplies the hidden state with the folded head; folding it is no cost of a batch."""
+    options = {"readout": "mask", "verbalizer": "prototypical", "token_activation": "logits"}
+    model = beit_model("deep", P, prototype_dim=6, vocab_size=50, **options)
+    stages = stages_of(model, images(model, B), repeats=1)
+    assert stages[-1].flops["vptm"] == B * 2 * (6 * D + 6 * K)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    """Profiling changes neither mode, nor what learns, nor the output."""
+    model = build_vit(tiny_vit(), readout="mean").train()
+    batch = pictures(model)
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    before = model(batch)
+    stages_of(model, batch, repeats=1)
+    assert model.training and torch.equal(model(batch), before) and "run_block" not in model.__dict__
+    assert learning == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every stage and the total are printed whole, and the picture is a PNG."""
+    target = tmp_path / "cost.png"
+    assert _run(["profile", "builtin", "--prompts", "3", "--batch", "2", "--repeats", "1", "--plot", str(target)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "deep prompts, P = 3" in lines[0] and not any("…" in line for line in lines)
+    rows = [line.split("│")[0].strip() for line in lines if "│" in line]
+    assert rows == ["embedding", "block 0", "block 1", "block 2", "block 3", "read-out", "total"]
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["builtin", "--prompts", "-1"], "prompt_length must be an integer >= 0, got -1"),
+        (["builtin", "--mode", "deeper"], "prompt_mode must be one of shallow, deep, progressive, got 'deeper'"),
+        (["builtin", "--readout", "clss"], "readout must be one of mask, cls, mean, got 'clss', did you mean 'cls'?"),
+        (["builtin", "--batch", "0"], "--batch must be at least 1, got 0"),
+        (["builtin", "--plot", "cost.jpg"], "--plot must be a file name that ends in .png, got cost.jpg"),
+        (["builtin", "--plot", "nowhere/cost.png"], "--plot: no such folder"),
+        (["builtin", "--impl", "reference"], "compares model.impl with the reference path"),
+        (["resnet18"], "PromptedViT runs timm's VisionTransformer class, resnet18 is a ResNet"),
+        (["no_such.pth"], "no_such.pth: no such file or folder"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(["profile", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,67 @@
+"""Random prompted models of a few thousand weights, in float64, and what is measured on them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from beit_factory import randomize, tiny_beit
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
+
+from vptm import PromptedBEiT, PromptedViT
+
+HEADS = 2
+BACKBONES = {
+    "shared bias": {},
+    "per-block bias": {"use_shared_rel_pos_bias": False, "use_rel_pos_bias": True},
+    "no LayerScale": {"init_values": None},
+    "absolute positions": {"use_shared_rel_pos_bias": False, "use_abs_pos_emb": True},
+    "norm after pooling": {"global_pool": "avg"},
+}
+
+
+def build(beit: Beit | None = None, *, seed: int = 1, **kwargs) -> PromptedBEiT:
+    """A random prompted model in fp64; fresh mask token and head are expected, so their warning is silenced."""
+    options = {"num_classes": 5, "prompt_length": 3, "prototype_dim": 6, "vocab_size": 11} | kwargs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PromptedBEiT(tiny_beit() if beit is None else beit, **options)
+    backbone = copy.deepcopy(model.backbone.state_dict())
+    randomize(model, seed)
+    model.backbone.load_state_dict(backbone)
+    return model.double().eval()
+
+
+def images(model: PromptedBEiT, batch: int = 2) -> torch.Tensor:
+    channels = model.backbone.patch_embed.proj.in_channels
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(batch, channels, *model.backbone.patch_embed.img_size, generator=generator, dtype=torch.float64)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+
+
+def tiny_vit(window: tuple[int, int] = (2, 3), *, seed: int = 0, cls: type = VisionTransformer, **kwargs: Any) -> Any:
+    """A random ViT of 3 blocks with 4x4 patches; every parameter is random."""
+    options: dict[str, Any] = {"embed_dim": 16, "depth": 3, "num_heads": HEADS, "mlp_ratio": 2.0, "num_classes": 0}
+    options |= kwargs
+    vit = cls(img_size=(4 * window[0], 4 * window[1]), patch_size=4, **options)
+    randomize(vit, seed)
+    return vit.eval()
+
+
+def build_vit(vit: Any = None, *, seed: int = 1, **kwargs: Any) -> PromptedViT:
+    model = PromptedViT(tiny_vit() if vit is None else vit, **({"num_classes": 5, "prompt_length": 3} | kwargs))
+    backbone = copy.deepcopy(model.backbone.state_dict())
+    randomize(model, seed)
+    model.backbone.load_state_dict(backbone)
+    return model.double().eval()
+
+
+def pictures(model: PromptedViT, batch: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(batch, *model.default_cfg["input_size"], generator=generator, dtype=torch.float64)

@@ -1,0 +1,803 @@
+"""fit and evaluate: what is learned, what is kept, what survives a kill, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_data import picture, write_backbone
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import vptm.training.fit
+from vptm import PromptedBEiT, evaluate, fit, load_adapter, save_adapter, transforms
+from vptm.data.datasets import ImageDataset
+from vptm.data.split_list import SplitList
+from vptm.training.fit import CURVES_FILE, METRICS_FILE, RUN_FILE, STATE_FILE
+from vptm.training.losses import protoverb_loss
+from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, WriteError
+
+LEARNS = {"readout": "mean", "token_activation": "hidden", "verbalizer": "linear", "prompt_length": 3}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_backbone(tmp_path_factory.mktemp("backbone") / "tiny.safetensors")
+
+
+def make_model(backbone: Path, seed: int = 0, **arguments: Any) -> PromptedBEiT:
+    torch.manual_seed(seed)
+    return PromptedBEiT(backbone, 3, **{"prompt_length": 3, "prototype_dim": 8, **arguments})
+
+
+def pictures(count: int, first: int = 0) -> ImageDataset:
+    images = np.stack([np.asarray(picture(k % 3, first + k)) for k in range(count)])
+    return ImageDataset(images, np.arange(count) % 3, ["a", "b", "c"], keys=[str(k) for k in range(count)])
+
+
+def loaders(model: PromptedBEiT, batch_size: int = 5, **options: Any) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Shuffled, augmented train pictures (12, so the last batch of 5 is short) and 9 val pictures."""
+    train = pictures(12).with_transform(transforms(model, train=True, flip=False))
+    val = pictures(9, first=100).with_transform(transforms(model))
+    return DataLoader(train, batch_size=batch_size, shuffle=True, **options), DataLoader(val, batch_size=4)
+
+
+def run(model: PromptedBEiT, folder: Path | None = None, **arguments: Any) -> Any:
+    train, val = loaders(model)
+    options: dict[str, Any] = {"epochs": 4, "lr": 0.02, "warmup_epochs": 1, "progress": False, "run_dir": folder}
+    return fit(model, train, val, **(options | arguments))
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    """Rows of metrics.csv but for the clock."""
+    with (folder / METRICS_FILE).open(newline="") as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    for name in (TENSORS_FILE, CONFIG_FILE):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert metrics(one) == metrics(two)
+    states = [torch.load(folder / STATE_FILE, weights_only=True) for folder in (one, two)]
+    for name, tensor in states[0]["learned"].items():
+        assert torch.equal(tensor, states[1]["learned"][name]), name
+
+
+def test_it_learns_and_changes_only_what_is_not_frozen(backbone: Path) -> None:
+    model = make_model(backbone, **LEARNS)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    learned = {name: tensor.clone() for name, tensor in model.learned_state_dict().items()}
+    result = run(model, epochs=30)
+    assert result.best_val_accuracy == 1.0, f"a separable task stays at {result.best_val_accuracy}"
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), f"{name} is frozen and has changed"
+        else:
+            assert not torch.equal(parameter, learned[name]), f"{name} was not trained"
+
+
+class Turned(Dataset[Any]):
+    """Another data set whose labels are wrong once `right` of its pictures were read."""
+
+    def __init__(self, inner: Any, right: int) -> None:
+        self.inner, self.right = inner, right
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.inner[index]
+        self.right -= 1
+        return image, label if self.right >= 0 else (label + 1) % 3
+
+
+def test_the_best_epoch_on_val_is_what_remains(backbone: Path, tmp_path: Path) -> None:
+    """Half of the epochs teach wrong labels: the last epoch is not the best, and the model must hold the best one."""
+    model = make_model(backbone, **LEARNS)
+    train, val = loaders(model)
+    train = DataLoader(Turned(train.dataset, 6 * 12), batch_size=5, shuffle=True)
+    result = fit(model, train, val, epochs=12, lr=0.1, schedule="none", progress=False, run_dir=tmp_path / "r")
+    scores = [(row["val_accuracy"], -row["val_loss"]) for row in result.history]
+    best = max(range(12), key=lambda k: scores[k])
+    assert best < 11, scores
+    assert result.best_epoch == best + 1
+    measured = evaluate(model, val)
+    assert (measured["accuracy"], -measured["loss"]) == scores[best]
+    loaded = load_adapter(tmp_path / "r")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
+
+
+def test_without_val_the_last_epoch_remains(backbone: Path) -> None:
+    model = make_model(backbone)
+    result = fit(model, loaders(model)[0], epochs=3, lr=0.02, progress=False)
+    assert result.best_epoch == 3 and result.best_val_accuracy is None
+    assert [row["val_loss"] for row in result.history] == [None] * 3
+
+
+def test_train_metrics_are_those_of_the_steps(backbone: Path) -> None:
+    """With a step size that changes nothing, the epoch's numbers are the plain averages over all images."""
+    model = make_model(backbone)
+    train, _ = loaders(model)
+    fixed = DataLoader(train.dataset.with_transform(transforms(model)), batch_size=5)  # type: ignore[attr-defined]
+    row = fit(model, fixed, epochs=1, lr=1e-30, progress=False).history[0]
+    expected = evaluate(model, fixed)
+    assert row["train_accuracy"] == expected["accuracy"]
+    assert row["train_loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_train_loss_is_smoothed_and_contrasted(backbone: Path) -> None:
+    """Label smoothing e is (1 - e) -log p_y plus e times the mean -log p; ProtoVerb's losses come on top of it."""
+    model = make_model(backbone)
+    images, labels = next(iter(DataLoader(pictures(12).with_transform(transforms(model)), batch_size=12)))
+    data = DataLoader(TensorDataset(images, labels), batch_size=12)
+
+    def train_loss(**options: Any) -> float:
+        return float(fit(model, data, epochs=1, lr=1e-30, progress=False, **options).history[0]["train_loss"])
+
+    with torch.no_grad():
+        hidden = model.forward_hidden(images)
+        logs = -model(images).log_softmax(1)
+        contrast = protoverb_loss(model.verbalizer.embed(hidden, model.lm_head), model.verbalizer.prototypes, labels)
+    smoothed = (0.7 * logs[torch.arange(12), labels] + 0.3 * logs.mean(1)).mean().item()
+    assert train_loss(label_smoothing=0.3) == pytest.approx(smoothed, rel=1e-5)
+    both = train_loss(label_smoothing=0.3, protoverb_weight=2.0)
+    assert both == pytest.approx(smoothed + 2 * contrast.item(), rel=1e-5)
+
+
+def test_protoverb_losses_train_everything(backbone: Path) -> None:
+    """The contrast reaches prompts, projection and prototypes, and falls."""
+    model = make_model(backbone)
+    before = {name: tensor.clone() for name, tensor in model.learned_state_dict().items()}
+    result = run(model, epochs=3, protoverb_weight=1.0)
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in model.learned_state_dict().items())
+
+
+def test_what_is_not_finite_is_refused_before_a_folder_is_made(backbone: Path, tmp_path: Path) -> None:
+    model = make_model(backbone)
+    with torch.no_grad():
+        model.get_parameter("verbalizer.prototypes")[2, 1] = math.nan
+    with pytest.raises(ValueError, match=r"verbalizer\.prototypes must be finite, got nan at \[2, 1\]"):
+        run(model, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_images_of_another_number_of_classes_are_refused(backbone: Path, tmp_path: Path, classes: int) -> None:
+    """Also where every label happens to fit."""
+    model = make_model(backbone)
+    names = ["a", "b", "c", "d"][:classes]
+    wrong = ImageDataset(np.zeros((2, 12, 12), np.uint8), np.array([0, 1]), names, keys=["0", "1"])
+    with pytest.raises(ValueError, match=f"train images must have the model's 3 classes, got {classes}"):
+        fit(model, DataLoader(wrong.with_transform(transforms(model))), epochs=1, lr=0.1, run_dir=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_learning_rate_warms_up_and_falls_to_nothing(backbone: Path) -> None:
+    rates = [row["lr"] for row in run(make_model(backbone), epochs=8, lr=0.1, warmup_epochs=2).history]
+    assert rates[0] < rates[1] <= 0.1 and rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] < 0.01
+
+
+def test_run_folder_holds_everything(backbone: Path, tmp_path: Path) -> None:
+    result = run(make_model(backbone), tmp_path / "r", info={"note": "x"})
+    assert {path.name for path in (tmp_path / "r").iterdir()} == set(vptm.training.fit.RUN_FILES)
+    assert [int(row["epoch"]) for row in metrics(tmp_path / "r")] == [1, 2, 3, 4]
+    facts = json.loads((tmp_path / "r" / RUN_FILE).read_text())
+    assert (
+        facts["seed"] == 0 and facts["arguments"]["lr"] == 0.02 and facts["versions"]["torch"] and facts["note"] == "x"
+    )
+    with Image.open(tmp_path / "r" / CURVES_FILE) as image:
+        assert image.size[0] > 600
+    extra = json.loads((tmp_path / "r" / CONFIG_FILE).read_text())["extra"]
+    assert extra == {"epoch": result.best_epoch, "val_accuracy": result.best_val_accuracy}
+
+
+def test_global_generators_are_put_back(backbone: Path) -> None:
+    model = make_model(backbone)
+    own = torch.Generator().manual_seed(3)
+    train = DataLoader(pictures(6).with_transform(transforms(model)), batch_size=3, shuffle=True, generator=own)
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), own.get_state())
+    fit(model, train, epochs=1, lr=0.01, progress=False)
+    after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), own.get_state())
+    assert before[:2] == after[:2] and torch.equal(before[2], after[2]) and torch.equal(before[3], after[3])
+
+
+def test_the_seed_alone_decides(backbone: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.manual_seed(99)
+        model = make_model(backbone, prompt_dropout=0.3)
+        torch.manual_seed(len(name) + seed)  # what was drawn before fit must not matter
+        run(model, tmp_path / name, seed=seed)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert metrics(tmp_path / "a") != metrics(tmp_path / "c")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("death", range(1, 17))
+def test_a_kill_at_any_write_resumes_bitwise(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: int
+) -> None:
+    """The process dies just before its `death`-th rename; augmentation, shuffling and dropout must not notice."""
+    run(make_model(backbone, prompt_dropout=0.3), tmp_path / "whole", epochs=3)
+    writes = 0
+    rename = vptm.weights.adapters.os.replace
+
+    def mortal(*paths: Any) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == death:
+            raise Killed
+        rename(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vptm.weights.adapters.os, "replace", mortal)
+        try:
+            run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=3)
+        except Killed:
+            pass
+        else:
+            assert death > 11, "a run of three epochs must write at least run.json, and state and metrics four times"
+    if not (tmp_path / "killed" / RUN_FILE).exists():
+        with pytest.raises(ValueError, match="nothing to resume"):
+            run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=3, resume=True)
+        run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=3)
+    else:
+        run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=3, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+class Interrupting(Dataset[Any]):
+    """Raises KeyboardInterrupt when its n-th image is read, as Ctrl-C would."""
+
+    def __init__(self, inner: Any, at: int) -> None:
+        self.inner, self.at, self.reads = inner, at, 0
+        self.labels = inner.labels if isinstance(inner, ImageDataset) else inner.tensors[1].numpy()
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads += 1
+        if self.reads == self.at:
+            raise KeyboardInterrupt
+        return self.inner[index]
+
+
+@pytest.mark.parametrize("at", [2, 12 * 2 + 7])
+def test_ctrl_c_leaves_a_usable_run_that_resumes_bitwise(backbone: Path, tmp_path: Path, at: int) -> None:
+    run(make_model(backbone), tmp_path / "whole")
+    model = make_model(backbone)
+    train, val = loaders(model)
+    broken = DataLoader(Interrupting(train.dataset, at), batch_size=5, shuffle=True)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"epochs": 4, "lr": 0.02, "warmup_epochs": 1, "progress": False}
+    result = fit(model, broken, val, run_dir=tmp_path / "r", **options)
+    assert result.interrupted and len(result.history) == (at - 1) // 12
+    assert all(torch.equal(a, b) for a, b in zip(load_adapter(tmp_path / "r").parameters(), model.parameters()))
+    resumed = run(make_model(backbone), tmp_path / "r", resume=True)
+    assert not resumed.interrupted and len(resumed.history) == 4
+    assert_same_run(tmp_path / "whole", tmp_path / "r")
+
+
+def test_worker_processes_resume_bitwise(backbone: Path, tmp_path: Path) -> None:
+    for name, stops in (("whole", (3,)), ("parts", (1, 3))):
+        for stop in stops:
+            model = make_model(backbone)
+            train, val = loaders(model, num_workers=2)
+            if stop == 1:
+                train.dataset.at = None  # type: ignore[attr-defined]
+                val = DataLoader(Interrupting(val.dataset, 9 + 3), batch_size=4)  # type: ignore[arg-type]
+            resume = (tmp_path / name).exists()
+            fit(model, train, val, epochs=3, lr=0.02, progress=False, run_dir=tmp_path / name, resume=resume)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resuming_a_finished_run_changes_nothing(backbone: Path, tmp_path: Path) -> None:
+    first = run(make_model(backbone), tmp_path / "r")
+    before = {name: (tmp_path / "r" / name).read_bytes() for name in (TENSORS_FILE, METRICS_FILE, STATE_FILE)}
+    again = run(make_model(backbone, seed=5), tmp_path / "r", resume=True)
+    assert again.history == first.history and again.best_epoch == first.best_epoch
+    assert before == {name: (tmp_path / "r" / name).read_bytes() for name in before}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 5}, "epochs was 4, now 5"),
+        ({"lr": 0.01}, "lr was 0.02, now 0.01"),
+        ({"seed": 3}, "seed was 0, now 3"),
+        ({"optimizer": "sgd"}, "optimizer was 'adamw', now 'sgd'"),
+    ],
+)
+def test_resuming_with_other_arguments_is_refused(
+    backbone: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    run(make_model(backbone), tmp_path / "r")
+    with pytest.raises(ValueError, match=message):
+        run(make_model(backbone), tmp_path / "r", resume=True, **changes)
+
+
+def test_resuming_with_another_model_or_data_is_refused(backbone: Path, tmp_path: Path) -> None:
+    run(make_model(backbone), tmp_path / "r")
+    with pytest.raises(ValueError, match=r"model\.prompt_length was 3, now 4"):
+        run(make_model(backbone, prompt_length=4), tmp_path / "r", resume=True)
+    other = make_model(write_backbone(tmp_path / "other.safetensors", seed=9))
+    with pytest.raises(ValueError, match="backbone was"):
+        run(other, tmp_path / "r", resume=True)
+    model = make_model(backbone)
+    train, val = loaders(model)
+    relabelled = train.dataset.with_labels(np.roll(train.dataset.labels, 1))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="train labels was"):
+        fit(
+            model,
+            DataLoader(relabelled, batch_size=5, shuffle=True),
+            val,
+            epochs=4,
+            lr=0.02,
+            warmup_epochs=1,
+            run_dir=tmp_path / "r",
+            resume=True,
+        )
+
+
+def test_a_run_lists_its_images_and_resumes_on_no_others(backbone: Path, tmp_path: Path) -> None:
+    """The labels may be the same where the pictures are not."""
+    run(make_model(backbone), tmp_path / "r")
+    listed = SplitList.read(tmp_path / "r")
+    assert listed is not None and len(listed.keys("train")) == 12 and len(listed.keys("val")) == 9
+    assert listed == SplitList.of({"train": pictures(12), "val": pictures(9, first=100)})
+    model = make_model(backbone)
+    train, val = loaders(model)
+    others: Any = train.dataset
+    others.images = np.concatenate([others.images[:11], others.images[:1]])
+    settings: dict[str, Any] = {"epochs": 4, "lr": 0.02, "warmup_epochs": 1, "progress": False}
+    with pytest.raises(ValueError, match=r"of its 12 train images 1 changed, such as 11$"):
+        fit(model, train, val, run_dir=tmp_path / "r", resume=True, **settings)
+    assert SplitList.of({"train": others, "test": others}).repeated() == {"test": 12}
+
+
+def test_names_of_any_bytes_are_listed(tmp_path: Path) -> None:
+    name = os.fsdecode(b'\xff, "a"\n.png')
+    picture(0, 0).save(tmp_path / name)
+    part = ImageDataset([tmp_path / name], np.zeros(1), ["a"], keys=[name])
+    listed = SplitList.of({"train": part})
+    listed.write(tmp_path)
+    assert SplitList.read(tmp_path) == listed and listed.is_within({"test": part})
+    assert listed.used([*part.content_hashes(), "0" * 64]) == ["train", None]
+    picture(0, 1).save(tmp_path / name)
+    assert not listed.is_within({"test": part}), "another picture of the same name is not the run's"
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return (Path("/nonexistent/ran").write_text, ("x",))
+
+
+@pytest.mark.parametrize("content", ["truncated", "pickle", "foreign"])
+def test_a_damaged_state_is_refused_and_never_runs_code(backbone: Path, tmp_path: Path, content: str) -> None:
+    run(make_model(backbone), tmp_path / "r")
+    path = tmp_path / "r" / STATE_FILE
+    if content == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif content == "pickle":
+        path.write_bytes(pickle.dumps(Payload()))
+    else:
+        torch.save({"weights": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="training state") as refusal:
+        run(make_model(backbone), tmp_path / "r", resume=True)
+    assert "\n" not in str(refusal.value)
+
+
+def test_existing_run_folders_are_respected(backbone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    run(make_model(backbone), folder)
+    before = (folder / TENSORS_FILE).read_bytes()
+    with pytest.raises(ValueError, match="exists and is not empty: pass resume, overwrite or another folder"):
+        run(make_model(backbone), folder)
+    with pytest.raises(ValueError, match="exclude each other"):
+        run(make_model(backbone), folder, resume=True, overwrite=True)
+    assert (folder / TENSORS_FILE).read_bytes() == before
+    (folder / "mine.txt").write_text("kept")
+    run(make_model(backbone), folder, overwrite=True, seed=4)
+    assert (folder / "mine.txt").read_text() == "kept" and (folder / TENSORS_FILE).read_bytes() != before
+    assert len(metrics(folder)) == 4
+
+
+def test_folders_that_cannot_hold_a_run_are_refused_before_training(backbone: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = make_model(backbone)
+    before = {name: tensor.clone() for name, tensor in model.learned_state_dict().items()}
+    for folder, message, options in (
+        (tmp_path / "file", "is a file", {}),
+        (tmp_path / "file" / "below", "cannot be written", {}),
+        (tmp_path / "none", "nothing to resume", {"resume": True}),
+        (None, "resume=True needs run_dir", {"resume": True}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(model, folder, **options)
+    assert not (tmp_path / "none").exists()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.learned_state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"epochs": 0}, ValueError, "epochs must be >= 1, got 0"),
+        ({"epochs": 2.0}, TypeError, "epochs must be an integer, got 2.0"),
+        ({"warmup_epochs": 4}, ValueError, "warmup_epochs must be >= 0 and < epochs=4, got 4"),
+        ({"lr": 0.0}, ValueError, "lr must be finite and > 0, got 0.0"),
+        ({"lr": math.nan}, ValueError, "lr must be finite and > 0, got nan"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay must be finite and >= 0"),
+        ({"label_smoothing": 1.0}, ValueError, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"protoverb_weight": -1.0}, ValueError, "protoverb_weight must be finite and >= 0, got -1.0"),
+        ({"schedule": "cosin"}, ValueError, "schedule must be one of .*, did you mean 'cosine'"),
+        ({"optimizer": "adamww"}, ValueError, "optimizer must be .*, did you mean 'adamw'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(
+    backbone: Path, tmp_path: Path, changes: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        run(make_model(backbone), tmp_path / "r", **changes)
+    assert not (tmp_path / "r").exists()
+
+
+class Unlabelled(Dataset[Any]):
+    """Carries its labels only inside its items."""
+
+    def __init__(self, labels: list[int]) -> None:
+        self.items = labels
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(1, 12, 12), self.items[index]
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self, labels: list[int]) -> None:
+        self.items = labels
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((torch.zeros(1, 12, 12), label) for label in self.items)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("label", [3, -1])
+def test_labels_out_of_range_are_found_before_training(backbone: Path, tmp_path: Path, part: str, label: int) -> None:
+    model = make_model(backbone)
+    good = DataLoader(TensorDataset(torch.zeros(4, 1, 12, 12), torch.tensor([0, 1, 2, 0])))
+    for bad in (
+        DataLoader(TensorDataset(torch.zeros(4, 1, 12, 12), torch.tensor([0, 1, label, 0]))),
+        DataLoader(Unlabelled([0, 1, label, 0])),
+    ):
+        given = {"train": good, "val": good} | {part: bad}
+        with pytest.raises(ValueError, match=rf"{part} labels must be in 0\.\.2, got {label} at index 2"):
+            fit(model, given["train"], given["val"], epochs=1, lr=0.1, run_dir=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_labels_of_a_stream_are_checked_batch_by_batch(backbone: Path) -> None:
+    model = make_model(backbone)
+    with pytest.raises(ValueError, match=r"labels must be in 0\.\.2, got 7 at row 1 of a batch"):
+        fit(model, DataLoader(Stream([0, 7]), batch_size=2), epochs=1, lr=0.1, progress=False)
+    assert len(fit(model, DataLoader(Stream([0, 1]), batch_size=2), epochs=1, lr=0.1, progress=False).history) == 1
+
+
+def test_empty_or_unlabelled_data_is_refused(backbone: Path) -> None:
+    model = make_model(backbone)
+    with pytest.raises(ValueError, match="train must hold at least one image"):
+        fit(model, DataLoader(TensorDataset(torch.zeros(0, 1, 12, 12), torch.zeros(0).long())), epochs=1, lr=0.1)
+    with pytest.raises(ValueError, match=r"train labels must be \(N,\) integers, got shape .* of float32"):
+        fit(model, DataLoader(TensorDataset(torch.zeros(2, 1, 12, 12), torch.zeros(2))), epochs=1, lr=0.1)
+    with pytest.raises(TypeError, match="train must be a torch DataLoader, got list"):
+        fit(model, [], epochs=1, lr=0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must have trainable parameters"):
+        fit(model.requires_grad_(False), loaders(model)[0], epochs=1, lr=0.1)
+
+
+def test_labels_are_counted_as_items_give_them(backbone: Path, tmp_path: Path) -> None:
+    """Labels read off an attribute and others in the batches: the check passes on the wrong ones, and a resumed run
+    is not told apart from one on other labels."""
+
+    class Turned(TensorDataset):
+        def __getitem__(self, index: Any) -> Any:
+            image, label = super().__getitem__(index)
+            return image, (label + 1) % 4
+
+    wrong = DataLoader(Turned(torch.zeros(4, 1, 12, 12), torch.tensor([0, 1, 2, 0])))
+    with pytest.raises(ValueError, match=r"train labels must be in 0\.\.2, got 3 at index 2"):
+        fit(make_model(backbone), wrong, epochs=1, lr=0.1, run_dir=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_images_that_do_not_fit_touch_no_run_folder(backbone: Path, tmp_path: Path) -> None:
+    """Wrong channels or sizes are refused before a folder is made, or a good run in it is replaced."""
+    model = make_model(backbone)
+    wrong = DataLoader(TensorDataset(torch.zeros(3, 3, 12, 12), torch.tensor([0, 1, 2])))
+    with pytest.raises(ValueError, match=r"images must be \(B, 1, 12, 12\), got \(1, 3, 12, 12\)"):
+        fit(model, wrong, epochs=1, lr=0.01, run_dir=tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()
+    train, _ = loaders(model)
+    fit(model, train, epochs=1, lr=0.01, run_dir=tmp_path / "good", progress=False)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "good").iterdir()}
+    with pytest.raises(ValueError, match="images must be"):
+        fit(model, wrong, epochs=1, lr=0.01, run_dir=tmp_path / "good", overwrite=True, progress=False)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "good").iterdir()} == before
+
+
+def test_evaluate_names_a_wrong_loader(backbone: Path) -> None:
+    with pytest.raises(TypeError, match="loader must be a torch DataLoader, got list"):
+        evaluate(make_model(backbone), [1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(backbone: Path, tmp_path: Path, value: float) -> None:
+    """The second epoch reads a poisoned image in its second step."""
+
+    class Poisoned(TensorDataset):
+        reads = 0
+
+        def __getitem__(self, index: int) -> Any:
+            Poisoned.reads += 1
+            image, label = super().__getitem__(index)
+            return (image * value if Poisoned.reads == 1 + 4 + 3 else image), label  # one is read before the run starts
+
+    model = make_model(backbone)
+    images = torch.randn(4, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    train = DataLoader(Poisoned(images, torch.tensor([0, 1, 2, 0])), batch_size=2)
+    with pytest.raises(FloatingPointError, match=r"loss became (nan|inf) at epoch 2, step 2 with lr"):
+        fit(model, train, epochs=3, lr=0.01, run_dir=tmp_path / "r", progress=False)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert len(metrics(tmp_path / "r")) == 1
+    assert all(torch.equal(a, b) for a, b in zip(load_adapter(tmp_path / "r").parameters(), model.parameters()))
+
+
+def test_evaluate_counts_right(backbone: Path) -> None:
+    model = make_model(backbone).train()
+    images = torch.randn(7, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 0, 1, 0, 1, 1, 0])  # class 2 has no image
+    got = evaluate(model, DataLoader(TensorDataset(images, labels), batch_size=3), confusion=True)
+    assert model.training, "the mode must be put back"
+    with torch.no_grad():
+        scores = model.eval()(images).double()
+    predicted = scores.argmax(1)
+    assert got["n"] == 7 and got["accuracy"] == (predicted == labels).double().mean().item()
+    assert got["loss"] == pytest.approx(-scores.log_softmax(1)[torch.arange(7), labels].mean().item(), rel=1e-6)
+    assert got["per_class"][2] is None
+    assert got["per_class"][0] == (predicted[labels == 0] == 0).double().mean().item()
+    expected = [[int(((labels == k) & (predicted == j)).sum()) for j in range(3)] for k in range(3)]
+    assert got["confusion"] == expected
+
+
+def test_evaluate_refuses_what_it_cannot_score(backbone: Path) -> None:
+    model = make_model(backbone)
+    with pytest.raises(ValueError, match="must yield at least one image"):
+        evaluate(model, DataLoader(TensorDataset(torch.zeros(0, 1, 12, 12), torch.zeros(0).long())))
+    with pytest.raises(ValueError, match=r"labels must be in 0\.\.2, got 3 at row 0"):
+        evaluate(model, DataLoader(TensorDataset(torch.zeros(1, 1, 12, 12), torch.tensor([3]))))
+
+
+def test_progress_goes_to_stderr(backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(make_model(backbone), progress=True)
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("val loss") == 4 and "epoch 4/4" in printed.err
+
+
+def cast_loaders(model: PromptedBEiT, dtype: torch.dtype) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """12 train and 9 val pictures as tensors of `dtype`."""
+    parts = [pictures(12), pictures(9, first=100)]
+    sets = []
+    for part in parts:
+        ready = part.with_transform(transforms(model))
+        images = torch.stack([ready[k][0] for k in range(len(ready))]).to(dtype)
+        sets.append(TensorDataset(images, torch.from_numpy(part.labels)))
+    return DataLoader(sets[0], batch_size=5, shuffle=True), DataLoader(sets[1], batch_size=9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_models_learn_like_float32(backbone: Path, dtype: torch.dtype) -> None:
+    """Adam divides by a zero in fp16: without float32 copies its second step is NaN. The model stays in 16 bits."""
+    losses = []
+    for kind in (dtype, torch.float32):
+        model = make_model(backbone, **LEARNS).to(kind)
+        train, val = cast_loaders(model, kind)
+        result = fit(model, train, val, epochs=30, lr=0.02, progress=False)
+        assert result.best_val_accuracy == 1.0
+        assert {parameter.dtype for parameter in model.parameters()} == {kind}
+        losses.append(result.history[-1]["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_steps_smaller_than_16_bits_resolve_add_up(backbone: Path) -> None:
+    """60 steps of 4e-5 on values whose bf16 neighbours are 5e-4 apart: each alone is rounded away."""
+    moved = []
+    for kind in (torch.bfloat16, torch.float32):
+        model = make_model(backbone, **LEARNS).to(kind)
+        with torch.no_grad():
+            model.prompts.weight.fill_(0.11)
+        before = model.prompts.weight.detach().float().clone()
+        train, _ = cast_loaders(model, kind)
+        fit(model, train, epochs=20, lr=4e-5, schedule="none", progress=False)
+        moved.append((model.prompts.weight.detach().float() - before).abs().mean().item())
+    assert moved[0] == pytest.approx(moved[1], rel=0.3) and moved[1] > 5e-4
+
+
+def test_a_16_bit_run_resumes_bitwise(backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The float32 copies and the scale of the loss, which starts too high here and falls, are part of the state."""
+    monkeypatch.setattr(vptm.training.fit, "_FIRST_SCALE", 2.0**24)
+    for name, stops in (("whole", (4,)), ("parts", (2, 4))):
+        for stop in stops:
+            model = make_model(backbone).half()
+            train, val = cast_loaders(model, torch.float16)
+            if stop == 2:
+                train = DataLoader(Interrupting(train.dataset, 12 * 2 + 3), batch_size=5, shuffle=True)  # type: ignore[arg-type]
+            resume = (tmp_path / name).exists()
+            fit(model, train, val, epochs=4, lr=0.02, progress=False, run_dir=tmp_path / name, resume=resume)
+    assert len(metrics(tmp_path / "parts")) == 4
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    state = torch.load(tmp_path / "whole" / STATE_FILE, weights_only=True)
+    assert all(tensor.dtype == torch.float32 for tensor in state["learned"].values())
+    assert 1 < state["scaler"]["scale"] < 2.0**24
+
+
+def test_an_overflow_in_float16_says_so(backbone: Path) -> None:
+    model = make_model(backbone).half()
+    images = torch.full((4, 1, 12, 12), 6e4, dtype=torch.float16)
+    train = DataLoader(TensorDataset(images, torch.tensor([0, 1, 2, 0])), batch_size=2)
+    with pytest.raises(FloatingPointError, match=r"train in bfloat16 or float32, as float16 ends at 65504"):
+        fit(model, train, epochs=2, lr=1e-3, progress=False)
+
+
+def test_a_wrapped_model_trains_as_the_model_in_it(backbone: Path, tmp_path: Path) -> None:
+    """A wrapper, as torch.compile's, renames every tensor: prompts would decay, and no adapter could be loaded."""
+    for name in ("plain", "wrapped"):
+        model = make_model(backbone)
+        train, val = loaders(model)
+        given: Any = torch.nn.DataParallel(model) if name == "wrapped" else model
+        options: dict[str, Any] = {"epochs": 2, "lr": 0.02, "progress": False, "weight_decay": 0.5}
+        fit(given, train, val, protoverb_weight=0.5, run_dir=tmp_path / name, **options)
+    assert_same_run(tmp_path / "plain", tmp_path / "wrapped")
+
+
+def test_no_entry_of_the_state_can_be_missing_or_wrong(backbone: Path, tmp_path: Path) -> None:
+    """Each is refused by name or by the digest, before the model changes: a resumed run would be another one."""
+    run(make_model(backbone), tmp_path / "good", epochs=2)
+    good = torch.load(tmp_path / "good" / STATE_FILE, weights_only=True)
+
+    def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            yield (*at, key)
+            yield from places(value[key], (*at, key))
+
+    every = list(places(good))
+    assert len(every) > 90
+    chosen = [place for place in every if len(place) == 1] + random.Random(0).sample(every, 24)
+    for number, place in enumerate(chosen):
+        state = copy.deepcopy(good)
+        parent = state
+        for key in place[:-1]:
+            parent = parent[key]
+        if number % 3:
+            parent[place[-1]] = None if number % 3 == 1 and parent[place[-1]] is not None else "x"
+        else:
+            del parent[place[-1]]
+        torch.save(state, tmp_path / "good" / STATE_FILE)
+        model = make_model(backbone)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match=r"state\.pt .*; use overwrite|must be a training state of ver") as refusal:
+            run(model, tmp_path / "good", epochs=2, resume=True)
+        assert "\n" not in str(refusal.value)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()), place
+
+
+def test_a_state_cannot_claim_what_it_does_not_hold(backbone: Path, tmp_path: Path) -> None:
+    """A mapping that holds itself, a value repeated to a size that no machine has: refused without following either."""
+    run(make_model(backbone), tmp_path / "r", epochs=2)
+    path = tmp_path / "r" / STATE_FILE
+    good = torch.load(path, weights_only=True)
+    loop: dict[str, Any] = {}
+    loop["loop"] = loop
+    huge = {"prompts.weight": torch.ones(1).expand(10**13)}
+    for entries in ({"identity": loop}, {"learned": good["learned"] | huge}, {"best": good["best"] | huge}):
+        torch.save(good | entries, path)
+        with pytest.raises(ValueError, match="do not have the digest written with them"):
+            run(make_model(backbone), tmp_path / "r", epochs=2, resume=True)
+        torch.save(good | entries | {"version": 1}, path)
+        with pytest.raises(ValueError, match=r"cannot resume|does not fit the run: prompts.weight must have shape"):
+            run(make_model(backbone), tmp_path / "r", epochs=2, resume=True)
+
+
+def test_a_flipped_bit_of_the_state_is_refused(backbone: Path, tmp_path: Path) -> None:
+    run(make_model(backbone), tmp_path / "r", epochs=2)
+    path = tmp_path / "r" / STATE_FILE
+    whole = path.read_bytes()
+    value = torch.load(path, weights_only=True)["learned"]["prompts.weight"].numpy().tobytes()
+    content = bytearray(whole)
+    content[whole.index(value) + 5] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"state\.pt is not a training state of vptm"):
+        run(make_model(backbone), tmp_path / "r", epochs=2, resume=True)
+
+
+def test_states_of_the_first_version_resume(backbone: Path, tmp_path: Path) -> None:
+    """They had no digest, and of a fine-tuned backbone the hash it started with."""
+    for name in ("whole", "r"):
+        model = make_model(backbone)
+        start = model.weight_hash()
+        model.unfreeze()
+        train, val = loaders(model)
+        if name == "r":
+            train = DataLoader(Interrupting(train.dataset, 12 + 7), batch_size=5, shuffle=True)  # type: ignore[arg-type]
+        fit(model, train, val, epochs=2, lr=1e-3, progress=False, run_dir=tmp_path / name)
+    path = tmp_path / "r" / STATE_FILE
+    state = torch.load(path, weights_only=True)
+    assert state["epoch"] == 1 and state["identity"]["backbone"] != start
+    del state["digest"], state["scaler"]
+    torch.save(state | {"version": 1, "identity": state["identity"] | {"backbone": start}}, path)
+    other = write_backbone(tmp_path / "other.safetensors", seed=9)
+    with pytest.raises(ValueError, match="backbone was"):
+        fit(
+            make_model(other).unfreeze(),
+            *loaders(make_model(other)),
+            epochs=2,
+            lr=1e-3,
+            run_dir=tmp_path / "r",
+            resume=True,
+        )
+    model = make_model(backbone)
+    model.unfreeze()
+    fit(model, *loaders(model), epochs=2, lr=1e-3, progress=False, run_dir=tmp_path / "r", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "r")
+
+
+class Breaking(Interrupting):
+    """Calls `act` when its n-th image is read."""
+
+    act: Any = None
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads += 1
+        if self.reads == self.at:
+            type(self).act()
+        return self.inner[index]
+
+
+def test_a_run_folder_that_goes_away_is_named_with_its_file(backbone: Path, tmp_path: Path) -> None:
+    """Not FileNotFoundError or ValueError, which say that an argument was wrong."""
+    model = make_model(backbone)
+    train, val = loaders(model)
+    Breaking.act = lambda: shutil.rmtree(tmp_path / "r")
+    broken = DataLoader(Breaking(train.dataset, 15), batch_size=5)  # type: ignore[arg-type]
+    with pytest.raises(WriteError, match=r"r/state\.pt cannot be written: No such file or directory"):
+        fit(model, broken, val, epochs=3, lr=0.02, progress=False, run_dir=tmp_path / "r")
+
+
+def test_a_full_disk_is_reported_with_the_path(backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(vptm.weights.adapters.os, "fsync", full)
+    with pytest.raises(WriteError, match=r"r/run\.json cannot be written: No space left on device"):
+        run(make_model(backbone), tmp_path / "r")
+    with pytest.raises(WriteError, match=r"a/adapter_config\.json cannot be written: No space left on device"):
+        save_adapter(make_model(backbone), tmp_path / "a")
+    assert not list((tmp_path / "a").iterdir()), "half a file must not stay"

@@ -1,0 +1,520 @@
+"""Adapters: what was learned comes back, and nothing damaged or foreign is loaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from beit_factory import randomize, tiny_beit
+from safetensors.torch import load_file, save_file
+from tiny_data import write_backbone
+
+from vptm import PromptedBEiT, PromptedViT, load_adapter, save_adapter
+from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, write_atomically
+
+
+def trained(source: Any, **arguments: Any) -> PromptedBEiT:
+    """A model whose learned tensors are all random, as after training."""
+    model = PromptedBEiT(source, 3, **{"prompt_length": 2, "prototype_dim": 5, **arguments})
+    learned = model.learned_state_dict()
+    generator = torch.Generator().manual_seed(7)
+    model.load_learned_state_dict({k: torch.randn(v.shape, generator=generator) for k, v in learned.items()})
+    model.class_names = ["upper", "left", "right"]
+    return model.eval()
+
+
+IMAGES = torch.randn(4, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> Path:
+    return write_backbone(tmp_path / "backbone.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, backbone: Path) -> Path:
+    save_adapter(trained(backbone), tmp_path / "adapter", extra={"epoch": 3})
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"prompt_mode": "deep", "verbalizer": "linear", "token_activation": "hidden"},
+        {"train_mask_token": True, "train_lm_head": True, "extra_bias": "learned"},
+        {"prompt_length": 0, "readout": "cls", "temperature": 0.2},
+        {"img_size": (16, 8)},
+    ],
+    ids=["default", "deep-linear", "learned-head", "no-prompts", "resized"],
+)
+def test_a_loaded_adapter_gives_bitwise_the_same_scores(backbone: Path, tmp_path: Path, arguments: Any) -> None:
+    model = trained(backbone, **arguments)
+    height, width = arguments.get("img_size", (12, 12))
+    images = torch.randn(4, 1, height, width, generator=torch.Generator().manual_seed(0))
+    save_adapter(model, tmp_path / "a")
+    loaded = load_adapter(tmp_path / "a")
+    assert torch.equal(loaded(images), model(images))
+    assert loaded.class_names == model.class_names and not loaded.training and loaded.config == model.config
+
+
+def test_only_learned_tensors_are_written(folder: Path, backbone: Path) -> None:
+    stored = load_file(folder / TENSORS_FILE)
+    assert stored.keys() == trained(backbone).learned_state_dict().keys()
+    assert not any(name.startswith(("backbone.", "lm_head", "mask_token")) for name in stored)
+
+
+def test_the_config_says_how_to_rebuild_the_model(folder: Path, backbone: Path) -> None:
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    assert config["schema_version"] == 2 and config["extra"] == {"epoch": 3}
+    assert config["backbone"]["source"] == str(backbone.resolve())
+    assert config["backbone"]["weight_hash"] == trained(backbone).weight_hash()
+    assert config["backbone"]["architecture"]["embed_dim"] == 16 and config["backbone"]["dtype"] == "float32"
+    assert config["trained"] == sorted(trained(backbone).learned_state_dict())
+    assert config["model"]["prompt_length"] == 2 and config["class_names"] == ["upper", "left", "right"]
+    assert config["preprocessing"]["mean"] == [0.4] and config["preprocessing"]["input_size"] == [1, 12, 12]
+
+
+def test_a_relative_source_is_found_from_any_folder(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_adapter(trained(backbone.name), "a")
+    monkeypatch.chdir("/")
+    load_adapter(tmp_path / "a")
+
+
+def test_changed_preprocessing_comes_back(backbone: Path, tmp_path: Path) -> None:
+    model = trained(backbone)
+    model.default_cfg["mean"] = (0.25,)
+    save_adapter(model, tmp_path / "a")
+    assert load_adapter(tmp_path / "a").default_cfg["mean"] == (0.25,)
+
+
+def test_a_fine_tuned_backbone_is_learned_and_comes_back(backbone: Path, tmp_path: Path) -> None:
+    model = trained(backbone).unfreeze()
+    randomize(model.backbone, seed=5)
+    model.eval()
+    save_adapter(model, tmp_path / "a")
+    assert torch.equal(load_adapter(tmp_path / "a")(IMAGES), model(IMAGES))
+
+
+def test_a_module_backbone_must_be_given_again(tmp_path: Path) -> None:
+    model = trained(tiny_beit(), readout="cls", token_activation="hidden")
+    save_adapter(model, tmp_path / "a")
+    with pytest.raises(ValueError, match="pass the backbone as source="):
+        load_adapter(tmp_path / "a")
+    images = torch.randn(2, 3, 8, 12)
+    assert torch.equal(load_adapter(tmp_path / "a", source=tiny_beit())(images), model(images))
+
+
+def test_a_moved_backbone_can_be_given_again(folder: Path, backbone: Path) -> None:
+    moved = backbone.rename(backbone.with_name("moved.safetensors"))
+    with pytest.raises(FileNotFoundError, match=r"backbone\.safetensors.*pass the backbone as source="):
+        load_adapter(folder)
+    load_adapter(folder, source=moved)
+
+
+def test_other_backbone_weights_are_refused_with_both_hashes(folder: Path, tmp_path: Path) -> None:
+    other = write_backbone(tmp_path / "other.safetensors", seed=3)
+    expected = json.loads((folder / CONFIG_FILE).read_text())["backbone"]["weight_hash"]
+    with pytest.raises(ValueError, match="pass the right weights as source=") as refusal:
+        load_adapter(folder, source=other)
+    assert expected[:19] in str(refusal.value) and PromptedBEiT(other, 3).weight_hash()[:19] in str(refusal.value)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema_version": 3}, "has schema_version 3, this vptm .* reads up to 2: update vptm"),
+        ({"schema_version": "1"}, "must have an integer schema_version, got '1'"),
+        ({"backbone": None}, "must have an object 'backbone', got None"),
+        ({"backbone": {}}, "must have the string backbone.weight_hash"),
+        ({"class_names": ["a", "b"]}, "must name every class: 2 class_names for 3 classes"),
+        ({"class_names": "ab"}, "must have class_names as a list of strings or null"),
+        ({"model": {"num_classes": 3, "depht": 2}}, "does not fit PromptedBEiT: .*depht"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
+    edit(folder, **changes)
+    with pytest.raises(ValueError, match=message) as refusal:
+        load_adapter(folder)
+    assert "\n" not in str(refusal.value)
+
+
+def damage(folder: Path, kind: str) -> None:
+    path = folder / TENSORS_FILE
+    content = bytearray(path.read_bytes())
+    tensors = load_file(path)
+    if kind == "truncated":
+        path.write_bytes(content[:-7])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "flipped bit":
+        content[-3] ^= 1
+        path.write_bytes(content)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps({"a": 1}))
+    elif kind == "missing tensor":
+        save_file({name: tensor for name, tensor in tensors.items() if name != "prompts.weight"}, path)
+    elif kind == "unknown tensor":
+        save_file(tensors | {"backbone.token": torch.zeros(1, 1, 16)}, path)
+    elif kind == "tensor of the backbone":
+        save_file(tensors | {"backbone.cls_token": torch.zeros(1, 1, 16)}, path)
+    elif kind == "wrong shape":
+        save_file(tensors | {"prompts.weight": torch.zeros(1, 3, 16)}, path)
+    elif kind == "nan":
+        save_file(tensors | {"prompts.weight": torch.full((1, 2, 16), float("nan"))}, path)
+    else:
+        (folder / CONFIG_FILE).write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", "must be a safetensors file"),
+        ("empty", "must be a safetensors file"),
+        ("pickle", "must be a safetensors file"),
+        ("flipped bit", "is damaged"),
+        ("missing tensor", r"missing \['prompts\.weight'\]"),
+        ("unknown tensor", r"unknown \['backbone\.token'\]"),
+        ("tensor of the backbone", "is damaged"),
+        ("wrong shape", r"prompts\.weight must have shape \(1, 2, 16\), got \(1, 3, 16\)"),
+        ("nan", "prompts.weight must be finite"),
+        ("no json", "must be JSON"),
+    ],
+)
+def test_damaged_files_are_refused(folder: Path, kind: str, message: str) -> None:
+    damage(folder, kind)
+    with pytest.raises(ValueError, match=message) as refusal:
+        load_adapter(folder)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", [TENSORS_FILE, CONFIG_FILE])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
+        load_adapter(folder)
+    with pytest.raises(FileNotFoundError, match="adapter folder not found"):
+        load_adapter(folder / "nowhere")
+
+
+def test_a_failed_save_leaves_the_old_adapter(folder: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(TypeError):
+        save_adapter(trained(backbone), folder, extra={"not json": object()})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(folder / CONFIG_FILE, b"half")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def loop_over(model: PromptedBEiT, images: torch.Tensor = IMAGES, steps: int = 2) -> None:
+    """A user's own training, of whatever requires a gradient."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), torch.arange(4) % 3).backward()
+        optimizer.step()
+
+
+def freeze_all(model: PromptedBEiT) -> None:
+    loop_over(model)
+    model.requires_grad_(False)
+
+
+def freeze_prompts(model: PromptedBEiT) -> None:
+    model.prompts.requires_grad_(False)
+    loop_over(model)
+
+
+def train_a_block(model: PromptedBEiT) -> None:
+    model.backbone.blocks[-1].requires_grad_(True)
+    loop_over(model)
+
+
+def train_a_block_and_freeze_it(model: PromptedBEiT) -> None:
+    train_a_block(model)
+    model.backbone.requires_grad_(False)
+
+
+def train_biases(model: PromptedBEiT) -> None:
+    for name, parameter in model.backbone.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    loop_over(model)
+
+
+def train_lm_head(model: PromptedBEiT) -> None:
+    assert model.lm_head is not None
+    model.lm_head.requires_grad_(True)
+    loop_over(model)
+
+
+def fine_tune_and_freeze(model: PromptedBEiT) -> None:
+    model.unfreeze()
+    loop_over(model)
+    model.backbone.requires_grad_(False)
+
+
+def load_other_weights(model: PromptedBEiT) -> None:
+    model.load_state_dict({k: v * 1.1 if "blocks" in k else v for k, v in model.state_dict().items()})
+
+
+def edit_data(model: PromptedBEiT) -> None:
+    model.backbone.blocks[0].mlp.fc1.weight.data.mul_(1.5)
+    model.refresh()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        freeze_all,
+        freeze_prompts,
+        train_a_block,
+        train_a_block_and_freeze_it,
+        train_biases,
+        train_lm_head,
+        fine_tune_and_freeze,
+        load_other_weights,
+        edit_data,
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_whatever_was_changed_comes_back_and_what_trains_still_trains(
+    backbone: Path, tmp_path: Path, change: Callable[[PromptedBEiT], None]
+) -> None:
+    """An adapter of a model changed by hand gives another function, or cannot be loaded, where this fails."""
+    plain, model = trained(backbone), trained(backbone)
+    change(model)
+    model.eval()
+    save_adapter(model, tmp_path / "a")
+    loaded = load_adapter(tmp_path / "a")
+    assert torch.equal(loaded(IMAGES), model(IMAGES))
+    assert not torch.equal(plain(IMAGES), model(IMAGES)), "a change without an effect shows nothing"
+    flags = [{name: p.requires_grad for name, p in m.named_parameters()} for m in (loaded, model)]
+    assert flags[0] == flags[1] and loaded._frozen == model._frozen
+    stored = load_file(tmp_path / "a" / TENSORS_FILE)
+    assert ("backbone.blocks.0.attn.proj.weight" in stored) == (change in (fine_tune_and_freeze, load_other_weights))
+    # and again: an adapter that was loaded and saved is the same adapter
+    save_adapter(loaded, tmp_path / "b")
+    assert torch.equal(load_adapter(tmp_path / "b")(IMAGES), model(IMAGES))
+
+
+def test_random_weights_are_stored_as_no_source_has_them(tmp_path: Path) -> None:
+    """A timm name without its weights is drawn anew by every construction."""
+    model = PromptedViT("vit_tiny_patch16_224", 3, prompt_length=2, img_size=32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    drawn = torch.get_rng_state()
+    save_adapter(model, tmp_path / "a")
+    assert torch.equal(torch.get_rng_state(), drawn), "saving must not use up random numbers"
+    assert torch.equal(load_adapter(tmp_path / "a")(images), model(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_cast_model_is_known_by_its_source(backbone: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """The hash is that of weights in another dtype: fails if they are stored, or refused, as if they had changed."""
+    model = trained(backbone).to(dtype)
+    save_adapter(model, tmp_path / "a")
+    assert load_file(tmp_path / "a" / TENSORS_FILE).keys() == model.learned_state_dict().keys()
+    loaded = load_adapter(tmp_path / "a")
+    assert all(torch.equal(a.to(dtype), b) for a, b in zip(loaded.parameters(), model.parameters()))
+    other = write_backbone(tmp_path / "other.safetensors", seed=3)
+    with pytest.raises(ValueError, match="pass the right weights as source="):
+        load_adapter(tmp_path / "a", source=other)
+
+
+def test_a_model_of_several_dtypes_is_known_by_its_source(backbone: Path, tmp_path: Path) -> None:
+    model = trained(backbone)
+    model.backbone.blocks.to(torch.bfloat16)
+    save_adapter(model, tmp_path / "a")
+    assert load_file(tmp_path / "a" / TENSORS_FILE).keys() == model.learned_state_dict().keys()
+    loaded = load_adapter(tmp_path / "a")
+    assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(loaded.parameters(), model.parameters()))
+
+
+def test_wrappers_come_off(backbone: Path, tmp_path: Path) -> None:
+    """torch.compile's and DDP's wrappers give the class and the names of what they wrap another name."""
+    model = trained(backbone)
+    for name, wrapped in (("c", torch.compile(model)), ("d", torch.nn.DataParallel(torch.compile(model)))):
+        save_adapter(wrapped, tmp_path / name)
+        assert torch.equal(load_adapter(tmp_path / name)(IMAGES), model(IMAGES))
+
+
+def test_a_sealed_model_is_saved_with_the_hash_of_what_it_holds(backbone: Path, tmp_path: Path) -> None:
+    model = trained(backbone)
+    digest = model.weight_hash()
+    model.freeze_for_inference()
+    assert model.weight_hash() == digest
+    save_adapter(model, tmp_path / "a")
+    assert torch.equal(load_adapter(tmp_path / "a")(IMAGES), trained(backbone)(IMAGES))
+    changed = trained(backbone)
+    load_other_weights(changed)
+    changed.freeze_for_inference()
+    with pytest.raises(ValueError, match=r"must have the weights of .* got others, which are dropped: save it before"):
+        save_adapter(changed, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_changed_module_backbone_is_not_the_one_that_was_passed(tmp_path: Path) -> None:
+    """Without a source to compare with the hash, of what the model holds when saved, is all there is."""
+    model = trained(tiny_beit(), readout="cls", token_activation="hidden")
+    load_other_weights(model)
+    save_adapter(model, tmp_path / "a")
+    with pytest.raises(ValueError, match="pass the right weights as source="):
+        load_adapter(tmp_path / "a", source=tiny_beit())
+    images = torch.randn(2, 3, 8, 12)
+    loaded = load_adapter(tmp_path / "a", source=copy.deepcopy(model.backbone))
+    assert torch.equal(loaded(images), model(images))
+
+
+class Mine(PromptedBEiT):
+    """A class that an adapter has no name for."""
+
+
+class Wider(torch.nn.Module):
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.low = linear, torch.nn.Linear(linear.in_features, 1)
+
+
+def never_loadable(backbone: Path) -> list[tuple[PromptedBEiT, type[Exception], str]]:
+    names, words, head, rank, hollow, picture, shape = (trained(backbone) for _ in range(7))
+    names.class_names = ["a", "b"]
+    words.class_names = ["a", "b", 3]  # type: ignore[list-item]
+    head.verbalizer = PromptedBEiT(backbone, 4, prototype_dim=5).verbalizer
+    head.num_classes, head.class_names = 4, None
+    rank.backbone.blocks[0].mlp.fc1 = Wider(rank.backbone.blocks[0].mlp.fc1)
+    hollow.backbone.blocks[0].mlp.fc1.weight.data.fill_(float("nan"))
+    picture.default_cfg["mean"] = (0.1, 0.2)
+    shape.prompts.weight = torch.nn.Parameter(torch.zeros(1, 7, 16))
+    return [
+        (Mine(backbone, 3), TypeError, "model must be a PromptedBEiT or a PromptedViT, got Mine"),
+        (names, ValueError, "must name every class: 2 class_names for 3 classes"),
+        (words, ValueError, "class_names as a list of strings or null"),
+        (head, ValueError, r"verbalizer\.prototypes must have the shape that the model's config makes, \(3, 5\)"),
+        (rank, ValueError, r"unknown \['backbone\.blocks\.0\.mlp\.fc1\.linear\.bias'"),
+        (hollow, ValueError, r"backbone\.blocks\.0\.mlp\.fc1\.weight must be finite"),
+        (picture, ValueError, r"preprocessing\.mean of 1 channels, got \[0\.1, 0\.2\]"),
+        (shape, ValueError, r"prompts\.weight must have the shape .*, \(1, 2, 16\), got \(1, 7, 16\)"),
+    ]
+
+
+def test_what_could_never_be_loaded_is_not_written(backbone: Path, tmp_path: Path) -> None:
+    for model, kind, message in never_loadable(backbone):
+        with pytest.raises(kind, match=message) as refusal:
+            save_adapter(model, tmp_path / "a")
+        assert "\n" not in str(refusal.value) and len(str(refusal.value)) <= 500
+        assert not (tmp_path / "a").exists(), message
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save_adapter(trained(backbone), tmp_path / "a", extra={"accuracy": float("nan")})
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("unfrozen", [False, True])
+def test_adapters_of_schema_1_still_load(backbone: Path, tmp_path: Path, unfrozen: bool) -> None:
+    """Before, a fine-tuned adapter had the hash of the backbone it started from, and no list of what was trained."""
+    model = trained(backbone)
+    start = model.weight_hash()
+    if unfrozen:
+        model.unfreeze()
+        randomize(model.backbone, seed=5)
+        model.eval()
+    save_adapter(model, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
+    del config["trained"], config["backbone"]["dtype"]
+    config["backbone"] |= {"weight_hash": start, "unfrozen": unfrozen}
+    (tmp_path / "a" / CONFIG_FILE).write_text(json.dumps(config | {"schema_version": 1}))
+    loaded = load_adapter(tmp_path / "a")
+    assert torch.equal(loaded(IMAGES), model(IMAGES))
+    assert loaded.learned_state_dict().keys() == model.learned_state_dict().keys() and loaded._frozen != unfrozen
+    config["backbone"]["weight_hash"] = "sha256:0"
+    (tmp_path / "a" / CONFIG_FILE).write_text(json.dumps(config | {"schema_version": 1}))
+    with pytest.raises(ValueError, match="pass the right weights as source="):
+        load_adapter(tmp_path / "a")
+
+
+def test_nothing_is_fetched_unless_the_source_is_passed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter's own words must not make this machine call another: a hub id, a timm name, an address in timm."""
+    calls: list[object] = []
+
+    def refuse(*arguments: object, **_: object) -> Any:
+        calls.append(arguments)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    # where a machine says HF_HUB_OFFLINE, the hub's own library refuses before any call
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    hub = config["backbone"] | {"source": "nobody/no-such-beit"}
+    vit = {"num_classes": 3, "pretrained": True}
+    for changes in (
+        {"backbone": hub},
+        {
+            "backbone": hub | {"source": "vit_tiny_patch16_224.augreg_in21k"},
+            "model": vit,
+            "model_class": "PromptedViT",
+        },
+        {
+            "backbone": hub | {"source": "vit_huge_patch14_gap_224.in1k_ijepa"},
+            "model": vit | {"readout": "mean"},
+            "model_class": "PromptedViT",
+        },
+    ):
+        (folder / CONFIG_FILE).write_text(json.dumps(config | changes))
+        with pytest.raises(FileNotFoundError, match="pass the backbone as source="):
+            load_adapter(folder)
+        assert not calls
+    (folder / CONFIG_FILE).write_text(json.dumps(config | {"backbone": hub}))
+    with pytest.raises(FileNotFoundError, match="the Hugging Face hub did not give it"):
+        load_adapter(folder, source="nobody/no-such-beit")
+    assert calls, "a source that is passed may be fetched"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, -1, True, "x" * 100_000, [], {"a": 1}, float("nan"), "DELETED"],
+    ids=lambda value: repr(value)[:9],
+)
+@torch.no_grad()
+def test_no_value_of_the_config_escapes_as_another_error(folder: Path, value: Any) -> None:
+    """Each entry in turn: the same scores, or one line that refuses it; KeyError, TypeError, ... must not come out."""
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    expected = load_adapter(folder)(IMAGES)
+    places = [(None, name) for name in config]
+    places += [(section, name) for section in ("backbone", "model", "preprocessing") for name in config[section]]
+    # of these the value is the meaning, whatever it is
+    free = {"prompt_dropout", "progressive_alpha", "prompt_location", "temperature", "model", "backbone"}
+    for section, name in places:
+        changed = json.loads(json.dumps(config))
+        place = changed if section is None else changed[section]
+        if value == "DELETED":
+            del place[name]
+        else:
+            place[name] = value
+        (folder / CONFIG_FILE).write_text(json.dumps(changed))
+        try:
+            loaded = load_adapter(folder)
+        except (ValueError, FileNotFoundError) as error:
+            assert "\n" not in str(error) and len(str(error)) <= 500
+            continue
+        if name not in free:
+            assert torch.equal(loaded(IMAGES), expected), (section, name)

@@ -1,0 +1,1 @@
+"""The `vptm` command: thin readings of options around public functions."""

@@ -1,0 +1,223 @@
+"""A folder of pictures as classes and splits; what is not surely either is refused, what is left out is said."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from vptm.data.pictures import image_files, is_picture, left_out_note
+from vptm.messages import one_line
+
+_SPLIT_WORDS = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "validating", "dev"),
+    "test": ("test", "testing", "tst"),
+}
+SPLIT_NAMES = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
+_FILLERS = {
+    "set",
+    "sets",
+    "data",
+    "dataset",
+    "image",
+    "images",
+    "img",
+    "imgs",
+    "picture",
+    "pictures",
+    "photo",
+    "photos",
+}
+_FILLERS |= {"split", "folder", "sample", "samples"}
+_UNLABELLED = {"unknown", "unlabelled", "unlabeled", "all"}
+_TOKEN = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|[^\W\d_a-zA-Z]+")
+
+
+class Listing(NamedTuple):
+    """The pictures of one split: paths and, in the same order, names of their classes."""
+
+    paths: list[Path]
+    names: list[str]
+
+
+def read_folder(root: Path, notes: list[str]) -> tuple[dict[str, Listing], list[str]]:
+    """Splits and classes of `root/class/picture` or `root/split/class/picture`; a folder without splits is "all".
+
+    Folders are splits where their names are a word for train, val or test, with at most a word such as "set" or
+    "images", numbers, and a part that they share ("train800" and "val200", "seg_train" and "seg_test"). A split other
+    than train that holds pictures without classes is unlabelled and left out.
+
+    Args:
+        root: an existing folder.
+        notes: gets a line for everything that is left out.
+
+    Raises:
+        ValueError: no folder of pictures per class, or folders that may be splits and may be classes.
+    """
+    folders = _subfolders(root)
+    if not folders:
+        raise ValueError(
+            f"{root} must hold one folder per class, found {'loose files only' if any(root.iterdir()) else 'nothing'}"
+        )
+    _note_loose(root, notes)
+    left_out: Counter[str] = Counter()
+    splits = _splits(root, folders)
+    if not splits:
+        classes = _classes(root, folders, notes)
+        parts = {"all": _class_folders(classes, left_out)}
+        names = [folder.name for folder in classes]
+    else:
+        if ignored := [folder.name for folder in folders if folder not in splits.values()]:
+            notes.append(f"folders beside the splits are ignored: {_few(ignored)}")
+        order = [split for split in ("train", "val", "test") if split in splits]
+        names = [child.name for child in _subfolders(splits[order[0]])]
+        parts = {}
+        for split in order:
+            folder = splits[split]
+            children = _subfolders(folder)
+            if split != "train" and _is_unlabelled(folder, children, names):
+                count = len(image_files(folder))
+                notes.append(f"{folder.name} holds {count} pictures without classes: unlabelled, left out")
+                continue
+            _note_loose(folder, notes)
+            if unknown := [child.name for child in children if child.name not in names]:
+                raise ValueError(f"{folder} holds the class {unknown[0]!r}, which the train split does not have")
+            if not children:
+                raise ValueError(
+                    f"{folder} must hold one folder per class, as a split does, found "
+                    f"{'pictures only' if image_files(folder) else 'no images'}"
+                )
+            parts[split] = _class_folders(children, left_out)
+        if not parts:
+            raise ValueError(f"{root} must hold one folder of images per class, found pictures without classes only")
+    if left_out:
+        notes.append(left_out_note(left_out))
+    return parts, names
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _loose(folder: Path) -> int:
+    """How many pictures lie in `folder` itself."""
+    files = (path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
+    return sum(map(is_picture, files))
+
+
+def _note_loose(folder: Path, notes: list[str]) -> None:
+    if count := _loose(folder):
+        notes.append(f"{folder.name} holds {count} pictures beside its folders: without a class, left out")
+
+
+def _few(names: list[str], shown: int = 10) -> str:
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(one_line(name) for name in names[:shown]) + rest
+
+
+def split_of(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """Split that a folder's name stands for, and what else the name says; None where it names none, or several.
+
+    Example:
+        >>> split_of("train_set"), split_of("Testing"), split_of("val200"), split_of("seg_train"), split_of("strainer")
+        (('train', ()), ('test', ()), ('val', ()), ('train', ('seg',)), None)
+    """
+    found: list[str] = []
+    rest: list[str] = []
+    for token in (token.lower() for token in _TOKEN.findall(name)):
+        # "trainset" is one word
+        stems = (token[: -len(end)] for end in _FILLERS if token.endswith(end))
+        word = next((stem for stem in stems if stem in SPLIT_NAMES), token)
+        if word in SPLIT_NAMES:
+            found.append(SPLIT_NAMES[word])
+        elif word not in _FILLERS and not word.isdigit():
+            rest.append(word)
+    return (found[0], tuple(rest)) if len(found) == 1 else None
+
+
+def _splits(root: Path, folders: list[Path]) -> dict[str, Path]:
+    """The folder of each split, empty where `folders` are classes."""
+    groups: dict[tuple[str, ...], dict[str, list[Path]]] = {}
+    for folder in folders:
+        if named := split_of(folder.name):
+            groups.setdefault(named[1], {}).setdefault(named[0], []).append(folder)
+    plain = groups.get((), {})
+    divisions = [group for group in groups.values() if "train" in group and len(group) > 1]
+    if not divisions and plain:
+        members = [folder for found in plain.values() for folder in found]
+        # "train" can also be the name of a class (of vehicles): a split alone holds class folders and no images
+        if all(map(_is_divided, plain.get("train", ()))) and (
+            "train" in plain or (len(members) == len(folders) and any(map(_is_divided, members)))
+        ):
+            divisions = [plain]
+    if len(divisions) > 1:
+        several = [folder.name for group in divisions for found in group.values() for folder in found]
+        raise ValueError(f"{root} must be divided into splits once, found {_few(several)}")
+    if not divisions:
+        return {}
+    if any(len(found) > 1 for found in divisions[0].values()):
+        repeated = [folder.name for found in divisions[0].values() for folder in found]
+        raise ValueError(f"{root} must name each split once, found {_few(repeated)}")
+    return {split: found[0] for split, found in divisions[0].items()}
+
+
+def _is_divided(folder: Path) -> bool:
+    return bool(_subfolders(folder)) and not _loose(folder)
+
+
+def _is_unlabelled(folder: Path, children: list[Path], classes: list[str]) -> bool:
+    """Whether a split has pictures and none of them in the folder of a class."""
+    if not children:
+        return _loose(folder) > 0
+    if len(children) > 1 or children[0].name in classes:
+        return False
+    tokens = {token.lower() for token in _TOKEN.findall(children[0].name)}
+    return tokens <= _FILLERS | _UNLABELLED | set(SPLIT_NAMES)
+
+
+def _classes(root: Path, folders: list[Path], notes: list[str]) -> list[Path]:
+    """The folders that are classes of an undivided root: an unlabelled one is noted, what may be a split refused."""
+    others = [folder for folder in folders if (named := split_of(folder.name)) is None or named[1]]
+    classes = []
+    for folder in folders:
+        children = _subfolders(folder)
+        inner = {named[0] for child in children if (named := split_of(child.name)) and not named[1]}
+        if len(inner) > 1:
+            raise ValueError(
+                f"{root} must hold classes, or splits above classes: {folder.name} holds the folders "
+                f"{_few([child.name for child in children])}"
+            )
+        split = None if folder in others else split_of(folder.name)
+        if split is not None and split[0] != "train" and _is_divided(folder):
+            raise ValueError(
+                f"{root} must hold classes or splits, {folder.name} looks like a split beside "
+                f"{_few([other.name for other in others])}: put those into a folder train, "
+                "or rename it if it is a class"
+            )
+        if split is None or split[0] != "test" or children or not _loose(folder):
+            classes.append(folder)
+        elif len(others) > 1:
+            notes.append(f"{folder.name} holds {_loose(folder)} pictures without classes: unlabelled, left out")
+        else:
+            raise ValueError(
+                f"{root} must hold one folder per class, {folder.name} looks like unlabelled test pictures: "
+                "rename it if it is a class"
+            )
+    return classes
+
+
+def _class_folders(folders: list[Path], left_out: Counter[str]) -> Listing:
+    paths: list[Path] = []
+    names: list[str] = []
+    for folder in folders:
+        own: Counter[str] = Counter()
+        files = image_files(folder, own)
+        if not files:
+            why = f": {left_out_note(own)}" if own else ""
+            raise ValueError(f"{folder} must hold images of the class {folder.name!r}, found none{why}")
+        paths += files
+        names += [folder.name] * len(files)
+        left_out += own
+    return Listing(paths, names)

@@ -1,0 +1,310 @@
+"""What of a frozen block can be folded into constants, how, and how an edit of what was folded is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from operator import attrgetter, methodcaller
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
+from timm.models import beit, vision_transformer
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from vptm.frozen.reference import BiasedAttention
+from vptm.frozen.sharing import HOOKS
+
+
+class FrozenBlock(NamedTuple):
+    """One pre-norm block with constants folded: `qkv(normalise(x))`, `x + scale_1 * proj(...)`, `x + scale_2 *
+    fc2(act(fc1(normalise(x))))`. Queries come scaled by `head_dim ** -0.5`."""
+
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    proj_weight: Tensor
+    proj_bias: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+    scale_1: Tensor | None
+    scale_2: Tensor | None
+    eps_1: float
+    eps_2: float
+    activation: nn.Module
+    heads: int
+
+
+_NORMS = (nn.LayerNorm, LayerNorm)
+_ATTENTIONS = (beit.Attention, BiasedAttention, vision_transformer.Attention)
+# Whose arithmetic is known, and how it reads: a class whose `forward` was replaced is another class.
+_KNOWN = {
+    kind: kind.forward
+    for kind in (
+        *(beit.Block, vision_transformer.Block, *_ATTENTIONS, Mlp, nn.Linear, LayerScale, *_NORMS),
+        *(nn.Dropout, nn.Identity, DropPath, nn.GELU, beit.RelativePositionBias),
+    )
+}
+_MODELESS = (nn.Linear, LayerScale, *_NORMS, nn.Identity, nn.GELU)
+
+
+def oddity(module: nn.Module) -> str | None:
+    """What makes a module another function than its class says, in words that fit after "with"; None where nothing
+    does."""
+    if any(getattr(module, hooks) for hooks in HOOKS):
+        return "hooks"  # they would never fire on a part that does not run as a module
+    if "forward" in module.__dict__ or type(module).forward is not _KNOWN.get(type(module), type(module).forward):
+        return "a patched forward"
+    if parametrize.is_parametrized(module):
+        return "parametrised tensors"
+    return None
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether anything in a module asks for a gradient, also a tensor that stands in place of a parameter."""
+    return any(parameter.requires_grad for parameter in module.parameters()) or any(
+        isinstance(value, Tensor) and value.requires_grad
+        for part in module.modules()
+        for value in part.__dict__.values()
+    )
+
+
+def is_plain_linear(module: nn.Module | None) -> bool:
+    """Whether a module is `F.linear(x, weight, bias)` and nothing else; an adapter library may have put its own there,
+    or a quantised one."""
+    return type(module) is nn.Linear and oddity(module) is None
+
+
+def _is_tensor(value: object) -> bool:
+    return value is None or type(value) in (Tensor, nn.Parameter)
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    """Subclasses of Tensor, as quantised ones, have their own arithmetic; a trace puts stand-ins of its own there."""
+    held = (held for part in module.modules() for held in (part._parameters, part._buffers))
+    return torch.compiler.is_compiling() or all(map(_is_tensor, chain.from_iterable(map(_values, held))))
+
+
+def unfoldable(block: Any) -> str | None:
+    """Why a block is not norm, attention, LayerScale, norm, two-layer MLP, LayerScale and nothing else, in words; None
+    where it is."""
+    for module in block.modules():
+        odd = oddity(module)
+        if odd is not None:
+            return f"blocks with {odd}"
+        if module.training and type(module) not in _MODELESS:
+            return "blocks with parts in training mode"
+    attn: Any = getattr(block, "attn", None)
+    mlp: Any = getattr(block, "mlp", None)
+    if mlp is not None and type(mlp) is not Mlp:
+        return f"{type(mlp).__name__} blocks"
+    other = f"{type(block).__name__} blocks with other parts"
+    if type(block) is beit.Block:
+        if type(attn) not in _ATTENTIONS[:2]:
+            return other
+        drops = [attn.attn_drop, attn.proj_drop]
+    elif type(block) is vision_transformer.Block:
+        if type(attn) is not _ATTENTIONS[2] or attn.gate is not None:
+            return other
+        if not all(type(part) is nn.Identity for part in (attn.q_norm, attn.k_norm, attn.norm)):
+            return other
+        if not all(type(part) in (nn.Identity, LayerScale) for part in (block.ls1, block.ls2)):
+            return other
+        drops = [attn.attn_drop, attn.proj_drop]
+    else:
+        return f"{type(block).__name__} blocks"
+    drops += [block.drop_path1, block.drop_path2, mlp.drop1, mlp.drop2]
+    linears = _linears(block)
+    plain = (
+        all(type(drop) in (nn.Identity, nn.Dropout, DropPath) for drop in drops)
+        and isinstance(mlp.norm, nn.Identity)
+        and type(block.norm1) in _NORMS
+        and type(block.norm2) in _NORMS
+        and all(type(linear) is nn.Linear for linear in linears)
+        and (type(block) is not beit.Block or attn.qkv.bias is None)  # whose bias stands beside the linear
+        and _holds_tensors(block)
+        and attn.qkv.out_features == 3 * attn.qkv.in_features
+        and attn.scale == (attn.qkv.in_features // attn.num_heads) ** -0.5
+    )
+    return None if plain else other
+
+
+def unread(backbone: Any) -> str | None:
+    """What else of a backbone the folded path steps over though it does something, in words; None where nothing."""
+    pos_drop = backbone.pos_drop
+    if type(pos_drop) not in (nn.Dropout, nn.Identity) or oddity(pos_drop) is not None or pos_drop.training:
+        return "a pos_drop that does something"
+    shared = getattr(backbone, "rel_pos_bias", None)
+    if shared is not None and parametrize.is_parametrized(shared):
+        return "a parametrised rel_pos_bias"
+    if shared is not None and not _holds_tensors(shared):
+        return "a rel_pos_bias of another kind of tensor"
+    return None
+
+
+def refuse_unread(backbone: Any) -> None:
+    """Raise ValueError where a part that no path runs as a module has a `forward` of somebody's own, or is one."""
+    shared = getattr(backbone, "rel_pos_bias", None)
+    if shared is not None and not isinstance(shared, beit.RelativePositionBias):
+        raise ValueError(
+            "backbone.rel_pos_bias must be timm's RelativePositionBias, whose table is read, "
+            f"got {type(shared).__name__}"
+        )
+    for name, module in (
+        ("backbone", backbone),
+        ("backbone.blocks", backbone.blocks),
+        ("backbone.rel_pos_bias", shared),
+    ):
+        if module is not None and "forward" in module.__dict__:
+            raise ValueError(
+                f"{name} must have the forward of its class, which is not run as a whole, got a patched one"
+            )
+
+
+def _linears(block: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    return block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
+
+
+def _qkv_bias(attn: Any) -> Tensor | None:
+    if isinstance(attn, vision_transformer.Attention):
+        return attn.qkv.bias
+    return None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+
+
+def _layer_scales(block: Any) -> tuple[Tensor | None, Tensor | None]:
+    if isinstance(block, beit.Block):
+        return block.gamma_1, block.gamma_2
+    first, second = (scale.gamma if isinstance(scale, LayerScale) else None for scale in (block.ls1, block.ls2))
+    return first, second
+
+
+def fold_block(block: Any, dtype: torch.dtype) -> FrozenBlock:
+    """Fold norm weights into the linear after them, the scale of the scores into the queries' and LayerScale into the
+    linear before it, in fp64, rounded once to `dtype`.
+
+    Of the biases of queries, keys and values, only the queries' is left. A key bias adds the same number to every score
+    of a query, which the softmax does not see; a value bias comes out of attention as it is, as its weights sum to 1,
+    and joins the bias of the next linear. In fp16 the LayerScale stays apart, where `gamma * weight` would be subnormal
+    (gamma starts at 1e-5 in BEiT-L).
+    """
+    fold_scale = dtype != torch.float16
+
+    def after_norm(linear: nn.Linear, bias: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        weight = linear.weight.double()
+        shift = weight.new_zeros(len(weight)) if bias is None else bias.double()
+        if norm.bias is not None:
+            shift = shift + weight @ norm.bias.double()
+        return weight if norm.weight is None else weight * norm.weight.double(), shift
+
+    def before_scale(linear: nn.Linear, gamma: Tensor | None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        weight = linear.weight.double()
+        bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.double()
+        if shift is not None:
+            bias = bias + weight @ shift
+        if gamma is None or not fold_scale:
+            return weight, bias
+        return gamma.double()[:, None] * weight, gamma.double() * bias
+
+    qkv, proj, fc1, fc2 = _linears(block)
+    gammas = _layer_scales(block)
+    qkv_weight, qkv_bias = after_norm(qkv, _qkv_bias(block.attn), block.norm1)
+    width, heads = qkv_bias.numel() // 3, block.attn.num_heads
+    scale = (width // heads) ** -0.5
+    query_bias, value_bias = qkv_bias[:width], qkv_bias[2 * width :]
+    qkv_weight = torch.cat([qkv_weight[:width] * scale, qkv_weight[width:]])
+    qkv_bias = torch.cat([query_bias * scale, torch.zeros_like(qkv_bias[width:])])
+    tensors = [
+        qkv_weight,
+        qkv_bias,
+        *before_scale(proj, gammas[0], value_bias),
+        *after_norm(fc1, fc1.bias, block.norm2),
+        *before_scale(fc2, gammas[1]),
+    ]
+    scales = [None if fold_scale or gamma is None else gamma.to(dtype) for gamma in gammas]
+    # what nothing was folded into is copied all the same: a constant is never the weight itself
+    fixed = [tensor.to(dtype, copy=isinstance(tensor, nn.Parameter)) for tensor in tensors]
+    return FrozenBlock._make([*fixed, *scales, block.norm1.eps, block.norm2.eps, block.mlp.act, heads])
+
+
+_values = methodcaller("values")
+_version, _requires_grad, _training = attrgetter("_version"), attrgetter("requires_grad"), attrgetter("training")
+# Plain attributes that enter what is folded or kept.
+_WATCHED = ("eps", "scale", "num_heads", "token_activation", "mode", "after", "dropout")
+
+
+class Watch:
+    """Notices that modules are no longer what they were when it was made: an object replaced, a tensor edited in place,
+    moved, set or asked for gradients, a mode, a hook, a patched `forward`, an eps.
+
+    `also` are further dictionaries of what a module holds; without `values` only parts, modes and hooks are watched. No
+    value is looked at. What PyTorch does not count is not seen: edits through `.data` that keep the storage, through an
+    alias that is no tensor (numpy, shared memory), or of tensors made under `inference_mode`.
+    """
+
+    def __init__(
+        self, modules: Iterable[nn.Module], also: Iterable[dict[str, Any]] = (), *, values: bool = True
+    ) -> None:
+        self._modules = list(modules)
+        self._contents: list[dict[str, Any]] = [
+            content
+            for module in self._modules
+            for content in ((module._parameters, module._buffers, module._modules) if values else (module._modules,))
+            if content
+        ]
+        self._contents += also
+        held = list(chain.from_iterable(map(_values, self._contents)))
+        # a tensor may stand in place of a parameter as a plain attribute
+        self._attributes = [
+            (module.__dict__, name)
+            for module in self._modules
+            for name, value in module.__dict__.items()
+            if values and isinstance(value, Tensor)
+        ]
+        held += [attributes[name] for attributes, name in self._attributes]
+        self._scalars = [
+            (module.__dict__, name) for module in self._modules for name in _WATCHED if name in module.__dict__
+        ]
+        self._moded = [module for module in self._modules if type(module) not in _MODELESS]
+        self._hooks = [getattr(module, hooks) for module in self._modules for hooks in HOOKS]
+        self._dicts: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
+        self._kinds = list(_KNOWN)
+        # holding every object keeps its id, and holding storages their addresses, from being given out again
+        self._held = held
+        self.tensors = [value for value in self._held if isinstance(value, Tensor)]
+        plain = [tensor for tensor in self.tensors if _is_tensor(tensor)]
+        self._addressed = plain
+        self._storages = [tensor.untyped_storage() for tensor in plain]
+        self._counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+        self._registered = getattr(RemovableHandle, "next_id", None)
+        self._hooked = list(map(len, self._hooks))
+        self._seen = self._look()
+
+    def _look(self) -> tuple[object, ...]:
+        return (
+            list(map(type, self._modules)),
+            list(map(id, chain.from_iterable(map(_values, self._contents)))),
+            list(map(_version, self._counted)),
+            list(map(Tensor.data_ptr, self._addressed)),
+            list(map(_requires_grad, self.tensors)),
+            list(map(_training, self._moded)),
+            list(map(len, self._dicts)),  # a patched forward, a tensor in place of None
+            [id(attributes.get(name)) for attributes, name in self._attributes],
+            [attributes.get(name) for attributes, name in self._scalars],
+            [kind.forward for kind in self._kinds],
+        )
+
+    def changed(self) -> bool:
+        return self._look() != self._seen or self._hooks_changed()
+
+    def _hooks_changed(self) -> bool:
+        # every registration anywhere takes a number: without a new one nobody can have added a hook here
+        registered = getattr(RemovableHandle, "next_id", None)
+        if not any(self._hooked) and registered is not None and registered == self._registered:
+            return False
+        if list(map(len, self._hooks)) != self._hooked:
+            return True
+        self._registered = registered
+        return False

@@ -1,0 +1,1 @@
+"""Labels for a frozen classifier: SeMap, label mappings and prompts of pixels."""

@@ -1,0 +1,1 @@
+"""Prompted backbones: prompts, verbalizers and the classes that hold them."""

@@ -1,0 +1,368 @@
+"""PromptedBEiT: a frozen, pre-trained BEiT that learns new labels through a few prompts and a verbalizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import register_model
+from timm.models.beit import Attention, Beit
+from torch import Tensor, nn
+
+from vptm.frozen.encoder import Folded
+from vptm.frozen.reference import AttentionFunction, BiasedAttention, block_forward, canonical_bias, embed
+from vptm.messages import one_of
+from vptm.models.position_bias import extended_index, parse_extra_bias
+from vptm.models.prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
+from vptm.weights.backbones import LoadReport, load_backbone
+
+PROMPT_LOCATIONS = ("after_cls", "after_mask", "before_mask", "end")
+READOUTS = ("mask", "cls", "mean")
+MASK_MODES = ("insert", "replace")
+MASKED_MODELLING_WEIGHTS = (
+    "masked-modelling weights such as beitv2_base_patch16_224_pt1k.pth "
+    "or the Hugging Face id microsoft/beit-base-patch16-224-pt22k"
+)
+
+
+class PromptedBEiT(PromptedModel):
+    """A frozen BEiT with learned prompts, read at a mask token, and a verbalizer from visual tokens to labels.
+
+    VPTM (arXiv:2303.04998): prompts and a mask token join the patches, the model predicts the visual token at the mask
+    as it did in pre-training, and a prototypical verbalizer maps that prediction to labels. The method text is not
+    public; the defaults are a reconstruction and each open choice is an argument. With `readout="cls",
+    verbalizer="linear", token_activation="hidden"` this is VPT (arXiv:2203.12119) on BEiT.
+
+    Everything is frozen but `prompts` and `verbalizer` (and what `train_*` and `extra_bias="learned"` add); the frozen
+    backbone stays in eval mode under `model.train()`.
+
+    Args:
+        source: unilm `.pth`, safetensors file, Hugging Face folder or id, timm name, timm `Beit` instance (which stays
+            as it is: `backbone` is another module on the same storage) or "builtin". See `vptm.load_backbone`.
+        num_classes: K.
+        prompt_length: prompts per layer P, 0 allowed.
+        prompt_mode: "shallow", "deep" or "progressive", see `vptm.PromptBank`.
+        prompt_location: row order "after_cls" [c,P,m,x], "after_mask" [c,m,P,x], "before_mask" [c,P,x,m] or "end"
+            [c,x,P,m]. With relative position bias alone the order cannot change the function, as attention is
+            permutation-equivariant.
+        prompt_dropout: per-sample prompt dropout in training.
+        progressive_alpha: alpha of progressive prompts, or one for every block but the first.
+        prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim", "placement",
+            "dropout_per", "patch_values".
+        readout: row the head reads: "mask", "cls", or "mean" over the patch rows.
+        mask_mode: "insert" an extra mask row, or "replace" the patch at the centre (at (y, x) with
+            `extra_bias="grid:y,x"`).
+        train_mask_token, train_lm_head: also learn the mask token or the token head.
+        verbalizer: "prototypical" or "linear".
+        prototype_dim: d of the prototypes, None for no projection.
+        token_activation: what the verbalizer reads: "hidden", "logits", "softmax" or "log_softmax".
+        projection_bias: bias in the prototype projection.
+        temperature: fixed value, or None to learn it from 0.1.
+        extra_bias: position bias of prompts and an inserted mask row: "zero", "cls", "neutral", "grid:y,x" or "learned"
+            (a parameter `prompt_bias` (L, 2, H, P): added to prompt columns in class and mask rows, and in patch rows).
+        vocab_size: tokens of a fresh token head, used only where the source brings neither trained weights nor a head.
+        img_size: pixels, int or (height, width); None keeps the source's. Position bias is resized by timm's rule.
+        pretrained: for timm names, load timm's weights (classification weights: they have no mask token or token head).
+        impl: "auto", "triton", "torch" or "reference".
+
+    Raises:
+        ValueError: an argument outside its set, or weights without what the read-out or verbalizer needs.
+        FileNotFoundError: a path that does not exist.
+
+    Example:
+        >>> model = PromptedBEiT("builtin", num_classes=10)
+        >>> model(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+
+    bias_index: Tensor
+    row_order: Tensor
+
+    def __init__(
+        self,
+        source: str | Path | Beit,
+        num_classes: int,
+        *,
+        prompt_length: int = 10,
+        prompt_mode: str = "shallow",
+        prompt_location: str = "after_cls",
+        prompt_dropout: float = 0.0,
+        progressive_alpha: float | Sequence[float] = 0.01,
+        prompt_options: Mapping[str, Any] | None = None,
+        readout: str = "mask",
+        mask_mode: str = "insert",
+        train_mask_token: bool = False,
+        train_lm_head: bool = False,
+        verbalizer: str = "prototypical",
+        prototype_dim: int | None = 128,
+        token_activation: str = "logits",
+        projection_bias: bool = False,
+        temperature: float | None = None,
+        extra_bias: str = "zero",
+        vocab_size: int = 8192,
+        img_size: int | tuple[int, int] | None = None,
+        pretrained: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        one_of("prompt_location", prompt_location, PROMPT_LOCATIONS)
+        one_of("readout", readout, READOUTS)
+        one_of("mask_mode", mask_mode, MASK_MODES)
+        one_of("verbalizer", verbalizer, VERBALIZERS)
+        one_of("impl", impl, IMPLEMENTATIONS)
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
+            raise ValueError(f"vocab_size must be an integer >= 1, got {vocab_size!r}")
+        for argument, flag in (("train_mask_token", train_mask_token), ("train_lm_head", train_lm_head)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{argument} must be True or False, got {flag!r}")
+        if train_mask_token and readout != "mask":
+            raise ValueError(f"train_mask_token=True needs readout='mask', got readout={readout!r}")
+        if train_lm_head and token_activation == "hidden":
+            raise ValueError("train_lm_head=True needs a token_activation that reads the token head, got 'hidden'")
+        self.config = {
+            "num_classes": num_classes,
+            "prompt_length": prompt_length,
+            "prompt_mode": prompt_mode,
+            "prompt_location": prompt_location,
+            "prompt_dropout": prompt_dropout,
+            "progressive_alpha": (
+                list(progressive_alpha) if isinstance(progressive_alpha, list | tuple) else progressive_alpha
+            ),
+            "prompt_options": None if prompt_options is None else dict(prompt_options),
+            "readout": readout,
+            "mask_mode": mask_mode,
+            "train_mask_token": train_mask_token,
+            "train_lm_head": train_lm_head,
+            "verbalizer": verbalizer,
+            "prototype_dim": prototype_dim,
+            "token_activation": token_activation,
+            "projection_bias": projection_bias,
+            "temperature": temperature,
+            "extra_bias": extra_bias,
+            "vocab_size": vocab_size,
+            "img_size": list(img_size) if isinstance(img_size, tuple) else img_size,
+            "pretrained": pretrained,
+        }
+        self.num_classes = num_classes
+        self.readout = readout
+        self.mask_mode = mask_mode
+        self.prompt_location = prompt_location
+        self.extra_bias = extra_bias
+        self.impl = impl
+
+        if pretrained and isinstance(source, str) and source in timm.list_models(module="beit"):
+            needs = ""
+            if readout == "mask":
+                needs = "a mask token"
+            elif token_activation != "hidden":
+                needs = "a visual-token head"
+            if needs:  # known before anything is downloaded
+                raise ValueError(
+                    f"this read-out needs {needs}, timm's weights of {source} have none: "
+                    f"expected {MASKED_MODELLING_WEIGHTS}"
+                )
+        loaded = load_backbone(source, img_size=img_size, pretrained=pretrained)
+        self.source = None if isinstance(source, Beit) else str(source)
+        self.report: LoadReport = loaded.report
+        self.architecture = loaded.report.architecture
+        self.default_cfg = loaded.default_cfg
+        self.backbone = loaded.backbone
+        for block in self.backbone.blocks:
+            if type(block.attn) is Attention:
+                block.attn.__class__ = BiasedAttention  # the same parts, for rows that timm's table does not know
+        self.num_features = width = self.backbone.embed_dim
+
+        mask_token, lm_head = loaded.mask_token, loaded.lm_head
+        fresh = []
+        if readout == "mask" and mask_token is None:
+            if loaded.pretrained:
+                raise ValueError(
+                    f"readout='mask' needs a mask token, {self.report.source} has none: "
+                    f"expected {MASKED_MODELLING_WEIGHTS}"
+                )
+            mask_token = nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02)
+            fresh.append("mask token")
+        if token_activation != "hidden" and lm_head is None:
+            if loaded.pretrained:
+                raise ValueError(
+                    f"token_activation={token_activation!r} needs a visual-token head, {self.report.source} has none: "
+                    f"expected {MASKED_MODELLING_WEIGHTS}"
+                )
+            lm_head = nn.Linear(width, vocab_size)
+            nn.init.trunc_normal_(lm_head.weight, std=0.02)
+            nn.init.zeros_(lm_head.bias)
+            fresh.append(f"token head of {vocab_size} tokens")
+        if fresh:
+            warnings.warn(
+                f"{self.report.source} brings no masked-modelling weights: "
+                f"made a random {' and a random '.join(fresh)}; "
+                f"for real use load {MASKED_MODELLING_WEIGHTS}",
+                stacklevel=2,
+            )
+        self.mask_token = None if mask_token is None else nn.Parameter(mask_token.detach().clone())
+        self.lm_head = lm_head
+
+        self.num_patches = self.backbone.patch_embed.num_patches
+        window = tuple(self.backbone.patch_embed.grid_size)
+        bias_mode, grid = parse_extra_bias(extra_bias, window)
+        self.has_mask_row = readout == "mask" and mask_mode == "insert"
+        self.grid_position = None if grid is None else grid[0] * window[1] + grid[1]
+        self.replaced_patch: int | None = None
+        if readout == "mask" and mask_mode == "replace":
+            centre = (window[0] // 2) * window[1] + window[1] // 2
+            self.replaced_patch = centre if self.grid_position is None else self.grid_position
+        self._check_bias_source(bias_mode)
+
+        self.prompts = self._make_prompts()
+        length = self.prompts.length
+        self.num_rows = 1 + self.num_patches + int(self.has_mask_row) + length
+        index = extended_index(window, prompts=length, mask=self.has_mask_row, mode=bias_mode, grid=grid)
+        self.register_buffer("bias_index", index, persistent=False)
+        self.register_buffer("row_order", self._row_order(), persistent=False)
+        self.prompt_bias = None
+        if bias_mode == "learned":
+            heads = self.backbone.blocks[0].attn.num_heads
+            self.prompt_bias = nn.Parameter(torch.zeros(len(self.backbone.blocks), 2, heads, length))
+        self.verbalizer = self._make_verbalizer(num_classes)
+        self._finish()
+
+    def _check_bias_source(self, mode: str) -> None:
+        backbone = self.backbone
+        has_table = (
+            backbone.rel_pos_bias is not None or backbone.blocks[0].attn.relative_position_bias_table is not None
+        )
+        if mode in ("cls", "neutral") and not has_table:
+            raise ValueError(
+                f"extra_bias={mode!r} reads a relative position bias table, this backbone has none: "
+                "use 'zero' or 'learned'"
+            )
+        if mode == "grid" and not (has_table or backbone.pos_embed is not None):
+            raise ValueError(
+                "extra_bias='grid:y,x' needs position bias or position embeddings, this backbone has neither"
+            )
+        if mode == "grid" and self.readout != "mask":
+            raise ValueError(
+                f"extra_bias='grid:y,x' places the mask row, it needs readout='mask', got readout={self.readout!r}"
+            )
+
+    def _row_order(self) -> Tensor:
+        """Which of the rows `[class | patches | mask? | prompts]` stands at each place of the concatenated sequence."""
+        patches_end = 1 + self.num_patches
+        mask_end = patches_end + int(self.has_mask_row)
+        segments = {
+            "class": torch.arange(1),
+            "patches": torch.arange(1, patches_end),
+            "mask": torch.arange(patches_end, mask_end),
+            "prompts": torch.arange(mask_end, self.num_rows),
+        }
+        order = {
+            "after_cls": ("class", "prompts", "mask", "patches"),
+            "after_mask": ("class", "mask", "prompts", "patches"),
+            "before_mask": ("class", "prompts", "patches", "mask"),
+            "end": ("class", "patches", "prompts", "mask"),
+        }[self.prompt_location]
+        return torch.cat([segments[name] for name in order])
+
+    def embed(self, images: Tensor, folded: Folded | None = None) -> Tensor:
+        """Rows `[class | patches | mask?]`, written into one buffer."""
+        backbone = self.backbone
+        patches = backbone.patch_embed(images) if folded is None else folded.patches(self, images)
+        position = backbone.pos_embed
+        end = 1 + self.num_patches
+        dtype = torch.promote_types(patches.dtype, backbone.cls_token.dtype)
+        x = patches.new_empty(patches.shape[0], end + int(self.has_mask_row), self.num_features, dtype=dtype)
+        x[:, 0] = backbone.cls_token[0]
+        x[:, 1:end] = patches
+        if self.replaced_patch is not None and self.mask_token is not None:
+            x[:, 1 + self.replaced_patch] = self.mask_token[0]
+        if position is not None:
+            x[:, :end] += position
+        if self.has_mask_row and self.mask_token is not None:
+            x[:, end] = self.mask_token[0]
+            if position is not None and self.grid_position is not None:
+                x[:, end] += position[:, 1 + self.grid_position]
+        return x
+
+    def reference_embed(self, images: Tensor) -> Tensor:
+        """Rows `[class | patches | mask?]`, concatenated."""
+        return embed(self, images)
+
+    def reference_block(self, layer: int, rows: Tensor, attention: AttentionFunction) -> Tensor:
+        """Block `layer` on the rows in the order of `prompt_location`."""
+        order = self.row_order
+        if rows.shape[1] < self.num_rows:  # a block may have no prompt rows
+            order = order[order < rows.shape[1]]
+        bias = canonical_bias(self, layer)
+        if bias is not None:
+            bias = bias[:, order][:, :, order].unsqueeze(0)
+        return block_forward(self.backbone.blocks[layer], rows[:, order], bias, attention)[:, order.argsort()]
+
+    def position_bias(self, layer: int, *, learned: bool = True) -> Tensor | None:
+        """The table's entries for every pair of rows, with `prompt_bias` where it is learned and asked for."""
+        return canonical_bias(self, layer, learned=learned)
+
+    @property
+    def bias_is_shared(self) -> bool:
+        """Whether all blocks add the same position bias."""
+        return self.backbone.blocks[0].attn.relative_position_bias_table is None
+
+    def _readout_row(self) -> int | None:
+        """Row of `forward_features` that is read, None where patch rows are averaged."""
+        if self.readout == "mean":
+            return None
+        if self.readout == "cls":
+            return 0
+        return 1 + (self.num_patches if self.replaced_patch is None else self.replaced_patch)
+
+    def predict_tokens(self, images: Tensor) -> Tensor:
+        """Visual-token logits (B, V) at the read-out row."""
+        if self.lm_head is None:
+            raise ValueError(
+                f"predict_tokens needs a visual-token head, {self.report.source} has none: "
+                f"expected {MASKED_MODELLING_WEIGHTS}"
+            )
+        return self.lm_head(self.forward_hidden(images))
+
+
+# what timm's own scripts pass to every model: what asks for nothing is taken, the rest has another name here
+_TIMM_ARGUMENTS = {
+    "drop_rate": "prompt_dropout is that of what is learned",
+    "drop_path_rate": "the backbone is frozen",
+    "attn_drop_rate": "the backbone is frozen",
+    "proj_drop_rate": "the backbone is frozen",
+    "global_pool": "readout says what is read",
+    "features_only": "forward_features gives the rows",
+}
+
+
+def _from_registry(architecture: str, pretrained: bool, arguments: dict[str, Any]) -> PromptedBEiT:
+    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        arguments.pop(name, None)
+    for name, instead in _TIMM_ARGUMENTS.items():
+        if asked := arguments.pop(name, None):
+            raise TypeError(f"vptm_{architecture} takes no {name}, got {asked!r}: {instead}")
+    channels = arguments.pop("in_chans", None)
+    model = PromptedBEiT(
+        arguments.pop("source", architecture), arguments.pop("num_classes", 1000), pretrained=pretrained, **arguments
+    )
+    own = model.default_cfg["input_size"][0]
+    if channels not in (None, own):
+        raise ValueError(f"in_chans must be {own}, as the weights of {model.source} have, got {channels!r}")
+    return model
+
+
+@register_model
+def vptm_beitv2_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> PromptedBEiT:
+    """`timm.create_model("vptm_beitv2_base_patch16_224", num_classes=K, source="beitv2_base_patch16_224_pt1k.pth")`."""
+    return _from_registry("beitv2_base_patch16_224", pretrained, kwargs)
+
+
+@register_model
+def vptm_beitv2_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> PromptedBEiT:
+    """`timm.create_model("vptm_beitv2_large_patch16_224", num_classes=K,
+    source="beitv2_large_patch16_224_pt1k.pth")`."""
+    return _from_registry("beitv2_large_patch16_224", pretrained, kwargs)

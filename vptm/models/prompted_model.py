@@ -1,0 +1,502 @@
+"""What every prompted model shares: which path it runs on, what is trained, and what leaves the model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vptm.frozen.encoder import Folded, FrozenEncoder, Start
+from vptm.frozen.fold import learns, refuse_unread
+from vptm.frozen.reference import AttentionFunction, reference_features, sdpa, softmax_attention
+from vptm.frozen.sharing import own_storage
+from vptm.messages import one_of
+from vptm.models.prompts import PROMPT_OPTIONS, PromptBank
+from vptm.models.verbalizers import ClassEmbeddings, LinearVerbalizer, PrototypicalVerbalizer
+from vptm.weights.backbones import weight_hash
+
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+VERBALIZERS = ("prototypical", "linear", "class_embeddings")
+Verbalizer = PrototypicalVerbalizer | LinearVerbalizer | ClassEmbeddings
+
+
+class PromptedModel(nn.Module):
+    """A frozen transformer with learned prompts and a verbalizer; `PromptedBEiT` and `PromptedViT` say what rows it
+    has.
+
+    Rows stand as `[prefix | patches | mask? | prompts]` wherever they are kept: the prefix is the class token and what
+    comes with it. How long what is derived from weights holds is said in `vptm.frozen.encoder.FrozenEncoder`. A
+    subclass builds `backbone`, `prompts` and `verbalizer`, calls `_finish`, and defines the methods
+    that raise NotImplementedError here.
+    """
+
+    backbone: Any
+    prompts: PromptBank
+    verbalizer: Verbalizer
+    config: dict[str, Any]
+    default_cfg: dict[str, Any]
+    architecture: dict[str, Any]
+    source: str | None
+    num_classes: int
+    num_features: int
+    num_patches: int
+    num_rows: int
+    readout: str
+    impl: str
+    mask_token: nn.Parameter | None
+    lm_head: nn.Linear | None
+    prompt_bias: nn.Parameter | None
+    extra_bias = "zero"
+    _sealed_hash: str | None = None
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """`default_cfg`, where `timm.data.resolve_model_data_config` looks for it."""
+        return self.default_cfg
+
+    def _finish(self) -> None:
+        """The end of every constructor: freeze, remember what was frozen, and be ready to run."""
+        self.class_names: list[str] | None = None
+        self.grad_checkpointing = False
+        self._frozen = True
+        self._encoder = FrozenEncoder()
+        self.register_load_state_dict_pre_hook(_refuse_loading)
+        self.register_load_state_dict_post_hook(_refresh_loaded)
+        self._freeze()
+        self.train(self.training)
+
+    @abstractmethod
+    def embed(self, images: Tensor, folded: Folded | None = None) -> Tensor:
+        """Rows `[prefix | patches | mask?]` before block 0, in memory of their own; by the patch embedding of `folded`
+        where there is one."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def reference_block(self, layer: int, rows: Tensor, attention: AttentionFunction) -> Tensor:
+        """Block `layer` on all rows (B, T, C), prompts last, in eager PyTorch."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def _readout_row(self) -> int | None:
+        """Row of `forward_features` that is read, None where rows are averaged."""
+        raise NotImplementedError
+
+    def reference_embed(self, images: Tensor) -> Tensor:
+        """`embed` as the textbook writes it."""
+        return self.embed(images)
+
+    def position_bias(self, layer: int, *, learned: bool = True) -> Tensor | None:
+        """Bias (H, T, T) that block `layer` adds to its scores, None where it adds nothing."""
+        return None
+
+    @property
+    def bias_is_shared(self) -> bool:
+        """Whether all blocks add the same position bias."""
+        return True
+
+    def mean_rows(self) -> slice:
+        """Rows that a mean read-out averages."""
+        return slice(1, 1 + self.num_patches)
+
+    @property
+    def pools_prompts(self) -> bool:
+        """Whether the read-out averages prompt rows too, so that the last block has to compute them."""
+        return False
+
+    def _make_prompts(self) -> PromptBank:
+        """The prompts that `config` describes, for this backbone."""
+        config, options = self.config, dict(self.config["prompt_options"] or {})
+        for name in options:
+            one_of("prompt_options", name, PROMPT_OPTIONS)
+        bank = PromptBank(
+            len(self.backbone.blocks),
+            config["prompt_length"],
+            self.num_features,
+            mode=config["prompt_mode"],
+            dropout=config["prompt_dropout"],
+            alpha=config["progressive_alpha"],
+            **{"patch_values": self.backbone.patch_embed.proj.weight[0].numel(), **options},
+        )
+        if bank.placement == "add" and config["prompt_length"] not in (1, self.num_patches):
+            raise ValueError(
+                f"prompt_length must be 1 or the number of patches, {self.num_patches}, for placement='add', "
+                f"got {config['prompt_length']}"
+            )
+        if self.pools_prompts and bank.length and bank.role(len(self.backbone.blocks) - 1) == "none":
+            raise ValueError(f"readout={self.readout!r} needs prompt rows in the last block, prompt_options leave none")
+        return bank
+
+    def _make_verbalizer(self, num_classes: int) -> Verbalizer:
+        activation = self.config["token_activation"]
+        in_features = self.num_features if activation == "hidden" or self.lm_head is None else self.lm_head.out_features
+        if self.config["verbalizer"] == "class_embeddings":
+            dim, temperature = self.config["prototype_dim"], self.config["temperature"] or 0.01
+            return ClassEmbeddings(in_features, num_classes, dim=dim, temperature=temperature)
+        if self.config["verbalizer"] == "linear":
+            return LinearVerbalizer(in_features, num_classes, token_activation=activation)
+        return PrototypicalVerbalizer(
+            in_features,
+            num_classes,
+            prototype_dim=self.config["prototype_dim"],
+            token_activation=activation,
+            projection_bias=self.config["projection_bias"],
+            temperature=self.config["temperature"],
+        )
+
+    def _freeze(self) -> None:
+        self.backbone.requires_grad_(False)
+        if self.mask_token is not None:
+            self.mask_token.requires_grad_(self.config["train_mask_token"])
+        if self.lm_head is not None:
+            self.lm_head.requires_grad_(self.config["train_lm_head"])
+
+    def _comes_from_no_source(self, name: str) -> bool:
+        """Whether a tensor is made here, or learned by `config`, and so belongs to what was learned, trained or not."""
+        trained = self.config.get("train_mask_token"), self.config["train_lm_head"]
+        return (
+            name == "prompt_bias"
+            or name.startswith(("prompts.", "verbalizer."))
+            or (name == "mask_token" and bool(trained[0]))
+            or (name.startswith("lm_head.") and bool(trained[1]))
+        )
+
+    def _frozen_state(self) -> dict[str, Tensor]:
+        """What `learned_state_dict` leaves to the source; also of a model whose originals were dropped."""
+        learned = self.learned_state_dict()
+        return {
+            name: tensor
+            for name, tensor in nn.Module.state_dict(self).items()
+            if name not in learned and not name.startswith("verbalizer.")
+        }
+
+    def train(self, mode: bool = True) -> PromptedModel:
+        """Training mode for prompts and verbalizer; a frozen backbone stays in eval mode."""
+        if mode:
+            self._refuse_dropped("train()")
+        self.training = mode
+        for name, child in self.named_children():
+            child.train(mode and not (self._frozen and name == "backbone"))
+        return self
+
+    def unfreeze(self) -> PromptedModel:
+        """Make the backbone trainable too (full fine-tuning), and let it follow `train()`.
+
+        A backbone that was passed in as a module is copied first: what trains is not the module that was passed.
+        """
+        self._refuse_dropped("unfreeze()")
+        own_storage(self.backbone)
+        self.refresh()
+        self._frozen = False
+        self.backbone.requires_grad_(True)
+        return self.train(self.training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PromptedModel:
+        self._refuse_dropped("moving or casting the model")
+        self.refresh()
+        return super()._apply(fn, recurse)
+
+    def refresh(self) -> None:
+        """Derive the folded constants again at the next forward.
+
+        Needed only after an edit of frozen weights that PyTorch does not count, and after any of a compiled model's:
+        which these are is said in docs/inference.md.
+        """
+        self._refuse_dropped("refresh()")
+        self._encoder = FrozenEncoder()
+
+    @torch.compiler.assume_constant_result
+    def _fold_while_tracing(self) -> bool:
+        return self._encoder.runs_eagerly(self)
+
+    def freeze_for_inference(self, keep_originals: bool = False) -> PromptedModel:
+        """Fold the frozen weights now and, by default, drop the originals, which halves the memory the model holds.
+
+        Until this is called every block has its weights twice: the originals in `backbone`, which `state_dict()` gives
+        and training can unfreeze, and folded copies in the encoder, which run. Afterwards the block's four linear
+        weights in `backbone` are without values (on the meta device; a module that was passed in keeps its own): the
+        model is for inference as it stands, on its device, in its dtype and with the parts, modes and hooks it has.
+        Prompts are projected, and token head and projection multiplied, once, for calls that record no gradient.
+        `state_dict`, `load_state_dict`, `train`, `unfreeze`, `refresh`, `.to` and the
+        reference path then raise RuntimeError; edits of the norms and biases that are left change nothing.
+        `learned_state_dict`, `vptm.save_adapter` and `weight_hash` go on working. A pickle of such a model, as a
+        spawned process gets it, holds the folded weights; nothing else writes them.
+
+        Args:
+            keep_originals: only fold now, before the first image; everything stays possible.
+
+        Raises:
+            ValueError: a trainable backbone, blocks that do not fold, or impl="reference".
+            RuntimeError: from calls of the model afterwards, where a part, mode or hook of its backbone is another.
+
+        Example:
+            >>> model = vptm.PromptedBEiT("builtin", num_classes=10).freeze_for_inference()
+            >>> model(torch.zeros(2, 1, 28, 28)).shape
+            torch.Size([2, 10])
+        """
+        folded = self._runs_on()
+        if folded is None:
+            raise ValueError(f"freeze_for_inference needs a model that runs folded, got {self._unfolded()}")
+        if self._encoder.sealed:
+            if keep_originals:
+                self._refuse_dropped("freeze_for_inference(keep_originals=True)")
+            return self
+        self.eval()
+        if not keep_originals:
+            self._sealed_hash = self.weight_hash()
+            for block in self.backbone.blocks:
+                for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                    linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
+            self.backbone.register_load_state_dict_pre_hook(_refuse_dropped_weights)
+            self._encoder.seal(self, folded)
+        return self
+
+    def _twin(self) -> PromptedModel:
+        """A model of the same parts, with an encoder of its own."""
+        twin = object.__new__(type(self))
+        twin.__dict__ = dict(self.__dict__)
+        for kind in ("_modules", "_parameters", "_buffers"):
+            twin.__dict__[kind] = dict(self.__dict__[kind])
+        twin._encoder = FrozenEncoder()
+        return twin
+
+    def sealed_twin(self) -> PromptedModel:
+        """This model as it is now, to predict with: the same parts, with prompts projected and the head folded once.
+
+        The parts keep their mode: call `eval()` before. A model that does not run folded, or is sealed, is its own.
+        """
+        folded = None if self._encoder.sealed else self._runs_on()
+        if folded is None:
+            return self
+        twin = self._twin()
+        twin._encoder.seal(twin, folded)
+        return twin
+
+    def _refuse_dropped(self, action: str) -> None:
+        encoder = self.__dict__.get("_encoder")
+        if encoder is not None and encoder.sealed:
+            raise RuntimeError(
+                f"{action} needs the original weights, freeze_for_inference dropped them: "
+                "load the model again, or call freeze_for_inference(keep_originals=True)"
+            )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original, unfolded weights, bitwise, with what was learned."""
+        self._refuse_dropped("state_dict()")
+        return super().state_dict(*args, **kwargs)
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise ValueError or TypeError unless `images` is (B, channels, height, width) floating point of this model's
+        size, on its device and, outside autocast, in its dtype, and the model is on one device in one dtype."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+        height, width = self.backbone.patch_embed.img_size
+        weight = self.backbone.patch_embed.proj.weight
+        channels = self.default_cfg["input_size"][0]
+        if images.ndim != 4 or tuple(images.shape[1:]) != (channels, height, width):
+            raise ValueError(f"images must be (B, {channels}, {height}, {width}), got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating point, normalised as vptm.transforms does, got {images.dtype}")
+        if images.device != weight.device:
+            raise ValueError(f"images must be on the device of the model, {weight.device}, got {images.device}")
+        autocast = torch.is_autocast_enabled(images.device.type)
+        if images.dtype != weight.dtype and (not autocast or torch.float64 in (images.dtype, weight.dtype)):
+            raise TypeError(f"images must have the dtype of the model, {weight.dtype}, got {images.dtype}")
+        for name, part in (("prompts", self.prompts.weight), ("verbalizer", next(self.verbalizer.parameters(), None))):
+            if part is None:
+                continue
+            if part.device != weight.device:
+                raise ValueError(f"{name} must be on the device of the backbone, {weight.device}, got {part.device}")
+            if part.dtype != weight.dtype and not autocast:
+                raise TypeError(f"{name} must have the dtype of the backbone, {weight.dtype}, got {part.dtype}")
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Rows `[prefix | patches | mask?]` after the backbone's final norm; prompts do not enter what is returned,
+        unless the read-out averages them: then they are its last rows.
+
+        Args:
+            images: (B, channels, height, width), normalised.
+
+        Returns:
+            (B, prefix + N, C), and one more row at the end where a mask row is inserted. With `prompt_length=0` and the
+            CLS or mean read-out this equals `backbone.forward_features`.
+        """
+        self.check_images(images)
+        folded = self._runs_on()
+        return self._plain_features(images) if folded is None else folded.features(self, images)
+
+    def _runs_on(self) -> Folded | None:
+        """The folded constants this model runs on now, None where it runs its modules."""
+        return None if self.impl == "reference" else self._encoder.folded(self)
+
+    def _plain_features(self, images: Tensor) -> Tensor:
+        self._refuse_dropped("the reference path")
+        refuse_unread(self.backbone)
+        if self.impl == "triton":
+            raise ValueError(
+                "impl='triton' needs a frozen backbone of plain pre-norm blocks with a two-layer MLP, "
+                f"got {self._unfolded()}"
+            )
+        if learns(self.backbone):
+            own_storage(self.backbone)
+        return reference_features(self, images, softmax_attention if self.impl == "reference" else sdpa)
+
+    def _unfolded(self) -> str:
+        """What keeps this model from the folded path."""
+        return FrozenEncoder.unsupported(self) or f"impl={self.impl!r}"
+
+    def run_block(self, function: Any, *args: Any) -> Tensor:
+        """`function(*args)`, its activations recomputed in backward where `set_grad_checkpointing` asked for it."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    def forward_hidden(self, images: Tensor) -> Tensor:
+        """The normalised read-out row (B, C), equal to `forward_head(forward_features(images), pre_logits=True)`."""
+        self.check_images(images)
+        return self._hidden(images, self._runs_on())
+
+    def _hidden(self, images: Tensor, folded: Folded | None, start: Start | None = None) -> Tensor:
+        if folded is None:
+            return self.forward_head(self._plain_features(images), pre_logits=True)
+        row = self._readout_row()
+        pooled = folded.mean(self, images, start) if row is None else folded.row(self, images, row, start)
+        return self.backbone.fc_norm(pooled)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Class scores (B, K) from `forward_features`; with `pre_logits` the normalised read-out row (B, C).
+
+        Weights that were trained with mean pooling keep their norm after the pooling (`fc_norm`); it is then used on
+        the row that is read, whichever it is.
+        """
+        row = self._readout_row()
+        pooled = features[:, self.mean_rows()].mean(dim=1) if row is None else features[:, row]
+        hidden = self.backbone.fc_norm(pooled)
+        return hidden if pre_logits else self._scores(hidden)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores (B, K), cosine / temperature with the prototypical verbalizer, for normalised images (B,
+        channels, H, W)."""
+        self.check_images(images)
+        folded = self._runs_on()
+        return self._scores(self._hidden(images, folded), folded)
+
+    def _scores(self, hidden: Tensor, folded: Folded | None = None) -> Tensor:
+        if not isinstance(self.verbalizer, PrototypicalVerbalizer):
+            return self.verbalizer(hidden, self.lm_head)
+        if folded is None:
+            return self.verbalizer(hidden, self.lm_head, self.impl)
+        return self.verbalizer(hidden, self.lm_head, self.impl, folded.token_head, folded.sealed_head)
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that training changes."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def print_trainable_parameters(self) -> None:
+        """Print every trained tensor, and the trained share of all parameters."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        trained = 0
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                trained += parameter.numel()
+                print(f"{name:40s} {tuple(parameter.shape)!s:20s} {parameter.numel():>12,}")
+        print(f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.3f} %)")
+
+    def weight_hash(self) -> str:
+        """Hash of the frozen weights as they are now, in their dtype; those that `freeze_for_inference` dropped count
+        as they were then. An adapter fits this model only where the hashes agree."""
+        return weight_hash(self._frozen_state()) if self._sealed_hash is None else self._sealed_hash
+
+    def learned_state_dict(self) -> dict[str, Tensor]:
+        """The tensors that training changes, detached, under their `state_dict` names: every parameter that requires a
+        gradient, and prompts and verbalizer (and what `train_mask_token` and `train_lm_head` name) even where they do
+        not, as no source has them."""
+        return {
+            name: parameter.detach()
+            for name, parameter in self.named_parameters(remove_duplicate=False)
+            if parameter.requires_grad or self._comes_from_no_source(name)
+        }
+
+    def load_learned_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy tensors saved from `learned_state_dict`; names and shapes must be those of this model.
+
+        Raises:
+            ValueError: a missing, unknown, wrongly shaped or non-finite tensor; nothing is copied then.
+        """
+        own = self.learned_state_dict()
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"learned tensors must be {sorted(own)}, got {sorted(state)}: missing {missing}, unknown {unknown}"
+            )
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
+            if not torch.isfinite(state[name]).all():
+                raise ValueError(f"{name} must be finite, got NaN or infinite values")
+        if any(name.startswith("backbone.") for name in own):
+            own_storage(self.backbone)
+            own = self.learned_state_dict()
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+        self._encoder.forget_learned()
+
+    def get_classifier(self) -> nn.Module:
+        """The verbalizer."""
+        return self.verbalizer
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the verbalizer by a fresh one for `num_classes`; the read-out is a constructor argument and stays."""
+        if global_pool is not None:
+            raise ValueError(
+                "global_pool must be None, the read-out is fixed at construction "
+                f"(readout={self.readout!r}), got {global_pool!r}"
+            )
+        reference = self.prompts.weight
+        self.verbalizer = self._make_verbalizer(num_classes).to(device=reference.device, dtype=reference.dtype)
+        self.num_classes = self.config["num_classes"] = num_classes
+        self.class_names = None
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameter names exempt from weight decay: timm's for the backbone, the mask token, prompts and their bias."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()} | {
+            "mask_token",
+            "prompts.weight",
+            "prompt_bias",
+        }
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups for timm's layer-wise learning-rate decay: embeddings, mask token and prompts, blocks, then the
+        head."""
+        stem = "cls_token|reg_token|pos_embed|patch_embed|norm_pre|rel_pos_bias"
+        return {
+            "stem": rf"^backbone\.(?:{stem})|^mask_token|^prompts\.|^prompt_bias",
+            "blocks": [(r"^backbone\.blocks\.(\d+)", None), (r"^backbone\.norm", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the input of every block for backward and compute the rest again there (timm's name).
+
+        Outputs and gradients are bitwise the same; a training step takes about a third longer.
+        """
+        self.grad_checkpointing = enable
+
+
+# functions and not lambdas: a model can be pickled, to be spawned with a process
+def _refresh_loaded(module: Any, *_: Any) -> None:
+    module.refresh()
+
+
+def _refuse_dropped_weights(*_: Any) -> None:
+    raise RuntimeError("load_state_dict() needs the original weights, freeze_for_inference dropped them")
+
+
+def _refuse_loading(module: Any, *_: Any) -> None:
+    module._refuse_dropped("load_state_dict()")

@@ -1,0 +1,239 @@
+"""PromptedViT: visual prompt tuning of any timm VisionTransformer, on the folded encoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import resolve_model_data_config
+from timm.models import vision_transformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vptm.frozen.encoder import Folded
+from vptm.frozen.reference import AttentionFunction
+from vptm.frozen.sharing import shared_twin
+from vptm.messages import hint, one_of
+from vptm.models.prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
+from vptm.weights.backbones import _check_size, _check_values, _first_line, _pair, _probe
+
+READOUTS = ("cls", "mean", "mean_with_prompts")
+BLOCKS = ("Block", "ResPostBlock", "ParallelScalingBlock", "DiffParallelScalingBlock", "ParallelThingsBlock")
+
+
+class PromptedViT(PromptedModel):
+    """A frozen timm `VisionTransformer` with learned prompts and a verbalizer (VPT, arXiv:2203.12119).
+
+    Supervised, MAE, MoCo-v3, DINO and DINOv2 (with registers) and CLIP's visual weights are all of that class:
+    position embeddings on all rows or on patches alone, class token or none, register tokens, a norm before the blocks,
+    LayerScale, QuickGELU, and the norm's own eps are the source's. Blocks of norm, attention, norm and two-layer MLP
+    run folded. SwiGLU, query-key norm, parallel and post-norm blocks run unfolded through timm's own code; other block
+    classes are refused by name. The defaults are VPT-deep.
+
+    Everything is frozen but `prompts` and `verbalizer` (and `lm_head` with `train_lm_head`).
+
+    Args:
+        source: timm name, with its tag where it has one ("vit_base_patch16_224.mae"), or a timm `VisionTransformer`
+            instance (which stays as it is: `backbone` is another module on the same storage).
+        num_classes: K.
+        prompt_length: prompts per layer P, 0 allowed.
+        prompt_mode: "deep", "shallow" or "progressive", see `vptm.PromptBank`. Prompts are inserted after the position
+            embeddings and `norm_pre` and get neither; their place among the rows cannot change the function.
+        prompt_dropout: per-sample prompt dropout in training.
+        progressive_alpha: alpha of progressive prompts, or one for every block but the first.
+        prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim", "placement",
+            "dropout_per", "patch_values".
+        readout: "cls", "mean" over the patch rows (and class and register rows where the source's own mean takes them),
+            or "mean_with_prompts": those and the last block's prompt rows, as VPT does on MAE weights. The source's own
+            norms stay where it has them: timm's MAE models norm every row and then average, VPT averages first, through
+            a norm that its checkpoint lacks and that it keeps at the identity; for that pass a model made with
+            `global_pool="avg"`.
+        verbalizer: "linear" or "prototypical".
+        prototype_dim, projection_bias, temperature: see `vptm.PrototypicalVerbalizer`.
+        token_activation: what the verbalizer reads: "hidden", or "logits", "softmax" or "log_softmax" of the source's
+            own classifier, kept frozen as `lm_head`.
+        train_lm_head: also learn that classifier.
+        img_size: pixels, int or (height, width), for a timm name; None keeps the source's. Position embeddings are
+            resized by timm.
+        pretrained: for a timm name, load timm's weights.
+        impl: "auto", "triton", "torch" or "reference".
+
+    Raises:
+        ValueError: an argument outside its set, or a backbone that is not supported.
+        TypeError: a source that is neither a name nor a module.
+
+    Example:
+        >>> model = PromptedViT("vit_tiny_patch16_224", num_classes=10, prompt_length=5, img_size=32)
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        source: str | VisionTransformer,
+        num_classes: int,
+        *,
+        prompt_length: int = 10,
+        prompt_mode: str = "deep",
+        prompt_dropout: float = 0.0,
+        progressive_alpha: float | Sequence[float] = 0.01,
+        prompt_options: Mapping[str, Any] | None = None,
+        readout: str = "cls",
+        train_lm_head: bool = False,
+        verbalizer: str = "linear",
+        prototype_dim: int | None = 128,
+        token_activation: str = "hidden",
+        projection_bias: bool = False,
+        temperature: float | None = None,
+        img_size: int | tuple[int, int] | None = None,
+        pretrained: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        one_of("readout", readout, READOUTS)
+        one_of("verbalizer", verbalizer, VERBALIZERS)
+        one_of("impl", impl, IMPLEMENTATIONS)
+        if not isinstance(train_lm_head, bool):
+            raise TypeError(f"train_lm_head must be True or False, got {train_lm_head!r}")
+        if train_lm_head and token_activation == "hidden":
+            raise ValueError("train_lm_head=True needs a token_activation that reads the classifier, got 'hidden'")
+        self.config = {
+            "num_classes": num_classes,
+            "prompt_length": prompt_length,
+            "prompt_mode": prompt_mode,
+            "prompt_dropout": prompt_dropout,
+            "progressive_alpha": (
+                list(progressive_alpha) if isinstance(progressive_alpha, list | tuple) else progressive_alpha
+            ),
+            "prompt_options": None if prompt_options is None else dict(prompt_options),
+            "readout": readout,
+            "train_lm_head": train_lm_head,
+            "verbalizer": verbalizer,
+            "prototype_dim": prototype_dim,
+            "token_activation": token_activation,
+            "projection_bias": projection_bias,
+            "temperature": temperature,
+            "img_size": list(img_size) if isinstance(img_size, tuple) else img_size,
+            "pretrained": pretrained,
+        }
+        self.num_classes = num_classes
+        self.readout = readout
+        self.impl = impl
+        self.source = None if isinstance(source, nn.Module) else str(source)
+        self.backbone = backbone = _load(source, img_size, pretrained)
+        if readout == "cls" and not backbone.has_class_token:
+            raise ValueError("readout='cls' needs a class token, this backbone has none: use readout='mean'")
+        self.num_features = backbone.embed_dim
+        self.num_patches = backbone.patch_embed.num_patches
+        self.architecture = {
+            "class": type(backbone).__name__,
+            "img_size": list(backbone.patch_embed.img_size),
+            "patch_size": list(backbone.patch_embed.patch_size),
+            "embed_dim": backbone.embed_dim,
+            "depth": len(backbone.blocks),
+            "prefix_tokens": backbone.num_prefix_tokens,
+        }
+        self.default_cfg = _preprocessing(backbone)
+        self.mask_token = self.prompt_bias = self.lm_head = None
+        if token_activation != "hidden":
+            plain = type(backbone).forward_head is VisionTransformer.forward_head
+            if not isinstance(backbone.head, nn.Linear) or not plain:
+                raise ValueError(
+                    f"token_activation={token_activation!r} reads the source's classifier, this backbone does not have "
+                    "exactly one: use 'hidden'"
+                )
+            self.lm_head = copy.deepcopy(backbone.head)  # of its own, as it may learn
+        backbone.reset_classifier(0)
+        self.prompts = self._make_prompts()
+        self.num_rows = backbone.num_prefix_tokens + self.num_patches + self.prompts.length
+        self.verbalizer = self._make_verbalizer(num_classes)
+        self._finish()
+
+    def embed(self, images: Tensor, folded: Folded | None = None) -> Tensor:
+        """Rows `[class | registers | patches]` with positions, after `norm_pre`."""
+        backbone = self.backbone
+        patches = backbone.patch_embed(images) if folded is None else folded.patches(self, images)
+        return backbone.norm_pre(backbone._pos_embed(patches))
+
+    def reference_embed(self, images: Tensor) -> Tensor:
+        """The same rows by timm's code alone."""
+        backbone = self.backbone
+        return backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(images)))
+
+    def reference_block(self, layer: int, rows: Tensor, attention: AttentionFunction) -> Tensor:
+        """timm's own block, of whatever kind; `attention` is timm's choice."""
+        return self.backbone.blocks[layer](rows)
+
+    @property
+    def pools_prompts(self) -> bool:
+        """Whether the read-out averages prompt rows too."""
+        return self.readout == "mean_with_prompts"
+
+    def mean_rows(self) -> slice:
+        """Rows that a mean read-out averages."""
+        backbone = self.backbone
+        prefix = 0 if backbone.pool_include_prefix and backbone.attn_pool is None else backbone.num_prefix_tokens
+        return slice(prefix, self.num_rows - (0 if self.pools_prompts else self.prompts.length))
+
+    def _readout_row(self) -> int | None:
+        return 0 if self.readout == "cls" else None
+
+
+def _load(source: str | VisionTransformer, img_size: int | tuple[int, int] | None, pretrained: bool) -> Any:
+    """The backbone in eval mode, refused by name where it is not supported."""
+    if isinstance(source, nn.Module):
+        if img_size is not None:
+            raise ValueError(f"img_size must be None for an instance, which has its own size, got {img_size!r}")
+        backbone, label = shared_twin(source), type(source).__name__
+        _check(backbone, label)
+    elif not isinstance(source, str | Path):
+        raise TypeError(f"source must be a timm name or a timm VisionTransformer, got {type(source).__name__}")
+    else:
+        label = str(source)
+        name = label.partition(".")[0]
+        if not timm.is_model(name):
+            known = timm.list_models(module="vision_transformer")
+            raise ValueError(
+                f"source must be a timm name or a timm VisionTransformer, got {label!r}{hint(name, known)}"
+            )
+        model: Any = _probe(name)
+        _check(model, label)
+        size = {}
+        if img_size is not None:
+            size["img_size"] = _pair(img_size, "img_size")
+            _check_size(size["img_size"], model.patch_embed.patch_size, label)
+        try:
+            backbone = timm.create_model(label, pretrained=pretrained, **size)
+        except (OSError, RuntimeError, ValueError, AssertionError) as error:
+            raise ValueError(f"{label}: timm could not build it: {_first_line(error)}") from error
+    _check_values(backbone.state_dict(), label)
+    return backbone.eval()
+
+
+def _check(backbone: nn.Module, label: str) -> None:
+    own = VisionTransformer
+    if not isinstance(backbone, own) or type(backbone).forward_features is not own.forward_features:
+        other = ": use PromptedBEiT" if type(backbone).__name__ == "Beit" else ""
+        raise ValueError(
+            f"PromptedViT runs timm's VisionTransformer class, {label} is a {type(backbone).__name__}{other}"
+        )
+    kinds = tuple(getattr(vision_transformer, name) for name in BLOCKS if hasattr(vision_transformer, name))
+    for block in backbone.blocks:
+        if type(block) not in kinds:
+            raise ValueError(f"PromptedViT runs blocks of {', '.join(BLOCKS)}, {label} has {type(block).__name__}")
+    if not isinstance(backbone.patch_drop, nn.Identity):
+        raise ValueError(f"patch_drop_rate must be 0, {label} drops patches")
+
+
+def _preprocessing(backbone: Any) -> dict[str, Any]:
+    """timm's preprocessing of this model at the size it has."""
+    config = dict(resolve_model_data_config(backbone))
+    channels = backbone.in_chans
+    config["input_size"] = (channels, *backbone.patch_embed.img_size)
+    for name in ("mean", "std"):
+        if len(config[name]) != channels:
+            config[name] = (0.5,) * channels
+    return config

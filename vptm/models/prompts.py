@@ -1,0 +1,184 @@
+"""Prompt banks: what is learned and joins the tokens of a frozen transformer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vptm.messages import number, one_of
+
+PROMPT_MODES = ("shallow", "deep", "progressive")
+PLACEMENTS = ("prepend", "add")
+AFTER_PROMPTS = ("carry", "drop")
+DROPOUT_PER = ("sample", "batch")
+PROMPT_OPTIONS = ("blocks", "after", "shared", "prompt_dim", "placement", "dropout_per", "patch_values")
+
+
+class PromptBank(nn.Module):
+    """Learnable prompts in the three ways of the literature, with VPT's variants.
+
+    With `P_l = dropout(expand(projection(weight[l])))` and `Z_l` the prompt rows as block `l - 1` left them, block `l`
+    receives
+
+    - shallow (VPT-shallow, arXiv:2203.12119): `P_0` at block 0, `Z_l` afterwards (carried like any token);
+    - deep (VPT-deep): `P_l` at every block, `Z_l` is discarded;
+    - progressive (ProVP, arXiv:2304.08386): `P_0` at block 0, then `alpha * Z_l + (1 - alpha) * P_l`.
+
+    alpha = 0 is deep, alpha = 1 is shallow. Any number of prompts enters block 0; ProVP's code leaves four or fewer out
+    there and then writes them over image patches.
+
+    Args:
+        depth: number of transformer blocks L.
+        length: prompts per layer P, 0 allowed.
+        dim: token width C.
+        mode: "shallow", "deep" or "progressive".
+        patch_values: numbers in one image patch (channels * height * width): the fan-in of the initial bound
+            `sqrt(6 / (patch_values + prompt_dim))`, VPT's uniform initialisation. ProVP's code takes 588 for any patch.
+        dropout: prompt dropout in training, in [0, 1).
+        alpha: progressive mixing weight, in [0, 1]; or L - 1 of them, for blocks 1 to L - 1.
+        blocks: k > 0: only the first k blocks have prompts of their own; k < 0: only the last -k, and no block before
+            them sees a prompt (the released code of VPT overwrites image patches there); None: all.
+        after: with k > 0, whether the blocks after the first k "carry" the prompt rows on, or "drop" them.
+        shared: one prompt for all blocks.
+        prompt_dim: width of the learned rows, brought to C by a learned linear `projection` shared by all blocks; None
+            has no projection.
+        placement: "prepend" gives the prompts rows of their own. "add" adds them to the patch tokens that enter a
+            block, one prompt to all of them (P = 1) or one to each (P = N); in shallow mode to block 0 alone.
+        dropout_per: "sample" draws a dropout mask for every image, as VPT does for ViTs; "batch" one for all.
+
+    Attributes:
+        weight: (rows, P, prompt_dim): one row where shallow or shared, else one for every block with prompts of its
+            own.
+        length: prompt rows among the tokens: P, or 0 where they are added.
+
+    Example:
+        >>> bank = PromptBank(depth=2, length=3, dim=8, mode="deep", patch_values=48)
+        >>> bank(1, 4).shape
+        torch.Size([4, 3, 8])
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        depth: int,
+        length: int,
+        dim: int,
+        *,
+        mode: str = "shallow",
+        patch_values: int,
+        dropout: float = 0.0,
+        alpha: float | Sequence[float] = 0.01,
+        blocks: int | None = None,
+        after: str = "carry",
+        shared: bool = False,
+        prompt_dim: int | None = None,
+        placement: str = "prepend",
+        dropout_per: str = "sample",
+    ) -> None:
+        super().__init__()
+        one_of("prompt_mode", mode, PROMPT_MODES)
+        one_of("after", after, AFTER_PROMPTS)
+        one_of("placement", placement, PLACEMENTS)
+        one_of("dropout_per", dropout_per, DROPOUT_PER)
+        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+            raise ValueError(f"prompt_length must be an integer >= 0, got {length!r}")
+        if not 0.0 <= number("prompt_dropout", dropout) < 1.0:
+            raise ValueError(f"prompt_dropout must be in [0, 1), got {dropout!r}")
+        if prompt_dim is not None and (
+            isinstance(prompt_dim, bool) or not isinstance(prompt_dim, int) or prompt_dim < 1
+        ):
+            raise ValueError(f"prompt_dim must be an integer >= 1 or None, got {prompt_dim!r}")
+        if not isinstance(shared, bool):
+            raise TypeError(f"shared must be True or False, got {shared!r}")
+        if blocks is not None and (
+            isinstance(blocks, bool) or not isinstance(blocks, int) or not 1 <= abs(blocks) <= depth
+        ):
+            raise ValueError(f"blocks must be in 1..{depth}, in -{depth}..-1, or None, got {blocks!r}")
+        if mode == "shallow" and (blocks is not None or shared):
+            raise ValueError("blocks and shared need prompt_mode 'deep' or 'progressive', got 'shallow'")
+        if mode == "progressive" and placement == "add":
+            raise ValueError("placement='add' needs prompt_mode 'shallow' or 'deep', got 'progressive'")
+        if after == "drop" and (blocks is None or blocks < 0):
+            raise ValueError(f"after='drop' needs blocks > 0, the blocks that have prompts, got {blocks!r}")
+        self.mode = mode
+        self.placement = placement
+        self.length = length if placement == "prepend" else 0
+        self.dropout = dropout
+        self.dropout_per = dropout_per
+        self.after = after
+        self.alpha = _alphas(alpha, depth)
+        count = 1 if mode == "shallow" else abs(blocks or depth)
+        first = depth - count if blocks is not None and blocks < 0 else 0
+        self.blocks = range(first, first + count)
+        width = prompt_dim or dim
+        bound = math.sqrt(6.0 / (patch_values + width))
+        rows = 1 if shared else count
+        self.weight = nn.Parameter(torch.empty(rows, length, width).uniform_(-bound, bound))
+        self.projection = None
+        if prompt_dim is not None:
+            self.projection = nn.Linear(prompt_dim, dim)
+            nn.init.kaiming_normal_(self.projection.weight, a=0, mode="fan_out")
+            nn.init.zeros_(self.projection.bias)
+
+    def role(self, block: int) -> str:
+        """Which prompt rows enter a block: "own" (fresh ones), "mixed", "carried", or "none"."""
+        if self.length == 0 or block < self.blocks.start:
+            return "none"
+        if block >= self.blocks.stop:
+            return "carried" if self.after == "carry" else "none"
+        return "mixed" if self.mode == "progressive" and block > self.blocks.start else "own"
+
+    def per_sample(self) -> bool:
+        """Whether every image has prompts of its own, by its own dropout mask."""
+        return self.training and self.dropout > 0 and self.dropout_per == "sample"
+
+    def rows(self, block: int, batch: int) -> Tensor:
+        """`P_l` of one block: (P, C), or (B, P, C) where `per_sample()`."""
+        rows = self.weight[0 if len(self.weight) == 1 else block - self.blocks.start]
+        if self.projection is not None:
+            rows = self.projection(rows)
+        if self.per_sample():
+            rows = repeat(rows, "p c -> b p c", b=batch)
+        return F.dropout(rows, self.dropout, self.training)
+
+    def added(self, block: int, batch: int) -> Tensor | None:
+        """What is added to the patch tokens that enter a block, (P, C) or (B, P, C); None where nothing is."""
+        return self.rows(block, batch) if self.placement == "add" and block in self.blocks else None
+
+    def forward(self, block: int, batch: int, carried: Tensor | None = None) -> Tensor:
+        """Prompt rows (B, P, C) that enter a block, (B, 0, C) where none do; `carried` (B, P, C) are the rows the block
+        before it produced."""
+        role = self.role(block)
+        if role == "none":
+            width = self.weight.shape[-1] if self.projection is None else self.projection.out_features
+            return self.weight.new_empty(batch, 0, width)
+        if role != "own" and carried is None:
+            raise ValueError(f"carried must be the (B, P, C) prompt rows of block {block - 1}, got None")
+        if role == "carried" and carried is not None:
+            return carried
+        rows = self.rows(block, batch)
+        if rows.ndim == 2:
+            rows = repeat(rows, "p c -> b p c", b=batch)
+        if role == "mixed" and carried is not None:
+            alpha = self.alpha[block - 1]
+            return alpha * carried + (1.0 - alpha) * rows
+        return rows
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, mode={self.mode}, dropout={self.dropout}"
+
+
+def _alphas(alpha: float | Sequence[float], depth: int) -> list[float]:
+    values: list[object] = list(alpha) if isinstance(alpha, list | tuple) else [alpha] * (depth - 1)
+    if len(values) != depth - 1:
+        raise ValueError(f"progressive_alpha must be a number or {depth - 1} of them, got {len(values)}")
+    for value in values or [alpha]:
+        if not 0.0 <= number("progressive_alpha", value) <= 1.0:
+            raise ValueError(f"progressive_alpha must be in [0, 1], got {value!r}")
+    return [number("progressive_alpha", value) for value in values]

@@ -1,0 +1,439 @@
+"""Verbalizers: from the hidden state of the read-out row to class scores, through the visual-token head or beside
+it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vptm.frozen.fold import is_plain_linear
+from vptm.frozen.modes import eval_mode
+from vptm.messages import number, one_of
+from vptm.training.losses import check_labels, protoverb_loss
+from vptm_kernels import FoldedHead, fold_head, prototype_cosine
+
+if TYPE_CHECKING:
+    from vptm.models.prompted_model import PromptedModel
+
+TOKEN_ACTIVATIONS = ("hidden", "logits", "softmax", "log_softmax")
+PROTOTYPE_STARTS = ("present", "class_means")
+_ROWS_AT_ONCE = 256
+
+
+def read_tokens(hidden: Tensor, lm_head: nn.Linear | None, token_activation: str) -> Tensor:
+    """What a verbalizer reads: the hidden state itself, or the visual-token prediction made from it.
+
+    Args:
+        hidden: (B, C) normalised read-out row.
+        lm_head: (V, C) token head; may be None when `token_activation` is "hidden".
+        token_activation: "hidden", "logits", "softmax" or "log_softmax" over the V tokens.
+
+    Returns:
+        (B, C) for "hidden", else (B, V).
+    """
+    if token_activation == "hidden":
+        return hidden
+    if lm_head is None:
+        raise ValueError(f"token_activation={token_activation!r} needs a token head (lm_head), this model has none")
+    logits = lm_head(hidden)
+    if token_activation == "softmax":
+        return logits.softmax(dim=-1)
+    if token_activation == "log_softmax":
+        return logits.log_softmax(dim=-1)
+    return logits
+
+
+def _check_sizes(in_features: int, num_classes: int) -> None:
+    for name, size in (("in_features", in_features), ("num_classes", num_classes)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
+
+
+class PreparedHead(NamedTuple):
+    """Constants of a verbalizer that does not change any more: token head and projection as one map, and unit
+    prototypes (K, d)."""
+
+    head: FoldedHead
+    prototypes: Tensor
+
+
+class PrototypicalVerbalizer(nn.Module):
+    """Cosine similarity of the projected token prediction to learned class prototypes, over a temperature.
+
+    `e = projection(read_tokens(hidden)); score_k = cos(e, prototypes_k) / temperature`. The prototypes follow ProtoVerb
+    (arXiv:2203.09770); reading them from masked visual token logits follows VPTM (arXiv:2303.04998), whose method text
+    is not public, so this is a reconstruction with every open choice an argument. Training is by cross-entropy;
+    ProtoVerb's own losses join it with `vptm.fit(..., protoverb_weight=1.0)`, or come after it with
+    `vptm.fit_prototypes`.
+
+    Args:
+        in_features: width of what is read, V for token predictions or C for the hidden state.
+        num_classes: K.
+        prototype_dim: d, or None to keep the prototypes in the space that is read (no projection, d = in_features).
+        token_activation: see `read_tokens`.
+        projection_bias: whether the projection has a bias.
+        temperature: fixed value > 0, or None for one that is learned, starting at 0.1.
+
+    Attributes:
+        projection: `nn.Linear(in_features, d)` or None.
+        prototypes: (K, d) parameter, Xavier-uniform at the start; `init_prototypes` starts them at class means.
+        log_temperature: 0-d parameter, or buffer when fixed; the logarithm keeps the temperature positive in training.
+
+    Example:
+        >>> verbalizer = PrototypicalVerbalizer(16, 3, prototype_dim=4, token_activation="hidden")
+        >>> verbalizer(torch.randn(2, 16)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        prototype_dim: int | None = 128,
+        token_activation: str = "logits",
+        projection_bias: bool = False,
+        temperature: float | None = None,
+    ) -> None:
+        super().__init__()
+        _check_sizes(in_features, num_classes)
+        one_of("token_activation", token_activation, TOKEN_ACTIVATIONS)
+        if prototype_dim is not None and (
+            isinstance(prototype_dim, bool) or not isinstance(prototype_dim, int) or prototype_dim < 1
+        ):
+            raise ValueError(f"prototype_dim must be an integer >= 1 or None, got {prototype_dim!r}")
+        # as the float32 it is kept as
+        if temperature is not None and not 0 < torch.tensor(float(number("temperature", temperature))) < math.inf:
+            raise ValueError(f"temperature must be finite and > 0, or None to learn it, got {temperature!r}")
+        self.token_activation = token_activation
+        self.projection = None
+        if prototype_dim is not None:
+            self.projection = nn.Linear(in_features, prototype_dim, bias=projection_bias)
+        self.prototypes = nn.Parameter(torch.empty(num_classes, prototype_dim or in_features))
+        nn.init.xavier_uniform_(self.prototypes)
+        log_temperature = torch.tensor(math.log(0.1 if temperature is None else temperature))
+        if temperature is None:
+            self.log_temperature = nn.Parameter(log_temperature)
+        else:
+            self.register_buffer("log_temperature", log_temperature)
+
+    @property
+    def temperature(self) -> Tensor:
+        """The temperature that divides the cosines, a 0-d tensor."""
+        return self.log_temperature.exp()
+
+    def embed(self, hidden: Tensor, lm_head: nn.Linear | None = None) -> Tensor:
+        """What is compared to the prototypes: (B, d) projections of what is read from the rows (B, C)."""
+        read = read_tokens(hidden, lm_head, self.token_activation)
+        return read if self.projection is None else self.projection(read)
+
+    def _embed_support(self, hidden: Tensor, lm_head: nn.Linear | None) -> Tensor:
+        """`embed` for many rows at once: where that is exact, without the V token logits of each."""
+        if self.token_activation == "logits" and self.projection is not None and self._is_plain(lm_head):
+            assert lm_head is not None
+            head = fold_head(lm_head.weight, lm_head.bias, self.projection.weight, self.projection.bias)
+            return F.linear(hidden, *head)
+        return self.embed(hidden, lm_head)
+
+    @torch.no_grad()
+    def init_prototypes(self, model: PromptedModel, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Start every prototype at the mean embedding of its class, under the model's present prompts and projection.
+
+        Args:
+            model: the model this verbalizer belongs to; it is in eval mode meanwhile.
+            loader: the support set as (images, labels) batches, labels (B,) integers in 0 .. K - 1.
+
+        Raises:
+            ValueError: a label outside 0 .. K - 1, read-out rows or embeddings that are not finite, or a class without
+                an image. The prototypes are then unchanged.
+        """
+        self._to_class_means(*support_rows(model, loader, len(self.prototypes)), model.lm_head)
+
+    @torch.no_grad()
+    def _to_class_means(self, hidden: Tensor, labels: Tensor, lm_head: nn.Linear | None) -> None:
+        sums = torch.zeros(self.prototypes.shape, dtype=torch.float64, device=hidden.device)
+        for rows, own in zip(hidden.split(_ROWS_AT_ONCE), labels.split(_ROWS_AT_ONCE)):
+            sums.index_add_(0, own, self._embed_support(rows, lm_head).double())
+        means = sums / torch.bincount(labels, minlength=len(sums))[:, None]
+        if not bool(means.isfinite().all()):
+            raise ValueError("embeddings of the support set must be finite, got NaN or inf: look at the projection")
+        self.prototypes.copy_(means)
+
+    def compare(self, embedding: Tensor) -> Tensor:
+        """Cosine similarities (B, K) of embeddings (B, d), as `embed` makes them, to the prototypes."""
+        return F.linear(F.normalize(embedding, dim=-1), F.normalize(self.prototypes, dim=-1))
+
+    def prepare(self, lm_head: nn.Linear | None) -> PreparedHead | None:
+        """Token head and projection as one map, and unit prototypes, as they are now; None where that is not exact."""
+        if self.token_activation != "logits" or self.projection is None or not self._is_plain(lm_head):
+            return None
+        assert lm_head is not None
+        head = fold_head(lm_head.weight, lm_head.bias, self.projection.weight, self.projection.bias)
+        return PreparedHead(head, F.normalize(self.prototypes, dim=-1))
+
+    def _is_plain(self, lm_head: nn.Linear | None) -> bool:
+        """Whether token head and projection are linears whose weights may be read past them, and nobody's `embed` or
+        `compare` would have to run."""
+        if type(self) is not PrototypicalVerbalizer or not {"embed", "compare"}.isdisjoint(self.__dict__):
+            return False
+        return is_plain_linear(lm_head) and (self.projection is None or is_plain_linear(self.projection))
+
+    def cosine(
+        self,
+        hidden: Tensor,
+        lm_head: nn.Linear | None = None,
+        impl: str = "auto",
+        token_head: tuple[Tensor, Tensor | None] | None = None,
+        prepared: PreparedHead | None = None,
+    ) -> Tensor:
+        """Cosine similarities (B, K) of the read-out rows (B, C) to the prototypes, in [-1, 1].
+
+        What reads tokens runs in `vptm_kernels.prototype_cosine`, with its `impl`, and stores token logits only where
+        that is cheapest; "reference" always stores them, and so does a token head or projection that is not a plain
+        linear, which runs as the module it is. `token_head` is weight and bias of a frozen `lm_head` in the type of
+        autocast; `prepared` what `prepare` gave, which then stands for everything learned here but the temperature.
+        """
+        if prepared is not None:
+            return prototype_cosine(hidden, prepared.head, None, prepared.prototypes, unit_prototypes=True, impl=impl)
+        if self.token_activation == "hidden" or impl == "reference" or not self._is_plain(lm_head):
+            return self.compare(self.embed(hidden, lm_head))
+        assert lm_head is not None
+        return prototype_cosine(
+            hidden,
+            *(token_head or (lm_head.weight, lm_head.bias)),
+            self.prototypes,
+            projection=None if self.projection is None else self.projection.weight,
+            projection_bias=None if self.projection is None else self.projection.bias,
+            activation=self.token_activation,
+            impl=impl,
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        lm_head: nn.Linear | None = None,
+        impl: str = "auto",
+        token_head: tuple[Tensor, Tensor | None] | None = None,
+        prepared: PreparedHead | None = None,
+    ) -> Tensor:
+        """Class scores (B, K) = cosine / temperature; arguments as in `cosine`."""
+        return self.cosine(hidden, lm_head, impl, token_head, prepared) / self.temperature
+
+
+class ClassEmbeddings(nn.Module):
+    """Cosine to frozen embeddings of the classes, over a temperature; nothing is trained.
+
+    `score_k = cos(projection hidden, embeddings_k) / temperature`, as CLIP classifies with text features. Filled by
+    `vptm.set_class_embeddings`.
+
+    Args:
+        in_features: width of the hidden state, C.
+        num_classes: K.
+        dim: D of the embeddings, None where they live in the space of the hidden state.
+        temperature: > 0; 0.01 in the released CLIP.
+
+    Attributes:
+        embeddings: (K, D) parameter without gradient.
+        projection: (D, C) parameter without gradient, or None.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, *, dim: int | None, temperature: float) -> None:
+        super().__init__()
+        _check_sizes(in_features, num_classes)
+        self.embeddings = nn.Parameter(torch.zeros(num_classes, dim or in_features), requires_grad=False)
+        self.projection = None
+        if dim is not None:
+            self.projection = nn.Parameter(torch.zeros(dim, in_features), requires_grad=False)
+        self.temperature = temperature
+
+    def prepare(self, lm_head: nn.Linear | None) -> None:
+        """Nothing here can be folded."""
+
+    def embed(self, hidden: Tensor) -> Tensor:
+        """What is compared with the embeddings, (B, D), of any length."""
+        return hidden if self.projection is None else F.linear(hidden, self.projection)
+
+    def forward(self, hidden: Tensor, lm_head: nn.Linear | None = None) -> Tensor:
+        """Class scores (B, K)."""
+        unit = F.normalize(self.embed(hidden), dim=-1)
+        return F.linear(unit, F.normalize(self.embeddings, dim=-1)) / self.temperature
+
+
+class LinearVerbalizer(nn.Module):
+    """A linear classifier on what is read: with `token_activation="hidden"` and the CLS row this is the head of VPT.
+
+    Args:
+        in_features: width of what is read.
+        num_classes: K.
+        token_activation: see `read_tokens`.
+
+    Attributes:
+        head: `nn.Linear(in_features, K)`, truncated normal (0.02) weight and zero bias at the start, as BEiT's. VPT's
+            starts wider, Kaiming normal by fan-out, with every bias at -ln 99, which a softmax does not see.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, *, token_activation: str = "hidden") -> None:
+        super().__init__()
+        _check_sizes(in_features, num_classes)
+        one_of("token_activation", token_activation, TOKEN_ACTIVATIONS)
+        self.token_activation = token_activation
+        self.head = nn.Linear(in_features, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def prepare(self, lm_head: nn.Linear | None) -> None:
+        """Nothing here can be folded."""
+
+    def forward(self, hidden: Tensor, lm_head: nn.Linear | None = None) -> Tensor:
+        """Class scores (B, K)."""
+        return self.head(read_tokens(hidden, lm_head, self.token_activation))
+
+
+@torch.no_grad()
+def support_rows(model: PromptedModel, loader: Iterable[tuple[Tensor, Tensor]], classes: int) -> tuple[Tensor, Tensor]:
+    """Read-out rows (N, C) of a whole support set and its labels (N,), by `model` in eval mode.
+
+    Raises:
+        ValueError: labels that are not (B,) integers, a label outside 0 .. classes - 1, a row that is not finite, or a
+            class without an image.
+    """
+    device = next(model.parameters()).device
+    rows: list[Tensor] = []
+    found: list[Tensor] = []
+    seen = 0
+    with eval_mode(model):
+        for images, labels in loader:
+            if not isinstance(labels, Tensor):
+                raise ValueError(f"labels must be a tensor (B,) of integers, got {type(labels).__name__}")
+            if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+                raise ValueError(
+                    f"labels must be ({len(images)},) integers, one for each image, "
+                    f"got {tuple(labels.shape)} {labels.dtype}"
+                )
+            check_labels(labels, classes, seen)
+            hidden = model.forward_hidden(images.to(device))
+            broken = (~hidden.isfinite().all(dim=1)).nonzero()
+            if broken.numel():
+                raise ValueError(f"read-out rows must be finite, got NaN or inf for image {seen + int(broken[0])}")
+            rows.append(hidden)
+            found.append(labels.to(device).long())
+            seen += len(labels)
+    counts = torch.bincount(torch.cat(found), minlength=classes) if found else torch.zeros(classes)
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"every class must have an image in the support set, got none for class {empty[0]}")
+    return torch.cat(rows), torch.cat(found)
+
+
+def fit_prototypes(
+    model: PromptedModel,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    start: str = "present",
+    steps: int = 5,
+    lr: float = 1e-3,
+    temperature: float = 1.0,
+) -> list[float]:
+    """ProtoVerb's post-hoc training (arXiv:2203.09770): projection and prototypes learn, the prompts stay.
+
+    The read-out rows of the support set are computed once, in eval mode; then Adam takes `steps` full-batch steps on
+    `vptm.training.losses.protoverb_loss` of their embeddings. The temperature of the verbalizer stays too. Defaults are
+    OpenPrompt's. It holds (N, N) cosines.
+
+    Args:
+        model: with a prototypical verbalizer, of which what requires a gradient is trained in place.
+        loader: the support set as (images, labels) batches, labels (B,) integers in 0 .. K - 1; without augmentation
+            unless that is wanted frozen too.
+        start: where the prototypes start: "present" values, or "class_means" of the support set.
+        steps: of Adam, >= 1.
+        lr: learning rate.
+        temperature: of the cosines inside the loss, not the verbalizer's.
+
+    Returns:
+        The loss before every step and after the last: `steps` + 1 numbers.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, another verbalizer, frozen prototypes or such that are not
+            finite, a label outside 0 .. K - 1, a class without an image. Nothing has changed then.
+        FloatingPointError: the loss became NaN or infinite; the model is as it was.
+
+    Example:
+        >>> import vptm
+        >>> model = vptm.PromptedBEiT("builtin", num_classes=2, prototype_dim=8)
+        >>> losses = vptm.fit_prototypes(model, [(torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 0, 1]))])
+        >>> len(losses)
+        6
+    """
+    verbalizer = model.verbalizer
+    if not isinstance(verbalizer, PrototypicalVerbalizer):
+        raise TypeError(f"model must have a PrototypicalVerbalizer, got {type(verbalizer).__name__}")
+    one_of("start", start, PROTOTYPE_STARTS)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an integer >= 1, got {steps!r}")
+    if not 0 < number("lr", lr) < math.inf:
+        raise ValueError(f"lr must be finite and > 0, got {lr!r}")
+    if not 0 < number("temperature", temperature) < math.inf:
+        raise ValueError(f"temperature must be finite and > 0, got {temperature!r}")
+    parts = [verbalizer.prototypes, *(verbalizer.projection.parameters() if verbalizer.projection else ())]
+    learned: list[Tensor] = [parameter for parameter in parts if parameter.requires_grad]
+    if not verbalizer.prototypes.requires_grad:
+        raise ValueError("verbalizer.prototypes must be trainable, got requires_grad=False")
+    check_finite(model)
+    hidden, labels = support_rows(model, loader, len(verbalizer.prototypes))
+    before = [parameter.detach().clone() for parameter in learned]
+    # in 16 bits Adam divides by a zero and small steps are lost: float32 copies step, as in `vptm.fit`
+    half = (torch.float16, torch.bfloat16)
+    stepped = [parameter.detach().float() if parameter.dtype in half else parameter for parameter in learned]
+    optimiser = torch.optim.Adam(stepped, lr=lr)
+    losses: list[float] = []
+    try:
+        if start == "class_means":
+            verbalizer._to_class_means(hidden, labels, model.lm_head)
+            _copy_values(learned, stepped)
+        for step in range(steps + 1):
+            with torch.set_grad_enabled(step < steps):
+                embedding = verbalizer._embed_support(hidden, model.lm_head)
+                loss = protoverb_loss(embedding, verbalizer.prototypes, labels, temperature=temperature)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"loss became {losses[-1]} at step {step} with lr {lr:.3g}: use a lower lr")
+            if step < steps:
+                for copy, gradient in zip(stepped, torch.autograd.grad(loss, learned)):
+                    copy.grad = gradient.to(copy.dtype)
+                optimiser.step()
+                _copy_values(stepped, learned)
+    except BaseException:
+        _copy_values(before, learned)
+        raise
+    finally:
+        optimiser.zero_grad(set_to_none=True)
+    return losses
+
+
+@torch.no_grad()
+def _copy_values(source: list[Tensor], target: list[Tensor]) -> None:
+    for values, tensor in zip(source, target):
+        if values is not tensor:
+            tensor.copy_(values)
+
+
+def check_finite(model: PromptedModel) -> None:
+    """Raise ValueError where something learned, or a frozen verbalizer, holds NaN or infinite values, or another number
+    of prototypes than the model has classes."""
+    verbalizer = model.verbalizer
+    if isinstance(verbalizer, PrototypicalVerbalizer) and len(verbalizer.prototypes) != model.num_classes:
+        raise ValueError(
+            f"verbalizer.prototypes must have a row for each of the model's {model.num_classes} classes, "
+            f"got {len(verbalizer.prototypes)}"
+        )
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if parameter.requires_grad or name.startswith("verbalizer."):
+            wrong = (~parameter.detach().isfinite()).nonzero()
+            if len(wrong):
+                index = wrong[0].tolist()
+                raise ValueError(f"{name} must be finite, got {float(parameter.detach()[tuple(index)])} at {index}")

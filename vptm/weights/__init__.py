@@ -1,0 +1,1 @@
+"""Weights of backbones and adapters, as files; knows no model."""
