@@ -26,13 +26,10 @@ from bench.plots import BENCHES, OURS, PEER_TITLES, SPEED_UP, Source, Timed
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 TABLES = "results.md"
-CLAIMS = RESULTS / "accuracy" / "claims.json"
+LINK = f"bench/results/{TABLES}"
 # tabled by prompts
 MODELS = ("model", "training step")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-# in the README: what a user of the model gets, and so much of one bench and json
-FRONT = (*MODELS, "prompted attention", "readout attention", "prototype cosine")
-FEW_TABLES, FEW_ROWS, FEW_PEERS = 3, 12, 2
 
 LEGEND = (
     "Speed-up: time of the peer over that of vptm, median of the ratios of interleaved runs. "
@@ -82,23 +79,16 @@ def _shares(info: Info, what: str) -> dict[str, float]:
     }
 
 
-def _speed_up(info: Info, peer: str, full: bool) -> str:
+def _speed_up(info: Info, peer: str) -> str:
     if SPEED_UP + peer not in info:
         return ""
-    quartiles = info.get("ratio quartiles", {}).get(peer) if full else None
+    quartiles = info.get("ratio quartiles", {}).get(peer)
     spread = f" [{_times(quartiles[0])}, {_times(quartiles[2])}]" if quartiles else ""
     return _times(info[SPEED_UP + peer]) + spread
 
 
 def _title(peer: str) -> str:
     return PEER_TITLES.get(peer, peer)
-
-
-def _closest(info: Info, peers: Iterable[str]) -> str:
-    """The fastest of the peers, by name."""
-    found = {peer: info[SPEED_UP + peer] for peer in peers if SPEED_UP + peer in info}
-    peer = min(found, key=lambda peer: found[peer], default=None)
-    return "" if peer is None else f"{_times(found[peer])}, {_title(peer)}"
 
 
 def _alike(form: str, peer: str) -> bool:
@@ -108,54 +98,45 @@ def _alike(form: str, peer: str) -> bool:
     return bool(way.get(form.removeprefix(f"{OURS} ")))
 
 
-def _of_forms(infos: Sequence[Info], peers: Sequence[str], full: bool) -> dict[str, list[str]]:
-    """Cells of other forms of vptm: their time over that of vptm, and speed-ups over peers that are run alike. In the
-    README the speed-up over the first such peer."""
+def _of_forms(infos: Sequence[Info], peers: Sequence[str]) -> dict[str, list[str]]:
+    """Cells of other forms of vptm: speed-ups over peers that are run alike, and their time over that of vptm."""
     found = {}
     for form in dict.fromkeys(form for info in infos for form in info.get("forms", {})):
-        alike = [peer for peer in peers if _alike(form, peer)]
-        for peer in alike if full else alike[:1]:
+        for peer in (peer for peer in peers if _alike(form, peer)):
             ratios = [info.get("forms", {}).get(form, {}).get(peer) for info in infos]
             if any(ratios):
                 cells = [_times(each[1]) if each else "" for each in ratios]
                 found[f"speed-up of {form} over {_title(peer)}"] = cells
-        if full:
-            taken = [info.get(SPEED_UP + form) for info in infos]
-            found[f"time of {form} over that of vptm"] = [_times(each) if each else "" for each in taken]
+        taken = [info.get(SPEED_UP + form) for info in infos]
+        found[f"time of {form} over that of vptm"] = [_times(each) if each else "" for each in taken]
     return found
 
 
-def _columns(infos: Sequence[Info], full: bool) -> dict[str, list[str]]:
-    """Cells by heading. What takes no prompts, and so is no peer, stands after the peers. In the README the first two
-    peers and whichever comes closest have columns, and bytes are compared with the first alone."""
+def _ordered(peers: Iterable[str]) -> list[str]:
+    """Those with a title first, what takes no prompts, and so is no peer, last."""
+    return sorted(dict.fromkeys(peers), key=lambda peer: ("without" in peer, peer not in PEER_TITLES))
 
-    def order(peer: str) -> tuple[bool, bool]:
-        return "without" in peer, peer not in PEER_TITLES
 
-    def ordered(peers: Iterable[str]) -> list[str]:
-        return sorted(dict.fromkeys(peers), key=order)
+def _peers(infos: Iterable[Info]) -> list[str]:
+    timed = _ordered(name.removeprefix(SPEED_UP) for info in infos for name in info if name.startswith(SPEED_UP))
+    return [peer for peer in timed if not peer.startswith(f"{OURS} ")]
 
-    timed = ordered(name.removeprefix(SPEED_UP) for info in infos for name in info if name.startswith(SPEED_UP))
-    peers = [peer for peer in timed if not peer.startswith(f"{OURS} ")]
-    others = [peer for peer in peers if "without" in peer]
-    same = [peer for peer in peers if peer not in others]
-    shown = peers if full or len(same) <= FEW_PEERS else same[:FEW_PEERS]
-    found = {f"speed-up over {_title(peer)}": [_speed_up(i, peer, full) for i in infos] for peer in shown}
-    if shown != peers:
-        found["closest peer"] = [_closest(info, same) for info in infos]
-        found |= {f"speed-up over {_title(peer)}": [_speed_up(i, peer, full) for i in infos] for peer in others[:1]}
-    found |= _of_forms(infos, peers, full)
+
+def _columns(infos: Sequence[Info]) -> dict[str, list[str]]:
+    """Cells by heading."""
+    peers = _peers(infos)
+    found = {f"speed-up over {_title(peer)}": [_speed_up(info, peer) for info in infos] for peer in peers}
+    found |= _of_forms(infos, peers)
     for what, heading in (("saved", "bytes kept for backward"), ("peak", "peak memory")):
         shares = [_shares(info, what) for info in infos]
-        peers = ordered(peer for share in shares for peer in share)
-        for peer in peers if full else peers[:1]:
+        for peer in _ordered(peer for share in shares for peer in share):
             cells = [_times(share[peer]) if peer in share else "" for share in shares]
             found[f"{heading} over {_title(peer)}"] = cells
     for key, heading, write in OTHERS:
         if any(key in info for info in infos):
             found[heading] = [write(info[key]) if key in info else "" for info in infos]
     medians = [info.get("microseconds", {}).get(OURS) for info in infos]
-    if full and any(medians):
+    if any(medians):
         found["median time of vptm"] = [_duration(median[1]) if median else "" for median in medians]
     return found
 
@@ -170,25 +151,13 @@ def _label(run: Timed) -> str:
     return text.removeprefix(f"{run.bench}, ").removeprefix(f"{run.bench} in ")
 
 
-def _few(rows: list[tuple[str, Info]]) -> list[tuple[str, Info]]:
-    """The rows for the README: if there are more than it takes, those of 64 images and of the largest number of
-    classes, and of what is left the first, as benches run what matters most first."""
-    if len(rows) > FEW_ROWS:
-        rows = [row for row in rows if re.search(r"\bB=64\b", row[0])] or rows
-        counted = [int(found[1]) if (found := re.search(r"\bK=(\d+)", label)) else 0 for label, _ in rows]
-        rows = [row for row, count in zip(rows, counted) if count == max(counted)]
-    return rows[:FEW_ROWS]
-
-
-def _tables(source: Source, bench: str, full: bool) -> list[str]:
+def _tables(source: Source, bench: str) -> list[str]:
     """The tables of one bench in one json: of whole models one for every model, batch and dtype, else for every dtype.
 
     Raises:
         ValueError: one setting was measured twice.
     """
     where, what = plots.machine(source[1]), BENCHES.get(bench, bench)
-    if not full and (commit := source[1]["machine_info"].get("commit")):
-        where += f", commit {commit[:10]}"
     runs = [run for run in plots.load([source]) if run.bench == bench]
     held: dict[str, dict[str, int]] = {}
     for run in runs:
@@ -197,7 +166,7 @@ def _tables(source: Source, bench: str, full: bool) -> list[str]:
             held[run.group] = held.get(run.group, {}) | sizes
     tables: dict[str, list[tuple[str, Info]]] = {}
     for run in runs:
-        if run.info.get("implementation", OURS) != OURS or not _columns([run.info], full):
+        if run.info.get("implementation", OURS) != OURS or not _columns([run.info]):
             continue
         title = f"{what}, {run.dtype}, {where}" if run.dtype else f"{what}, {where}"
         if bench in MODELS:
@@ -208,9 +177,8 @@ def _tables(source: Source, bench: str, full: bool) -> list[str]:
             raise ValueError(f"{title}: {label!r} must be measured once, got it twice in {source[0]}")
         rows.append((label, run.info | ({"peak extra bytes": held[run.group]} if run.group in held else {})))
     lines: list[str] = []
-    for title, rows in list(tables.items())[: None if full else FEW_TABLES]:
-        rows = rows if full else _few(rows)
-        columns = _columns([info for _, info in rows], full)
+    for title, rows in tables.items():
+        columns = _columns([info for _, info in rows])
         lines += [
             f"{title}:",
             "",
@@ -219,10 +187,8 @@ def _tables(source: Source, bench: str, full: bool) -> list[str]:
             *(f"| {' | '.join(cells)} |" for cells in zip([label for label, _ in rows], *columns.values())),
             "",
         ]
-    if full:
-        refused = {f"{run.group}: {peer}: {why}" for run in runs for peer, why in run.info.get("refused", {}).items()}
-        lines += ["Refused, not timed:", "", *(f"- {line}" for line in sorted(refused)), ""] if refused else []
-    return lines
+    refused = {f"{run.group}: {peer}: {why}" for run in runs for peer, why in run.info.get("refused", {}).items()}
+    return lines + (["Refused, not timed:", "", *(f"- {line}" for line in sorted(refused)), ""] if refused else [])
 
 
 def _benches(sources: Iterable[Source]) -> list[str]:
@@ -256,116 +222,8 @@ def tables(sources: Sequence[Source]) -> str:
         lines += [f"{', '.join(state)}.", ""] if state else []
         lines += [f"Commit {machine.get('commit') or 'unknown'}, `{machine.get('command') or 'command unknown'}`.", ""]
         for bench in _benches([source]):
-            lines += _tables(source, bench, full=True)
+            lines += _tables(source, bench)
     return "\n".join(lines)
-
-
-TWIN = ", random weights"
-
-
-def _accuracy_lines(content: dict[str, Any]) -> list[str]:
-    """Methods by settings, each twin of random weights in brackets, and the paired differences at the first setting."""
-    summary = content["summary"]
-    found = {setting: values["test_accuracy_percent"] for setting, values in summary.items()}
-    # a method that has not run all the seeds yet is no fair neighbour of one that has
-    seeds = max(value["seeds"] for accuracy in found.values() for value in accuracy.values())
-    complete = {s: {m: v["mean"] for m, v in accuracy.items() if v["seeds"] == seeds} for s, accuracy in found.items()}
-    complete = {setting: accuracy for setting, accuracy in complete.items() if "vptm" in accuracy}
-    methods = list(dict.fromkeys(m for accuracy in complete.values() for m in accuracy if not m.endswith(TWIN)))
-    rows = []
-    for method in methods:
-        cells = []
-        for accuracy in complete.values():
-            twin = f" ({accuracy[method + TWIN]:.1f})" if method + TWIN in accuracy else ""
-            cells.append(f"{accuracy[method]:.1f}{twin}" if method in accuracy else "")
-        rows.append(f"| {method} | {' | '.join(cells)} |")
-    setting = "fashion-mnist, 16 shots"
-    differences = "; ".join(
-        f"{names} {value['mean']:+.1f} [{value['low']:.1f}, {value['high']:.1f}]"
-        for names, value in summary[setting]["paired_difference_points"].items()
-        if value["low"] is not None and value["seeds"] == seeds and names.startswith("vptm - ")
-    )
-    return [
-        f"Built-in model, test accuracy in %, mean of {seeds} seeds; in brackets the same method on random weights:",
-        "",
-        f"| method | {' | '.join(complete)} |",
-        "|---" * (1 + len(complete)) + "|",
-        *rows,
-        "",
-        f"Paired differences in points with 95 % intervals, {setting}: {differences}.",
-    ]
-
-
-def claims(content: dict[str, Any]) -> str:
-    """Every accuracy and paired difference of the study of claims."""
-    lines = [
-        "# What the papers claim, tried",
-        "",
-        "Made by `python -m bench.report` from `claims.json`; arms, data and what a verdict means:",
-        "`bench/accuracy_claims.py`. Test accuracy in %, differences in points with 95 % intervals over paired seeds.",
-        "",
-    ]
-    for setting, found in content["summary"].items():
-        lines += [f"## {setting}", ""]
-        accuracy = found["test_accuracy_percent"]
-        extra = {
-            title: name
-            for title, name in (
-                ("information before", "information_before"),
-                ("after training", "information_after"),
-                ("trained share of the backbone", "trained_share"),
-            )
-            if any(name in arm for arm in accuracy.values())
-        }
-        lines += [f"| arm | {' | '.join(['accuracy', 'seeds', *extra])} |", "|---" * (3 + len(extra)) + "|"]
-        for arm, values in accuracy.items():
-            more = [f"{values[name]:.2%}" if name in values else "" for name in extra.values()]
-            lines.append(f"| {arm} | {values['mean']:.1f} | {' | '.join([str(values['seeds']), *more])} |")
-        lines += ["", "| difference | claimed | points | verdict |", "|---|---|---|---|"]
-        for name, found_here in found["paired_difference_points"].items():
-            lines.append(f"| {name} | {found_here['claimed']} | {_points(found_here)} | {found_here['verdict']} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _points(found: dict[str, Any]) -> str:
-    interval = "one seed" if found["low"] is None else f"[{found['low']:.1f}, {found['high']:.1f}]"
-    return f"{found['mean']:+.1f} {interval}"
-
-
-VERDICTS = ("supported", "contradicted", "inconclusive")
-
-
-def _claims_lines(content: dict[str, Any]) -> list[str]:
-    """Statements by data sets: the verdict and its difference, or how many of which verdict."""
-    cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for setting, values in content["summary"].items():
-        claim, _, data = setting.partition(", ")
-        if claim == "tasks":
-            data, _, shots = data.partition(", ")
-            if shots != "16 shots":
-                continue
-        for difference in values["paired_difference_points"].values():
-            cells.setdefault(difference["statement"], {}).setdefault(data, []).append(difference)
-    columns = list(dict.fromkeys(data for row in cells.values() for data in row))
-    rows = []
-    for statement, row in cells.items():
-        texts = []
-        for found in (row.get(data, []) for data in columns):
-            counts = {verdict: sum(one["verdict"] == verdict for one in found) for verdict in VERDICTS}
-            several = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-            texts.append(f"{found[0]['verdict']}, {_points(found[0])}" if len(found) == 1 else several)
-        rows.append(f"| {statement} | {' | '.join(texts)} |")
-    seeds = min(one["seeds"] for row in cells.values() for found in row.values() for one in found)
-    return [
-        f"What the papers claim, tried with few images of a class: verdicts of paired differences over {seeds} or more "
-        "seeds, in points with 95 % intervals; all of them, and the accuracies: "
-        "[claims](bench/results/accuracy/claims.md).",
-        "",
-        f"| claim | {' | '.join(columns)} |",
-        "|---" * (1 + len(columns)) + "|",
-        *rows,
-    ]
 
 
 def one_commit(sources: Iterable[Source]) -> None:
@@ -385,24 +243,58 @@ def one_commit(sources: Iterable[Source]) -> None:
             raise ValueError(f"results of {place} must be of one commit, got {said}")
 
 
+# the lines of the README: bench, whether it is VPTM's own read-out, and what it is called there
+HEADLINES = (
+    ("model", False, "Inference"),
+    ("training step", False, "Training step"),
+    ("model", True, "VPTM itself, inference"),
+    ("training step", True, "VPTM itself, training step"),
+)
+
+
+def _headline(title: str, run: Timed) -> str:
+    """Over prompts concatenated and over the peer that comes closest, whichever it is."""
+    info, held = run.info, _shares(run.info, "peak")
+    same = [peer for peer in _peers([info]) if "without" not in peer]
+    first, closest = same[0], min(same, key=lambda peer: info[SPEED_UP + peer])
+    said = [f"**{_times(info[SPEED_UP + first])}** as fast as {_title(first)}"]
+    if closest != first:
+        said.append(f"{_times(info[SPEED_UP + closest])} as fast as the closest peer ({_title(closest)})")
+    if first in held:
+        said.append(f"{_times(held[first])} of the memory")
+    return f"- {title}, {_label(run)}, batch {info['batch']}: {', '.join(said)}"
+
+
 def section() -> str:
-    """The README text between the markers, from the json files that are there.
+    """The README text between the markers: the first setting of every bench of a whole model, as benches run what
+    matters most first; on a GPU, where one was measured.
 
     Raises:
         ValueError: see `one_commit`.
     """
     sources = plots.contents(RESULTS)
     one_commit(sources)
-    lines = [f"{LEGEND} Every setting: [{TABLES}](bench/results/{TABLES}); pictures: [plots](bench/results/plots).", ""]
-    for bench in (bench for bench in _benches(sources) if bench in FRONT):
-        for source in sources:
-            lines += _tables(source, bench, full=False)
-    accuracy = RESULTS / "accuracy" / "builtin.json"
-    if accuracy.is_file():
-        lines += [*_accuracy_lines(json.loads(accuracy.read_text(encoding="utf-8"))), ""]
-    if CLAIMS.is_file():
-        lines += [*_claims_lines(json.loads(CLAIMS.read_text(encoding="utf-8"))), ""]
-    return "\n".join(lines)
+    on_gpu = [source for source in sources if source[1]["machine_info"].get("gpu")]
+    for source in (*on_gpu, *sources):
+        runs = [run for run in plots.load([source]) if run.info.get("implementation", OURS) == OURS]
+        found = []
+        for bench, own, title in HEADLINES:
+            whole = [run for run in runs if run.bench == bench and str(run.info.get("model")).startswith("VPTM") == own]
+            peers = [run for run in whole if any("without" not in peer for peer in _peers([run.info]))]
+            if peers:
+                found.append((title, peers[0]))
+        if found:
+            break
+    else:
+        return "Nothing has been measured yet.\n"
+    first, commit = found[0][1], str(source[1]["machine_info"].get("commit"))[:10]
+    lines = [
+        f"{first.info.get('model')}, {first.dtype}, random weights, on {first.machine}, commit {commit} "
+        f"([every setting]({LINK})):",
+        "",
+        *(_headline(title, run) for title, run in found),
+    ]
+    return "\n".join([*lines, *([] if on_gpu else ["", "Speed on a GPU is not yet measured."]), ""])
 
 
 def updated(readme: str) -> str:
@@ -560,8 +452,6 @@ def main(argv: list[str] | None = None) -> int:
         if not options.json:
             readme = ROOT / "README.md"
             _write(readme, updated(readme.read_text(encoding="utf-8")))
-            if CLAIMS.is_file():
-                _write(CLAIMS.with_suffix(".md"), claims(json.loads(CLAIMS.read_text(encoding="utf-8"))))
         elif options.out is None:
             print(text)
             return 0

@@ -21,7 +21,7 @@ PREFIX = 5  # bytes of sha256: 2460 shipped against 55000 trained on, a chance h
 
 
 def load_script():
-    spec = importlib.util.spec_from_file_location("pretrain_builtin", ROOT / "examples" / "pretrain_builtin.py")
+    spec = importlib.util.spec_from_file_location("pretrain_builtin", ROOT / "tools" / "pretrain_builtin.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -1,7 +1,7 @@
 """Linear layers whose weights do not learn, on a CPU, by whichever library was measured to be faster there.
 
 PyTorch sends float32 products to MKL. On AMD processors with AVX-512, oneDNN, which comes with PyTorch too, takes 0.89
-to 0.92 of the time for 788 rows and 0.4 to 0.8 for few (`bench/NOTES.md`), and applies an exact GELU on the way out.
+to 0.92 of the time for 788 rows and 0.4 to 0.8 for few (`docs/kernels.md`), and applies an exact GELU on the way out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Block sizes of the kernels by architecture, dtype and shape: plain Python, no search at run time.
 
-The sizes come from static counts (`python -m vptm_kernels.aot`); none has been timed yet. `bench/NOTES.md` lists what
+The sizes come from static counts (`python -m vptm_kernels.aot`); none has been timed yet. `docs/kernels.md` lists what
 was tried.
 """
 

@@ -26,7 +26,7 @@ def residual_norm(
     """What stands between two linears of a transformer block: add the update of a branch, then normalise.
 
     GPU speed is not yet measured. On a CPU `torch.addmm` with beta=1, which adds the residual in the matrix product,
-    followed by LayerNorm is the way to go where there is no gamma and no row_scale (`bench/NOTES.md`).
+    followed by LayerNorm is the way to go where there is no gamma and no row_scale (`docs/kernels.md`).
 
     Args:
         x: (..., C), the residual stream, at least two dimensions; float16, bfloat16, float32 or float64. Any strides

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import vptm
-from bench import accuracy_builtin, accuracy_claims
-from bench.accuracy_claims import ARMS, comparisons, information, summarise, verdict
-
-RESULTS = Path(__file__).parents[2] / "bench" / "results" / "accuracy"
+from studies import accuracy_builtin, accuracy_claims, report
+from studies.accuracy_claims import ARMS, comparisons, information, summarise, verdict
+from studies.runs import RESULTS
 
 
 @pytest.mark.parametrize(
@@ -117,3 +116,11 @@ def test_committed_numbers_are_those_of_the_committed_runs() -> None:
             for run in content["runs"]
         ]
         assert len(set(keys)) == len(keys), "a run counted twice narrows the interval"
+
+
+@pytest.mark.parametrize("name", report.STUDIES)
+def test_committed_tables_are_those_of_the_json(name: str) -> None:
+    """A number typed into a table, or a json measured again without a new table, would be read as measured."""
+    table, _ = report.STUDIES[name]
+    content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == table(content), "run: python -m studies.report"

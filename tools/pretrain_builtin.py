@@ -1,8 +1,8 @@
 """Pre-train the built-in BEiT by masked visual token modelling, in one round or two, on Fashion-MNIST training images.
 
-    python examples/pretrain_builtin.py subset              # writes vptm/assets/fashion_mnist_subset.npz
-    python examples/pretrain_builtin.py train --out runs/builtin [--resume]
-    python examples/pretrain_builtin.py proxy vptm/assets/builtin.safetensors
+    python tools/pretrain_builtin.py subset              # writes vptm/assets/fashion_mnist_subset.npz
+    python tools/pretrain_builtin.py train --out runs/builtin [--resume]
+    python tools/pretrain_builtin.py proxy vptm/assets/builtin.safetensors
 
 Round one predicts k-means codes of gradient-orientation features; round two predicts k-means codes of a middle layer of
 the round-one model, as BEiT v2 (https://arxiv.org/abs/2208.06366) does with its vector-quantised teacher. Every image

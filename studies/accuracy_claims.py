@@ -1,6 +1,6 @@
 """What the papers claim, tried on the built-in model and an ImageNet classifier: one setting for every data set.
 
-    python bench/accuracy_claims.py --claims init robust provp mapping --data fashion-mnist mnist5k stamps --seeds 5
+    python -m studies.accuracy_claims --claims init robust provp mapping --data fashion-mnist mnist5k stamps --seeds 5
 
 - init (SPT): prompts from tokens against uniform ones, deep and shallow, 5, 20 and 50 of them; tokens of two images
   or of a tenth of the images; against full fine-tuning; what the prompts tell about the patches before and after.
@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import replace
 from functools import cache
@@ -44,15 +43,13 @@ import torch
 from torch.utils.data import DataLoader
 
 import vptm
+from studies.focus_vit import focus_vit
+from studies.runs import BATCH, RESULTS, WEIGHT_DECAY, Study, interval
 from vptm.data.datasets import ImageData, ImageDataset
 from vptm.methods.provp_protocols import ClassFeatures, run_protocol
 from vptm.methods.reprogramming.label_mapping import embed_names, text_encoder
 from vptm.methods.reprogramming.map import map_labels
 from vptm.methods.spt import layer_tokens
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.accuracy_builtin import BATCH, WEIGHT_DECAY, Study, interval
-from bench.focus_vit import focus_vit
 
 SHOTS, VAL, TEST, MARGIN = 16, 16, 100, 2.0
 EPOCHS, PASSES = 10, 2
@@ -468,7 +465,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["fashion-mnist", "mnist5k", "stamps"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0, help="to divide seeds among several processes")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy" / "claims")
+    parser.add_argument("--out", type=Path, default=RESULTS / "claims")
     arguments = parser.parse_args()
 
     study = Claims(arguments.out.with_suffix(".json"))

@@ -1,6 +1,6 @@
 """Accuracy of the built-in model from labelled images, beside its random-weight twin and simple baselines.
 
-    python bench/accuracy_builtin.py --data fashion-mnist digits --shots 4 16 64 all --seeds 5
+    python -m studies.accuracy_builtin --data fashion-mnist digits --shots 4 16 64 all --seeds 5
 
 Every method sees the same training images of a seed, selects its epoch (or its regularisation) on validation images and
 is tested once. Every trained method, each random-weight twin for itself, first chooses its learning rate by
@@ -15,13 +15,7 @@ differences with 95 % intervals, and `<out>.png`.
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
 import math
-import os
-import platform
-import shlex
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -29,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import t as student_t
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -37,6 +30,7 @@ from timm.models.beit import Beit
 from torch.utils.data import DataLoader
 
 import vptm
+from studies.runs import BATCH, RESULTS, WEIGHT_DECAY, Study, interval
 from vptm.data.datasets import ImageData, ImageDataset
 
 VPT = {"readout": "cls", "verbalizer": "linear", "token_activation": "hidden"}
@@ -48,8 +42,6 @@ PROMPTED: dict[str, dict[str, Any]] = {
     "fine-tuning": {**VPT, "prompt_length": 0},
 }
 METHODS = (*PROMPTED, *(f"{name}, random weights" for name in PROMPTED), "linear probe", "pixels")
-BATCH = 32
-WEIGHT_DECAY = 0.1
 RATES = (5e-4, 2e-3, 8e-3)
 FINE_TUNING_RATES = (1e-4, 5e-4, 2e-3)
 TUNED_ON = ("fashion-mnist", 16)
@@ -162,15 +154,6 @@ def logistic_regression(
     return {"val": best[0], "test": float(best[2].score(test[best[3]], labels)), "C": best[1], "features": best[3]}
 
 
-def interval(values: np.ndarray) -> dict[str, Any]:
-    """Mean and 95 % t-interval of paired differences, in points."""
-    mean = float(values.mean())
-    if len(values) < 2:
-        return {"mean": mean, "low": None, "high": None, "seeds": 1}
-    half = float(student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": len(values)}
-
-
 def order(shots: int | str) -> float:
     return math.inf if isinstance(shots, str) else shots
 
@@ -234,28 +217,8 @@ def shots_argument(text: str) -> int | str:
     return int(text)
 
 
-class Study:
-    """The runs in a json file that several processes may add to."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.weights = vptm.PromptedBEiT("builtin", 2).weight_hash()
-
-    def stored(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Reported runs and tuning runs of the present weights."""
-        content = json.loads(self.path.read_text()) if self.path.exists() else {}
-        if content.get("weights") != self.weights:
-            return [], []
-        return content["runs"], content["tuning"]
-
-    def origin(self) -> dict[str, Any]:
-        """By what command, of which weights, with what and where."""
-        return {
-            "command": shlex.join(["python", *sys.argv]),
-            "weights": self.weights,
-            "versions": {"vptm": vptm.__version__, "torch": torch.__version__, "python": platform.python_version()},
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        }
+class Builtin(Study):
+    """This study's runs, their summary, and how learning rates are chosen."""
 
     def content(self, runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -271,17 +234,6 @@ class Study:
             "tuning": trials,
             "runs": runs,
         }
-
-    def add(self, run: dict[str, Any], *, tuning: bool = False) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            runs, trials = self.stored()
-            (trials if tuning else runs).append(run)
-            content = self.content(runs, trials)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
-            temporary.replace(self.path)
 
     def learning_rate(self, method: str, data: ImageData, val: ImageDataset) -> float:
         """Chosen on validation images; runs what is missing for the choice."""
@@ -315,10 +267,10 @@ def main() -> None:
     parser.add_argument("--shots", nargs="+", type=shots_argument, default=[16], help="images per class, or all")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy" / "builtin")
+    parser.add_argument("--out", type=Path, default=RESULTS / "builtin")
     arguments = parser.parse_args()
 
-    study = Study(arguments.out.with_suffix(".json"))
+    study = Builtin(arguments.out.with_suffix(".json"))
     rates: dict[str, float] = {}
     for name in arguments.data:
         data, val = parts(name)

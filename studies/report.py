@@ -1,0 +1,111 @@
+"""Tables and pictures of the studies of accuracy, from their json files: `python -m studies.report`.
+
+Writes `builtin.md` and `claims.md` with their pictures into `studies/results/`; a test fails when a table is not that
+of its json.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from studies import accuracy_builtin, accuracy_claims
+from studies.runs import RESULTS
+
+TWIN = ", random weights"
+
+
+def builtin(content: dict[str, Any]) -> str:
+    """Methods by settings, each twin of random weights in brackets, and the paired differences at the first setting."""
+    summary = content["summary"]
+    found = {setting: values["test_accuracy_percent"] for setting, values in summary.items()}
+    # a method that has not run all the seeds yet is no fair neighbour of one that has
+    seeds = max(value["seeds"] for accuracy in found.values() for value in accuracy.values())
+    complete = {s: {m: v["mean"] for m, v in accuracy.items() if v["seeds"] == seeds} for s, accuracy in found.items()}
+    complete = {setting: accuracy for setting, accuracy in complete.items() if "vptm" in accuracy}
+    methods = list(dict.fromkeys(m for accuracy in complete.values() for m in accuracy if not m.endswith(TWIN)))
+    rows = []
+    for method in methods:
+        cells = []
+        for accuracy in complete.values():
+            twin = f" ({accuracy[method + TWIN]:.1f})" if method + TWIN in accuracy else ""
+            cells.append(f"{accuracy[method]:.1f}{twin}" if method in accuracy else "")
+        rows.append(f"| {method} | {' | '.join(cells)} |")
+    setting = "fashion-mnist, 16 shots"
+    differences = "; ".join(
+        f"{names} {value['mean']:+.1f} [{value['low']:.1f}, {value['high']:.1f}]"
+        for names, value in summary[setting]["paired_difference_points"].items()
+        if value["low"] is not None and value["seeds"] == seeds and names.startswith("vptm - ")
+    )
+    lines = [
+        "# Accuracy of the built-in model",
+        "",
+        "Made by `python -m studies.report` from `builtin.json`; methods and recipe: `studies/accuracy_builtin.py`.",
+        "",
+        f"Test accuracy in %, mean of {seeds} seeds; in brackets the same method on random weights:",
+        "",
+        f"| method | {' | '.join(complete)} |",
+        "|---" * (1 + len(complete)) + "|",
+        *rows,
+        "",
+        f"Paired differences in points with 95 % intervals, {setting}: {differences}.",
+        "",
+        "![accuracy by setting](builtin.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def claims(content: dict[str, Any]) -> str:
+    """Every accuracy and paired difference of the study of claims."""
+    lines = [
+        "# What the papers claim, tried",
+        "",
+        "Made by `python -m studies.report` from `claims.json`; arms, data and what a verdict means stand in",
+        "`studies/accuracy_claims.py`. Test accuracy in %, differences in points, 95 % intervals over paired seeds.",
+        "",
+        "![paired differences](claims.png)",
+        "",
+    ]
+    for setting, found in content["summary"].items():
+        lines += [f"## {setting}", ""]
+        accuracy = found["test_accuracy_percent"]
+        extra = {
+            title: name
+            for title, name in (
+                ("information before", "information_before"),
+                ("after training", "information_after"),
+                ("trained share of the backbone", "trained_share"),
+            )
+            if any(name in arm for arm in accuracy.values())
+        }
+        lines += [f"| arm | {' | '.join(['accuracy', 'seeds', *extra])} |", "|---" * (3 + len(extra)) + "|"]
+        for arm, values in accuracy.items():
+            more = [f"{values[name]:.2%}" if name in values else "" for name in extra.values()]
+            lines.append(f"| {arm} | {values['mean']:.1f} | {' | '.join([str(values['seeds']), *more])} |")
+        lines += ["", "| difference | claimed | points | verdict |", "|---|---|---|---|"]
+        for name, found_here in found["paired_difference_points"].items():
+            lines.append(f"| {name} | {found_here['claimed']} | {_points(found_here)} | {found_here['verdict']} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _points(found: dict[str, Any]) -> str:
+    interval = "one seed" if found["low"] is None else f"[{found['low']:.1f}, {found['high']:.1f}]"
+    return f"{found['mean']:+.1f} {interval}"
+
+
+STUDIES = {"builtin": (builtin, accuracy_builtin.plot), "claims": (claims, accuracy_claims.plot)}
+"""How the table and the picture of a study are made, by the name of its json."""
+
+
+def main() -> None:
+    for name, (table, plot) in STUDIES.items():
+        content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        (RESULTS / f"{name}.md").write_text(table(content), encoding="utf-8")
+        plot(content["summary"], RESULTS / f"{name}.png")
+        print(f"wrote {RESULTS / name}.md and {name}.png")
+
+
+if __name__ == "__main__":
+    main()
