@@ -1,0 +1,81 @@
+"""Settings stand once: what Python's keywords, the command line, recipes and files have follows from them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+
+from vptm import settings
+from vptm.models.prompted_beit import PromptedBEiT
+from vptm.models.prompted_vit import PromptedViT
+from vptm.models.prompts import PromptBank
+from vptm.settings import RunSettings, train_options
+from vptm.training.fit import fit
+
+
+@pytest.mark.parametrize(
+    ("takes", "group", "others"),
+    [
+        (PromptedBEiT, settings.BEiTSettings, {"prompt_location"}),
+        (PromptedViT, settings.ViTSettings, set()),
+        (PromptBank, settings.PromptSettings, {"mode", "dropout", "alpha"}),
+        (
+            fit,
+            settings.TrainSettings,
+            {"cache_frozen", "run_dir", "resume", "overwrite", "device", "progress", "info", "images"},
+        ),
+    ],
+)
+def test_keywords_are_the_settings(takes: Any, group: type[settings.SettingsGroup], others: set[str]) -> None:
+    """A default that differs would make the command train another model than the same words in Python."""
+    keywords = {p.name: p for p in inspect.signature(takes).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert keywords.keys() - others == set(settings.names(group))
+    required = {"epochs", "lr", "patch_values"}
+    for name, default in {name: group.__dataclass_fields__[name].default for name in settings.names(group)}.items():
+        assert name in required or keywords[name].default == default, name
+
+
+@pytest.mark.parametrize("kind", settings.MODEL_SETTINGS)
+def test_options_name_every_setting_and_come_back(kind: str) -> None:
+    """A setting that is lost on the way through `run.json` would resume a run as another one."""
+    changed = {"readout": "mean", "prompt_blocks": -1, "prompt_mode": "deep", "epochs": 3, "shots": "all"}
+    run = RunSettings.from_options(changed, kind)
+    flat = run.options()
+    assert changed.items() <= flat.items() and RunSettings.from_options(flat, kind) == run
+    assert run.model_settings.prompt_options == {"blocks": -1}, "only what is no default is kept with the adapter"
+    assert type(run.model_settings) is settings.MODEL_SETTINGS[kind]
+    assert train_options().keys() - flat.keys() <= {"mask_mode", "train_mask_token", "extra_bias"}
+
+
+def test_an_option_of_another_kind_of_model_is_refused_by_name() -> None:
+    """Dropped silently, a run would not be what was asked for."""
+    for values in ({"mask_mode": "replace"}, {"extra_bias": "cls"}):
+        option = settings.option_name(next(iter(values)))
+        with pytest.raises(ValueError, match=f"{option} is for BEiT models, x is a ViT"):
+            RunSettings.from_options({"model": "x", **values}, "vit")
+    assert RunSettings.from_options({"mask_mode": "insert"}, "vit") == RunSettings.from_options({}, "vit")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"readout": "mask"}, "readout must be one of cls, mean, mean_with_prompts, got 'mask'"),
+        ({"prompt_after": "dropp"}, "after must be one of carry, drop, got 'dropp', did you mean 'drop'"),
+        ({"prompt_init": "k-means"}, "--prompt-init must be one of .*, did you mean 'kmeans'"),
+        ({"batch_size": 0}, "--batch-size must be >= 1, got 0"),
+        ({"seed": -1}, r"--seed must be in 0..2\^32-1, got -1"),
+        ({"shots": "0"}, "--shots must be an integer >= 1 or all, got '0'"),
+        ({"value_range": "5,5"}, "--value-range must be LOW,HIGH"),
+        ({"prototype_steps": 2}, "--prototype-steps needs --verbalizer prototypical, got linear"),
+    ],
+)
+def test_wrong_values_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunSettings.from_options(values, "vit")
+
+
+def test_switches_are_true_or_false() -> None:
+    with pytest.raises(TypeError, match="train_lm_head must be True or False, got 1"):
+        settings.ViTSettings(train_lm_head=1)  # type: ignore[arg-type]

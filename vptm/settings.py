@@ -1,0 +1,468 @@
+"""Every setting once: its name, type, choices, default, and what it does.
+
+The keywords of `vptm.PromptedBEiT`, `vptm.PromptedViT`, `vptm.PromptBank` and `vptm.fit`, the options of `vptm train`,
+the keys of recipes and what an adapter and a run keep follow from the dataclasses here. An instance is checked: its
+choices are in their set, its switches are True or False. Nothing that takes time is imported, so that the command line
+can show its help at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from functools import cache
+from inspect import get_annotations
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from vptm.messages import one_of
+
+Implementation = Literal["auto", "triton", "torch", "reference"]
+PromptMode = Literal["shallow", "deep", "progressive"]
+Placement = Literal["prepend", "add"]
+AfterPrompts = Literal["carry", "drop"]
+DropoutPer = Literal["sample", "batch"]
+Readout = Literal["mask", "cls", "mean", "mean_with_prompts"]
+BEiTReadout = Literal["mask", "cls", "mean"]
+ViTReadout = Literal["cls", "mean", "mean_with_prompts"]
+MaskMode = Literal["insert", "replace"]
+VerbalizerName = Literal["prototypical", "linear", "class_embeddings"]
+TokenActivation = Literal["hidden", "logits", "softmax", "log_softmax"]
+Schedule = Literal["cosine", "tanh", "none", "vpt", "spt", "provp"]
+PromptStart = Literal["uniform", "random", "mean", "max", "kmeans"]
+PrototypeStart = Literal["xavier", "class_means"]
+OnBadImage = Literal["error", "skip"]
+
+Group = TypeVar("Group", bound="SettingsGroup")
+
+
+@dataclass(frozen=True)
+class Help:
+    """What the command line says of a setting.
+
+    command: its default in `vptm train`, where that is not the one in Python. option: its name there, where it is
+    another; None for a setting that is no option. switch: it can only be turned on.
+    """
+
+    text: str = ""
+    command: Any = None
+    option: str | None = ""
+    switch: bool = False
+
+
+NO_OPTION = Help(option=None)
+
+
+_TYPES: dict[type, dict[str, Any]] = {}
+
+
+def _types(group: type[SettingsGroup]) -> dict[str, Any]:
+    """{name of a setting: its type}, read once."""
+    if group not in _TYPES:
+        hints = get_type_hints(group)
+        _TYPES[group] = {name: hints[name] for name in names(group)}
+    return _TYPES[group]
+
+
+def _help(group: type[SettingsGroup]) -> dict[str, Help]:
+    """{name of a setting: what the command line says of it}; a class that changes a default keeps the help."""
+    found: dict[str, Help] = {}
+    for one in reversed(group.__mro__[:-1]):
+        hints = get_type_hints(one, include_extras=True)
+        for name in get_annotations(one):
+            marks = [mark for mark in getattr(hints[name], "__metadata__", ()) if isinstance(mark, Help)]
+            found[name] = marks[0] if marks else found.get(name, Help())
+    return found
+
+
+@dataclass(frozen=True)
+class SettingsGroup:
+    """Settings that go together, checked when they are made."""
+
+    def __post_init__(self) -> None:
+        for name, kind in _types(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal:
+                one_of(self._label(name), value, get_args(kind))
+            elif kind is bool and not isinstance(value, bool):
+                raise TypeError(f"{self._label(name)} must be True or False, got {value!r}")
+
+    @staticmethod
+    def _label(name: str) -> str:
+        """What messages call a setting."""
+        return name
+
+    @classmethod
+    def of(cls: type[Group], values: Mapping[str, Any]) -> Group:
+        """Those of `values` that are settings of this group, such as the `locals()` of a function that takes them."""
+        return cls(**{name: values[name] for name in names(cls) if name in values})
+
+    def keywords(self) -> dict[str, Any]:
+        """The settings by name, as keywords of what takes them."""
+        return {name: getattr(self, name) for name in names(type(self))}
+
+
+@dataclass(frozen=True)
+class PromptSettings(SettingsGroup):
+    """What `prompt_options` may hold: further arguments of `vptm.PromptBank`."""
+
+    blocks: Annotated[
+        int | None,
+        Help("Only the first N blocks have prompts, or the last -N; all by default.", option="prompt_blocks"),
+    ] = None
+    after: Annotated[
+        AfterPrompts, Help("What blocks after the first N do with the prompts.", option="prompt_after")
+    ] = "carry"
+    shared: Annotated[bool, Help("One prompt for all blocks.", option="prompt_shared")] = False
+    prompt_dim: Annotated[int | None, Help("Width of prompts that a learned projection maps to tokens.")] = None
+    placement: Annotated[
+        Placement, Help("Prompts have rows of their own, or are added to the patch tokens.", option="prompt_placement")
+    ] = "prepend"
+    dropout_per: Annotated[DropoutPer, Help("What has a dropout mask of its own.", option="prompt_dropout_per")] = (
+        "sample"
+    )
+    patch_values: Annotated[int | None, NO_OPTION] = None
+
+
+@dataclass(frozen=True)
+class ModelSettings(SettingsGroup):
+    """Keywords that every prompted model takes; `MODEL_SETTINGS` has those of each kind, with its defaults."""
+
+    whom: ClassVar[str]
+
+    prompt_length: Annotated[int, Help("Prompts per layer.")] = 10
+    prompt_mode: Annotated[PromptMode, Help("Where prompts enter.")] = "shallow"
+    prompt_dropout: Annotated[float, Help("Dropout of prompts.")] = 0.0
+    progressive_alpha: Annotated[float | Sequence[float], Help("Alpha of progressive prompts.")] = 0.01
+    prompt_options: Annotated[Mapping[str, Any] | None, NO_OPTION] = None
+    readout: Annotated[Readout, Help("Row that the verbalizer reads.")] = "mask"
+    train_lm_head: Annotated[bool, Help("Also learn the visual-token head.")] = False
+    verbalizer: Annotated[VerbalizerName, Help("What maps the read-out to labels.")] = "prototypical"
+    prototype_dim: Annotated[int | None, Help("Dimension of the prototypes.")] = 128
+    token_activation: Annotated[TokenActivation, Help("What the verbalizer reads.")] = "logits"
+    projection_bias: Annotated[bool, Help("Bias in the prototype projection.")] = False
+    temperature: Annotated[float | None, Help("Fixed temperature; learned from 0.1 by default.")] = None
+    img_size: Annotated[int | tuple[int, int] | None, Help("Pixels; the model's own by default.")] = None
+    pretrained: Annotated[bool, NO_OPTION] = False
+    impl: Annotated[Implementation, Help("What computes.")] = "auto"
+
+    def config(self) -> dict[str, Any]:
+        """What an adapter keeps, with values that JSON has: every setting but the implementation."""
+        return {name: _plain(value) for name, value in self.keywords().items() if name != "impl"}
+
+
+@dataclass(frozen=True)
+class BEiTSettings(ModelSettings):
+    """Keywords of `vptm.PromptedBEiT`: the read-out is the mask row of masked-modelling weights."""
+
+    whom: ClassVar[str] = "a BEiT"
+
+    readout: BEiTReadout = "mask"
+    mask_mode: Annotated[MaskMode, Help("A row of its own, or in place of a patch.")] = "insert"
+    train_mask_token: Annotated[bool, Help("Also learn the mask token.")] = False
+    extra_bias: Annotated[str, Help("Position bias of prompts and mask: zero, cls, neutral, grid:y,x or learned.")] = (
+        "zero"
+    )
+    vocab_size: Annotated[int, NO_OPTION] = 8192
+
+
+@dataclass(frozen=True)
+class ClassifierBEiTSettings(BEiTSettings):
+    """`vptm.open_model`'s defaults for a BEiT without mask token and token head: VPT on its class row."""
+
+    whom: ClassVar[str] = "a BEiT without a mask token"
+
+    readout: BEiTReadout = "cls"
+    verbalizer: VerbalizerName = "linear"
+    token_activation: TokenActivation = "hidden"
+
+
+@dataclass(frozen=True)
+class ViTSettings(ModelSettings):
+    """Keywords of `vptm.PromptedViT`: VPT-deep."""
+
+    whom: ClassVar[str] = "a ViT"
+
+    prompt_mode: PromptMode = "deep"
+    readout: ViTReadout = "cls"
+    verbalizer: VerbalizerName = "linear"
+    token_activation: TokenActivation = "hidden"
+
+
+MODEL_SETTINGS: dict[str, type[ModelSettings]] = {
+    "beit": BEiTSettings,
+    "classifier_beit": ClassifierBEiTSettings,
+    "vit": ViTSettings,
+}
+
+
+@dataclass(frozen=True)
+class TrainSettings(SettingsGroup):
+    """Keywords of `vptm.fit` that decide what is learned."""
+
+    epochs: Annotated[int, Help("Passes over the training images.", command=40)]
+    lr: Annotated[float, Help("Peak learning rate.", command=0.002)]
+    weight_decay: Annotated[float, Help("Weight decay of matrices.", command=0.1)] = 0.0
+    optimizer: Annotated[str, Help("A timm optimiser.")] = "adamw"
+    schedule: Annotated[Schedule, Help("Of the learning rate.")] = "cosine"
+    warmup_epochs: Annotated[int, Help("Epochs of linear warm-up, part of --epochs.")] = 0
+    label_smoothing: Annotated[float, Help("In [0, 1).")] = 0.0
+    protoverb_weight: Annotated[float, Help("Of ProtoVerb's contrast losses in every step.")] = 0.0
+    reformation: Annotated[float, Help("Of ProVP-Ref's contrast with the features of the frozen model.")] = 0.0
+    reformation_temperature: Annotated[float, Help("Of that contrast.")] = 1.0
+    prompt_weight_decay: Annotated[float | None, Help("Weight decay of prompts; none by default.")] = None
+    head_weight_decay: Annotated[float | None, Help("Of the verbalizer's matrices; --weight-decay by default.")] = None
+    seed: Annotated[int, Help("Of initialisation, drawn shots, order and augmentation.")] = 0
+
+
+@dataclass(frozen=True)
+class RunSettings(SettingsGroup):
+    """Everything that `vptm train` is told about a run: what to learn, from which images, and how.
+
+    Messages name a setting as its option. In files and on the command line a run's settings are flat, see `options` and
+    `from_options`.
+    """
+
+    model: Annotated[
+        str, Help("builtin, a unilm .pth, a .safetensors file, a Hugging Face folder or id, or a timm name.")
+    ] = "builtin"
+    data: Annotated[
+        str,
+        Help(
+            "builtin, fashion-mnist, digits, mnist5k, stamps, a folder of class folders, or a .csv of "
+            "path,label[,split]."
+        ),
+    ] = "builtin"
+    recipe: Annotated[
+        str | None,
+        Help(
+            "Settings of a published method, by name (any unknown name lists them) or from a .yaml file; options given "
+            "here go before it, and --epochs scales its warm-up."
+        ),
+    ] = None
+    shots: Annotated[str, Help("Training images per class, or all.")] = "16"
+    batch_size: Annotated[int, Help("Images per step.")] = 32
+    augment: Annotated[bool, Help("Random shift or crop, and mirror, of training images.")] = True
+    flip: Annotated[bool | None, Help("Mirror training images; by default not for digits.")] = None
+    prompt_init: Annotated[PromptStart, Help("Where prompts start: uniform, or at tokens of the model (SPT).")] = (
+        "uniform"
+    )
+    init_images: Annotated[int | None, Help("Images such tokens are drawn from; all training images by default.")] = (
+        None
+    )
+    prototype_init: Annotated[PrototypeStart, Help("Where prototypes start: class means are those of the images.")] = (
+        "xavier"
+    )
+    prototype_steps: Annotated[
+        int, Help("Steps on projection and prototypes alone after training, by ProtoVerb's losses.")
+    ] = 0
+    prototype_lr: Annotated[float, Help("Learning rate of --prototype-steps.")] = 0.001
+    finetune: Annotated[bool, Help("Also train every weight of the backbone.", switch=True)] = False
+    shuffle_labels: Annotated[
+        bool, Help("A control: permute train and val labels; test falls to chance.", switch=True)
+    ] = False
+    on_bad_image: Annotated[
+        OnBadImage, Help("Broken image files among those that are read: stop and name the file, or report and go on.")
+    ] = "error"
+    background: Annotated[str, Help("Colour under what is transparent in a picture, by name or as #rrggbb.")] = "white"
+    value_range: Annotated[
+        str | None,
+        Help(
+            "LOW,HIGH: darkest and brightest value of pictures of more than 8 bits; by default the file's "
+            "depth, which signed, 32-bit and floating-point files lack."
+        ),
+    ] = None
+    test: Annotated[bool, Help("Read the test images, once, at the end.")] = True
+    workers: Annotated[int, Help("Processes that read images.")] = 0
+    device: Annotated[str, Help("auto, cpu, cuda or cuda:N; auto is a GPU where there is one.")] = "auto"
+    model_settings: Annotated[ModelSettings, NO_OPTION] = field(default_factory=lambda: BEiTSettings(pretrained=True))
+    train_settings: Annotated[TrainSettings, NO_OPTION] = field(
+        default_factory=lambda: TrainSettings(epochs=40, lr=2e-3, weight_decay=0.1)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_shots(self.shots)
+        parse_range(self.value_range)
+        for name, lowest in (("batch_size", 1), ("workers", 0), ("prototype_steps", 0)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{self._label(name)} must be >= {lowest}, got {getattr(self, name)}")
+        if not 0 <= self.train_settings.seed < 2**32:
+            raise ValueError(f"--seed must be in 0..2^32-1, got {self.train_settings.seed}")
+        if not 0 < self.prototype_lr < math.inf:
+            raise ValueError(f"--prototype-lr must be finite and > 0, got {self.prototype_lr}")
+        verbalizer = self.model_settings.verbalizer
+        for name, unused in (("prototype_steps", 0), ("prototype_init", "xavier")):
+            if getattr(self, name) != unused and verbalizer != "prototypical":
+                raise ValueError(f"{self._label(name)} needs --verbalizer prototypical, got {verbalizer}")
+
+    @staticmethod
+    def _label(name: str) -> str:
+        return option_name(name)
+
+    def options(self) -> dict[str, Any]:
+        """Every setting by the name of its option, as `run.json` keeps them."""
+        prompts = PromptSettings(**(self.model_settings.prompt_options or {}))
+        flat: dict[str, Any] = {}
+        for group in (self, self.model_settings, prompts, self.train_settings):
+            flat |= {option: getattr(group, name) for option, name in _options_of(type(group)).items()}
+        return flat
+
+    @classmethod
+    def from_options(cls, values: Mapping[str, Any], kind: str) -> RunSettings:
+        """The settings that options describe for a kind of model, a key of `MODEL_SETTINGS`.
+
+        Of the options that are not there, and of those that are None where None says nothing, the defaults count.
+
+        Raises:
+            ValueError: an option that this kind of model does not take and that is not at its default.
+        """
+        known = train_options()
+        given = {name: value for name, value in values.items() if value is not None or known[name].optional}
+        group = MODEL_SETTINGS[kind]
+        for name, option in known.items():
+            elsewhere = option.defaults.keys() and kind not in option.defaults
+            if elsewhere and name in given and given[name] not in option.defaults.values():
+                raise ValueError(
+                    f"{option_name(name)} is for BEiT models, {values.get('model', 'builtin')} is {group.whom}"
+                )
+
+        def part(one: type[SettingsGroup]) -> dict[str, Any]:
+            return {
+                name: given[option] if option in given else known[option].default_for(kind)
+                for option, name in _options_of(one).items()
+            }
+
+        prompts = PromptSettings(**part(PromptSettings))
+        unlike = {name: value for name, value in prompts.keywords().items() if value != getattr(PromptSettings, name)}
+        model = group(**part(group), prompt_options=unlike or None, pretrained=True)
+        return cls(**part(cls), model_settings=model, train_settings=TrainSettings(**part(TrainSettings)))
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting as `vptm train`, recipes and runs have it.
+
+    default: None where it depends on the kind of model. defaults: by kind, for a setting of the model. type: int,
+    float, str or bool. optional: whether None is a value.
+    """
+
+    name: str
+    type: type
+    optional: bool
+    default: Any
+    defaults: Mapping[str, Any]
+    choices: tuple[str, ...]
+    help: str
+    switch: bool
+
+    def default_for(self, kind: str) -> Any:
+        """The default for a kind of model, a key of `MODEL_SETTINGS`."""
+        return self.defaults.get(kind, self.default)
+
+    def shown_default(self) -> str | bool:
+        """What help says where the default depends on the kind of model; whether it says the default elsewhere."""
+        if len(set(self.defaults.values())) < 2:
+            return self.default is not None
+        first, *_ = self.defaults.values()
+        by_value: dict[Any, list[str]] = {}
+        for kind, value in self.defaults.items():
+            by_value.setdefault(value, []).append(MODEL_SETTINGS[kind].whom)
+        others = [f"{value} for {' or '.join(whom)}" for value, whom in by_value.items() if value != first]
+        return "; ".join([str(first), *others])
+
+    def read(self, value: Any) -> Any:
+        """`value` from a YAML file with the type of the option; ValueError, without the name, where it has another."""
+        if self.type is float and isinstance(value, int | str) and not isinstance(value, bool):
+            with suppress(ValueError):
+                value = float(value)  # YAML reads 5e-2 as text
+        elif self.type is str and isinstance(value, int | float) and not self.choices:
+            value = str(value)
+        if type(value) is not self.type and not (value is None and self.optional):
+            raise ValueError(f"must be {self.type.__name__}{' or NoneType' * self.optional}, got {value!r}")
+        return value
+
+
+@cache
+def train_options() -> dict[str, Option]:
+    """The options of `vptm train` that are settings of a run, by name."""
+    found: dict[str, Option] = {}
+    for group in (RunSettings, TrainSettings, ModelSettings, *MODEL_SETTINGS.values(), PromptSettings):
+        for option, name in _options_of(group).items():
+            if option not in found:
+                found[option] = _option(option, name, group)
+    return found
+
+
+def option_name(name: str) -> str:
+    """A setting's name on the command line: --batch-size of batch_size."""
+    return f"--{name.replace('_', '-')}"
+
+
+def parse_shots(text: str) -> int | None:
+    """Training images per class, None for all; ValueError naming --shots."""
+    if text == "all":
+        return None
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ValueError(f"--shots must be an integer >= 1 or all, got {text!r}")
+    return int(text)
+
+
+def parse_range(text: str | None) -> tuple[float, float] | None:
+    """LOW,HIGH as two numbers, None where nothing is said; ValueError naming --value-range."""
+    if text is None:
+        return None
+    with suppress(ValueError):
+        low, high = (float(number) for number in text.split(","))
+        if math.isfinite(low) and math.isfinite(high) and low < high:
+            return low, high
+    raise ValueError(f"--value-range must be LOW,HIGH, two finite numbers, the lower first, got {text!r}")
+
+
+def names(group: type[SettingsGroup]) -> tuple[str, ...]:
+    """Names of a group's settings, in their order."""
+    return tuple(one.name for one in fields(group))
+
+
+def choices(group: type[SettingsGroup], name: str) -> tuple[str, ...]:
+    """What a setting may be; empty where it is no choice.
+
+    Example:
+        >>> choices(ViTSettings, "readout")
+        ('cls', 'mean', 'mean_with_prompts')
+    """
+    kind = _types(group)[name]
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _plain(value: Any) -> Any:
+    """A copy that JSON has."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _options_of(group: type[SettingsGroup]) -> dict[str, str]:
+    """{name of the option: name of the setting}, without settings that are no option."""
+    found = _help(group)
+    return {found[name].option or name: name for name in names(group) if found[name].option is not None}
+
+
+def _option(option: str, name: str, group: type[SettingsGroup]) -> Option:
+    kind, own = _types(group)[name], _help(group)[name]
+    parts = (kind,) if isinstance(kind, type) or get_origin(kind) is Literal else get_args(kind)
+    default = next(one.default for one in fields(group) if one.name == name) if own.command is None else own.command
+    defaults = {}
+    if issubclass(group, ModelSettings):
+        defaults = {key: getattr(each, name) for key, each in MODEL_SETTINGS.items() if name in _types(each)}
+    return Option(
+        name=option,
+        type=next((part for part in parts if part in (bool, int, float)), str),
+        optional=type(None) in parts,
+        default=default if len(set(defaults.values())) < 2 else None,
+        defaults=defaults,
+        choices=choices(group, name),
+        help=own.text,
+        switch=own.switch,
+    )
