@@ -22,6 +22,7 @@ _HOME = {
     "LinearVerbalizer": "models.verbalizers",
     "PromptBank": "models.prompts",
     "save_adapter": "weights.adapters",
+    "open_model": "models.opening",
     "load_adapter": "weights.adapters",
     "load_data": "data.datasets",
     "few_shot": "data.datasets",
@@ -50,6 +51,7 @@ __all__ = [
     "load_adapter",
     "load_backbone",
     "load_data",
+    "open_model",
     "save_adapter",
     "set_class_embeddings",
     "transforms",
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from vptm.inspection.explain import inspect_tokens
     from vptm.methods.provp import set_class_embeddings
     from vptm.methods.spt import init_prompts
+    from vptm.models.opening import open_model
     from vptm.models.prompted_beit import PromptedBEiT
     from vptm.models.prompted_vit import PromptedViT
     from vptm.models.prompts import PromptBank

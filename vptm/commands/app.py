@@ -1198,10 +1198,13 @@ def profile(
     import torch
     from rich.console import Console
 
-    from vptm.inspection.profile import draw, model_of, stages_of, table
+    from vptm.inspection.profile import draw, stages_of, table
+    from vptm.models.opening import open_model
 
     place = _device(device)
-    prompted = model_of(model, prompts=prompts, mode=mode, readout=readout, img_size=img_size, impl=impl).to(place)
+    asked = {} if readout is None else {"readout": readout}
+    prompted = open_model(model, 100, prompt_length=prompts, prompt_mode=mode, img_size=img_size, impl=impl, **asked)
+    prompted = prompted.to(place)
     images = torch.randn(batch, *prompted.default_cfg["input_size"], device=place)
     stages = stages_of(prompted, images, repeats=repeats)
     title = f"{model}, {mode} prompts, P = {prompts}, read-out {prompted.readout}, batch {batch}, per image"

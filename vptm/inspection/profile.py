@@ -255,22 +255,3 @@ def draw(stages: list[Stage], batch: int, title: str, path: Path) -> None:
     buffer = io.BytesIO()
     canvas.print_figure(buffer, dpi=130, format="png")
     write_atomically(path, buffer.getvalue())
-
-
-def model_of(source: str, *, prompts: int, mode: str, readout: str | None, img_size: int | None, impl: str) -> Any:
-    """A prompted model of any name or file, with a read-out its weights have: a mask row of masked-modelling weights,
-    else the class token."""
-    import timm
-
-    options: dict[str, Any] = {"prompt_length": prompts, "prompt_mode": mode, "img_size": img_size, "impl": impl}
-    name = source.partition(".")[0]
-    if timm.is_model(name) and name not in timm.list_models(module="beit") and not Path(source).exists():
-        from vptm.models.prompted_vit import PromptedViT
-
-        return PromptedViT(source, 100, readout=readout or "cls", **options)
-    from vptm.models.prompted_beit import PromptedBEiT
-
-    masked = readout == "mask" or (readout is None and not timm.is_model(name))
-    if not masked:
-        options |= {"verbalizer": "linear", "token_activation": "hidden"}
-    return PromptedBEiT(source, 100, readout=readout or ("mask" if masked else "cls"), **options)

@@ -1,0 +1,58 @@
+"""One rule from a name, a file or a module to a class and its defaults."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+from beit_factory import tiny_beit
+from tiny_models import tiny_vit
+
+from vptm.models.opening import open_model
+
+VPT = ("cls", "linear", "hidden")
+VPTM = ("mask", "prototypical", "logits")
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "mode", "reads"),
+    [
+        ("builtin", "PromptedBEiT", "shallow", VPTM),
+        ("deit_tiny_patch16_224", "PromptedViT", "deep", VPT),
+        (tiny_vit(), "PromptedViT", "deep", VPT),
+        (tiny_beit(), "PromptedBEiT", "shallow", VPT),
+    ],
+    ids=["builtin", "name", "ViT", "BEiT"],
+)
+def test_every_source_has_the_class_and_defaults_that_suit_it(
+    source: object, kind: str, mode: str, reads: tuple[str, ...]
+) -> None:
+    """A model that needs options before it can be made at all, or one with a made-up mask token, fails here."""
+    size = {"img_size": 32} if source == "deit_tiny_patch16_224" else {}
+    model = open_model(source, 3, prompt_length=2, **size)
+    assert type(model).__name__ == kind
+    assert tuple(model.config[name] for name in ("readout", "verbalizer", "token_activation")) == reads
+    assert (model.config["prompt_mode"], model.prompts.length, model.num_classes) == (mode, 2, 3)
+    if not size:
+        assert open_model(source, 3, readout="mean").readout == "mean", "what is given goes before the defaults"
+
+
+def test_a_mask_row_that_is_asked_for_brings_its_verbalizer() -> None:
+    with pytest.warns(UserWarning, match="made a random mask token and a random token head"):
+        model = open_model(tiny_beit(), 3, readout="mask", vocab_size=5)
+    assert model.config["verbalizer"] == "prototypical" and model.config["token_activation"] == "logits"
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "error", "message"),
+    [
+        ("builtin", {"readouts": "cls"}, TypeError, "takes no readouts for a BEiT, did you mean 'readout'"),
+        ("vit_tiny_patch16_224", {"mask_mode": "insert"}, TypeError, "takes no mask_mode for a ViT"),
+        ("builtin", {"readout": "mean_with_prompts"}, ValueError, "readout must be one of mask, cls, mean"),
+        (timm.create_model("resnet10t"), {}, ValueError, "VisionTransformer class, ResNet is a ResNet"),
+        ("none.pth", {}, FileNotFoundError, "none.pth: no such file"),
+        ("beit_base_patch16_22", {}, ValueError, "beit_base_patch16_224"),
+    ],
+)
+def test_what_does_not_fit_is_refused(source: object, settings: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        open_model(source, 3, **settings)

@@ -1,0 +1,76 @@
+"""From a name, a file or a module to the class that runs it, with the defaults that suit it: the one rule there is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models.beit import Beit
+from torch import nn
+
+from vptm.messages import hint
+from vptm.models.prompted_beit import PromptedBEiT
+from vptm.models.prompted_model import PromptedModel
+from vptm.models.prompted_vit import PromptedViT
+from vptm.settings import MODEL_SETTINGS, names
+from vptm.weights.backbones import _SUFFIXES
+
+_CLASSES: dict[str, type[PromptedModel]] = {"beit": PromptedBEiT, "classifier_beit": PromptedBEiT, "vit": PromptedViT}
+
+
+def open_model(source: Any, num_classes: int, **settings: Any) -> PromptedModel:
+    """The prompted model of any source, with defaults that its weights can serve.
+
+    Masked-modelling weights become a `PromptedBEiT` that is read at its mask row (VPTM). A BEiT without mask token and
+    token head, which timm's names and instances are, becomes one that is read at its class row by a linear verbalizer
+    (VPT); so does every other timm name or instance, as a `PromptedViT`. A setting that is given goes before these
+    defaults.
+
+    Args:
+        source: "builtin", a checkpoint file, a Hugging Face folder or id, a timm name, or a timm `Beit` or
+            `VisionTransformer`; a registered timm name goes before a file of that name.
+        num_classes: K.
+        settings: keywords of the class, see `vptm.PromptedBEiT` and `vptm.PromptedViT`.
+
+    Raises:
+        TypeError: a setting that the class does not take, or a source of another type.
+        ValueError: a setting outside its set, weights without what it needs, or a backbone that is not supported.
+        FileNotFoundError: a path that does not exist.
+
+    Example:
+        >>> type(open_model("builtin", 10)).__name__
+        'PromptedBEiT'
+        >>> open_model("vit_tiny_patch16_224", 10, img_size=32, prompt_length=5).readout
+        'cls'
+    """
+    kind = kind_of(source, settings.get("readout"))
+    group = MODEL_SETTINGS[kind]
+    if unknown := sorted(settings.keys() - set(names(group))):
+        raise TypeError(f"open_model takes no {unknown[0]} for {group.whom}{hint(unknown[0], names(group))}")
+    return _CLASSES[kind](source, num_classes, **group(**settings).keywords())
+
+
+def kind_of(source: Any, readout: str | None = None) -> str:
+    """The key of `vptm.settings.MODEL_SETTINGS` under which `source` stands; nothing is read for it.
+
+    readout: the one asked for, where there is one: a BEiT that is read at a mask row has the defaults that go with it.
+
+    Example:
+        >>> kind_of("builtin"), kind_of("beit_base_patch16_224"), kind_of("deit_tiny_patch16_224")
+        ('beit', 'classifier_beit', 'vit')
+    """
+    if isinstance(source, nn.Module):
+        is_bare, is_beit = True, isinstance(source, Beit)
+    else:
+        is_bare = is_timm_name(source)
+        is_beit = not is_bare or source.partition(".")[0] in timm.list_models(module="beit")
+    if not is_beit:
+        return "vit"
+    return "classifier_beit" if is_bare and readout != "mask" else "beit"
+
+
+def is_timm_name(source: str | os.PathLike[str]) -> bool:
+    """Whether a source is a name that timm knows, and no file."""
+    return isinstance(source, str) and timm.is_model(source) and Path(source).suffix not in _SUFFIXES
