@@ -111,6 +111,25 @@ def test_tasks_equal_the_definition(head, activation, impl):
     check(Case(head=head, tasks=(2, 5, 1), batch=7, activation=activation, grads=TRAINED[impl]), impl)
 
 
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+@pytest.mark.parametrize("head", ["tasks", "folded", "tokens"])
+def test_ranges_of_a_pool_equal_offsets(head, impl):
+    """The same scores and gradients where prototypes stand anywhere in a pool; NaN between them reaches nobody, where
+    the pool is not scored as a whole."""
+    call = Case(head=head, tasks=(2, 5, 1), batch=7, grads=("hidden", "prototypes")).inputs()
+    offsets, ids, prototypes = call.pop("class_offsets"), call.pop("task_ids"), call.pop("prototypes")
+    gap = prototypes.new_full((3, prototypes.shape[1]), 1.0 if head == "tokens" else float("nan"))
+    pool = torch.cat([gap, prototypes[2:], gap, prototypes[:2]])
+    ranges = [{0: (12, 2), 1: (3, 5), 2: (8, 1)}[task] for task in ids.tolist()]
+    heads = {"task_ids": ids} if head == "tasks" else {}
+    found = prototype_cosine(**call, **heads, prototypes=pool, class_ranges=ranges, impl=impl)
+    want = prototype_cosine(**call, prototypes=prototypes, class_offsets=offsets, task_ids=ids, impl=impl)
+    torch.testing.assert_close(found, want[:, : found.shape[1]], rtol=0, atol=1e-12)
+    of = [call["hidden"], prototypes]
+    grads = [torch.autograd.grad(out[out.isfinite()].square().sum(), of) for out in (found, want)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-10)
+
+
 # One image, class, token or dimension; more images or tokens than a tile; none at all.
 SHAPES = [
     {"batch": 1, "classes": 1},
@@ -582,6 +601,10 @@ BAD = [
     ({"token_weight": FoldedHead(torch.zeros(5, 10), torch.zeros(5))}, "token_bias must be None with a FoldedHead"),
     ({"projection": torch.zeros(37, 5, dtype=torch.float64).mT}, "projection must have a unit last stride"),
     ({"class_offsets": 4, "task_ids": torch.zeros(3).long()}, "class_offsets must be a sequence of ints, got int"),
+    ({"class_ranges": [(0, 1)]}, "class_ranges must be B = 3 pairs of ints, got 1"),
+    ({"class_ranges": [(0, 1), (3, 2), (0, 1)]}, "inside the pool of 4 prototypes and hold at least one, got start 3"),
+    ({"class_ranges": [(0, 0)] * 3}, "count 0 for image 0"),
+    ({"class_ranges": [(0, 1)] * 3, "class_offsets": [0, 4]}, "class_offsets must be None with class_ranges"),
 ]
 
 

@@ -257,6 +257,32 @@ def test_tokens_given_as_prompts_are_the_same_function(impl):
 
 
 @pytest.mark.parametrize("impl", EXACT_IMPLS)
+def test_ranges_of_a_pool_equal_each_image_alone(impl):
+    """Every image reads its own rows, of any number, and a NaN in nobody's rows reaches nobody."""
+    call = Case(batch=3, bias="tokens").inputs(learned=("x", "q", "prompt_kv"))
+    pool = call.pop("prompt_kv").new_full((9, 20), float("nan"))
+    pool[3:8] = torch.randn(5, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    pool.requires_grad_()
+    ranges = [[3, 5], [0, 0], [4, 2]]
+    placed = torch.tensor(ranges, dtype=torch.int32, device=DEVICE)
+    pooled = readout_attention(**call, prompt_kv=pool, prompt_ranges=placed, max_prompt_length=6, impl=impl)
+    alone = torch.cat(
+        [
+            readout_attention(
+                **(call | {name: call[name][image : image + 1] for name in ("x", "q")}),
+                prompt_kv=pool[start : start + length],
+                impl=impl,
+            )
+            for image, (start, length) in enumerate(ranges)
+        ]
+    )
+    torch.testing.assert_close(pooled, alone, rtol=0, atol=1e-12)
+    of = [call["x"], call["q"], pool]
+    grads = [torch.autograd.grad(out.square().sum(), of)[:2] for out in (pooled, alone)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_huge_scores(size, impl):
     """Scores of +-1e4: every exponential but the largest underflows, none may overflow; error relative to the score."""

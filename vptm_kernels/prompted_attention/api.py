@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .._runtime.plans import Plans, place, signature
+from .._runtime.ranges import check_ranges
 from .._runtime.tracing import autocasting, nothing_traces
 from .._runtime.triton_support import choose, device_of, float32_precision
 from .bias import RelativePositionBias, table_rows
@@ -83,7 +83,8 @@ def prompted_attention(
             (H, N, N+P) with prompt columns last; with `prompt_qkv` also (H, N+P, N+P). A leading dimension of 1 is
             accepted. Or a `RelativePositionBias`. A dense bias on rows of a multiple of 16 elements, as
             `RelativePositionBias.dense` makes it, is read in place; others are copied once per call.
-        prompt_ranges: (B, 2) int32, start and length of every image's rows of the pool. Ranges may overlap.
+        prompt_ranges: (B, 2) int32, start and length of every image's rows of the pool. Ranges may overlap. On the
+            device of qkv, read back to be checked when it is first seen; or on the CPU, checked there and copied.
         max_prompt_length: an upper bound of the lengths in `prompt_ranges`.
         scale: factor of the scores, default `D ** -0.5`. The bias is not scaled.
         return_lse: also return the natural logarithm of the softmax denominator, float32 (float64 for float64 inputs),
@@ -122,6 +123,8 @@ def prompted_attention(
     >>> prompts.grad.shape
     torch.Size([10, 128])
     """
+    if isinstance(prompt_ranges, Tensor) and isinstance(qkv, Tensor) and prompt_ranges.device != qkv.device:
+        prompt_ranges = _check_ranges(qkv, prompt_kv, prompt_ranges, max_prompt_length)
     key = _signature(qkv, prompt_kv, prompt_qkv, num_heads, bias, prompt_ranges, max_prompt_length, scale, impl)
     plan = None if key is None else _checked.get(key)
     if plan is not None:
@@ -308,38 +311,11 @@ def _check_prompts(
     return prompt_kv
 
 
-# {ranges: what they were checked against}, so that a GPU tensor is read back once and not at every call.
-_checked_ranges: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _check_ranges(qkv: Tensor, pool: Tensor | None, ranges: Tensor, max_prompt_length: int | None) -> None:
-    batch, size = qkv.shape[0], 0 if pool is None else pool.shape[0]
-    if not isinstance(max_prompt_length, int) or max_prompt_length < 0:
-        raise ValueError(f"max_prompt_length must be a non-negative int with prompt_ranges, got {max_prompt_length!r}")
-    if _tensor("prompt_ranges", ranges).dtype != torch.int32 or _shape(ranges) != (batch, 2):
-        raise ValueError(f"prompt_ranges must be (B, 2) = ({batch}, 2) int32, got {_shape(ranges)} {ranges.dtype}")
-    if ranges.device != qkv.device:
-        raise ValueError(f"prompt_ranges must be on the device of qkv, {qkv.device}, got {ranges.device}")
-    # Values cannot be read while a graph is traced or captured; kernels stay inside the pool whatever they are.
-    if torch.compiler.is_compiling() or ranges.is_meta or type(ranges) is not Tensor:
-        return
-    if ranges.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    key = (None if ranges.is_inference() else ranges._version, size, max_prompt_length)
-    if key[0] is not None and _checked_ranges.get(ranges) == key:
-        return
-    for image, (start, length) in enumerate(ranges.tolist()):
-        if start < 0 or length < 0 or start + length > size:
-            raise ValueError(
-                f"prompt_ranges must lie inside the pool of {size} rows, "
-                f"got start {start}, length {length} for image {image}"
-            )
-        if length > max_prompt_length:
-            raise ValueError(
-                f"prompt_ranges must have lengths <= max_prompt_length = {max_prompt_length}, "
-                f"got {length} for image {image}"
-            )
-    _checked_ranges[ranges] = key
+def _check_ranges(qkv: Tensor, pool: Tensor | None, ranges: Tensor, max_prompt_length: int | None) -> Tensor:
+    if qkv.ndim != 3:
+        raise ValueError(f"qkv must be (B, N, 3*H*D), got {_shape(qkv)}")
+    rows = pool.shape[0] if isinstance(pool, Tensor) and pool.ndim else 0
+    return check_ranges(ranges, qkv.shape[0], rows, max_prompt_length, qkv.device, "qkv")
 
 
 def _check_table(qkv: Tensor, bias: RelativePositionBias, num_heads: int) -> None:

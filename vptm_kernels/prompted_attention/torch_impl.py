@@ -42,7 +42,7 @@ def forward(
     out = qkv.new_empty(batch, rows if ranges is not None or batch == 0 else 0, width // 3)
     lse = qkv.new_empty((batch, num_heads, rows) if with_lse else (0,), dtype=_accumulator(qkv.dtype))
     dense = _dense(bias, token_ids, window)
-    for images, chosen in _groups(batch, prompts, ranges, batch):
+    for images, chosen in _lengths(ranges) if ranges is not None else _groups(batch, prompts, None, batch):
         q, k, v = _project(qkv[images], None if prompts is None else prompts[chosen], num_heads, prompt_queries)
         mask = _mask(dense, rows, k.shape[2], q.dtype)
         if with_lse and _has_flash(q):
@@ -140,6 +140,22 @@ def _has_flash(t: Tensor) -> bool:
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _lengths(ranges: Tensor) -> Iterator[tuple[slice | list[int], slice | Tensor]]:
+    """(images, rows): images that have as many prompts, and where in the pool each one's stand: (images, length)."""
+    members: dict[int, list[int]] = {}
+    pairs = ranges.tolist()
+    for image, (_, length) in enumerate(pairs):
+        members.setdefault(length, []).append(image)
+    for length, images in members.items():
+        if len({pairs[image][0] for image in images}) == 1:
+            start = pairs[images[0]][0]
+            rows: slice | Tensor = slice(start, start + length)
+        else:
+            starts = torch.tensor([pairs[image][0] for image in images], device=ranges.device)
+            rows = starts[:, None] + torch.arange(length, device=ranges.device)
+        yield slice(None) if len(images) == len(pairs) else images, rows
 
 
 def _groups(

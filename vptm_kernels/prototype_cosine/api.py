@@ -15,7 +15,7 @@ from .._runtime.plans import Plans, signature
 from .._runtime.tracing import autocasting, nothing_traces
 from .._runtime.triton_support import IMPLEMENTATIONS
 from . import torch_impl
-from .cosine import cosine, cosine_
+from .cosine import cosine, cosine_, task_cosine
 from .folding import FoldedHead, accumulator
 from .ops import per_task, readout, similarity
 from .plan import KEEP_BYTES, can_fold, room_to_keep
@@ -39,6 +39,7 @@ def prototype_cosine(
     token_gram: Tensor | None = None,
     class_offsets: Sequence[int] | None = None,
     task_ids: Tensor | None = None,
+    class_ranges: Sequence[tuple[int, int]] | None = None,
     unit_prototypes: bool = False,
     eps: float = 1e-12,
     impl: str = "auto",
@@ -58,7 +59,10 @@ def prototype_cosine(
             gives the norm of the logits in C² instead of V*C products.
         class_offsets: T + 1 ascending ints from 0 to ΣK. A batch can mix tasks with different class counts.
         task_ids: (B,) int32 or int64 in 0 .. T - 1, given with class_offsets. A GPU tensor is read back at every call
-            to be checked, unless a graph is being traced or captured.
+            to be checked, unless a graph is being traced or captured; one on the CPU is checked there and copied.
+        class_ranges: start and count of every image's rows of `prototypes`, which is then a pool (S, d) of any number
+            of tasks: B pairs of ints, in place of class_offsets. `task_ids` then names heads alone. What a call costs
+            does not depend on how many tasks the pools hold, but without a projection the pool is scored as a whole.
         unit_prototypes: the prototypes are unit rows, or zero, as `F.normalize` leaves them, and need no division by
             their norms: what a saved adapter gives. Refused where prototypes ask for a gradient.
         eps: lower bound of both norms, as in `torch.nn.functional.normalize`; in float16 at least 2**-14, so that a
@@ -103,7 +107,7 @@ def prototype_cosine(
     torch.Size([8, 64])
     """
     # Spelled out: a loop over the arguments takes as long as one of the products below.
-    alone = class_offsets is None and task_ids is None
+    alone = class_offsets is None and task_ids is None and class_ranges is None
     if alone and token_gram is None and impl != "triton" and not torch.compiler.is_compiling():
         arguments = (token_weight, token_bias, projection, projection_bias, activation)
         scores = _plain(hidden, *arguments, prototypes, unit_prototypes, eps, impl)
@@ -123,6 +127,7 @@ def prototype_cosine(
                 token_gram=token_gram,
                 class_offsets=class_offsets,
                 task_ids=task_ids,
+                class_ranges=class_ranges,
                 unit_prototypes=unit_prototypes,
                 eps=eps,
                 impl=impl,
@@ -161,7 +166,13 @@ def prototype_cosine(
         if not eps > 0:
             raise ValueError(f"eps must be > 0, got {eps!r}")
         offsets, widest = [0, prototypes.shape[0]], prototypes.shape[0]
-        if not alone:
+        if class_ranges is not None:
+            _check_ranges(hidden, prototypes.shape[0], class_ranges, class_offsets)
+            if folded and weight.ndim == 3 and task_ids is None:
+                raise ValueError(f"task_ids must be given with (T, d, C) heads, got None with {tuple(weight.shape)}")
+            if task_ids is not None:
+                _check_ids(hidden, task_ids, weight.shape[0] if folded and weight.ndim == 3 else 1)
+        elif not alone:
             heads = weight.shape[0] if folded and weight.ndim == 3 else None
             offsets, widest = _check_tasks(hidden, prototypes.shape[0], class_offsets, task_ids, heads)
         elif weight.ndim == 3:
@@ -173,9 +184,22 @@ def prototype_cosine(
     else:
         offsets, widest, impl, eps = known
 
+    if task_ids is not None and task_ids.device != hidden.device:
+        task_ids = task_ids.to(hidden.device, non_blocking=True)
+    class_ids = task_ids
+    if class_ranges is not None:
+        class_ids, offsets, widest = _tasks_of_ranges(class_ranges, hidden.device)
     if not folded and projection is None:
         scores = _token_space(hidden, weight, head_bias, prototypes, token_gram, activation, eps, impl)
-        return scores if task_ids is None else _own_classes(scores, task_ids, offsets, widest)
+        return scores if class_ids is None else _own_classes(scores, class_ids, offsets, widest)
+
+    back = None
+    if class_ids is not None and impl == "torch" and class_ids.is_cpu and nothing_traces(hidden, task_ids, class_ids):
+        order = torch.argsort(class_ids if task_ids is None else task_ids, stable=True)
+        if order.tolist() != list(range(len(order))):
+            # rows of a task side by side: gathered once, and not for each task and product
+            hidden, class_ids, back = hidden[order], class_ids[order], torch.argsort(order)
+            task_ids = None if task_ids is None else task_ids[order]
 
     if folded and weight.ndim == 3:
         assert task_ids is not None and head_bias is not None
@@ -188,11 +212,20 @@ def prototype_cosine(
         embedding = _readout(hidden, weight, head_bias, projection, None, activation, False, impl)[0]
         if projection_bias is not None:
             embedding = embedding + projection_bias
-    if impl == "torch" and task_ids is None:
+    if impl == "torch" and class_ids is None:
         scores = _cosine(embedding, prototypes, unit_prototypes, eps)
+    elif (
+        class_ids is not None and unit_prototypes and impl == "torch" and _plain_call(embedding, prototypes, class_ids)
+    ):
+        scores = task_cosine(embedding, prototypes, class_ids, offsets, widest, eps, unit_prototypes)
     else:
-        scores = similarity(embedding, prototypes, task_ids, offsets, widest, eps, impl)
-    return scores.to(hidden.dtype)
+        scores = similarity(embedding, prototypes, class_ids, offsets, widest, eps, impl)
+    return (scores if back is None else scores[back]).to(hidden.dtype)
+
+
+def _plain_call(*tensors: Tensor) -> bool:
+    """Whether nothing traces a call and nothing in it is learned."""
+    return nothing_traces(*tensors) and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def _signature(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Hashable:
@@ -482,19 +515,53 @@ def _check_tasks(
         raise ValueError(f"class_offsets must ascend from 0 to the {classes} rows of prototypes, got {offsets}")
     if heads is not None and heads != len(counts):
         raise ValueError(f"class_offsets must have T + 1 = {heads + 1} entries for {heads} heads, got {len(offsets)}")
+    _check_ids(hidden, task_ids, len(counts))
+    return offsets, max(counts)
+
+
+def _check_ids(hidden: Tensor, task_ids: Tensor, tasks: int) -> None:
     if not isinstance(task_ids, Tensor) or task_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"task_ids must be an int32 or int64 tensor (B,), got {getattr(task_ids, 'dtype', task_ids)}")
     if task_ids.ndim != 1 or task_ids.shape[0] != hidden.shape[0]:
         raise ValueError(f"task_ids must be (B,) = ({hidden.shape[0]},), got {tuple(task_ids.shape)}")
-    if task_ids.device != hidden.device:
-        raise ValueError(f"task_ids must be on the device of hidden, {hidden.device}, got {task_ids.device}")
+    if task_ids.device != hidden.device and not task_ids.is_cpu:
+        raise ValueError(
+            f"task_ids must be on the CPU or on the device of hidden, {hidden.device}, got {task_ids.device}"
+        )
     # Values cannot be read while a graph is traced or captured; kernels stay inside the prototypes whatever they are.
     if torch.compiler.is_compiling() or task_ids.is_meta or type(task_ids) is not Tensor:
-        return offsets, max(counts)
+        return
     if task_ids.is_cuda and torch.cuda.is_current_stream_capturing():
-        return offsets, max(counts)
-    wrong = ((task_ids < 0) | (task_ids >= len(counts))).nonzero()
+        return
+    wrong = ((task_ids < 0) | (task_ids >= tasks)).nonzero()
     if wrong.numel():
         image = int(wrong[0])
-        raise ValueError(f"task_ids must lie in 0 .. {len(counts) - 1}, got {int(task_ids[image])} for image {image}")
-    return offsets, max(counts)
+        raise ValueError(f"task_ids must lie in 0 .. {tasks - 1}, got {int(task_ids[image])} for image {image}")
+
+
+def _check_ranges(
+    hidden: Tensor, rows: int, class_ranges: Sequence[tuple[int, int]], class_offsets: Sequence[int] | None
+) -> None:
+    if class_offsets is not None:
+        raise ValueError("class_offsets must be None with class_ranges, which stand in its place")
+    batch = hidden.shape[0]
+    if not isinstance(class_ranges, Sequence) or len(class_ranges) != batch:
+        found = len(class_ranges) if isinstance(class_ranges, Sequence) else type(class_ranges).__name__
+        raise ValueError(f"class_ranges must be B = {batch} pairs of ints, got {found}")
+    for image, pair in enumerate(class_ranges):
+        if len(pair) != 2 or not all(isinstance(value, int) for value in pair):
+            raise TypeError(f"class_ranges must be pairs of ints, got {pair!r} for image {image}")
+        start, count = pair
+        if start < 0 or count < 1 or start + count > rows:
+            raise ValueError(
+                f"class_ranges must lie inside the pool of {rows} prototypes and hold at least one, "
+                f"got start {start}, count {count} for image {image}"
+            )
+
+
+def _tasks_of_ranges(class_ranges: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, list[int], int]:
+    """Ids, offsets and largest count that name the same rows: task 2i is the i-th of the ranges, odd ones are gaps."""
+    places = {pair: 2 * place for place, pair in enumerate(dict.fromkeys(map(tuple, class_ranges)))}
+    ids = torch.tensor([places[tuple(pair)] for pair in class_ranges], dtype=torch.int64).to(device, non_blocking=True)
+    offsets = [bound for start, count in places for bound in (start, start + count)]
+    return ids, offsets or [0, 0], max((count for _, count in places), default=0)

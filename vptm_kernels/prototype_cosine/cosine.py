@@ -58,12 +58,23 @@ def _unit(t: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def task_cosine(
-    embedding: Tensor, prototypes: Tensor, task_ids: Tensor, offsets: Sequence[int], widest: int, eps: float
+    embedding: Tensor,
+    prototypes: Tensor,
+    task_ids: Tensor,
+    offsets: Sequence[int],
+    widest: int,
+    eps: float,
+    unit_prototypes: bool = False,
 ) -> Tensor:
+    """Cosines (B, widest) of every row to its own task's prototypes, -inf beyond them."""
+    unit = embedding / torch.linalg.vector_norm(embedding, dim=1, keepdim=True).clamp_min_(eps)
     out = embedding.new_full((embedding.shape[0], widest), float("-inf"))
     for task, rows in groups(task_ids):
-        own = slice(offsets[task], offsets[task + 1])
-        out[rows, : own.stop - own.start] = cosine_(embedding[rows], prototypes[own], eps)
+        own = prototypes[offsets[task] : offsets[task + 1]].to(embedding.dtype)
+        scores = F.linear(unit[rows], own)
+        if not unit_prototypes:
+            scores /= torch.linalg.vector_norm(own, dim=1).clamp_min_(eps)
+        out[rows, : own.shape[0]] = scores
     return out
 
 
@@ -111,9 +122,11 @@ def task_linear_backward(
     return dhidden, dweight, dbias
 
 
-def groups(task_ids: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The rows of every task that occurs, in order."""
-    order = torch.argsort(task_ids, stable=True)
-    tasks, counts = torch.unique_consecutive(task_ids[order], return_counts=True)
-    for task, rows in zip(tasks.tolist(), order.split(counts.tolist())):
-        yield int(task), rows
+def groups(task_ids: Tensor) -> Iterator[tuple[int, slice | list[int]]]:
+    """The rows of every task that occurs, in order; a slice where they follow each other, which then copies nothing."""
+    members: dict[int, list[int]] = {}
+    for row, task in enumerate(task_ids.tolist()):
+        members.setdefault(task, []).append(row)
+    for task, rows in sorted(members.items()):
+        first, last = rows[0], rows[-1]
+        yield task, slice(first, last + 1) if last - first + 1 == len(rows) else rows

@@ -26,6 +26,7 @@ def prototype_cosine_reference(
     activation: str = "logits",
     class_offsets: Sequence[int] | None = None,
     task_ids: Tensor | None = None,
+    class_ranges: Sequence[tuple[int, int]] | None = None,
     eps: float = 1e-12,
 ) -> Tensor:
     """`vptm_kernels.prototype_cosine`, whose docstring describes the arguments."""
@@ -46,12 +47,15 @@ def prototype_cosine_reference(
         embedding = tokens if projection is None else F.linear(tokens, projection, projection_bias)
     eps = max(eps, torch.finfo(hidden.dtype).tiny)
     cosine = F.linear(F.normalize(embedding, dim=-1, eps=eps), F.normalize(prototypes, dim=-1, eps=eps))
-    if class_offsets is None or task_ids is None:
+    if class_ranges is not None:
+        widest = max((count for _, count in class_ranges), default=0)
+    elif class_offsets is not None and task_ids is not None:
+        widest = max(end - start for start, end in pairwise(class_offsets))
+        counts = [(start, end - start) for start, end in pairwise(class_offsets)]
+        class_ranges = [counts[task] for task in task_ids.tolist()]
+    else:
         return cosine
-
-    widest = max(end - start for start, end in pairwise(class_offsets))
     rows = []
-    for row, task in zip(cosine, task_ids.tolist()):
-        own = row[class_offsets[task] : class_offsets[task + 1]]
-        rows.append(F.pad(own, (0, widest - len(own)), value=float("-inf")))
+    for row, (start, count) in zip(cosine, class_ranges):
+        rows.append(F.pad(row[start : start + count], (0, widest - count), value=float("-inf")))
     return torch.stack(rows) if rows else cosine.new_zeros(0, widest)

@@ -317,7 +317,7 @@ def similarity(
     embedding = embedding.contiguous()
     task_ids = None if task_ids is None else task_ids.contiguous()
     places = (*map(signature, (embedding, prototypes, task_ids)), float32_precision(prototypes.dtype))
-    key = ("similarity", places, tuple(offsets), widest, eps)
+    key = ("similarity", places, len(offsets), widest, eps)
     launch = _launches.get(key)
     if launch is None:
         launch = _launches.keep(key, _similarity_launch(embedding, prototypes, task_ids, offsets, widest, eps))

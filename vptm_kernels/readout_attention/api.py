@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._runtime.plans import Plans, signature
+from .._runtime.ranges import check_ranges
 from .._runtime.tracing import autocasting, nothing_traces
 from .._runtime.triton_support import choose
 from . import torch_impl
@@ -32,6 +33,8 @@ def readout_attention(
     *,
     num_heads: int,
     prompt_kv: Tensor | None = None,
+    prompt_ranges: Tensor | None = None,
+    max_prompt_length: int | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
@@ -53,8 +56,11 @@ def readout_attention(
         v_weight: (H*D, C).
         v_bias: (H*D,) or None.
         num_heads: H.
-        prompt_kv: projected keys and values of prompts, which are attended to as well: (P, 2*H*D) shared by the batch
-            or (B, P, 2*H*D) per image. Their values include the value bias.
+        prompt_kv: projected keys and values of prompts, which are attended to as well: (P, 2*H*D) shared by the batch,
+            (B, P, 2*H*D) per image, or with `prompt_ranges` a pool (S, 2*H*D), of which max_prompt_length rows are
+            gathered for every image: for one query a copy costs what reading them does. Values include the value bias.
+        prompt_ranges: (B, 2) int32, start and length of every image's rows of the pool, as in `prompted_attention`.
+        max_prompt_length: an upper bound of those lengths; `bias` is then (H, N).
         bias: (H, N) or (H, N+P), prompts last, added to the scaled scores. Any floating dtype.
         scale: factor of the scores, default `D ** -0.5`. The bias is not scaled.
         impl: "auto" is "triton" for GPU tensors of float16, bfloat16 or float32 with at most 64 heads, else "torch". An
@@ -92,6 +98,9 @@ def readout_attention(
     >>> prompts.grad.shape
     torch.Size([10, 128])
     """
+    outside = None
+    if prompt_ranges is not None or max_prompt_length is not None:
+        prompt_kv, outside = _gather(x, q, prompt_kv, prompt_ranges, max_prompt_length, bias)
     tensors = (x, q, norm_weight, norm_bias, k_weight, v_weight, v_bias, prompt_kv, bias)
     plain = nothing_traces(*tensors)
     key = _signature(tensors, num_heads, eps, scale, impl) if plain and not autocasting() else None
@@ -141,6 +150,8 @@ def readout_attention(
             # The norm's shift adds one number to the scores of all tokens, so the prompts may have its negative.
             shift = (absorbed * norm_bias).sum(-1, keepdim=True)
             prompt_scores = (prompt_scores - shift).to(q.dtype)
+        if outside is not None:
+            prompt_scores = prompt_scores.masked_fill(outside[:, None], float("-inf"))
     if norm_weight is not None:
         absorbed = (absorbed * norm_weight).to(q.dtype)
 
@@ -167,6 +178,31 @@ def readout_attention(
     if v_bias is not None:
         out = torch.addcmul(out, mass.mT[..., None], v_bias.unflatten(0, (num_heads, 1, head_dim)))
     return out.transpose(0, 1).flatten(1)
+
+
+def _gather(
+    x: Tensor, q: Tensor, pool: Tensor | None, ranges: Tensor | None, longest: int | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Every image's rows of the pool, (B, longest, 2*H*D), and which of them (B, longest) are beyond its range."""
+    if ranges is None:
+        raise ValueError(f"max_prompt_length must be None without prompt_ranges, got {longest}")
+    if not isinstance(pool, Tensor) or pool.ndim != 2:
+        found = tuple(pool.shape) if isinstance(pool, Tensor) else type(pool).__name__
+        raise ValueError(f"prompt_kv must be a pool (S, 2*H*D) with prompt_ranges, got {found}")
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        raise ValueError(f"x must be (B, N, C), got {_shape(x) if isinstance(x, Tensor) else type(x).__name__}")
+    if bias is not None and bias.shape[-1] != x.shape[1]:
+        raise ValueError(f"bias must be (H, N) = (H, {x.shape[1]}) with prompt_ranges, got {_shape(bias)}")
+    ranges = check_ranges(ranges, x.shape[0], pool.shape[0], longest, x.device, "x")
+    assert longest is not None
+    step = torch.arange(longest, device=ranges.device)
+    start, length = ranges[:, :1], ranges[:, 1:]
+    outside = step >= length
+    rows = (start + step).masked_fill(outside, 0)
+    if pool.shape[0] == 0:
+        return pool.new_zeros(x.shape[0], longest, pool.shape[1]), outside
+    # what stands in row 0 is nobody's business where it is not read: it may be NaN
+    return pool[rows].masked_fill(outside[..., None], 0), outside
 
 
 def _signature(
