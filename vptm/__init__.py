@@ -30,7 +30,7 @@ _HOME = {
     "fit": "training.fit",
     "fit_prototypes": "models.verbalizers",
     "inspect_tokens": "inspection.explain",
-    "evaluate": "training.fit",
+    "evaluate": "training.evaluate",
     "init_prompts": "methods.spt",
     "set_class_embeddings": "methods.provp",
 }
@@ -69,7 +69,8 @@ if TYPE_CHECKING:
     from vptm.models.prompted_vit import PromptedViT
     from vptm.models.prompts import PromptBank
     from vptm.models.verbalizers import LinearVerbalizer, PrototypicalVerbalizer, fit_prototypes
-    from vptm.training.fit import evaluate, fit
+    from vptm.training.evaluate import evaluate
+    from vptm.training.fit import fit
     from vptm.weights.adapters import load_adapter, save_adapter
     from vptm.weights.backbones import load_backbone, weight_hash
 

@@ -24,7 +24,8 @@ from tiny_data import CLASSES, picture, write_pictures
 
 from vptm.commands.app import main
 from vptm.data.datasets import few_shot, load_data, transforms
-from vptm.training import fit as training
+from vptm.training import run_folder
+from vptm.training.progress import TrainProgress
 from vptm.weights.adapters import load_adapter
 
 TENSORS, METRICS = "adapter_model.safetensors", "metrics.csv"
@@ -472,7 +473,10 @@ def start(arguments: list[Any], folder: Path) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "vptm", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    # tests that a shell runs in its background ignore SIGINT, and so would what they start
+    restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    pipe: Any = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=restore)
     give_up = time.monotonic() + 120
     while not (folder / METRICS).exists() or len((folder / METRICS).read_text().splitlines()) < 4:
         assert process.poll() is None and time.monotonic() < give_up, process.communicate()[1]
@@ -648,7 +652,7 @@ def test_a_run_folder_removed_on_the_way_is_no_bad_argument(
     vptm: Console, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     """Exit code 1, the work failed, and the path: 2 would blame the arguments."""
-    place, name = (training, "plot_curves") if when == "plot_curves" else (training._Progress, "epoch")
+    place, name = (run_folder, "plot_curves") if when == "plot_curves" else (TrainProgress, "epoch")
     monkeypatch.setattr(place, name, lambda *_: shutil.rmtree(tmp_path / "r"))
     code, line = vptm.refused(*train_arguments(material, tmp_path / "r"))
     assert code == 1 and str(tmp_path / "r") in line, line

@@ -21,12 +21,13 @@ from PIL import Image
 from tiny_data import picture, write_backbone
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-import vptm.training.fit
+import vptm.training.step
 from vptm import PromptedBEiT, evaluate, fit, load_adapter, save_adapter, transforms
 from vptm.data.datasets import ImageDataset
 from vptm.data.split_list import SplitList
-from vptm.training.fit import CURVES_FILE, METRICS_FILE, RUN_FILE, STATE_FILE
 from vptm.training.losses import protoverb_loss
+from vptm.training.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE, RUN_FILES
+from vptm.training.state import STATE_FILE
 from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, WriteError
 
 LEARNS = {"readout": "mean", "token_activation": "hidden", "verbalizer": "linear", "prompt_length": 3}
@@ -60,6 +61,31 @@ def run(model: PromptedBEiT, folder: Path | None = None, **arguments: Any) -> An
     return fit(model, train, val, **(options | arguments))
 
 
+class Interrupting(Dataset[Any]):
+    """Raises KeyboardInterrupt when its n-th image is read, as Ctrl-C would."""
+
+    def __init__(self, inner: Any, at: int) -> None:
+        self.inner, self.at, self.reads = inner, at, 0
+        self.labels = inner.labels if isinstance(inner, ImageDataset) else inner.tensors[1].numpy()
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads += 1
+        if self.reads == self.at:
+            raise KeyboardInterrupt
+        return self.inner[index]
+
+
+def stop(model: PromptedBEiT, folder: Path, epochs: int, **arguments: Any) -> None:
+    """A run of `epochs` stopped by Ctrl-C early in its last one."""
+    train, val = loaders(model)
+    broken = DataLoader(Interrupting(train.dataset, 12 * (epochs - 1) + 2), batch_size=5, shuffle=True)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"lr": 0.02, "warmup_epochs": 1, "progress": False, "run_dir": folder}
+    assert fit(model, broken, val, epochs=epochs, **(options | arguments)).interrupted
+
+
 def metrics(folder: Path) -> list[dict[str, str]]:
     """Rows of metrics.csv but for the clock."""
     with (folder / METRICS_FILE).open(newline="") as file:
@@ -70,9 +96,7 @@ def assert_same_run(one: Path, two: Path) -> None:
     for name in (TENSORS_FILE, CONFIG_FILE):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     assert metrics(one) == metrics(two)
-    states = [torch.load(folder / STATE_FILE, weights_only=True) for folder in (one, two)]
-    for name, tensor in states[0]["learned"].items():
-        assert torch.equal(tensor, states[1]["learned"][name]), name
+    assert not (one / STATE_FILE).exists() and not (two / STATE_FILE).exists(), "a finished run needs no state"
 
 
 def test_it_learns_and_changes_only_what_is_not_frozen(backbone: Path) -> None:
@@ -192,7 +216,7 @@ def test_learning_rate_warms_up_and_falls_to_nothing(backbone: Path) -> None:
 
 def test_run_folder_holds_everything(backbone: Path, tmp_path: Path) -> None:
     result = run(make_model(backbone), tmp_path / "r", info={"note": "x"})
-    assert {path.name for path in (tmp_path / "r").iterdir()} == set(vptm.training.fit.RUN_FILES)
+    assert {path.name for path in (tmp_path / "r").iterdir()} == set(RUN_FILES) - {STATE_FILE}
     assert [int(row["epoch"]) for row in metrics(tmp_path / "r")] == [1, 2, 3, 4]
     facts = json.loads((tmp_path / "r" / RUN_FILE).read_text())
     assert (
@@ -261,23 +285,6 @@ def test_a_kill_at_any_write_resumes_bitwise(
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-class Interrupting(Dataset[Any]):
-    """Raises KeyboardInterrupt when its n-th image is read, as Ctrl-C would."""
-
-    def __init__(self, inner: Any, at: int) -> None:
-        self.inner, self.at, self.reads = inner, at, 0
-        self.labels = inner.labels if isinstance(inner, ImageDataset) else inner.tensors[1].numpy()
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitem__(self, index: int) -> Any:
-        self.reads += 1
-        if self.reads == self.at:
-            raise KeyboardInterrupt
-        return self.inner[index]
-
-
 @pytest.mark.parametrize("at", [2, 12 * 2 + 7])
 def test_ctrl_c_leaves_a_usable_run_that_resumes_bitwise(backbone: Path, tmp_path: Path, at: int) -> None:
     run(make_model(backbone), tmp_path / "whole")
@@ -306,12 +313,48 @@ def test_worker_processes_resume_bitwise(backbone: Path, tmp_path: Path) -> None
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_resuming_a_finished_run_changes_nothing(backbone: Path, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its best epoch comes from the adapter, as its state is gone; it says that there is nothing to train."""
     first = run(make_model(backbone), tmp_path / "r")
-    before = {name: (tmp_path / "r" / name).read_bytes() for name in (TENSORS_FILE, METRICS_FILE, STATE_FILE)}
-    again = run(make_model(backbone, seed=5), tmp_path / "r", resume=True)
-    assert again.history == first.history and again.best_epoch == first.best_epoch
-    assert before == {name: (tmp_path / "r" / name).read_bytes() for name in before}
+    before = {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()}
+    model = make_model(backbone, seed=5)
+    again = run(model, tmp_path / "r", resume=True, progress=True)
+    assert (again.history, again.best_epoch, again.best_val_accuracy) == (
+        (first.history, first.best_epoch, first.best_val_accuracy)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(load_adapter(tmp_path / "r").parameters(), model.parameters()))
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()}
+    said = capsys.readouterr().err
+    assert said.endswith(f"is finished after 4 epochs, the best was {first.best_epoch}: nothing to train\n")
+
+
+def test_a_finished_run_that_was_damaged_is_refused(backbone: Path, tmp_path: Path) -> None:
+    """Each would give a model or a history that is not the run's."""
+    folder = tmp_path / "r"
+    run(make_model(backbone), folder)
+    facts = json.loads((folder / RUN_FILE).read_text())
+    tensors = bytearray((folder / TENSORS_FILE).read_bytes())
+    tensors[-3] ^= 4
+    rows = (folder / METRICS_FILE).read_text().splitlines(keepends=True)
+    for name, content, message in (
+        (RUN_FILE, json.dumps(facts | {"finished": 3}), "run.json must say how the finished run ended"),
+        (RUN_FILE, json.dumps(facts | {"finished": facts["finished"] | {"best_epoch": 9}}), "must say how"),
+        (RUN_FILE, json.dumps(facts | {"finished": {}}), "must say how"),
+        (RUN_FILE, "[", "run.json must be the JSON of a run"),
+        (METRICS_FILE, "".join(rows[:-1]), "metrics.csv must have 4 epochs, got 3"),
+        (METRICS_FILE, "".join(rows).replace(",", ";"), "metrics.csv must be the metrics of a run"),
+        (TENSORS_FILE, bytes(tensors), "is damaged: its tensors do not have the hash"),
+    ):
+        good = (folder / name).read_bytes()
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        model = make_model(backbone, seed=5)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match=rf"{message}.*; use overwrite$"):
+            run(model, folder, resume=True)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()), name
+        (folder / name).write_bytes(good)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +432,7 @@ class Payload:
 
 @pytest.mark.parametrize("content", ["truncated", "pickle", "foreign"])
 def test_a_damaged_state_is_refused_and_never_runs_code(backbone: Path, tmp_path: Path, content: str) -> None:
-    run(make_model(backbone), tmp_path / "r")
+    stop(make_model(backbone), tmp_path / "r", 4)
     path = tmp_path / "r" / STATE_FILE
     if content == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
@@ -643,7 +686,7 @@ def test_steps_smaller_than_16_bits_resolve_add_up(backbone: Path) -> None:
 
 def test_a_16_bit_run_resumes_bitwise(backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The float32 copies and the scale of the loss, which starts too high here and falls, are part of the state."""
-    monkeypatch.setattr(vptm.training.fit, "_FIRST_SCALE", 2.0**24)
+    monkeypatch.setattr(vptm.training.step, "_FIRST_SCALE", 2.0**24)
     for name, stops in (("whole", (4,)), ("parts", (2, 4))):
         for stop in stops:
             model = make_model(backbone).half()
@@ -652,9 +695,10 @@ def test_a_16_bit_run_resumes_bitwise(backbone: Path, tmp_path: Path, monkeypatc
                 train = DataLoader(Interrupting(train.dataset, 12 * 2 + 3), batch_size=5, shuffle=True)  # type: ignore[arg-type]
             resume = (tmp_path / name).exists()
             fit(model, train, val, epochs=4, lr=0.02, progress=False, run_dir=tmp_path / name, resume=resume)
+            if stop == 2:
+                state = torch.load(tmp_path / name / STATE_FILE, weights_only=True)
     assert len(metrics(tmp_path / "parts")) == 4
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    state = torch.load(tmp_path / "whole" / STATE_FILE, weights_only=True)
     assert all(tensor.dtype == torch.float32 for tensor in state["learned"].values())
     assert 1 < state["scaler"]["scale"] < 2.0**24
 
@@ -680,7 +724,7 @@ def test_a_wrapped_model_trains_as_the_model_in_it(backbone: Path, tmp_path: Pat
 
 def test_no_entry_of_the_state_can_be_missing_or_wrong(backbone: Path, tmp_path: Path) -> None:
     """Each is refused by name or by the digest, before the model changes: a resumed run would be another one."""
-    run(make_model(backbone), tmp_path / "good", epochs=2)
+    stop(make_model(backbone), tmp_path / "good", 3)
     good = torch.load(tmp_path / "good" / STATE_FILE, weights_only=True)
 
     def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -704,14 +748,14 @@ def test_no_entry_of_the_state_can_be_missing_or_wrong(backbone: Path, tmp_path:
         model = make_model(backbone)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         with pytest.raises(ValueError, match=r"state\.pt .*; use overwrite|must be a training state of ver") as refusal:
-            run(model, tmp_path / "good", epochs=2, resume=True)
+            run(model, tmp_path / "good", epochs=3, resume=True)
         assert "\n" not in str(refusal.value)
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()), place
 
 
 def test_a_state_cannot_claim_what_it_does_not_hold(backbone: Path, tmp_path: Path) -> None:
     """A mapping that holds itself, a value repeated to a size that no machine has: refused without following either."""
-    run(make_model(backbone), tmp_path / "r", epochs=2)
+    stop(make_model(backbone), tmp_path / "r", 2)
     path = tmp_path / "r" / STATE_FILE
     good = torch.load(path, weights_only=True)
     loop: dict[str, Any] = {}
@@ -727,7 +771,7 @@ def test_a_state_cannot_claim_what_it_does_not_hold(backbone: Path, tmp_path: Pa
 
 
 def test_a_flipped_bit_of_the_state_is_refused(backbone: Path, tmp_path: Path) -> None:
-    run(make_model(backbone), tmp_path / "r", epochs=2)
+    stop(make_model(backbone), tmp_path / "r", 2)
     path = tmp_path / "r" / STATE_FILE
     whole = path.read_bytes()
     value = torch.load(path, weights_only=True)["learned"]["prompts.weight"].numpy().tobytes()

@@ -430,8 +430,11 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     from vptm.messages import one_of
     from vptm.methods.spt import INIT_METHODS, init_prompts
     from vptm.models.verbalizers import fit_prototypes
-    from vptm.training.fit import RUN_FILE, STATE_FILE, evaluate, fit, peak_memory, update_run_file
-    from vptm.weights.adapters import WriteError, save_adapter
+    from vptm.training.evaluate import evaluate
+    from vptm.training.facts import peak_memory
+    from vptm.training.fit import fit
+    from vptm.training.run_folder import RUN_FILE, holds_progress, update_run_file
+    from vptm.weights.adapters import WriteError, read_adapter_config, save_adapter
 
     shots = _parse_shots(settings["shots"])
     for name in ("batch_size", "workers", "prototype_steps"):
@@ -481,11 +484,11 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     if settings["finetune"]:
         model.unfreeze()
     folder = _free_folder(data.name) if out is None else out
-    if settings["prompt_init"] != "uniform" and not (resume and (folder / STATE_FILE).is_file()):
+    if settings["prompt_init"] != "uniform" and not (resume and holds_progress(folder)):
         model.to(place)
         init_prompts(model, loader, settings["prompt_init"], images=settings["init_images"], seed=settings["seed"])
     support = _loader(plain_train_set, EVALUATION_BATCH, settings["workers"], place)
-    if settings["prototype_init"] == "class_means" and not (resume and (folder / STATE_FILE).is_file()):
+    if settings["prototype_init"] == "class_means" and not (resume and holds_progress(folder)):
         verbalizer: Any = model.to(place).verbalizer
         verbalizer.init_prototypes(model, support)
     again = f"vptm train --resume --out {shlex.quote(str(folder))}"
@@ -526,10 +529,15 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     contrast: list[float] = []
     try:
         if steps := settings["prototype_steps"]:
-            contrast = fit_prototypes(model, support, steps=steps, lr=settings["prototype_lr"])
-            accuracy = None if val_loader is None else evaluate(model, val_loader)["accuracy"]
-            extra = {"epoch": result.best_epoch, "val_accuracy": accuracy, "prototype_steps": steps}
-            save_adapter(model, folder, extra=extra)
+            kept = read_adapter_config(folder).get("extra") or {}
+            fitted = kept.get("prototype_losses")
+            if kept.get("prototype_steps") == steps and isinstance(fitted, list) and len(fitted) == 2:
+                contrast, accuracy = fitted, kept.get("val_accuracy")  # a finished run: its adapter has them
+            else:
+                contrast = fit_prototypes(model, support, steps=steps, lr=settings["prototype_lr"])
+                accuracy = None if val_loader is None else evaluate(model, val_loader)["accuracy"]
+                extra = {"epoch": result.best_epoch, "val_accuracy": accuracy, "prototype_steps": steps}
+                save_adapter(model, folder, extra=extra | {"prototype_losses": [contrast[0], contrast[-1]]})
         if test is None and test_set is not None:
             test_loader = _loader(test_set.with_transform(prepare), EVALUATION_BATCH, settings["workers"], place)
             test = evaluate(model, test_loader)
@@ -930,7 +938,7 @@ def evaluate(
     from vptm.data.datasets import load_data, picture_options, transforms
     from vptm.data.split_list import SplitList
     from vptm.messages import one_line, one_of
-    from vptm.training.fit import evaluate as measure
+    from vptm.training.evaluate import evaluate as measure
     from vptm.weights.adapters import load_adapter
 
     one_of("--split", split, ("test", "val", "train"))
@@ -1140,7 +1148,7 @@ def inspect(
 
 
 def _adapter_lines(folder: Path) -> list[tuple[str, str]]:
-    from vptm.training.fit import RUN_FILE
+    from vptm.training.run_folder import RUN_FILE
     from vptm.weights.adapters import TENSORS_FILE, read_adapter_config, read_tensors
 
     config = read_adapter_config(folder)
@@ -1231,7 +1239,7 @@ def env() -> None:
 
     import torch
 
-    from vptm.training.fit import package_versions
+    from vptm.training.facts import package_versions
 
     lines = [(name, found or "not installed") for name, found in package_versions().items()]
     lines.append(("system", f"{platform.system()} {platform.machine()}"))
@@ -1432,7 +1440,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
     import json
 
     from vptm.messages import one_line
-    from vptm.training.fit import RUN_FILE
+    from vptm.training.run_folder import RUN_FILE
 
     path = folder / RUN_FILE
     if not path.is_file():
@@ -1456,7 +1464,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 def _own_data(folder: Path) -> str | None:
     from vptm.messages import one_line
-    from vptm.training.fit import RUN_FILE
+    from vptm.training.run_folder import RUN_FILE
 
     if not (folder / RUN_FILE).is_file():
         return None

@@ -23,7 +23,7 @@ from vptm.commands.app import _parse_range, _parse_shots, train_settings
 from vptm.data.datasets import ImageData, few_shot, load_data
 from vptm.data.split_list import SplitList
 from vptm.recipes import Recipe, read_recipe
-from vptm.training.fit import RUN_FILE, prepare_run_folder
+from vptm.training.run_folder import RUN_FILE, prepare_run_folder
 from vptm.weights.adapters import write_atomically
 
 # options of every run that `compare` sets itself

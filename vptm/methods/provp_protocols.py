@@ -23,7 +23,8 @@ from vptm.data.datasets import ImageData, ImageDataset, few_shot, transforms
 from vptm.messages import one_of
 from vptm.methods.provp import FeatureReformation, ridge_projection, set_class_embeddings
 from vptm.models.prompted_model import PromptedModel
-from vptm.training.fit import evaluate, fit
+from vptm.training.evaluate import evaluate
+from vptm.training.fit import fit
 
 PROTOCOLS = ("few-shot", "base-to-novel")
 SHOTS = (1, 2, 4, 8, 16)

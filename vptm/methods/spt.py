@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, default_collat
 
 from vptm.frozen.modes import eval_mode
 from vptm.messages import one_of
-from vptm.training.fit import generators_kept, seed_everything
+from vptm.training.seeding import generators_kept, seed_everything
 
 if TYPE_CHECKING:
     from vptm.models.prompted_model import PromptedModel

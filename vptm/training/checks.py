@@ -1,0 +1,119 @@
+"""What is refused before anything is trained or written: settings, loaders, images and labels that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from timm.optim import list_optimizers
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from vptm.data.datasets import ImageDataset, dataset_labels
+from vptm.messages import hint, number, one_of
+from vptm.models.prompted_model import PromptedModel
+from vptm.models.verbalizers import PrototypicalVerbalizer, check_finite
+from vptm.training.schedules import SCHEDULES
+from vptm.training.seeding import generators_kept
+
+
+def check_loaders(train: Any, val: Any) -> None:
+    """TypeError unless both are DataLoaders; `val` may be None."""
+    for name, loader in (("train", train), ("val", val)):
+        if not isinstance(loader, DataLoader) and not (name == "val" and loader is None):
+            raise TypeError(f"{name} must be a torch DataLoader, got {type(loader).__name__}")
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """ValueError or TypeError naming the first setting of `fit` that is out of range."""
+    epochs, warmup_epochs, lr = settings["epochs"], settings["warmup_epochs"], settings["lr"]
+    for name in ("epochs", "warmup_epochs"):
+        if isinstance(settings[name], bool) or not isinstance(settings[name], int):
+            raise TypeError(f"{name} must be an integer, got {settings[name]!r}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be >= 1, got {epochs}")
+    if not 0 <= warmup_epochs < epochs:
+        raise ValueError(f"warmup_epochs must be >= 0 and < epochs={epochs}, got {warmup_epochs}")
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr must be finite and > 0, got {lr}")
+    for name in ("weight_decay", "protoverb_weight"):
+        if not 0 <= number(name, settings[name]) < float("inf"):
+            raise ValueError(f"{name} must be finite and >= 0, got {settings[name]!r}")
+    if not 0 <= settings["label_smoothing"] < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {settings['label_smoothing']}")
+    one_of("schedule", settings["schedule"], SCHEDULES)
+    known, optimizer = [str(name) for name in list_optimizers()], settings["optimizer"]
+    if optimizer not in known:
+        raise ValueError(
+            f"optimizer must be one of timm.optim.list_optimizers(), got {optimizer!r}{hint(optimizer, known)}"
+        )
+
+
+def check_model(model: PromptedModel, settings: Mapping[str, Any]) -> None:
+    """ValueError unless `model` can be trained as `settings` say: it learns something, from finite values."""
+    if settings["protoverb_weight"] and not isinstance(model.verbalizer, PrototypicalVerbalizer):
+        raise ValueError(f"protoverb_weight needs verbalizer='prototypical', got {type(model.verbalizer).__name__}")
+    if next(model.trainable_parameters(), None) is None:
+        raise ValueError("model must have trainable parameters, all of them are frozen")
+    check_finite(model)
+
+
+def check_data(model: PromptedModel, loader: DataLoader[Any], name: str) -> np.ndarray | None:
+    """Refuse images the model does not take and labels outside 0..K-1. Streams are seen when they are read.
+
+    Returns:
+        The labels (N,) int64 of the loader's data set; None of a stream. A data set that does not carry them is read
+        once.
+    """
+    return _labels(loader, model.num_classes, name, _first_label(model, loader))
+
+
+def _first_label(model: PromptedModel, loader: DataLoader[Any]) -> Any:
+    """The first item's label, after a look at its image; None of a stream."""
+    dataset: Any = loader.dataset
+    if isinstance(dataset, IterableDataset) or len(dataset) == 0:
+        return None
+    with generators_kept(loader, None):  # reading an image may draw augmentation
+        item = dataset[0]
+    if isinstance(item[0], Tensor):
+        model.check_images(item[0][None])
+    return item[1]
+
+
+def _labels(loader: DataLoader[Any], classes: int, name: str, first: Any) -> np.ndarray | None:
+    dataset: Any = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        return None
+    if isinstance(dataset, ImageDataset) and len(dataset.classes) != classes:
+        raise ValueError(f"{name} images must have the model's {classes} classes, got {len(dataset.classes)}")
+    labels = dataset_labels(dataset)
+    if labels is None or (len(labels) and not np.array_equal(labels[0], np.asarray(first))):
+        with generators_kept(loader, None):
+            labels = _read_labels(dataset, name)
+    if len(labels) == 0:
+        raise ValueError(f"{name} must hold at least one image, it is empty")
+    bad = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(bad):
+        raise ValueError(f"{name} labels must be in 0..{classes - 1}, got {labels[bad[0]]} at index {bad[0]}")
+    return labels.astype(np.int64)
+
+
+def _read_labels(dataset: Any, name: str) -> np.ndarray:
+    """The label of every item, which decodes every image."""
+    labels = []
+    for index in range(len(dataset)):
+        label = np.asarray(dataset[index][1])
+        if label.ndim or label.dtype.kind not in "iub":
+            raise ValueError(
+                f"{name} labels must be (N,) integers, got shape {label.shape} of {label.dtype} at index {index}"
+            )
+        labels.append(int(label))
+    return np.array(labels, dtype=np.int64)
+
+
+def check_batch_labels(labels: Tensor, classes: int) -> None:
+    """ValueError naming the first label of a batch outside 0..classes-1."""
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        bad = int(((labels < 0) | (labels >= classes)).nonzero()[0])
+        raise ValueError(f"labels must be in 0..{classes - 1}, got {int(labels[bad])} at row {bad} of a batch")

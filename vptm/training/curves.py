@@ -1,0 +1,40 @@
+"""Loss and accuracy by epoch, as a picture."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from vptm.weights.adapters import write_atomically
+
+
+def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
+    """Loss and accuracy by epoch, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    epochs = [row["epoch"] for row in history]
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy")):
+        for part, colour in (("train", "#1f6f8b"), ("val", "#c8553d")):
+            values = [row[f"{part}_{quantity}"] for row in history]
+            if values[-1] is not None:
+                axes.plot(
+                    epochs, values, color=colour, marker="o" if len(epochs) < 30 else "", markersize=3, label=part
+                )
+        axes.set(xlabel="epoch", ylabel=quantity)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if quantity == "accuracy":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.set_ylim(0, 1)
+        else:
+            axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    canvas.print_figure(buffer, dpi=130, format="png")
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,339 @@
+"""The folder of a run: the best adapter so far, the state to resume from, and what is known of the run.
+
+Every file is replaced by one rename, at the end of an epoch. The state is written first, as the other files follow from
+it; it goes when the last epoch is done, and `run.json` then says what a resume has to know.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vptm.data.datasets import ImageDataset
+from vptm.data.split_list import SPLIT_FILE, SplitList
+from vptm.messages import one_line
+from vptm.models.prompted_model import PromptedModel
+from vptm.training.curves import plot_curves
+from vptm.training.facts import environment
+from vptm.training.state import STATE_FILE, read_state, write_state
+from vptm.training.step import TrainStep
+from vptm.weights.adapters import (
+    CONFIG_FILE,
+    TENSORS_FILE,
+    WriteError,
+    frozen_part,
+    read_tensors,
+    write_adapter,
+    write_atomically,
+)
+from vptm.weights.backbones import weight_hash
+
+METRICS_FILE, CURVES_FILE, RUN_FILE = "metrics.csv", "curves.png", "run.json"
+RUN_FILES = (TENSORS_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, CURVES_FILE, RUN_FILE, SPLIT_FILE)
+METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
+
+
+def run_identity(
+    model: PromptedModel, settings: Mapping[str, Any], train: DataLoader[Any], labels: np.ndarray | None
+) -> dict[str, Any]:
+    """What must be as it was for a run to be continued: settings, model, frozen weights and training labels."""
+    return {
+        **settings,
+        **{f"model.{name}": value for name, value in model.config.items()},
+        "backbone": model.weight_hash(),
+        "batches": len(train),
+        "batch_size": train.batch_size or 0,
+        "train labels": hashlib.sha256(labels.tobytes()).hexdigest() if labels is not None else "unknown",
+    }
+
+
+class Run:
+    """Progress of one training run, in memory and in its folder.
+
+    Args:
+        step: holds the model, its optimiser and its master weights.
+        identity: see `run_identity`.
+        folder: None keeps the run in memory.
+
+    Attributes:
+        epoch: finished epochs.
+        best_epoch, best_score, best_state: the epoch that is best so far, its (accuracy, -loss) on the validation
+            images, and what was learned then.
+        history: one row of `metrics.csv` per finished epoch.
+    """
+
+    def __init__(self, step: TrainStep, identity: dict[str, Any], folder: Path | None) -> None:
+        self.model, self.masters, self.optimiser = step.model, step.masters, step.optimiser
+        self.identity, self.folder = identity, folder
+        self._frozen = None if folder is None else frozen_part(self.model)
+        self.epoch = self._written = self.best_epoch = 0
+        self.best_score: tuple[float, float] | None = None
+        self.best_state = self._learned()
+        self.history: list[dict[str, Any]] = []
+
+    def begin(
+        self,
+        *,
+        resume: bool,
+        overwrite: bool,
+        images: SplitList | None,
+        settings: Mapping[str, Any],
+        info: Mapping[str, Any] | None,
+    ) -> None:
+        """Make the folder ready, and take up where the run in it stopped.
+
+        Raises:
+            ValueError: what `prepare_run_folder` refuses, a run of another identity or of other `images`, or a state
+                that does not fit the model.
+        """
+        if self.folder is None:
+            if resume:
+                raise ValueError("resume=True needs run_dir, the folder of the run to continue")
+            return
+        state = prepare_run_folder(self.folder, resume=resume, overwrite=overwrite)
+        if state is None:
+            facts = {"seed": settings["seed"], "arguments": dict(settings), **(info or {})}
+            _write_run_file(self.folder, {**environment(), **facts})
+            if images is not None:
+                images.write(self.folder)
+            self._write()
+            return
+        self._check_identity(state)
+        _check_images(images, self.folder)
+        try:
+            self._restore(state)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            where = self.folder / (STATE_FILE if "learned" in state else TENSORS_FILE)
+            raise ValueError(f"{where} does not fit the run: {one_line(error, 200)}; use overwrite") from error
+
+    def finish_epoch(self, row: dict[str, Any]) -> None:
+        """Keep and write what an epoch reached."""
+        score = None if row["val_accuracy"] is None else (row["val_accuracy"], -row["val_loss"])
+        if score is None or self.best_score is None or score > self.best_score:
+            self.best_epoch, self.best_score, self.best_state = row["epoch"], score, self._learned()
+        self.epoch, self.history = row["epoch"], [*self.history, row]
+        self._write()
+
+    def catch_up(self) -> None:
+        """Write an epoch that was finished when Ctrl-C came, and was not yet on disk."""
+        if self.epoch > self._written:
+            self._write()
+
+    def end(self, *, finished: bool) -> None:
+        """Leave the best epoch in the model and the curves in the folder; no state of a run that is finished."""
+        self.model.load_learned_state_dict(self.best_state)
+        self.model.eval()
+        if self.folder is None or not self.history:
+            return
+        plot_curves(self.history, self.folder / CURVES_FILE)
+        if finished:
+            score = None if self.best_score is None else list(self.best_score)
+            facts = {"identity": self.identity, "best_epoch": self.best_epoch, "best_score": score}
+            update_run_file(self.folder, finished=facts)
+            (self.folder / STATE_FILE).unlink(missing_ok=True)
+
+    def _learned(self) -> dict[str, Tensor]:
+        return {name: tensor.cpu().clone() for name, tensor in self.model.learned_state_dict().items()}
+
+    def _check_identity(self, state: Mapping[str, Any]) -> None:
+        stored, given = state["identity"], self.identity
+        if state["version"] == 1:
+            given = {**given, "backbone": _first_hash(self.model)}
+        elif "learned" not in state:  # from JSON, where tuples are lists
+            given = json.loads(json.dumps(given))
+        for name, value in given.items():
+            if stored.get(name) != value:
+                raise ValueError(f"cannot resume {self.folder}: {name} was {stored.get(name)!r}, now {value!r}")
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        own = self.model.learned_state_dict()
+        # an adapter also holds what is frozen and differs from the source
+        best = state["best"] if "learned" in state else {k: v for k, v in state["best"].items() if k in own}
+        self.model.load_learned_state_dict(best)  # first, as it is refused where it does not fit
+        if "learned" in state:
+            self.masters.load(state["learned"])
+            self.optimiser.load_state_dict(state["optimizer"])
+            if state.get("scaler"):
+                self.masters.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.best_epoch = state["epoch"], state["best_epoch"]
+        self.best_score = None if state["best_score"] is None else tuple(state["best_score"])
+        self.best_state, self.history = best, state["history"]
+        if "learned" in state:
+            self._write_files()
+
+    def _write(self) -> None:
+        if self.folder is None:
+            return
+        write_state(
+            self.folder / STATE_FILE,
+            {
+                "identity": self.identity,
+                "epoch": self.epoch,
+                "learned": {name: tensor.cpu() for name, tensor in self.masters.learned().items()},
+                "optimizer": self.optimiser.state_dict(),
+                "scaler": self.masters.scaler.state_dict(),
+                "best": self.best_state,
+                "best_epoch": self.best_epoch,
+                "best_score": None if self.best_score is None else list(self.best_score),
+                "history": self.history,
+            },
+        )
+        self._write_files()
+        self._written = self.epoch
+
+    def _write_files(self) -> None:
+        assert self.folder is not None
+        text = io.StringIO()
+        writer = csv.DictWriter(text, METRICS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_atomically(self.folder / METRICS_FILE, text.getvalue().encode())
+        if self.epoch in (0, self.best_epoch) or not (self.folder / TENSORS_FILE).is_file():
+            self._save_best()
+
+    def _save_best(self) -> None:
+        assert self.folder is not None and self._frozen is not None
+        current = {name: tensor.clone() for name, tensor in self.masters.learned().items()}
+        self.model.load_learned_state_dict(self.best_state)
+        try:
+            extra = {"epoch": self.best_epoch, "val_accuracy": None if self.best_score is None else self.best_score[0]}
+            write_adapter(self.model, self.folder, self._frozen, extra)
+        finally:
+            self.masters.load(current)
+
+
+def prepare_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
+    """Make `folder` ready for a run and return the state to resume from, or None for a fresh run.
+
+    Of a finished run the state holds what was best and nothing to train on: neither `learned` nor `optimizer`.
+
+    Raises:
+        ValueError: it holds files and neither `resume` nor `overwrite` was given, both were, there is nothing to
+            resume, its state is damaged, or it cannot be written. Nothing is deleted then.
+    """
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other, both were given")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run folder must be a folder, {folder} is a file")
+    leftovers: list[Path] = []
+    others: list[Path] = []
+    if folder.is_dir():
+        for path in folder.iterdir():
+            (leftovers if path.name.startswith(".") and path.suffix == ".tmp" else others).append(path)
+    state = None
+    if resume:
+        if not (folder / RUN_FILE).is_file():
+            raise ValueError(f"nothing to resume: {folder} has no {RUN_FILE}")
+        # a kill before the first state was written leaves run.json alone: the run starts again
+        state = read_state(folder / STATE_FILE) if (folder / STATE_FILE).is_file() else _finished_state(folder)
+    elif others and not overwrite:
+        raise ValueError(f"run folder {folder} exists and is not empty: pass resume, overwrite or another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe.tmp"
+        probe.touch()
+        probe.unlink()
+        for path in leftovers:
+            path.unlink(missing_ok=True)
+        if overwrite:
+            for name in RUN_FILES:
+                (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"run folder {folder} cannot be written: {error.strerror}") from None
+    return state
+
+
+def holds_progress(folder: Path) -> bool:
+    """Whether a resume of the run in `folder` takes up what was learned, rather than starting again."""
+    return (folder / STATE_FILE).is_file() or (
+        (folder / RUN_FILE).is_file() and "finished" in _read_run_file(folder / RUN_FILE)
+    )
+
+
+def _finished_state(folder: Path) -> dict[str, Any] | None:
+    """What a finished run left, None of a run that is not finished."""
+    facts = _read_run_file(folder / RUN_FILE).get("finished")
+    if facts is None:
+        return None
+    try:
+        identity, best_epoch, score = facts["identity"], facts["best_epoch"], facts["best_score"]
+        fits = type(identity["epochs"]) is int and type(best_epoch) is int and 0 <= best_epoch <= identity["epochs"]
+        fits = fits and (score is None or [type(value) for value in score] == [float, float])
+    except (KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{folder / RUN_FILE} must say how the finished run ended; use overwrite")
+    history = _read_history(folder / METRICS_FILE)
+    if len(history) != identity["epochs"]:
+        raise ValueError(
+            f"{folder / METRICS_FILE} must have {identity['epochs']} epochs, got {len(history)}; use overwrite"
+        )
+    best, metadata = read_tensors(folder / TENSORS_FILE)
+    if metadata.get("vptm_hash") != weight_hash(best):
+        raise ValueError(
+            f"{folder / TENSORS_FILE} is damaged: its tensors do not have the hash written with them; use overwrite"
+        )
+    found = {"identity": identity, "epoch": len(history), "best": best, "best_epoch": best_epoch, "history": history}
+    return {"version": None, **found, "best_score": score}
+
+
+def _read_history(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return [
+            {name: int(row[name]) if name == "epoch" else float(row[name]) if row[name] else None for name in METRICS}
+            for row in rows
+        ]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path} must be the metrics of a run: {one_line(error)}; use overwrite") from None
+
+
+def _first_hash(model: PromptedModel) -> str:
+    """The hash that the first version of the state kept of a backbone, whether it trained or not."""
+    state = model.state_dict()
+    return weight_hash({name: tensor for name, tensor in state.items() if not model._comes_from_no_source(name)})
+
+
+def listed_images(train: DataLoader[Any], val: DataLoader[Any] | None) -> SplitList | None:
+    """The images of the loaders whose data sets name theirs, None where none does."""
+    datasets = {"train": train.dataset, "val": None if val is None else val.dataset}
+    parts = {split: dataset for split, dataset in datasets.items() if isinstance(dataset, ImageDataset)}
+    return SplitList.of(parts) if parts else None
+
+
+def _check_images(images: SplitList | None, folder: Path) -> None:
+    stored = SplitList.read(folder)
+    if images is not None and stored is not None and (other := stored.difference(images)):
+        raise ValueError(f"cannot resume {folder}: {other}")
+
+
+def update_run_file(folder: Path, **facts: Any) -> None:
+    """Add facts, such as the test result, to a run's `run.json`."""
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise WriteError(f"{path} cannot be written, the run folder is gone: No such file or directory")
+    _write_run_file(folder, {**_read_run_file(path), **facts})
+
+
+def _read_run_file(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be the JSON of a run: {one_line(error)}; use overwrite") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}; use overwrite")
+    return content
+
+
+def _write_run_file(folder: Path, content: dict[str, Any]) -> None:
+    write_atomically(folder / RUN_FILE, (json.dumps(content, indent=2) + "\n").encode())

@@ -1,0 +1,142 @@
+"""One training step: scores, loss, gradients, and what the optimiser changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import Tensor
+from torch.nn import functional as F
+
+from vptm.methods.provp import FeatureReformation
+from vptm.models.prompted_model import PromptedModel
+from vptm.training.losses import protoverb_loss
+from vptm.training.schedules import decay_groups, make_schedule
+from vptm.weights.adapters import unwrapped
+
+_FIRST_SCALE = 1024.0  # of fp16 losses; a mean over a batch needs less than torch's 65536, which costs the first steps
+
+
+class MasterWeights:
+    """float32 copies of the learned tensors that are kept in 16 bits, which the optimiser steps in their place."""
+
+    def __init__(self, model: PromptedModel) -> None:
+        self.model = model
+        self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.copies = {
+            parameter: parameter.detach().float()
+            for parameter in self.names
+            if parameter.dtype in (torch.float16, torch.bfloat16)
+        }
+        scaled = any(parameter.dtype == torch.float16 for parameter in self.copies)
+        place = next(model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(place, init_scale=_FIRST_SCALE, enabled=scaled)
+
+    def of(self, parameter: torch.nn.Parameter) -> Tensor:
+        """What the optimiser steps for `parameter`."""
+        return self.copies.get(parameter, parameter)
+
+    def step(self, loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
+        """Gradients of `loss`, a step of the optimiser, and its outcome in the model."""
+        optimiser.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        for parameter, copy in self.copies.items():
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        self.scaler.step(optimiser)
+        self.scaler.update()
+        self._round()
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for parameter, copy in self.copies.items():
+            parameter.copy_(copy)
+
+    def learned(self) -> dict[str, Tensor]:
+        """`model.learned_state_dict()` with the copies in place of what they were rounded to."""
+        return self.model.learned_state_dict() | {self.names[p]: copy for p, copy in self.copies.items()}
+
+    @torch.no_grad()
+    def load(self, learned: Mapping[str, Tensor]) -> None:
+        """Put back what `learned` gave."""
+        self.model.load_learned_state_dict(learned)
+        for parameter, copy in self.copies.items():
+            copy.copy_(learned[self.names[parameter]])
+
+    def note(self) -> str:
+        """What is said of it before training."""
+        kinds = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in self.copies})
+        return f", learned tensors are {' and '.join(kinds)} and trained as float32 copies" if kinds else ""
+
+
+class TrainStep:
+    """What one batch does to a model: loss, optimiser and learning rate, as `settings` (the keywords of `fit`) say.
+
+    Args:
+        forward: the model, or a wrapper of it.
+        settings: of `vptm.fit`.
+        steps: steps in an epoch.
+        cache_frozen: keep the frozen features of ProVP-Ref's contrast.
+
+    Attributes:
+        model: what `forward` wraps.
+        masters: see `MasterWeights`.
+        optimiser: timm's, over what `masters` says.
+    """
+
+    def __init__(self, forward: Any, settings: Mapping[str, Any], *, steps: int, cache_frozen: bool) -> None:
+        self.forward, self.model, self.settings = forward, unwrapped(forward), settings
+        self.reform = None
+        if settings["reformation"]:
+            temperature = settings["reformation_temperature"]
+            self.reform = FeatureReformation(
+                self.model, weight=settings["reformation"], temperature=temperature, cache=cache_frozen
+            )
+        self.masters = MasterWeights(self.model)
+        decay, lr = settings["weight_decay"], settings["lr"]
+        groups = decay_groups(
+            self.model, decay, prompts=settings["prompt_weight_decay"], head=settings["head_weight_decay"]
+        )
+        for group in groups:
+            group["params"] = [self.masters.of(parameter) for parameter in group["params"]]
+        self.optimiser = create_optimizer_v2(groups, opt=settings["optimizer"], lr=lr, weight_decay=decay)
+        self._schedule = make_schedule(
+            settings["schedule"],
+            self.optimiser,
+            lr=lr,
+            epochs=settings["epochs"],
+            warmup_epochs=settings["warmup_epochs"],
+            steps=steps,
+        )
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last step."""
+        return float(self.optimiser.param_groups[0]["lr"])
+
+    def __call__(self, images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Step `number` of the run, counted from 0, on images (B, C, H, W) and labels (B,): its loss and the scores
+        (B, K) before it, both detached."""
+        if self._schedule is not None:
+            self._schedule.step_update(number)
+        scores, contrast = self._scores_and_contrast(images, labels)
+        loss = F.cross_entropy(scores, labels, label_smoothing=self.settings["label_smoothing"])
+        if contrast is not None:
+            loss = loss + contrast
+        self.masters.step(loss, self.optimiser)
+        return loss.detach(), scores.detach()
+
+    def _scores_and_contrast(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, model = self.settings["protoverb_weight"], self.model
+        if not weight and self.reform is None:
+            return self.forward(images), None
+        # a wrapper's forward gives scores alone
+        hidden, held = (model.forward_hidden(images), None) if self.reform is None else self.reform(images)
+        if not weight:
+            return model._scores(hidden), held
+        verbalizer: Any = model.verbalizer
+        embedding = verbalizer.embed(hidden, model.lm_head)
+        contrast = weight * protoverb_loss(embedding, verbalizer.prototypes, labels)
+        return verbalizer.compare(embedding) / verbalizer.temperature, contrast if held is None else contrast + held
