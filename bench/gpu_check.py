@@ -337,6 +337,11 @@ class Check:
         self.warmers = {}
 
 
+def _restore_interrupt() -> None:
+    """What a shell runs in its background ignores SIGINT, and so would the processes it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Running:
     """A process with all of its children in a group of its own."""
 
@@ -344,7 +349,13 @@ class Running:
         self.log = log
         with log.open("w") as file:
             self.child = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_restore_interrupt,
             )
 
     def signal(self, number: int) -> None:

@@ -21,11 +21,13 @@ from PIL import Image
 from tiny_data import picture, write_backbone
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+import vptm.training.progress
 import vptm.training.step
 from vptm import PromptedBEiT, evaluate, fit, load_adapter, save_adapter, transforms
 from vptm.data.datasets import ImageDataset
 from vptm.data.split_list import SplitList
 from vptm.training.losses import protoverb_loss
+from vptm.training.progress import TrainProgress
 from vptm.training.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE, RUN_FILES
 from vptm.training.state import STATE_FILE
 from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, WriteError
@@ -629,6 +631,11 @@ def test_evaluate_counts_right(backbone: Path) -> None:
     assert got["per_class"][0] == (predicted[labels == 0] == 0).double().mean().item()
     expected = [[int(((labels == k) & (predicted == j)).sum()) for j in range(3)] for k in range(3)]
     assert got["confusion"] == expected
+    recalls = [expected[k][k] / sum(expected[k]) for k in range(2)]
+    assert got["balanced_accuracy"] == pytest.approx(sum(recalls) / 2)
+    seen = sorted({*labels.tolist(), *predicted.tolist()})
+    sizes = [sum(expected[k]) + sum(row[k] for row in expected) for k in seen]
+    assert got["macro_f1"] == pytest.approx(sum(2 * expected[k][k] / n for k, n in zip(seen, sizes)) / len(seen))
 
 
 def test_evaluate_refuses_what_it_cannot_score(backbone: Path) -> None:
@@ -639,10 +646,31 @@ def test_evaluate_refuses_what_it_cannot_score(backbone: Path) -> None:
         evaluate(model, DataLoader(TensorDataset(torch.zeros(1, 1, 12, 12), torch.tensor([3]))))
 
 
+def test_steps_are_counted_before_the_first_epoch_ends(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
+    """Without a terminal too: an epoch of a large model takes minutes on a CPU, and an empty log looks dead."""
+    with TrainProgress(True, epochs=2, done=1, steps=63) as shown:
+        for _ in range(4):
+            clock[0] += 12.0
+            shown.step(32, waited=3.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "epoch 2/2  step 1/63  2.67 images/s, 25% waiting for data, 0:12:24 left",
+        "epoch 2/2  step 4/63  2.67 images/s, 25% waiting for data, 0:11:48 left",
+    ]
+
+
 def test_progress_goes_to_stderr(backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(make_model(backbone), progress=True)
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("val loss") == 4 and "epoch 4/4" in printed.err
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that the progress reads."""
+    now = [1000.0]
+    monkeypatch.setattr(vptm.training.progress.time, "perf_counter", lambda: now[0])
+    return now
 
 
 def cast_loaders(model: PromptedBEiT, dtype: torch.dtype) -> tuple[DataLoader[Any], DataLoader[Any]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -14,11 +15,25 @@ from vptm.training.checks import check_batch_labels
 from vptm.weights.adapters import unwrapped
 
 
-@torch.no_grad()
+class Answers(NamedTuple):
+    """What a model said of every image of a loader: labels and predictions (N,) int64 on the CPU, and the mean
+    cross-entropy."""
+
+    labels: Tensor
+    predicted: Tensor
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """The share, in 0..1, that is right."""
+        return int((self.labels == self.predicted).sum()) / len(self.labels)
+
+
 def evaluate(
     model: PromptedModel, loader: DataLoader[Any], *, device: str | torch.device | None = None, confusion: bool = False
 ) -> dict[str, Any]:
-    """Accuracy and mean cross-entropy of `model` on `loader`, in eval mode; the model's mode is put back.
+    """Accuracy, mean cross-entropy and scikit-learn's scores of `model` on `loader`, in eval mode; the model's mode is
+    put back.
 
     Args:
         model: gives (B, K) scores.
@@ -27,20 +42,54 @@ def evaluate(
         confusion: also return the counts (K, K), row = label, column = prediction.
 
     Returns:
-        `accuracy` (share in 0..1), `loss`, `n`, `per_class` (K shares, None for a class without images) and, when
-        asked for, `confusion` as nested lists.
+        `accuracy` (share in 0..1), `balanced_accuracy` (mean of the shares of the classes with images), `macro_f1`
+        (mean F1 of the classes that occur among labels or predictions), `loss`, `n`, `per_class` (K shares, None for a
+        class without images) and, when asked for, `confusion` as nested lists.
 
     Raises:
         ValueError: no images, or a label outside 0..K-1.
+
+    Example:
+        >>> model = PromptedBEiT("builtin", num_classes=2)
+        >>> images = torch.utils.data.TensorDataset(torch.zeros(3, 1, 28, 28), torch.tensor([0, 1, 1]))
+        >>> scores = evaluate(model, DataLoader(images, batch_size=3))
+        >>> scores["n"], scores["balanced_accuracy"]  # the same answer for every image
+        (3, 0.5)
     """
+    from sklearn.metrics import confusion_matrix, f1_score, recall_score
+
+    answers = ask(model, loader, device=device)
+    labels, predicted = answers.labels.numpy(), answers.predicted.numpy()
+    counts = confusion_matrix(labels, predicted, labels=range(unwrapped(model).num_classes))
+    present = [k for k, row in enumerate(counts) if row.any()]
+    shares = recall_score(labels, predicted, labels=present, average=None)
+    per_class: list[float | None] = [None] * len(counts)
+    for k, share in zip(present, shares.tolist()):
+        per_class[k] = share
+    result = {
+        "accuracy": answers.accuracy,
+        "balanced_accuracy": float(shares.mean()),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
+        "loss": answers.loss,
+        "n": len(labels),
+        "per_class": per_class,
+    }
+    if confusion:
+        result["confusion"] = counts.tolist()
+    return result
+
+
+@torch.no_grad()
+def ask(model: PromptedModel, loader: DataLoader[Any], *, device: str | torch.device | None = None) -> Answers:
+    """The answers of `model`, in eval mode, to every image of `loader`; see `evaluate`."""
     if not isinstance(loader, DataLoader):
         raise TypeError(f"loader must be a torch DataLoader, got {type(loader).__name__}")
     if device is not None:
         model.to(device)
     forward, model = model, unwrapped(model)
-    place = next(model.parameters()).device
-    classes = model.num_classes
-    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    place, classes = next(model.parameters()).device, model.num_classes
+    every: list[Tensor] = []
+    predicted: list[Tensor] = []
     total = torch.zeros((), dtype=torch.float64)
     with eval_mode(model):
         # what was compiled runs compiled
@@ -53,12 +102,9 @@ def evaluate(
                 raise ValueError(f"model must give a score for each of its {classes} classes, got {scores.shape[1]}")
             labels = labels.cpu().long()
             total += F.cross_entropy(scores, labels, reduction="sum").double()
-            counts += torch.bincount(labels * classes + scores.argmax(1), minlength=classes**2).view(classes, classes)
-    n = int(counts.sum())
+            every.append(labels)
+            predicted.append(scores.argmax(1))
+    n = sum(map(len, every))
     if n == 0:
         raise ValueError("loader must yield at least one image, it is empty")
-    per_class = [int(row[k]) / int(row.sum()) if int(row.sum()) else None for k, row in enumerate(counts)]
-    result = {"accuracy": int(counts.trace()) / n, "loss": float(total) / n, "n": n, "per_class": per_class}
-    if confusion:
-        result["confusion"] = counts.tolist()
-    return result
+    return Answers(torch.cat(every), torch.cat(predicted), float(total) / n)

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 from vptm.data.split_list import SplitList
 from vptm.models.prompted_model import PromptedModel
+from vptm.settings import TrainSettings
 from vptm.training.checks import check_batch_labels, check_data, check_loaders, check_model, check_settings
-from vptm.training.evaluate import evaluate
+from vptm.training.evaluate import ask
 from vptm.training.progress import TrainProgress
 from vptm.training.run_folder import Run, listed_images, run_identity
 from vptm.training.seeding import generators_kept, seed_everything
@@ -130,21 +131,7 @@ def fit(
         >>> fit(model, DataLoader(images, batch_size=10, shuffle=True), epochs=1, lr=1e-3, progress=False).best_epoch
         1
     """
-    settings = {
-        "epochs": epochs,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "warmup_epochs": warmup_epochs,
-        "label_smoothing": label_smoothing,
-        "prompt_weight_decay": prompt_weight_decay,
-        "head_weight_decay": head_weight_decay,
-        "protoverb_weight": protoverb_weight,
-        "reformation": reformation,
-        "reformation_temperature": reformation_temperature,
-        "seed": seed,
-    }
+    settings = TrainSettings.of(locals()).keywords()
     check_loaders(train, val)
     check_settings(settings)
     inner = unwrapped(model)
@@ -198,14 +185,14 @@ def _epoch(
     """Train one epoch and validate: its row of `metrics.csv`."""
     started = time.perf_counter()
     train_loss, train_accuracy = _train_epoch(step, train, epoch, bar)
-    scores = {"loss": None, "accuracy": None} if val is None else evaluate(step.forward, val)
+    answers = None if val is None else ask(step.forward, val)
     return {
         "epoch": epoch,
         "lr": step.lr,
         "train_loss": train_loss,
         "train_accuracy": train_accuracy,
-        "val_loss": scores["loss"],
-        "val_accuracy": scores["accuracy"],
+        "val_loss": None if answers is None else answers.loss,
+        "val_accuracy": None if answers is None else answers.accuracy,
         "seconds": round(time.perf_counter() - started, 3),
     }
 
