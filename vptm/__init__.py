@@ -17,13 +17,13 @@ _HOME = {
     "PromptedViT": "models.prompted_vit",
     "check": "frozen.check",
     "load_backbone": "weights.backbones",
-    "weight_hash": "weights.backbones",
+    "weight_hash": "weights.files",
     "PrototypicalVerbalizer": "models.verbalizers",
     "LinearVerbalizer": "models.verbalizers",
     "PromptBank": "models.prompts",
-    "save_adapter": "weights.adapters",
+    "save_adapter": "models.saving",
     "open_model": "models.opening",
-    "load_adapter": "weights.adapters",
+    "load_adapter": "models.opening",
     "load_data": "data.datasets",
     "few_shot": "data.datasets",
     "transforms": "data.datasets",
@@ -64,15 +64,16 @@ if TYPE_CHECKING:
     from vptm.inspection.explain import inspect_tokens
     from vptm.methods.provp import set_class_embeddings
     from vptm.methods.spt import init_prompts
-    from vptm.models.opening import open_model
+    from vptm.models.opening import load_adapter, open_model
     from vptm.models.prompted_beit import PromptedBEiT
     from vptm.models.prompted_vit import PromptedViT
     from vptm.models.prompts import PromptBank
+    from vptm.models.saving import save_adapter
     from vptm.models.verbalizers import LinearVerbalizer, PrototypicalVerbalizer, fit_prototypes
     from vptm.training.evaluate import evaluate
     from vptm.training.fit import fit
-    from vptm.weights.adapters import load_adapter, save_adapter
-    from vptm.weights.backbones import load_backbone, weight_hash
+    from vptm.weights.backbones import load_backbone
+    from vptm.weights.files import weight_hash
 
 
 def __getattr__(name: str) -> Any:

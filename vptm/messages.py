@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import islice
 
 _LONGEST = 500
 
@@ -52,3 +53,30 @@ def number(argument: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {value!r}")
     return float(value)
+
+
+def error_line(error: BaseException, longest: int = _LONGEST, *, first: bool = False) -> str:
+    """What an error says, on one line; the name of its class where it says nothing.
+
+    Args:
+        error: of any library.
+        longest: characters, see `one_line`.
+        first: only the first line, where a page of advice follows.
+
+    Example:
+        >>> error_line(KeyError()), error_line(OSError("no such host\\nsee the manual"), first=True)
+        ('KeyError', 'no such host')
+    """
+    text = str(error).strip()
+    return one_line(text.splitlines()[0] if first and text else text, longest) or type(error).__name__
+
+
+def listed(names: Collection[str], shown: int = 3) -> str:
+    """The first of `names`, each on one line, and how many there are beside; "none" where there are none.
+
+    Example:
+        >>> listed(["a", "b", "c", "d", "e"]), listed([])
+        ('a, b, c and 2 more', 'none')
+    """
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return (", ".join(one_line(name) for name in islice(names, shown)) or "none") + rest

@@ -24,9 +24,9 @@ from tiny_data import CLASSES, picture, write_pictures
 
 from vptm.commands.app import main
 from vptm.data.datasets import few_shot, load_data, transforms
+from vptm.models.opening import load_adapter
 from vptm.training import run_folder
 from vptm.training.progress import TrainProgress
-from vptm.weights.adapters import load_adapter
 
 TENSORS, METRICS = "adapter_model.safetensors", "metrics.csv"
 # settings under which the tiny random backbone learns the three kinds of pictures

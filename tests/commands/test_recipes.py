@@ -12,9 +12,9 @@ from console import Console
 from vptm.commands import app as cli
 from vptm.data import datasets as data_module
 from vptm.models import prompted_vit
+from vptm.models.opening import load_adapter
 from vptm.recipes import ALIASES, read_recipe, recipe_names
 from vptm.training.schedules import SCHEDULES
-from vptm.weights.adapters import load_adapter
 
 FAST = ["--epochs", 2, "--warmup-epochs", 1, "--prompt-length", 2, "--shots", 2, "--batch-size", 3]
 

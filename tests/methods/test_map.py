@@ -123,7 +123,7 @@ def test_a_flipped_bit_of_the_weights_is_refused(tmp_path: Path, arguments: list
     content = bytearray(path.read_bytes())
     content[content.index(next(own.parameters()).detach().numpy().tobytes()) + 7] ^= 2
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"own\.pth is no file of weights: .* changed"):
+    with pytest.raises(ValueError, match=r"own\.pth must be a whole torch checkpoint, it is damaged: .* changed"):
         load_classifier(CLASSIFIER, weights=path, labels=tmp_path / "labels.txt")
 
 
@@ -145,10 +145,10 @@ def test_bad_input_is_refused(vptm: Console, arguments: list[object], monkeypatc
         (["--template", "a photo"], "template must hold {} once"),
         (["--classifier", "test_resne"], "classifier must be a timm model"),
         (["--weights", "none.pth"], "weights not found: none.pth"),
-        (["--weights", "junk.pth"], "junk.pth is no file of weights"),
+        (["--weights", "junk.pth"], "junk.pth must be a whole torch checkpoint"),
         (["--source-labels", "few.txt"], "must name all 6 outputs"),
         (["--source-labels", "none.txt"], "labels not found: none.txt"),
-        (["--source-labels", "bytes.txt"], "bytes.txt: required a readable file, found text that is not Unicode"),
+        (["--source-labels", "bytes.txt"], "bytes.txt: must be a readable file, got text that is not Unicode"),
         (["--method", "flm", "--shots", 99], "has 7 training images, 99 were asked for"),
     ):
         code, line = vptm.refused(*arguments, *more)

@@ -261,7 +261,7 @@ def test_timm_names() -> None:
         (lambda: PromptedViT(tiny_vit(patch_drop_rate=0.1), 2), "patch_drop_rate must be 0"),
         (
             lambda: PromptedViT("vit_tiny_patch16_224", 2, img_size=30),
-            "img_size required multiples of the patch 16 x 16, got",
+            "img_size must be multiples of the patch 16 x 16, got",
         ),
     ],
 )

@@ -30,7 +30,8 @@ from vptm.training.losses import protoverb_loss
 from vptm.training.progress import TrainProgress
 from vptm.training.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE, RUN_FILES
 from vptm.training.state import STATE_FILE
-from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, WriteError
+from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE
+from vptm.weights.files import WriteError
 
 LEARNS = {"readout": "mean", "token_activation": "hidden", "verbalizer": "linear", "prompt_length": 3}
 
@@ -261,7 +262,7 @@ def test_a_kill_at_any_write_resumes_bitwise(
     """The process dies just before its `death`-th rename; augmentation, shuffling and dropout must not notice."""
     run(make_model(backbone, prompt_dropout=0.3), tmp_path / "whole", epochs=3)
     writes = 0
-    rename = vptm.weights.adapters.os.replace
+    rename = vptm.weights.files.os.replace
 
     def mortal(*paths: Any) -> None:
         nonlocal writes
@@ -271,7 +272,7 @@ def test_a_kill_at_any_write_resumes_bitwise(
         rename(*paths)
 
     with monkeypatch.context() as patch:
-        patch.setattr(vptm.weights.adapters.os, "replace", mortal)
+        patch.setattr(vptm.weights.files.os, "replace", mortal)
         try:
             run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=3)
         except Killed:
@@ -867,7 +868,7 @@ def test_a_full_disk_is_reported_with_the_path(backbone: Path, tmp_path: Path, m
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(vptm.weights.adapters.os, "fsync", full)
+    monkeypatch.setattr(vptm.weights.files.os, "fsync", full)
     with pytest.raises(WriteError, match=r"r/run\.json cannot be written: No space left on device"):
         run(make_model(backbone), tmp_path / "r")
     with pytest.raises(WriteError, match=r"a/adapter_config\.json cannot be written: No space left on device"):

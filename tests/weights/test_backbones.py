@@ -30,7 +30,8 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from vptm.weights.backbones import LoadedBackbone, canonical_state_dict, load_backbone, weight_hash
+from vptm.weights.backbones import LoadedBackbone, canonical_state_dict, load_backbone
+from vptm.weights.files import weight_hash
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -372,7 +373,7 @@ def test_index_of_shards_cannot_reach_outside_its_folder(tmp_path: Path) -> None
     (tmp_path / "x/model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "../outside.safetensors"}})
     )
-    with pytest.raises(ValueError, match=r"required weight_map, tensor names to file names in the folder"):
+    with pytest.raises(ValueError, match=r"must have weight_map, tensor names to file names in the folder"):
         load_backbone(tmp_path / "x")
 
 
@@ -451,7 +452,7 @@ def test_table_of_one_block_that_does_not_match_is_named_at_every_size(tmp_path:
     name = "blocks.1.attn.relative_position_bias_table"
     torch.save(state | {name: torch.ones(12, 3)}, tmp_path / "x.pth")
     for size, rows in ((None, 28), (20, 84)):
-        with pytest.raises(ValueError, match=rf"{re.escape(name)} required shape \({rows}, 3\), found \(12, 3\)"):
+        with pytest.raises(ValueError, match=rf"{re.escape(name)} must have shape \({rows}, 3\), got \(12, 3\)"):
             load_backbone(tmp_path / "x.pth", img_size=size)
 
 
@@ -462,7 +463,7 @@ def test_square_table_without_an_index_gives_its_window_and_a_rectangular_one_ne
     source = tiny_beit((2, 3))
     torch.save(source.state_dict(), path)
     with pytest.raises(
-        ValueError, match=r"img_size of the file is required .* its window is not square: found a table of 18"
+        ValueError, match=r"img_size of the file must be given .* its window is not square, got a table of 18"
     ):
         load_backbone(path)
     loaded = load_backbone(path, img_size=(8, 12))
@@ -532,23 +533,23 @@ def test_vptm_file_states_its_architecture_and_preprocessing(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"architecture": {"num_heads": 4}}, "required num_heads 4 .* the weights have 3"),
-        ({"architecture": {"depth": 3}}, "required depth 3 .* the weights have 2"),
-        ({"architecture": {"mlp_ratio": 4.0}}, "required mlp_ratio 4.0"),
-        ({"architecture": {"init_values": None}}, "required init_values None"),
+        ({"architecture": {"num_heads": 4}}, "must have num_heads 4 .* the weights have 3"),
+        ({"architecture": {"depth": 3}}, "must have depth 3 .* the weights have 2"),
+        ({"architecture": {"mlp_ratio": 4.0}}, "must have mlp_ratio 4.0"),
+        ({"architecture": {"init_values": None}}, "must have init_values None"),
         (
             {"architecture": {"img_size": 16}},
-            r"required tables of window 4 x 4 \(img_size \(16, 16\)\), found a table of 28",
+            r"must have tables of window 4 x 4 \(img_size \(16, 16\)\), got a table of 28",
         ),
-        ({"architecture": {"widen": 2}}, "keyword arguments of timm's Beit, got widen"),
-        ({"vocab_size": 12}, r"lm_head required 12 tokens \(vocab_size\), found 11"),
-        ({"eps": 0}, "eps required a positive number"),
-        ({"std": [0.0]}, "std required finite numbers, positive"),
-        ({"mean": None}, "mean required finite numbers"),
-        ({"mean": [0.5, 0.5, 0.5]}, "required mean and std of 1 channels"),
-        ({"architecture": {"patch_size": 3}}, "required patch_size 3"),
-        ({"architecture": {"init_values": "small"}}, "init_values required a positive number"),
-        ({"architecture": 3}, "the vptm metadata required architecture, eps, mean and std"),
+        ({"architecture": {"widen": 2}}, "keyword arguments of timm's Beit only, got widen"),
+        ({"vocab_size": 12}, r"lm_head must have 12 tokens \(vocab_size\), got 11"),
+        ({"eps": 0}, "eps must be a positive number"),
+        ({"std": [0.0]}, "std must be finite numbers, positive"),
+        ({"mean": None}, "mean must be finite numbers"),
+        ({"mean": [0.5, 0.5, 0.5]}, "must have mean and std of 1 channels"),
+        ({"architecture": {"patch_size": 3}}, "must have patch_size 3"),
+        ({"architecture": {"init_values": "small"}}, "init_values must be a positive number"),
+        ({"architecture": 3}, "the vptm metadata must have architecture, eps, mean and std"),
     ],
 )
 def test_vptm_file_that_contradicts_its_tensors_is_refused(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
@@ -589,11 +590,11 @@ def test_instance_stays_as_it_is_and_is_described() -> None:
     assert loaded.report.dropped == ("head.weight", "head.bias")
     assert loaded.default_cfg["input_size"] == (3, 8, 12)
     assert_rebuilds(loaded)
-    with pytest.raises(ValueError, match=r"required img_size \(8, 12\) .*got \(16, 16\)"):
+    with pytest.raises(ValueError, match=r"img_size must be \(8, 12\), .*got \(16, 16\)"):
         load_backbone(beit, img_size=16)
     with pytest.raises(TypeError, match="PromptedBEiT runs timm's Beit class, the given module is a Linear"):
         load_backbone(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="required a path, a name or a timm Beit instance, got int"):
+    with pytest.raises(TypeError, match="must be a path, a name or a timm Beit instance, got int"):
         load_backbone(3)
 
 
@@ -659,7 +660,7 @@ def test_timm_failure_to_fetch_weights_is_one_line(monkeypatch: pytest.MonkeyPat
         ("beit3_base_patch16_224", "is a VisionTransformer"),
         ("beitv3_base_patch16_224", "no such file, folder or timm model; nearest: beitv2_base_patch16_224"),
         ("bultin", "nearest: builtin"),
-        ("beit_base_patch16_224.in1k", r"unknown pretrained tag, required one of beit_base_patch16_224\.in22k"),
+        ("beit_base_patch16_224.in1k", r"pretrained tag must be one of beit_base_patch16_224\.in22k"),
     ],
 )
 def test_name_that_is_no_beit_is_refused_with_the_nearest(name: str, match: str) -> None:
@@ -845,70 +846,73 @@ def filled(name: str, value: float) -> Mutation:
 REFUSED: dict[str, tuple[Mutation, str]] = {
     "missing tensor": (
         without("blocks.1.norm2.bias"),
-        r"required all tensors of a BEiT of 2 blocks, missing blocks\.1\.norm2\.bias",
+        r"must have all tensors of a BEiT of 2 blocks, missing blocks\.1\.norm2\.bias",
     ),
     "missing block": (
         lambda s: {k.replace("blocks.1.", "blocks.4."): v for k, v in s.items()},
-        "required blocks 0 to 4",
+        "must have blocks 0 to 4",
     ),
     "missing norm": (without("norm.weight", "norm.bias"), r"missing norm\.weight, norm\.bias"),
-    "two norms": (plus(fc_norm__weight=torch.ones(24)), "required one final norm, found both norm and fc_norm"),
-    "unknown tensor": (plus(blocks__0__ls1__gamma=torch.ones(24)), r"found unknown blocks\.0\.ls1\.gamma"),
-    "LayerScale in one block": (plus(blocks__1__gamma_3=torch.ones(24)), r"found unknown blocks\.1\.gamma_3"),
+    "two norms": (plus(fc_norm__weight=torch.ones(24)), "must have one final norm, got both norm and fc_norm"),
+    "unknown tensor": (plus(blocks__0__ls1__gamma=torch.ones(24)), r"got unknown blocks\.0\.ls1\.gamma"),
+    "LayerScale in one block": (plus(blocks__1__gamma_3=torch.ones(24)), r"got unknown blocks\.1\.gamma_3"),
     "wrong shape": (
         plus(blocks__1__mlp__fc2__weight=torch.ones(24, 41)),
-        r"blocks\.1\.mlp\.fc2\.weight required shape \(24, 40\), found \(24, 41\)",
+        r"blocks\.1\.mlp\.fc2\.weight must have shape \(24, 40\), got \(24, 41\)",
     ),
-    "wrong mask token": (plus(mask_token=torch.ones(24)), r"mask_token required shape \(1, 1, 24\), found \(24,\)"),
-    "head without bias": (without("lm_head.bias"), "lm_head required weight and bias"),
-    "head of another width": (plus(lm_head__weight=torch.ones(11, 23)), r"lm_head required weight \(V, 24\)"),
-    "NaN": (filled("blocks.0.attn.qkv.weight", float("nan")), r"blocks\.0\.attn\.qkv\.weight required finite values"),
-    "infinity": (filled("lm_head.bias", float("inf")), r"lm_head\.bias required finite values, found NaN or infinity"),
+    "wrong mask token": (plus(mask_token=torch.ones(24)), r"mask_token must have shape \(1, 1, 24\), got \(24,\)"),
+    "head without bias": (without("lm_head.bias"), "lm_head must have weight and bias"),
+    "head of another width": (plus(lm_head__weight=torch.ones(11, 23)), r"lm_head must have weight \(V, 24\)"),
+    "NaN": (filled("blocks.0.attn.qkv.weight", float("nan")), r"blocks\.0\.attn\.qkv\.weight must be finite"),
+    "infinity": (filled("lm_head.bias", float("inf")), r"lm_head\.bias must be finite, got NaN or infinite values"),
     "integer weights": (
         plus(cls_token=torch.ones(1, 1, 24, dtype=torch.int8)),
-        r"cls_token required floating-point values, found torch\.int8",
+        r"cls_token must be floating point, got torch\.int8",
     ),
-    "sparse weights": (plus(norm__bias=torch.ones(24).to_sparse()), r"norm\.bias required dense values"),
-    "weights without data": (plus(norm__bias=torch.ones(24, device="meta")), r"norm\.bias required dense values"),
-    "double beyond fp32": (plus(norm__bias=torch.full((24,), 1e300, dtype=torch.float64)), "found NaN or infinity"),
-    "qkv of no dimension": (plus(blocks__0__attn__qkv__weight=torch.tensor(1.0)), r"attn\.qkv\.weight required shape"),
+    "sparse weights": (plus(norm__bias=torch.ones(24).to_sparse()), r"norm\.bias must have dense values"),
+    "weights without data": (plus(norm__bias=torch.ones(24, device="meta")), r"norm\.bias must have dense values"),
+    "double beyond fp32": (
+        plus(norm__bias=torch.full((24,), 1e300, dtype=torch.float64)),
+        "got NaN or infinite values",
+    ),
+    "qkv of no dimension": (plus(blocks__0__attn__qkv__weight=torch.tensor(1.0)), r"attn\.qkv\.weight must have shape"),
     "heads unknown": (
         lambda s: unilm(shared=False, absolute=True).state_dict(),
-        "required a position table or a config that tells the number of heads, .* found width 24",
+        "must have a position table or a config that tells the number of heads, .* got width 24",
     ),
-    "empty tensor": (plus(norm__bias=torch.ones(0)), r"norm\.bias required values, found shape \(0,\)"),
-    "not a tensor": (plus(norm__bias=[1.0]), r"norm\.bias required a tensor, found a list"),
+    "empty tensor": (plus(norm__bias=torch.ones(0)), r"norm\.bias must hold values, got shape \(0,\)"),
+    "not a tensor": (plus(norm__bias=[1.0]), r"norm\.bias must be a tensor, got a list"),
     "heads that do not divide": (
         plus(rel_pos_bias__relative_position_bias_table=torch.ones(28, 5)),
-        "required a number of heads that divides 24, found 5",
+        "must have a number of heads that divides 24, got 5",
     ),
     "table of another window": (
         plus(rel_pos_bias__relative_position_bias_table=torch.ones(12, 3)),
-        r"required tables of window 3 x 3 \(its index\), found a table of 12 offsets",
+        r"must have tables of window 3 x 3 \(its index\), got a table of 12 offsets",
     ),
     "another numbering of positions": (
         plus(rel_pos_bias__relative_position_index=position_index((3, 3)).T.contiguous()),
-        "required BEiT's index of window",
+        "must be BEiT's index of window",
     ),
     "index of floats": (
         plus(rel_pos_bias__relative_position_index=torch.full((10, 10), float("nan"))),
-        r"relative_position_index required integers of shape \(N, N\), found torch\.float32 \(10, 10\)",
+        r"relative_position_index must be integers of shape \(N, N\), got torch\.float32 \(10, 10\)",
     ),
     "plain ViT": (
         lambda s: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).state_dict(),
-        r"required a BEiT, found a plain ViT \(blocks\.0\.attn\.qkv\.bias",
+        r"must be a BEiT, got a plain ViT \(blocks\.0\.attn\.qkv\.bias",
     ),
     "ResNet": (
         lambda s: timm.create_model("resnet10t").state_dict(),
-        r"required a BEiT state dict .*, found conv1\.0\.weight",
+        r"must be a BEiT state dict .*, got conv1\.0\.weight",
     ),
-    "no tensors": (lambda s: {"epoch": 3, "args": argparse.Namespace()}, "found no tensors"),
-    "nothing": (lambda s: {}, "found no tensors"),
+    "no tensors": (lambda s: {"epoch": 3, "args": argparse.Namespace()}, "got no tensors"),
+    "nothing": (lambda s: {}, "got no tensors"),
     "no position, no img_size": (
         lambda s: unilm(shared=False, dim=64, heads=1).state_dict(),
-        "img_size is required, the file holds no position table that tells it",
+        "img_size must be given, the file holds no position table that tells it",
     ),
-    "prefixed twice": (lambda s: s | {"module.norm.bias": torch.ones(24)}, r"required one norm\.bias, found two"),
+    "prefixed twice": (lambda s: s | {"module.norm.bias": torch.ones(24)}, r"must have one norm\.bias, got two"),
 }
 
 
@@ -937,7 +941,7 @@ def test_pickle_with_code_is_refused_and_not_run(raw: bool, tmp_path: Path) -> N
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path)
-    with pytest.raises(ValueError, match=r"^\S+: required ") as refusal:
+    with pytest.raises(ValueError, match=r"^\S+: x\.pth must ") as refusal:
         load_backbone(path)
     assert "\n" not in str(refusal.value) and refusal.value.__cause__ is not None
     if not raw:
@@ -967,10 +971,10 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="damaged"):
             load_backbone(path)
     torch.save(torch.ones(3), torch_file)
-    with pytest.raises(ValueError, match=r"required a mapping of names to tensors, x\.pth holds a Tensor"):
+    with pytest.raises(ValueError, match=r"must be a mapping of names to tensors, got a Tensor"):
         load_backbone(torch_file)
     (tmp_path / "x.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"required a file ending in .*\.safetensors.*, got \.txt"):
+    with pytest.raises(ValueError, match=r"must be a file ending in .*\.safetensors.*, got \.txt"):
         load_backbone(tmp_path / "x.txt")
 
 
@@ -980,39 +984,39 @@ def test_unfit_huggingface_folders_are_refused(tmp_path: Path) -> None:
             load_backbone(tmp_path)
         assert str(refusal.value).startswith(f"{tmp_path}: ") and "\n" not in str(refusal.value)
 
-    refused("required a Hugging Face folder with config.json")
+    refused("must be a Hugging Face folder with config.json")
     huggingface(tmp_path, v5=False, eps=1e-12, masked=True)
     config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
     good, state = json.loads(config.read_text()), load_file(weights)
     for change, match in (
-        ({"model_type": "data2vec-vision"}, "required config.json of model_type beit, found 'data2vec-vision'"),
-        ({"model_type": "vit"}, "required config.json of model_type beit, found 'vit'"),
-        ({"hidden_act": "relu"}, "required hidden_act gelu, found 'relu'"),
-        ({"hidden_size": "24"}, "hidden_size required a positive integer, found '24'"),
-        ({"num_attention_heads": 4}, "required num_heads 4 .* the weights have 3"),
-        ({"num_hidden_layers": 3}, "required depth 3 .* the weights have 2"),
-        ({"use_relative_position_bias": True}, "required use_rel_pos_bias True .* the weights have False"),
-        ({"image_size": 16}, r"required tables of window 4 x 4 \(img_size \(16, 16\)\)"),
-        ({"image_size": [12]}, "config.json image_size: required a positive integer or"),
-        ({"vocab_size": 12}, "lm_head required 12 tokens"),
-        ({"layer_norm_eps": -1.0}, "layer_norm_eps required a positive number"),
+        ({"model_type": "data2vec-vision"}, "config.json must have model_type beit, got 'data2vec-vision'"),
+        ({"model_type": "vit"}, "config.json must have model_type beit, got 'vit'"),
+        ({"hidden_act": "relu"}, "must have hidden_act gelu, got 'relu'"),
+        ({"hidden_size": "24"}, "hidden_size must be a positive integer, got '24'"),
+        ({"num_attention_heads": 4}, "must have num_heads 4 .* the weights have 3"),
+        ({"num_hidden_layers": 3}, "must have depth 3 .* the weights have 2"),
+        ({"use_relative_position_bias": True}, "must have use_rel_pos_bias True .* the weights have False"),
+        ({"image_size": 16}, r"must have tables of window 4 x 4 \(img_size \(16, 16\)\)"),
+        ({"image_size": [12]}, "config.json image_size must be a positive integer or"),
+        ({"vocab_size": 12}, "lm_head must have 12 tokens"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps must be a positive number"),
     ):
         config.write_text(json.dumps(good | change))
         refused(match)
     config.write_text("{")
-    refused("config.json is not JSON")
+    refused("config.json must be JSON")
     config.write_text("[]")
-    refused("config.json required a JSON object")
+    refused("config.json must be a JSON object")
     config.write_text(json.dumps(good))
     save_file({k: v for k, v in state.items() if not k.endswith("0.attention.attention.key.weight")}, weights)
-    refused("block 0 required query, key and value weights, found no key")
+    refused("block 0 must have query, key and value weights, got no key")
     weights.unlink()
-    refused("required weights beside config.json, one of model.safetensors")
+    refused("must have weights beside config.json, one of model.safetensors")
 
 
 def test_masked_image_model_with_two_final_norms_is_refused(tmp_path: Path) -> None:
     huggingface(tmp_path, v5=False, eps=1e-12, masked=True, use_mean_pooling=False)
-    with pytest.raises(ValueError, match=r"found layernorm and beit\.layernorm .*use_mean_pooling=False"):
+    with pytest.raises(ValueError, match=r"got layernorm and beit\.layernorm .*use_mean_pooling=False"):
         load_backbone(tmp_path)
 
 
@@ -1025,7 +1029,7 @@ def test_huggingface_vit_without_its_config_is_recognised_by_its_key_bias(tmp_pa
         vit[f"encoder.layer.{i}.attention.attention.key.bias"] = torch.randn(24)
     save_file(vit, tmp_path / "vit.safetensors")
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match="required a BEiT, found a plain ViT"):
+    with pytest.raises(ValueError, match="must be a BEiT, got a plain ViT"):
         load_backbone(tmp_path / "vit.safetensors")
 
 
@@ -1134,7 +1138,7 @@ def test_archives_without_checksums_load_and_compressed_ones_are_refused(tmp_pat
     with zipfile.ZipFile(tmp_path / "y.pth") as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
         for entry in archive.infolist():
             packed.writestr(entry.filename, archive.read(entry))
-    with pytest.raises(ValueError, match=r"required an archive as torch\.save writes it, y/data\.pkl in it is compres"):
+    with pytest.raises(ValueError, match=r"must be an archive as torch\.save writes it, y/data\.pkl in it is compres"):
         load_backbone(path)
 
 
@@ -1147,12 +1151,12 @@ def test_no_file_can_hang_the_loader_or_claim_memory_it_does_not_hold(tmp_path: 
     huge = torch.ones(1).expand(10**12)
     for content, match in (
         (loop, "'module' holds the mapping it stands in"),
-        (state | {"norm.bias": huge}, r"norm\.bias required a value for each of its 1000000000000 places, found 1"),
+        (state | {"norm.bias": huge}, r"norm\.bias must have a value for each of its 1000000000000 places, got 1"),
         (
             state | {"norm.bias": torch.ones(24).as_strided((10**6, 24), (0, 1))},
-            r"a value for each of its 24000000 places, found 24",
+            r"a value for each of its 24000000 places, got 24",
         ),
-        (state | {"k" * 100_000: torch.ones(1)}, "found unknown kkk"),
+        (state | {"k" * 100_000: torch.ones(1)}, "got unknown kkk"),
     ):
         torch.save(content, path)
         assert path.stat().st_size < 500_000
@@ -1161,7 +1165,7 @@ def test_no_file_can_hang_the_loader_or_claim_memory_it_does_not_hold(tmp_path: 
         assert "\n" not in str(refusal.value) and len(str(refusal.value)) <= 500
     for name in ("pipe.pth", "pipe.safetensors"):
         os.mkfifo(tmp_path / name)
-        with pytest.raises(ValueError, match="required a file or a folder, found a pipe"):
+        with pytest.raises(ValueError, match="must be a file or a folder, got a pipe"):
             load_backbone(tmp_path / name)
     for source in ("x" * 100_000, "x/" * 50_000, "a\0b", "\udcff.pth"):
         with pytest.raises((ValueError, FileNotFoundError)) as refusal:
@@ -1170,7 +1174,7 @@ def test_no_file_can_hang_the_loader_or_claim_memory_it_does_not_hold(tmp_path: 
     huggingface(tmp_path, v5=False, eps=1e-12, masked=True)
     for raw in (b"[" * 100_000, b"\xff\xfe", b"1" * 10_000):
         (tmp_path / "config.json").write_bytes(raw)
-        with pytest.raises(ValueError, match=r"config\.json is not JSON") as refusal:
+        with pytest.raises(ValueError, match=r"config\.json must be JSON") as refusal:
             load_backbone(tmp_path)
         assert "\n" not in str(refusal.value)
 
@@ -1204,13 +1208,13 @@ def test_preprocessing_that_is_not_known_is_refused(tmp_path: Path) -> None:
     huggingface(tmp_path, v5=False, eps=1e-12, masked=True)
     path = tmp_path / "preprocessor_config.json"
     for change, match in (
-        ({"resample": 9}, "resample required one of 0, 1, 2, 3, 4, 5, found 9"),
-        ({"do_center_crop": True, "size": "large"}, "size required a positive number, found 'large'"),
-        ({"image_std": [True] * 3, "image_mean": [0.5] * 3}, "image_std required finite numbers"),
+        ({"resample": 9}, "resample must be one of 0, 1, 2, 3, 4, 5, got 9"),
+        ({"do_center_crop": True, "size": "large"}, "size must be a positive number, got 'large'"),
+        ({"image_std": [True] * 3, "image_mean": [0.5] * 3}, "image_std must be finite numbers"),
     ):
         path.write_text(json.dumps(change))
         with pytest.raises(ValueError, match=match):
             load_backbone(tmp_path)
     write_vptm(tmp_path / "x.safetensors", interpolation="cubic")
-    with pytest.raises(ValueError, match=r"interpolation required one of nearest, .*, found 'cubic'"):
+    with pytest.raises(ValueError, match=r"interpolation must be one of nearest, .*, got 'cubic'"):
         load_backbone(tmp_path / "x.safetensors")

@@ -84,7 +84,7 @@ _arguments: list[str] = []
 
 
 def _run(arguments: list[str]) -> int:
-    from vptm.messages import one_line
+    from vptm.messages import error_line, one_line
 
     debug = os.environ.get("VPTM_DEBUG") == "1"
     # OpenMP threads that spin while they wait make small models ten times slower where other work shares the cores
@@ -111,7 +111,7 @@ def _run(arguments: list[str]) -> int:
             return int(getattr(error, "exit_code", 2))
         if debug:
             raise
-        _say(f"vptm: {one_line(error, _LONGEST) or type(error).__name__}")
+        _say(f"vptm: {error_line(error, _LONGEST)}")
         return _exit_code(error)
 
 
@@ -387,12 +387,12 @@ def _located(option: str, source: str) -> str:
     import timm
 
     from vptm.data.datasets import SOURCES
-    from vptm.weights.backbones import _SUFFIXES
+    from vptm.weights.files import SUFFIXES
 
     if option == "data":
         is_name = source in SOURCES
     else:
-        is_name = source == "builtin" or (timm.is_model(source) and Path(source).suffix not in _SUFFIXES)
+        is_name = source == "builtin" or (timm.is_model(source) and Path(source).suffix not in SUFFIXES)
     if not os.path.exists(source):
         return source
     if is_name:
@@ -429,12 +429,14 @@ def _train(settings: dict[str, Any], out: Path | None, resume: bool, overwrite: 
     from vptm.data.split_list import SPLIT_FILE, SplitList
     from vptm.messages import one_of
     from vptm.methods.spt import INIT_METHODS, init_prompts
+    from vptm.models.saving import save_adapter
     from vptm.models.verbalizers import fit_prototypes
     from vptm.training.evaluate import evaluate
     from vptm.training.facts import peak_memory
     from vptm.training.fit import fit
     from vptm.training.run_folder import RUN_FILE, holds_progress, update_run_file
-    from vptm.weights.adapters import WriteError, read_adapter_config, save_adapter
+    from vptm.weights.adapters import read_adapter_config
+    from vptm.weights.files import WriteError
 
     shots = _parse_shots(settings["shots"])
     for name in ("batch_size", "workers", "prototype_steps"):
@@ -938,8 +940,8 @@ def evaluate(
     from vptm.data.datasets import load_data, picture_options, transforms
     from vptm.data.split_list import SplitList
     from vptm.messages import one_line, one_of
+    from vptm.models.opening import load_adapter
     from vptm.training.evaluate import evaluate as measure
-    from vptm.weights.adapters import load_adapter
 
     one_of("--split", split, ("test", "val", "train"))
     if batch_size < 1:
@@ -1010,7 +1012,7 @@ def predict(
     from vptm.data.datasets import ON_BAD_IMAGE, BadImageError, image_files, picture_options, read_image, transforms
     from vptm.data.pictures import left_out_note
     from vptm.messages import one_of
-    from vptm.weights.adapters import load_adapter
+    from vptm.models.opening import load_adapter
 
     one_of("--on-bad-image", on_bad_image, ON_BAD_IMAGE)
     if batch_size < 1:
@@ -1089,7 +1091,7 @@ def explain(
     from dataclasses import asdict
 
     from vptm.inspection.explain import inspect_tokens
-    from vptm.weights.adapters import load_adapter
+    from vptm.models.opening import load_adapter
 
     target = Path(f"{image.stem}-explained.png") if out is None else out
     if target.suffix.lower() != ".png":
@@ -1149,11 +1151,11 @@ def inspect(
 
 def _adapter_lines(folder: Path) -> list[tuple[str, str]]:
     from vptm.training.run_folder import RUN_FILE
-    from vptm.weights.adapters import TENSORS_FILE, read_adapter_config, read_tensors
+    from vptm.weights.adapters import read_adapter_config, read_adapter_tensors
 
     config = read_adapter_config(folder)
     backbone = config["backbone"]
-    tensors, _ = read_tensors(folder / TENSORS_FILE)
+    tensors, _ = read_adapter_tensors(folder)
     lines = [
         ("adapter", f"schema {config['schema_version']}, written by vptm {config.get('vptm_version')}"),
         ("backbone", f"{backbone.get('source')} {backbone['weight_hash']}"),
@@ -1272,6 +1274,7 @@ def _used(operation: str, device: Any, dtype: Any) -> str:
     import torch
 
     import vptm_kernels
+    from vptm.messages import error_line
 
     def tensor(*shape: int) -> Any:
         return torch.zeros(shape, device=device, dtype=dtype)
@@ -1283,9 +1286,9 @@ def _used(operation: str, device: Any, dtype: Any) -> str:
             weights = tensor(64, 32), None, tensor(3, 16)
             vptm_kernels.prototype_cosine(tensor(2, 32), *weights, projection=tensor(16, 64), impl="triton")
     except ValueError as error:
-        return f"torch, {' '.join(str(error).split())}"
+        return f"torch, {error_line(error)}"
     except Exception as error:
-        return f"triton, which fails here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"triton, which fails here: {type(error).__name__}: {error_line(error, 200)}"
     return "triton"
 
 
@@ -1439,7 +1442,7 @@ def _free_folder(name: str) -> Path:
 def _read_run(folder: Path) -> dict[str, Any]:
     import json
 
-    from vptm.messages import one_line
+    from vptm.messages import error_line
     from vptm.training.run_folder import RUN_FILE
 
     path = folder / RUN_FILE
@@ -1448,7 +1451,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON: {one_line(error)}") from None
+        raise ValueError(f"{path} must be JSON: {error_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}")
     for name in ("settings", "result"):

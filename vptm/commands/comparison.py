@@ -24,7 +24,7 @@ from vptm.data.datasets import ImageData, few_shot, load_data
 from vptm.data.split_list import SplitList
 from vptm.recipes import Recipe, read_recipe
 from vptm.training.run_folder import RUN_FILE, prepare_run_folder
-from vptm.weights.adapters import write_atomically
+from vptm.weights.files import write_atomically
 
 # options of every run that `compare` sets itself
 OWN = ("data", "epochs", "out", "overwrite", "recipe", "resume", "seed", "shots", "test")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vptm.data.pictures import image_files, is_picture, left_out_note
-from vptm.messages import one_line
+from vptm.messages import listed
 
 _SPLIT_WORDS = {
     "train": ("train", "training", "trn"),
@@ -70,7 +70,7 @@ def read_folder(root: Path, notes: list[str]) -> tuple[dict[str, Listing], list[
         names = [folder.name for folder in classes]
     else:
         if ignored := [folder.name for folder in folders if folder not in splits.values()]:
-            notes.append(f"folders beside the splits are ignored: {_few(ignored)}")
+            notes.append(f"folders beside the splits are ignored: {listed(ignored, 10)}")
         order = [split for split in ("train", "val", "test") if split in splits]
         names = [child.name for child in _subfolders(splits[order[0]])]
         parts = {}
@@ -112,11 +112,6 @@ def _note_loose(folder: Path, notes: list[str]) -> None:
         notes.append(f"{folder.name} holds {count} pictures beside its folders: without a class, left out")
 
 
-def _few(names: list[str], shown: int = 10) -> str:
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(one_line(name) for name in names[:shown]) + rest
-
-
 def split_of(name: str) -> tuple[str, tuple[str, ...]] | None:
     """Split that a folder's name stands for, and what else the name says; None where it names none, or several.
 
@@ -154,12 +149,12 @@ def _splits(root: Path, folders: list[Path]) -> dict[str, Path]:
             divisions = [plain]
     if len(divisions) > 1:
         several = [folder.name for group in divisions for found in group.values() for folder in found]
-        raise ValueError(f"{root} must be divided into splits once, found {_few(several)}")
+        raise ValueError(f"{root} must be divided into splits once, found {listed(several, 10)}")
     if not divisions:
         return {}
     if any(len(found) > 1 for found in divisions[0].values()):
         repeated = [folder.name for found in divisions[0].values() for folder in found]
-        raise ValueError(f"{root} must name each split once, found {_few(repeated)}")
+        raise ValueError(f"{root} must name each split once, found {listed(repeated, 10)}")
     return {split: found[0] for split, found in divisions[0].items()}
 
 
@@ -187,13 +182,13 @@ def _classes(root: Path, folders: list[Path], notes: list[str]) -> list[Path]:
         if len(inner) > 1:
             raise ValueError(
                 f"{root} must hold classes, or splits above classes: {folder.name} holds the folders "
-                f"{_few([child.name for child in children])}"
+                f"{listed([child.name for child in children], 10)}"
             )
         split = None if folder in others else split_of(folder.name)
         if split is not None and split[0] != "train" and _is_divided(folder):
             raise ValueError(
                 f"{root} must hold classes or splits, {folder.name} looks like a split beside "
-                f"{_few([other.name for other in others])}: put those into a folder train, "
+                f"{listed([other.name for other in others], 10)}: put those into a folder train, "
                 "or rename it if it is a class"
             )
         if split is None or split[0] != "test" or children or not _loose(folder):

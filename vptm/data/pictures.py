@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
-from vptm.messages import one_line
+from vptm.messages import error_line, one_line
 
 # what is read, by Pillow's names; none of them runs another program, as PostScript would start Ghostscript
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -54,8 +54,7 @@ def read_image(
     except FileNotFoundError:
         raise FileNotFoundError(f"image not found: {path}") from None
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
-        why = one_line(error) or type(error).__name__
-        raise BadImageError(f"cannot read image {one_line(path, 1000)}: {why}") from error
+        raise BadImageError(f"cannot read image {one_line(path, 1000)}: {error_line(error)}") from error
 
 
 def to_8_bit(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from vptm.data.datasets import ImageDataset
 from vptm.messages import one_line
-from vptm.weights.adapters import write_atomically
+from vptm.weights.files import write_atomically
 
 SPLIT_FILE = "split.csv"
 _HEADER = ("split", "path", "sha256")

@@ -19,7 +19,7 @@ from vptm.frozen.reference import reference_features, softmax_attention
 from vptm.models.prompted_beit import PromptedBEiT
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.verbalizers import PrototypicalVerbalizer
-from vptm.weights.adapters import write_atomically
+from vptm.weights.files import write_atomically
 
 
 class ClassScore(NamedTuple):

@@ -232,7 +232,7 @@ def draw(stages: list[Stage], batch: int, title: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from vptm.weights.adapters import write_atomically
+    from vptm.weights.files import write_atomically
 
     figure = Figure(figsize=(10, 0.34 * len(stages) + 1.8), layout="constrained")
     canvas = FigureCanvasAgg(figure)

@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vptm.data.datasets import ImageData, ImageDataset, few_shot, transforms
-from vptm.messages import one_of
+from vptm.messages import error_line, one_of
 from vptm.methods.provp import FeatureReformation, ridge_projection, set_class_embeddings
 from vptm.models.prompted_model import PromptedModel
 from vptm.training.evaluate import evaluate
 from vptm.training.fit import fit
+from vptm.weights.files import read_safetensors
 
 PROTOCOLS = ("few-shot", "base-to-novel")
 SHOTS = (1, 2, 4, 8, 16)
@@ -115,12 +115,11 @@ def read_class_features(path: str | Path, classes: Sequence[str]) -> ClassFeatur
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"class embeddings not found: {path}")
+    tensors, metadata = read_safetensors(path)
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            names = json.loads((file.metadata() or {}).get("class_names", "null"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} must be a safetensors file: {' '.join(str(error).split())}") from None
+        names = json.loads(metadata.get("class_names", "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must have class_names as a JSON list: {error_line(error)}") from None
     found = tensors.get("embeddings")
     if found is None or found.ndim != 2 or not isinstance(names, list) or len(names) != len(found):
         shape = "none" if found is None else str(tuple(found.shape))

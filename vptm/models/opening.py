@@ -1,23 +1,37 @@
-"""From a name, a file or a module to the class that runs it, with the defaults that suit it: the one rule there is."""
+"""From a name, a file, a module or an adapter to the model that runs it: the one rule there is."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import timm
+import torch
+from timm.models import get_pretrained_cfg
 from timm.models.beit import Beit
-from torch import nn
+from torch import Tensor, nn
 
-from vptm.messages import hint
+from vptm.messages import hint, one_of
 from vptm.models.prompted_beit import PromptedBEiT
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.prompted_vit import PromptedViT
 from vptm.settings import MODEL_SETTINGS, names
-from vptm.weights.backbones import _SUFFIXES
+from vptm.weights.adapters import (
+    CONFIG_FILE,
+    check_adapter_tensors,
+    check_backbone_hash,
+    read_adapter_config,
+    read_adapter_tensors,
+)
+from vptm.weights.backbones import local_files_only
+from vptm.weights.files import SUFFIXES, one_line_errors
 
 _CLASSES: dict[str, type[PromptedModel]] = {"beit": PromptedBEiT, "classifier_beit": PromptedBEiT, "vit": PromptedViT}
+MODEL_CLASSES = {kind.__name__: kind for kind in _CLASSES.values()}
+"""Classes by the names that adapters know them by."""
 
 
 def open_model(source: Any, num_classes: int, **settings: Any) -> PromptedModel:
@@ -73,4 +87,100 @@ def kind_of(source: Any, readout: str | None = None) -> str:
 
 def is_timm_name(source: str | os.PathLike[str]) -> bool:
     """Whether a source is a name that timm knows, and no file."""
-    return isinstance(source, str) and timm.is_model(source) and Path(source).suffix not in _SUFFIXES
+    return isinstance(source, str) and timm.is_model(source) and Path(source).suffix not in SUFFIXES
+
+
+def build(kind: str, source: Any, config: Mapping[str, Any], impl: str = "auto") -> PromptedModel:
+    """A model of the class that `kind` names in `MODEL_CLASSES`, from `source` and a model's `config`."""
+    size = config.get("img_size")
+    size = tuple(size) if isinstance(size, list) else size
+    return MODEL_CLASSES[kind](source, **{**config, "img_size": size}, impl=impl)
+
+
+def load_adapter(folder: str | Path, *, source: Any = None, impl: str = "auto") -> PromptedModel:
+    """Rebuild the model an adapter was trained on and load what was learned.
+
+    Nothing is fetched: a recorded source that is a Hugging Face id or a timm name is read from the local cache. One
+    that is passed as `source` may be downloaded.
+
+    Args:
+        folder: written by `save_adapter`, or a run folder of `vptm train`.
+        source: backbone to use in place of the recorded one (as in the model's class); its weights must be the same.
+        impl: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        The model in eval mode, on the CPU, in the dtype of its source, with the `class_names` and preprocessing it was
+        trained with; the parameters that were trained require a gradient.
+
+    Raises:
+        FileNotFoundError: the folder, one of its files or the backbone is missing.
+        ValueError: damaged files, a newer schema, other backbone weights, or tensors that do not fit.
+    """
+    with one_line_errors(folder):
+        return _load(Path(folder), source, impl)
+
+
+def _load(folder: Path, source: Any, impl: str) -> PromptedModel:
+    config = read_adapter_config(folder)
+    recorded, given = config["backbone"].get("source"), source
+    if source is None:
+        if recorded is None:
+            raise ValueError(f"{folder} was trained on a model object, not a file: pass the backbone as source=")
+        source = recorded
+    learned, stated_hash = read_adapter_tensors(folder)
+    kind = config.get("model_class", "PromptedBEiT")
+    one_of(f"model_class in {folder / CONFIG_FILE}", kind, tuple(MODEL_CLASSES))
+    try:
+        if given is None:
+            if config["model"].get("pretrained"):
+                _refuse_download(source)
+            with local_files_only():
+                model = build(kind, source, config["model"], impl)
+        else:
+            model = build(kind, source, config["model"], impl)
+    except TypeError as error:
+        raise ValueError(f"{folder / CONFIG_FILE} does not fit {kind}: {error}") from None
+    except (FileNotFoundError, ValueError) as error:
+        if not isinstance(error, FileNotFoundError) and not (given is None and isinstance(error.__cause__, OSError)):
+            raise
+        raise FileNotFoundError(
+            f"{error}; the adapter was trained on {recorded}: pass the backbone as source="
+        ) from error
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    check_adapter_tensors(folder, config, learned, stated_hash, parameters, model.learned_state_dict().keys())
+    check_backbone_hash(config, learned, model._frozen_state(), model.source)
+    _fill(model, learned, config)
+    model.class_names = config.get("class_names")
+    size = model.default_cfg["input_size"]
+    for name, value in (config.get("preprocessing") or {}).items():
+        model.default_cfg[name] = tuple(value) if isinstance(value, list) else value
+    if tuple(model.default_cfg["input_size"]) != tuple(size):
+        raise ValueError(
+            f"{folder / CONFIG_FILE} must have preprocessing.input_size {list(size)}, the model's, "
+            f"got {list(model.default_cfg['input_size'])}"
+        )
+    return model.eval()
+
+
+def _refuse_download(name: str) -> None:
+    """timm fetches weights that are not on the hub by their address, whatever the hub's cache says."""
+    cfg = get_pretrained_cfg(name) if timm.is_model(name) else None
+    if cfg is None or cfg.hf_hub_id or not isinstance(cfg.url, str) or not cfg.url:
+        return
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(cfg.url).path).name)
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: its weights are not in {path.parent}")
+
+
+def _fill(model: PromptedModel, learned: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Copy what the adapter holds into `model`, and let require a gradient what did when it was saved."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    trained = learned if config["schema_version"] == 1 else config["trained"]
+    every = {name for name in parameters if name.startswith("backbone.")}
+    if config["backbone"].get("unfrozen") and (config["schema_version"] > 1 or every <= learned.keys()):
+        model.unfreeze()
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in learned)
+    model.load_learned_state_dict(learned)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)

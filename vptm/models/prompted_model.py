@@ -17,7 +17,7 @@ from vptm.frozen.sharing import own_storage
 from vptm.messages import one_of
 from vptm.models.prompts import PROMPT_OPTIONS, PromptBank
 from vptm.models.verbalizers import ClassEmbeddings, LinearVerbalizer, PrototypicalVerbalizer
-from vptm.weights.backbones import weight_hash
+from vptm.weights.files import weight_hash
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 VERBALIZERS = ("prototypical", "linear", "class_embeddings")

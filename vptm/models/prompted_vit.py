@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from vptm.frozen.encoder import Folded
 from vptm.frozen.reference import AttentionFunction
 from vptm.frozen.sharing import shared_twin
-from vptm.messages import hint, one_of
+from vptm.messages import error_line, hint, one_of
 from vptm.models.prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
-from vptm.weights.backbones import _check_size, _check_values, _first_line, _pair, _probe
+from vptm.weights.backbones import _check_size, _pair, _probe
+from vptm.weights.files import check_values
 
 READOUTS = ("cls", "mean", "mean_with_prompts")
 BLOCKS = ("Block", "ResPostBlock", "ParallelScalingBlock", "DiffParallelScalingBlock", "ParallelThingsBlock")
@@ -208,8 +209,8 @@ def _load(source: str | VisionTransformer, img_size: int | tuple[int, int] | Non
         try:
             backbone = timm.create_model(label, pretrained=pretrained, **size)
         except (OSError, RuntimeError, ValueError, AssertionError) as error:
-            raise ValueError(f"{label}: timm could not build it: {_first_line(error)}") from error
-    _check_values(backbone.state_dict(), label)
+            raise ValueError(f"{label}: timm could not build it: {error_line(error, first=True)}") from error
+    check_values(backbone.state_dict(), label, backbone=True)
     return backbone.eval()
 
 

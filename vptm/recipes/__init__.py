@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from vptm.messages import hint
+from vptm.messages import error_line, hint
 
 ALIASES = {"spt": "spt-deep", "provp-ref": "provp"}
 
@@ -49,7 +49,7 @@ def read_recipe(name: str) -> Recipe:
         path = Path(name)
         if not path.is_file():
             raise FileNotFoundError(f"recipe not found: {name}")
-        from vptm.weights.backbones import one_line_errors
+        from vptm.weights.files import one_line_errors
 
         with one_line_errors(name):
             return _parse(path.read_text(encoding="utf-8"), path.stem, name)
@@ -78,7 +78,7 @@ def _parse(text: str, name: str, source: str) -> Recipe:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"recipe {source} must be YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"recipe {source} must be YAML: {error_line(error)}") from None
     if not isinstance(content, dict) or not {"summary", "settings"} <= content.keys() <= {
         "summary",
         "settings",

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from vptm.weights.adapters import write_atomically
+from vptm.weights.files import write_atomically
 
 
 def plot_curves(history: list[dict[str, Any]], path: Path) -> None:

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from vptm.frozen.modes import eval_mode
 from vptm.models.prompted_model import PromptedModel
+from vptm.models.saving import unwrapped
 from vptm.training.checks import check_batch_labels
-from vptm.weights.adapters import unwrapped
 
 
 class Answers(NamedTuple):

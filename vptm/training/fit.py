@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from vptm.data.split_list import SplitList
 from vptm.models.prompted_model import PromptedModel
+from vptm.models.saving import unwrapped
 from vptm.settings import TrainSettings
 from vptm.training.checks import check_batch_labels, check_data, check_loaders, check_model, check_settings
 from vptm.training.evaluate import ask
@@ -22,7 +23,6 @@ from vptm.training.progress import TrainProgress
 from vptm.training.run_folder import Run, listed_images, run_identity
 from vptm.training.seeding import generators_kept, seed_everything
 from vptm.training.step import TrainStep
-from vptm.weights.adapters import unwrapped
 
 _STEPS_PER_CHECK = 50
 

@@ -20,22 +20,15 @@ from torch.utils.data import DataLoader
 
 from vptm.data.datasets import ImageDataset
 from vptm.data.split_list import SPLIT_FILE, SplitList
-from vptm.messages import one_line
+from vptm.messages import error_line
 from vptm.models.prompted_model import PromptedModel
+from vptm.models.saving import frozen_part, save_compared
 from vptm.training.curves import plot_curves
 from vptm.training.facts import environment
 from vptm.training.state import STATE_FILE, read_state, write_state
 from vptm.training.step import TrainStep
-from vptm.weights.adapters import (
-    CONFIG_FILE,
-    TENSORS_FILE,
-    WriteError,
-    frozen_part,
-    read_tensors,
-    write_adapter,
-    write_atomically,
-)
-from vptm.weights.backbones import weight_hash
+from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, read_adapter_tensors
+from vptm.weights.files import WriteError, weight_hash, write_atomically
 
 METRICS_FILE, CURVES_FILE, RUN_FILE = "metrics.csv", "curves.png", "run.json"
 RUN_FILES = (TENSORS_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, CURVES_FILE, RUN_FILE, SPLIT_FILE)
@@ -113,7 +106,7 @@ class Run:
             self._restore(state)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             where = self.folder / (STATE_FILE if "learned" in state else TENSORS_FILE)
-            raise ValueError(f"{where} does not fit the run: {one_line(error, 200)}; use overwrite") from error
+            raise ValueError(f"{where} does not fit the run: {error_line(error, 200)}; use overwrite") from error
 
     def finish_epoch(self, row: dict[str, Any]) -> None:
         """Keep and write what an epoch reached."""
@@ -206,7 +199,7 @@ class Run:
         self.model.load_learned_state_dict(self.best_state)
         try:
             extra = {"epoch": self.best_epoch, "val_accuracy": None if self.best_score is None else self.best_score[0]}
-            write_adapter(self.model, self.folder, self._frozen, extra)
+            save_compared(self.model, self.folder, self._frozen, extra)
         finally:
             self.masters.load(current)
 
@@ -277,8 +270,8 @@ def _finished_state(folder: Path) -> dict[str, Any] | None:
         raise ValueError(
             f"{folder / METRICS_FILE} must have {identity['epochs']} epochs, got {len(history)}; use overwrite"
         )
-    best, metadata = read_tensors(folder / TENSORS_FILE)
-    if metadata.get("vptm_hash") != weight_hash(best):
+    best, stated_hash = read_adapter_tensors(folder)
+    if stated_hash != weight_hash(best):
         raise ValueError(
             f"{folder / TENSORS_FILE} is damaged: its tensors do not have the hash written with them; use overwrite"
         )
@@ -295,7 +288,7 @@ def _read_history(path: Path) -> list[dict[str, Any]]:
             for row in rows
         ]
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path} must be the metrics of a run: {one_line(error)}; use overwrite") from None
+        raise ValueError(f"{path} must be the metrics of a run: {error_line(error)}; use overwrite") from None
 
 
 def _first_hash(model: PromptedModel) -> str:
@@ -329,7 +322,7 @@ def _read_run_file(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be the JSON of a run: {one_line(error)}; use overwrite") from None
+        raise ValueError(f"{path} must be the JSON of a run: {error_line(error)}; use overwrite") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}; use overwrite")
     return content

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vptm.weights.adapters import write_atomically
-from vptm.weights.backbones import check_archive
+from vptm.weights.files import check_archive, write_atomically
 
 STATE_FILE = "state.pt"
 _VERSION = 2  # 1 had neither scaler nor digest
@@ -44,7 +43,7 @@ def read_state(path: Path) -> dict[str, Any]:
         ValueError: it is no state, of a newer version, or damaged.
     """
     try:
-        check_archive(path, str(path))
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated archives, foreign files and pickled code raise many kinds
         raise ValueError(f"{path} is not a training state of vptm: {type(error).__name__}; use overwrite") from None

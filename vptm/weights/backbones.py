@@ -10,21 +10,15 @@ BEiT: Bao et al. 2022, https://arxiv.org/abs/2106.08254. BEiT v2: Peng et al. 20
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import hashlib
 import importlib.resources
 import inspect
 import json
 import math
 import os
-import pickle
-import pickletools
 import re
 import stat
-import struct
 import warnings
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -34,7 +28,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.mlp import Mlp, SwiGLU
 from timm.layers.norm import LayerNorm
@@ -45,15 +38,22 @@ from torch import Tensor, nn
 
 from vptm.data.pictures import check_picture_options
 from vptm.frozen.sharing import shared_twin
-from vptm.messages import one_line
+from vptm.messages import error_line
+from vptm.weights.files import (
+    SUFFIXES,
+    TORCH_SUFFIXES,
+    check_values,
+    one_line_errors,
+    read_json,
+    read_safetensors,
+    read_torch,
+)
 
-__all__ = ["LoadReport", "LoadedBackbone", "canonical_state_dict", "load_backbone", "weight_hash"]
+__all__ = ["LoadReport", "LoadedBackbone", "canonical_state_dict", "load_backbone"]
 
 _UNILM_EPS = 1e-6
 _HUGGINGFACE_EPS = 1e-12
 _HALF = (0.5, 0.5, 0.5)
-_TORCH_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".tar"}
-_SUFFIXES = {*_TORCH_SUFFIXES, ".safetensors"}
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -234,23 +234,6 @@ def load_backbone(
 
 
 @contextmanager
-def one_line_errors(label: object) -> Iterator[None]:
-    """Whatever reading `label` raises, as one line of bounded length: values nested or sized beyond what Python takes
-    are a ValueError, as any other content that is not what it should be."""
-    try:
-        yield
-    except (RecursionError, OverflowError, MemoryError, UnicodeError) as error:
-        what = {RecursionError: "nested too deeply", UnicodeError: "text that is not Unicode"}
-        why = next((text for kind, text in what.items() if isinstance(error, kind)), "sizes beyond what memory holds")
-        raise ValueError(one_line(f"{label}: required a readable file, found {why}")) from error
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        if str(error) == (line := one_line(error)):
-            raise
-        kind = next(kind for kind in (FileNotFoundError, TypeError, ValueError) if isinstance(error, kind))
-        raise kind(line) from error
-
-
-@contextmanager
 def local_files_only() -> Iterator[None]:
     """Read names of the Hugging Face hub from the local cache alone; a name that is not there is not found.
 
@@ -301,12 +284,10 @@ def preprocessing_error(config: Any) -> str | None:
 def _load(source: str | os.PathLike[str] | Beit, size: tuple[int, int] | None, pretrained: bool) -> LoadedBackbone:
     if isinstance(source, nn.Module):
         if not isinstance(source, Beit):
-            raise TypeError(
-                f"source: PromptedBEiT runs timm's Beit class, the given module is a {type(source).__name__}"
-            )
+            raise TypeError(f"PromptedBEiT runs timm's Beit class, the given module is a {type(source).__name__}")
         return _from_module(shared_twin(source), "timm Beit instance", "module", size, pretrained)
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"source: required a path, a name or a timm Beit instance, got {type(source).__name__}")
+        raise TypeError(f"source must be a path, a name or a timm Beit instance, got {type(source).__name__}")
 
     label = os.fspath(source)
     if isinstance(source, str):
@@ -319,7 +300,7 @@ def _load(source: str | os.PathLike[str] | Beit, size: tuple[int, int] | None, p
                         "builtin: vptm is installed without its built-in model, assets/builtin.safetensors"
                     )
                 return _from_file(path, label, size)
-        if timm.is_model(source) and Path(source).suffix not in _SUFFIXES:
+        if timm.is_model(source) and Path(source).suffix not in SUFFIXES:
             return _from_timm_name(source, size, pretrained)
 
     path = Path(label).expanduser()
@@ -330,12 +311,13 @@ def _load(source: str | os.PathLike[str] | Beit, size: tuple[int, int] | None, p
     if stat.S_ISDIR(mode):
         return _from_folder(path, label, size)
     if mode:
-        _check_regular(mode, label)
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"{label}: must be a file or a folder, got a pipe, a socket or a device")
         return _from_file(path, label, size)
     hub_id = _HUB_ID.fullmatch(label) if isinstance(source, str) else None
-    if hub_id and path.suffix not in _SUFFIXES and not os.path.exists(path.parts[0]):
+    if hub_id and path.suffix not in SUFFIXES and not os.path.exists(path.parts[0]):
         return _from_folder(_download(hub_id[1], label), label, size)
-    if not isinstance(source, str) or path.suffix in _SUFFIXES or os.sep in label or "/" in label:
+    if not isinstance(source, str) or path.suffix in SUFFIXES or os.sep in label or "/" in label:
         raise FileNotFoundError(f"{label}: no such file or folder")
     raise ValueError(_unknown_name(label))
 
@@ -355,24 +337,6 @@ def canonical_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def weight_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Identity of a set of weights as "sha256:<hex>": two sets agree if names, dtypes, shapes and all bytes do.
-
-    Names are sorted; device, memory layout and requires_grad do not count. A json line of name, dtype and shape stands
-    before each tensor's bytes, so no two sets give the same stream.
-
-    >>> vptm.weight_hash({"x": torch.zeros(2)})
-    'sha256:f3151283d5c63587cd773d55b3eb39fa7104efa9ae53cdd3a62f4451060848c1'
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        header = json.dumps([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
-        digest.update(header.encode() + b"\n")
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return f"sha256:{digest.hexdigest()}"
-
-
 def _from_module(
     model: Beit, label: str, form: str, size: tuple[int, int] | None, pretrained: bool, notes: Iterable[str] = ()
 ) -> LoadedBackbone:
@@ -380,12 +344,12 @@ def _from_module(
     norms = [name for name in ("norm", "fc_norm") if isinstance(getattr(model, name), nn.LayerNorm)]
     if len(norms) != 1 or not isinstance(first.norm1, nn.LayerNorm):
         raise ValueError(
-            f"{label}: required LayerNorm blocks and exactly one final norm or fc_norm, found {norms or 'none'}"
+            f"{label}: must have LayerNorm blocks and exactly one final norm or fc_norm, got {norms or 'none'}"
         )
     own_size, patch = _pair(model.patch_embed.img_size, label), tuple(model.patch_embed.patch_size)
     if size not in (None, own_size):
-        raise ValueError(f"{label}: required img_size {own_size} or a call of set_input_size before, got {size}")
-    _check_values(model.state_dict(), label)
+        raise ValueError(f"{label}: img_size must be {own_size}, or set_input_size called before, got {size}")
+    check_values(model.state_dict(), label, backbone=True)
     architecture: dict[str, Any] = {
         "img_size": own_size,
         "patch_size": patch[0] if patch[0] == patch[1] else patch,
@@ -406,7 +370,7 @@ def _from_module(
         architecture["swiglu_mlp"] = isinstance(first.mlp, SwiGLU)
         architecture["scale_mlp"] = not isinstance(first.mlp.norm, nn.Identity)
     elif not isinstance(first.mlp, Mlp):
-        raise ValueError(f"{label}: required timm's Mlp or SwiGLU in every block, found {type(first.mlp).__name__}")
+        raise ValueError(f"{label}: must have timm's Mlp or SwiGLU in every block, got {type(first.mlp).__name__}")
 
     dropped = tuple(f"head.{name}" for name, _ in model.head.named_parameters())
     if dropped:
@@ -443,7 +407,7 @@ def _from_timm_name(name: str, size: tuple[int, int] | None, pretrained: bool) -
         raise ValueError(f"{name}: PromptedBEiT runs timm's Beit class, {model_name} is a {type(probe).__name__}")
     tags = timm.list_pretrained(f"{model_name}.*")
     if tag and name not in tags:
-        raise ValueError(f"{name}: unknown pretrained tag, required one of {', '.join(tags)}")
+        raise ValueError(f"{name}: pretrained tag must be one of {', '.join(tags)}")
     native, patch = _pair(probe.patch_embed.img_size, name), tuple(probe.patch_embed.patch_size)
     size = size or native
     _check_size(size, patch, name)
@@ -453,7 +417,8 @@ def _from_timm_name(name: str, size: tuple[int, int] | None, pretrained: bool) -
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{name}: timm could not load its pretrained weights: {_first_line(error)}") from error
+        why = error_line(error, first=True)
+        raise ValueError(f"{name}: timm could not load its pretrained weights: {why}") from error
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     if size != native:
         state = model.state_dict()
@@ -499,7 +464,7 @@ def _download(repo: str, label: str) -> Path:
             )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{label}: no such folder, and the Hugging Face hub did not give it: {_first_line(error)}"
+            f"{label}: no such folder, and the Hugging Face hub did not give it: {error_line(error, first=True)}"
         ) from error
     return folder
 
@@ -508,14 +473,14 @@ def _from_file(path: Path, label: str, size: tuple[int, int] | None) -> LoadedBa
     facts = _Facts()
     state: Mapping[str, Any]
     if path.suffix == ".safetensors":
-        state, metadata = _read_safetensors(path, label)
+        state, metadata = read_safetensors(path, label)
         if metadata.get("format") == "vptm":
             facts = _vptm_facts(metadata, label)
-    elif path.suffix in _TORCH_SUFFIXES:
-        state = _read_torch(path, label)
+    elif path.suffix in TORCH_SUFFIXES:
+        state = read_torch(path, label)
     else:
         raise ValueError(
-            f"{label}: required a file ending in {', '.join(sorted(_SUFFIXES))}, got {path.suffix or 'no suffix'}"
+            f"{label}: must be a file ending in {', '.join(sorted(SUFFIXES))}, got {path.suffix or 'no suffix'}"
         )
     config = path.with_name("config.json")
     if facts.format is None and config.is_file() and any(_HF_MARK in key for key in _unwrap(state, label)[0]):
@@ -526,117 +491,24 @@ def _from_file(path: Path, label: str, size: tuple[int, int] | None) -> LoadedBa
 def _from_folder(folder: Path, label: str, size: tuple[int, int] | None) -> LoadedBackbone:
     config = folder / "config.json"
     if not config.is_file():
-        raise ValueError(f"{label}: required a Hugging Face folder with config.json, found none in it")
+        raise ValueError(f"{label}: must be a Hugging Face folder with config.json, got none in it")
     facts = _folder_facts(config, label)
     name = next((name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None:
-        raise ValueError(f"{label}: required weights beside config.json, one of {', '.join(_WEIGHT_FILES)}")
+        raise ValueError(f"{label}: must have weights beside config.json, one of {', '.join(_WEIGHT_FILES)}")
     names = [name]
     if name.endswith(".index.json"):
-        shards = _read_json(folder / name, label).get("weight_map")
+        shards = read_json(folder / name, label).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) and s == Path(s).name for s in shards.values()):
-            raise ValueError(f"{label}: {name} required weight_map, tensor names to file names in the folder")
+            raise ValueError(f"{label}: {name} must have weight_map, tensor names to file names in the folder")
         names = sorted(set(shards.values()))
     state: dict[str, Any] = {}
     for part in names:
         if not (folder / part).is_file():
             raise ValueError(f"{label}: {name} names {part}, which is not in the folder")
         file = folder / part
-        state.update(_read_safetensors(file, label)[0] if file.suffix == ".safetensors" else _read_torch(file, label))
+        state.update(read_safetensors(file, label)[0] if file.suffix == ".safetensors" else read_torch(file, label))
     return _from_state(state, facts, label, size)
-
-
-def _read_safetensors(path: Path, label: str) -> tuple[dict[str, Any], dict[str, str]]:
-    _check_readable(path, label)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{label}: required a safetensors file, {path.name} is damaged: {_first_line(error)}"
-        ) from error
-
-
-def _read_torch(path: Path, label: str) -> Mapping[str, Any]:
-    _check_readable(path, label)
-    zipped = check_archive(path, label)
-    try:
-        # unilm stores its command-line arguments; a Namespace only holds values, and they must be plain themselves
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch describes foreign pickles at length; the error below says it in a line
-            # mapping the file leaves the optimizer state of a training checkpoint on disk
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None and (code := _pickled_code(path)):
-            raise ValueError(
-                f"{label}: required tensors in a torch checkpoint, {path.name} is a plain pickle that calls {code}; "
-                "nothing was run"
-            ) from error
-        if found is None:
-            raise ValueError(
-                f"{label}: required a whole torch checkpoint, {path.name} is truncated or damaged"
-            ) from error
-        raise ValueError(
-            f"{label}: required tensors and argparse.Namespace only, {path.name} holds {found[1]}; nothing was run"
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{label}: required a whole torch checkpoint, {path.name} is truncated or damaged") from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{label}: required a mapping of names to tensors, {path.name} holds a {type(state).__name__}")
-    return state
-
-
-def check_archive(path: Path, label: str) -> bool:
-    """Whether the file is a zip archive; then every entry is compared with the archive's own checksum, which
-    `torch.load` does not do.
-
-    An archive without checksums (`torch.serialization.set_crc32_options(False)`) has zeros in their place.
-    """
-    try:
-        if not zipfile.is_zipfile(path):
-            return False
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if packed := next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None):
-                raise ValueError(
-                    f"{label}: required an archive as torch.save writes it, {packed.filename} in it is compressed"
-                )
-            damaged = archive.testzip() if any(entry.CRC for entry in entries) else None
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, struct.error) as error:
-        raise ValueError(f"{label}: required a whole torch checkpoint, {path.name} is truncated or damaged") from error
-    if damaged is not None:
-        raise ValueError(f"{label}: required a whole torch checkpoint, {path.name} is damaged: {damaged} in it changed")
-    return True
-
-
-def _pickled_code(path: Path) -> str | None:
-    """What a plain pickle would import, read from its opcodes without running one; None where it is not a pickle."""
-    strings: list[str] = []
-    try:
-        with path.open("rb") as file:
-            for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name == "GLOBAL":
-                    return str(argument).replace(" ", ".")
-                if opcode.name == "STACK_GLOBAL":
-                    return ".".join(strings[-2:])
-                if isinstance(argument, str):
-                    strings.append(argument)
-    except Exception:  # not a pickle, or a cut one: the caller says "damaged"
-        return None
-    return None
-
-
-def _read_json(path: Path, label: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{label}: {path.name} is not JSON: {_first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{label}: {path.name} required a JSON object, holds a {type(value).__name__}")
-    return value
 
 
 def _vptm_facts(metadata: Mapping[str, str], label: str) -> _Facts:
@@ -658,29 +530,31 @@ def _vptm_facts(metadata: Mapping[str, str], label: str) -> _Facts:
             notes=[str(stated["description"])] if stated.get("description") else [],
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{label}: the vptm metadata required architecture, eps, mean and std: {error!r}") from error
+        raise ValueError(f"{label}: the vptm metadata must have architecture, eps, mean and std: {error!r}") from error
     unknown = sorted(set(architecture) - set(inspect.signature(Beit.__init__).parameters))
     channels = architecture.get("in_chans", 3)
     if len(facts.mean or ()) != channels or len(facts.std or ()) != channels:
-        raise ValueError(f"{label}: required mean and std of {channels} channels, found {facts.mean} and {facts.std}")
+        raise ValueError(f"{label}: must have mean and std of {channels} channels, got {facts.mean} and {facts.std}")
     if unknown:
-        raise ValueError(f"{label}: architecture required keyword arguments of timm's Beit, got {', '.join(unknown)}")
+        raise ValueError(
+            f"{label}: architecture must have keyword arguments of timm's Beit only, got {', '.join(unknown)}"
+        )
     return facts
 
 
 def _folder_facts(path: Path, label: str) -> _Facts:
-    config = _read_json(path, label)
+    config = read_json(path, label)
     if "model_type" not in config and isinstance(config.get("pretrained_cfg"), dict):
         return _timm_folder_facts(config["pretrained_cfg"], label)
     if config.get("model_type") != "beit":
-        raise ValueError(f"{label}: required config.json of model_type beit, found {config.get('model_type')!r}")
+        raise ValueError(f"{label}: config.json must have model_type beit, got {config.get('model_type')!r}")
     if config.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"{label}: required hidden_act gelu, found {config['hidden_act']!r}")
+        raise ValueError(f"{label}: config.json must have hidden_act gelu, got {config['hidden_act']!r}")
 
     def whole(key: str, default: int) -> int:
         value = config.get(key, default)
         if type(value) is not int or value < 1:
-            raise ValueError(f"{label}: config.json {key} required a positive integer, found {value!r}")
+            raise ValueError(f"{label}: config.json {key} must be a positive integer, got {value!r}")
         return value
 
     width, scale = whole("hidden_size", 768), config.get("layer_scale_init_value", 0.1)
@@ -708,14 +582,14 @@ def _folder_facts(path: Path, label: str) -> _Facts:
         facts.mean = facts.std = (0.5,) * facts.stated["in_chans"]
         facts.statistics_from = "Hugging Face's default, there is no preprocessor_config.json"
         return facts
-    steps = _read_json(preprocessor, label)
+    steps = read_json(preprocessor, label)
     if "image_mean" in steps and "image_std" in steps:
         facts.mean = _floats(steps["image_mean"], "image_mean", label)
         facts.std = _floats(steps["image_std"], "image_std", label)
         facts.statistics_from = "preprocessor_config.json"
     resample = steps.get("resample", 3)
     if str(resample) not in _HF_INTERPOLATION:
-        raise ValueError(f"{label}: resample required one of {', '.join(_HF_INTERPOLATION)}, found {resample!r}")
+        raise ValueError(f"{label}: resample must be one of {', '.join(_HF_INTERPOLATION)}, got {resample!r}")
     facts.interpolation = _HF_INTERPOLATION[str(resample)]
     facts.crop_pct = _crop_pct(steps, label)
     return facts
@@ -754,20 +628,20 @@ def _unwrap(state: Mapping[str, Any], label: str) -> tuple[dict[str, Tensor], li
         dropped += [str(key) for key in state if key != inner]
         state = state[inner]
         if id(state) in seen:
-            raise ValueError(f"{label}: required a state dict, {inner!r} holds the mapping it stands in")
+            raise ValueError(f"{label}: must be a state dict, {inner!r} holds the mapping it stands in")
         seen.add(id(state))
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
         if not isinstance(value, Tensor):
             if not _TRAINING_STATE.fullmatch(str(key)):
-                raise ValueError(f"{label}: {key} required a tensor, found a {type(value).__name__}")
+                raise ValueError(f"{label}: {key} must be a tensor, got a {type(value).__name__}")
             dropped.append(str(key))
             continue
         if value.is_meta or value.layout is not torch.strided:
-            raise ValueError(f"{label}: {key} required dense values, found {value.layout} on {value.device.type}")
+            raise ValueError(f"{label}: {key} must have dense values, got {value.layout} on {value.device.type}")
         stored = value.untyped_storage().nbytes() // value.element_size()
         if value.numel() > stored:  # a few bytes can claim any shape, and every copy of it takes that much memory
-            raise ValueError(f"{label}: {key} required a value for each of its {value.numel()} places, found {stored}")
+            raise ValueError(f"{label}: {key} must have a value for each of its {value.numel()} places, got {stored}")
         tensors[str(key)] = value
     for prefix in _PREFIXES:
         if any(key.startswith(prefix) for key in tensors):
@@ -784,7 +658,7 @@ def _rename(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
         return dict(tensors)
     if {"layernorm.weight", "beit.layernorm.weight"} <= set(tensors):
         raise ValueError(
-            f"{label}: required one final norm, found layernorm and beit.layernorm "
+            f"{label}: must have one final norm, got layernorm and beit.layernorm "
             "(a masked-image model with use_mean_pooling=False)"
         )
     out: dict[str, Tensor] = {}
@@ -803,7 +677,7 @@ def _rename(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
         lacking = [n for c, n in zip("qkv", ("query", "key", "value")) if (c, "weight") not in parts]
         if lacking:
             raise ValueError(
-                f"{label}: block {i} required query, key and value weights, found no {' and no '.join(lacking)}"
+                f"{label}: block {i} must have query, key and value weights, got no {' and no '.join(lacking)}"
             )
         out[f"blocks.{i}.attn.qkv.weight"] = torch.cat([parts[c, "weight"] for c in "qkv"])
         out |= {f"blocks.{i}.attn.{c}_bias": parts[c, "bias"] for c in "qkv" if (c, "bias") in parts}
@@ -812,7 +686,7 @@ def _rename(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
 
 def _put(out: dict[str, Tensor], key: str, value: Tensor, label: str) -> None:
     if key in out:
-        raise ValueError(f"{label}: required one {key}, found two")
+        raise ValueError(f"{label}: must have one {key}, got two")
     out[key] = value
 
 
@@ -833,12 +707,12 @@ def _from_state(raw: Mapping[str, Any], facts: _Facts, label: str, size: tuple[i
     used = [key for key, value in key_bias.items() if value.float().any()]
     if used:
         if not any("relative_position_bias_table" in key or "gamma_" in key for key in state):
-            raise ValueError(f"{label}: required a BEiT, found a plain ViT (it has key biases, BEiT has none)")
+            raise ValueError(f"{label}: must be a BEiT, got a plain ViT (it has key biases, BEiT has none)")
         notes.append(f"non-zero key bias of {len(used)} blocks dropped: the softmax over keys is invariant to it")
     surplus = {key: state.pop(key) for key in list(state) if _DROPPABLE.match(key)}
     dropped += [*index, *key_bias, *surplus]
 
-    _check_values(state, label)
+    check_values(state, label, backbone=True)
     stored = {str(value.dtype).removeprefix("torch.") for value in state.values()}
     if stored != {"float32"}:
         notes.append(f"stored as {', '.join(sorted(stored))}, loaded as float32")
@@ -847,7 +721,7 @@ def _from_state(raw: Mapping[str, Any], facts: _Facts, label: str, size: tuple[i
     architecture, window = _architecture(state, facts, index, size, label, notes)
     mask_token, lm_head, missing = _token_head(state, architecture["embed_dim"], facts, label)
     if "norm.weight" in state and "fc_norm.weight" in state:
-        raise ValueError(f"{label}: required one final norm, found both norm and fc_norm")
+        raise ValueError(f"{label}: must have one final norm, got both norm and fc_norm")
     if not {"norm.weight", "fc_norm.weight"} & set(state) and any(key.startswith("decode_head.") for key in surplus):
         # segmentation models read un-normalised block outputs
         width = architecture["embed_dim"]
@@ -889,23 +763,12 @@ def _from_state(raw: Mapping[str, Any], facts: _Facts, label: str, size: tuple[i
 def _check_family(state: Mapping[str, Tensor], label: str) -> None:
     fused = next((key for key in state if key.endswith(".attn.qkv.bias")), None)
     if fused:
-        raise ValueError(f"{label}: required a BEiT, found a plain ViT ({fused}; BEiT has q_bias and v_bias)")
+        raise ValueError(f"{label}: must be a BEiT, got a plain ViT ({fused}; BEiT has q_bias and v_bias)")
     if "patch_embed.proj.weight" not in state or "blocks.0.attn.qkv.weight" not in state:
         raise ValueError(
-            f"{label}: required a BEiT state dict (patch_embed.proj.weight, blocks.0.attn.qkv.weight, …), "
-            f"found {_some(state) or 'no tensors'}"
+            f"{label}: must be a BEiT state dict (patch_embed.proj.weight, blocks.0.attn.qkv.weight, …), "
+            f"got {_some(state) or 'no tensors'}"
         )
-
-
-def _check_values(state: Mapping[str, Tensor], label: str) -> None:
-    for key, value in state.items():
-        if not value.is_floating_point():
-            raise ValueError(f"{label}: {key} required floating-point values, found {value.dtype}")
-        if value.numel() == 0:
-            raise ValueError(f"{label}: {key} required values, found shape {tuple(value.shape)}")
-        # in fp32, which is what the model gets: larger doubles become infinite there
-        if not value.float().isfinite().all():
-            raise ValueError(f"{label}: {key} required finite values, found NaN or infinity")
 
 
 def _token_head(
@@ -916,18 +779,18 @@ def _token_head(
     mask_token = state.pop("mask_token", None)
     weight, bias = state.pop("lm_head.weight", None), state.pop("lm_head.bias", None)
     if mask_token is not None and mask_token.shape != (1, 1, width):
-        raise ValueError(f"{label}: mask_token required shape {(1, 1, width)}, found {tuple(mask_token.shape)}")
+        raise ValueError(f"{label}: mask_token must have shape {(1, 1, width)}, got {tuple(mask_token.shape)}")
     if (weight is None) != (bias is None):
-        raise ValueError(f"{label}: lm_head required weight and bias, found only one of them")
+        raise ValueError(f"{label}: lm_head must have weight and bias, got only one of them")
     if weight is None or bias is None:
         return _own(mask_token), None, missing
     if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"{label}: lm_head required weight (V, {width}) and bias (V,), "
-            f"found {tuple(weight.shape)} and {tuple(bias.shape)}"
+            f"{label}: lm_head must have weight (V, {width}) and bias (V,), "
+            f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     if facts.vocab_size not in (None, weight.shape[0]):
-        raise ValueError(f"{label}: lm_head required {facts.vocab_size} tokens (vocab_size), found {weight.shape[0]}")
+        raise ValueError(f"{label}: lm_head must have {facts.vocab_size} tokens (vocab_size), got {weight.shape[0]}")
     head = nn.Linear(width, weight.shape[0], device="meta", dtype=torch.float32)
     head.load_state_dict({"weight": weight.clone(), "bias": bias.clone()}, assign=True)
     return _own(mask_token), head.eval(), missing
@@ -951,33 +814,33 @@ def _architecture(
     if proj.ndim != 4 or fc1 is None or fc1.ndim != 2:
         found = "none" if fc1 is None else str(tuple(fc1.shape))
         raise ValueError(
-            f"{label}: required patch_embed.proj.weight of 4 and blocks.0.mlp.fc1.weight of 2 dimensions, "
-            f"found {tuple(proj.shape)} and {found}"
+            f"{label}: must have patch_embed.proj.weight of 4 and blocks.0.mlp.fc1.weight of 2 dimensions, "
+            f"got {tuple(proj.shape)} and {found}"
         )
     embed_dim, in_chans, *patch = proj.shape
     blocks = {int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key))}
     depth = len(blocks)
     if blocks != set(range(depth)):
-        raise ValueError(f"{label}: required blocks 0 to {max(blocks)}, found {depth} of them")
+        raise ValueError(f"{label}: must have blocks 0 to {max(blocks)}, got {depth} of them")
     shared = "rel_pos_bias.relative_position_bias_table"
     own = "blocks.0.attn.relative_position_bias_table"
     table = state.get(shared, state.get(own))
     if table is not None and table.ndim != 2:
         raise ValueError(
-            f"{label}: relative_position_bias_table required shape (offsets, heads), found {tuple(table.shape)}"
+            f"{label}: relative_position_bias_table must have shape (offsets, heads), got {tuple(table.shape)}"
         )
 
     num_heads = table.shape[1] if table is not None else facts.stated.get("num_heads")
     if num_heads is None:
         if embed_dim % 64:
             raise ValueError(
-                f"{label}: required a position table or a config that tells the number of heads, or a width that is a "
-                f"multiple of 64, found width {embed_dim}"
+                f"{label}: must have a position table or a config that tells the number of heads, or a width that is a "
+                f"multiple of 64, got width {embed_dim}"
             )
         num_heads = embed_dim // 64
         notes.append(f"{num_heads} heads: without a position table or a config, heads of 64 are assumed")
     if type(num_heads) is not int or num_heads < 1 or embed_dim % num_heads:
-        raise ValueError(f"{label}: required a number of heads that divides {embed_dim}, found {num_heads!r}")
+        raise ValueError(f"{label}: must have a number of heads that divides {embed_dim}, got {num_heads!r}")
     scaled = "blocks.0.gamma_1" in state
     architecture: dict[str, Any] = {
         "patch_size": patch[0] if patch[0] == patch[1] else tuple(patch),
@@ -1002,7 +865,7 @@ def _architecture(
         else:
             same = value == architecture.get(key, value)
         if not same and (key != "init_values" or bool(value) != scaled):
-            raise ValueError(f"{label}: required {key} {value!r} (its config), the weights have {architecture[key]!r}")
+            raise ValueError(f"{label}: must have {key} {value!r} (its config), the weights have {architecture[key]!r}")
 
     stated_size = facts.stated.get("img_size")
     native = _pair(stated_size, f"{label}: img_size") if stated_size is not None else None
@@ -1041,13 +904,13 @@ def _native_window(
         window = _window(native, patch)
         if not fits(window):
             raise ValueError(
-                f"{label}: required tables of window {window[0]} x {window[1]} (img_size {native}), found {found}"
+                f"{label}: must have tables of window {window[0]} x {window[1]} (img_size {native}), got {found}"
             )
         return window
     if index:
         window = _index_window(index, wanted, label)
         if not fits(window):
-            raise ValueError(f"{label}: required tables of window {window[0]} x {window[1]} (its index), found {found}")
+            raise ValueError(f"{label}: must have tables of window {window[0]} x {window[1]} (its index), got {found}")
         return window
     if rows is not None:
         side = (math.isqrt(max(rows - 3, 0)) + 1) // 2
@@ -1056,13 +919,13 @@ def _native_window(
     elif wanted is not None:
         return wanted
     else:
-        raise ValueError(f"{label}: img_size is required, the file holds no position table that tells it")
+        raise ValueError(f"{label}: img_size must be given, the file holds no position table that tells it")
     if side > 0 and fits((side, side)):
         return side, side
     if wanted is not None and fits(wanted):
         return wanted
     raise ValueError(
-        f"{label}: img_size of the file is required (height, width), its window is not square: found {found}"
+        f"{label}: img_size of the file must be given (height, width), its window is not square, got {found}"
     )
 
 
@@ -1071,7 +934,7 @@ def _index_window(index: Mapping[str, Tensor], wanted: tuple[int, int] | None, l
     key, first = next(iter(index.items()))
     patches = len(first) - 1 if first.ndim else 0
     if first.is_floating_point() or first.ndim != 2 or patches < 1 or first.shape[1] != patches + 1:
-        raise ValueError(f"{label}: {key} required integers of shape (N, N), found {first.dtype} {tuple(first.shape)}")
+        raise ValueError(f"{label}: {key} must be integers of shape (N, N), got {first.dtype} {tuple(first.shape)}")
     offset = first[1:, 1] - first[1, 1]
     jumps = (offset != torch.arange(patches)).nonzero()
     columns = int(jumps[0]) if len(jumps) else patches
@@ -1083,7 +946,7 @@ def _index_window(index: Mapping[str, Tensor], wanted: tuple[int, int] | None, l
     for key, value in index.items():
         if value.shape != expected.shape or not torch.equal(value.long(), expected):
             raise ValueError(
-                f"{label}: {key} required BEiT's index of window {window[0]} x {window[1]}, found another numbering"
+                f"{label}: {key} must be BEiT's index of window {window[0]} x {window[1]}, got another numbering"
             )
     return window
 
@@ -1116,15 +979,15 @@ def _build(architecture: dict[str, Any], eps: float, state: dict[str, Tensor], l
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     unknown = [key for key in state if key not in expected]
     if unknown:
-        raise ValueError(f"{label}: required BEiT tensors only, found unknown {_some(unknown)}")
+        raise ValueError(f"{label}: must have BEiT tensors only, got unknown {_some(unknown)}")
     missing = [key for key in expected if key not in state]
     if missing:
         raise ValueError(
-            f"{label}: required all tensors of a BEiT of {len(model.blocks)} blocks, missing {_some(missing)}"
+            f"{label}: must have all tensors of a BEiT of {len(model.blocks)} blocks, missing {_some(missing)}"
         )
     for key, shape in expected.items():
         if tuple(state[key].shape) != shape:
-            raise ValueError(f"{label}: {key} required shape {shape}, found {tuple(state[key].shape)}")
+            raise ValueError(f"{label}: {key} must have shape {shape}, got {tuple(state[key].shape)}")
     model.to_empty(device="cpu")
     for module in model.modules():
         init: Any = getattr(module, "init_non_persistent_buffers", None)
@@ -1179,14 +1042,14 @@ def _norm_notes(architecture: Mapping[str, Any]) -> list[str]:
 def _pair(value: Any, name: str) -> tuple[int, int]:
     pair = (value, value) if type(value) is int else value
     if not isinstance(pair, tuple | list) or len(pair) != 2 or any(type(v) is not int or v < 1 for v in pair):
-        raise ValueError(f"{name}: required a positive integer or (height, width), got {value!r}")
+        raise ValueError(f"{name} must be a positive integer or (height, width), got {value!r}")
     return pair[0], pair[1]
 
 
 def _check_size(size: tuple[int, int], patch: Iterable[int], label: str) -> None:
     rows, columns = patch
     if size[0] % rows or size[1] % columns:
-        raise ValueError(f"{label}: img_size required multiples of the patch {rows} x {columns}, got {size}")
+        raise ValueError(f"{label}: img_size must be multiples of the patch {rows} x {columns}, got {size}")
 
 
 def _window(size: tuple[int, int], patch: int | Iterable[int]) -> tuple[int, int]:
@@ -1210,20 +1073,20 @@ def _mlp_width(architecture: Mapping[str, Any]) -> int:
 
 def _number(value: Any, name: str, label: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-        raise ValueError(f"{label}: {name} required a positive number, found {value!r}")
+        raise ValueError(f"{label}: {name} must be a positive number, got {value!r}")
     return float(value)
 
 
 def _share(value: Any, name: str, label: str) -> float:
     share = _number(value, name, label)
     if share > 1:
-        raise ValueError(f"{label}: {name} required a number in (0, 1], found {value!r}")
+        raise ValueError(f"{label}: {name} must be a number in (0, 1], got {value!r}")
     return share
 
 
 def _interpolation(value: Any, label: str) -> str:
     if value not in _INTERPOLATIONS:
-        raise ValueError(f"{label}: interpolation required one of {', '.join(_INTERPOLATIONS)}, found {value!r}")
+        raise ValueError(f"{label}: interpolation must be one of {', '.join(_INTERPOLATIONS)}, got {value!r}")
     return str(value)
 
 
@@ -1234,23 +1097,8 @@ def _floats(value: Any, name: str, label: str) -> tuple[float, ...]:
         or not all(isinstance(v, int | float) and type(v) is not bool and math.isfinite(v) for v in numbers)
         or ("std" in name and min(numbers) <= 0)
     ):
-        raise ValueError(f"{label}: {name} required finite numbers{', positive' * ('std' in name)}, found {value!r}")
+        raise ValueError(f"{label}: {name} must be finite numbers{', positive' * ('std' in name)}, got {value!r}")
     return tuple(float(v) for v in numbers)
-
-
-def _check_regular(mode: int, label: str) -> None:
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{label}: required a file or a folder, found a pipe, a socket or a device")
-
-
-def _check_readable(path: Path, label: str) -> None:
-    with path.open("rb") as file:
-        if not file.read(1):
-            raise ValueError(f"{label}: required a checkpoint, {path.name} is empty (0 bytes)")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _some(names: Iterable[str]) -> str:

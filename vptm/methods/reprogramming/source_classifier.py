@@ -9,14 +9,12 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from vptm.data.pictures import to_8_bit
-from vptm.messages import hint
-from vptm.weights.backbones import check_archive, one_line_errors
+from vptm.messages import error_line, hint
+from vptm.weights.files import one_line_errors, read_safetensors, read_torch
 
 
 class SourceClassifier(NamedTuple):
@@ -66,7 +64,7 @@ def load_classifier(
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(f"{weights} does not fit {name}: {' '.join(str(error).split())[:200]}") from None
+            raise ValueError(f"{weights} does not fit {name}: {error_line(error, 200)}") from None
     # convolutions with the channels last take 0.7 of the time
     model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     config = resolve_model_data_config(model)
@@ -91,17 +89,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"weights not found: {path}")
     state: Any
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            check_archive(path, path.name)
-            state = torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is no file of weights: {' '.join(str(error).split())[:200]}") from None
-    except Exception as error:  # pickled code and damaged archives raise many kinds
-        raise ValueError(f"{path} is no file of weights: {type(error).__name__}") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    with one_line_errors(path):
+        state = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_torch(path)
+    state = state.get("state_dict", state)
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} must hold a state dict of tensors")
     return state
