@@ -305,8 +305,9 @@ def test_other_commands_read_pictures_with_the_same_options(
         seen.append({name: options[name] for name in ("background", "value_range")})
         raise ValueError("seen")
 
-    for module in ("data", "compare", "reprogram"):
-        monkeypatch.setattr(f"vptm.{module}.load_data", stop)
+    monkeypatch.setattr("vptm.data.datasets.load_data", stop)
+    monkeypatch.setattr("vptm.commands.comparison.load_data", stop)
+    monkeypatch.setattr("vptm.methods.reprogramming.map.load_data", stop)
     monkeypatch.setattr("vptm.methods.reprogramming.map.text_encoder", lambda name: None)
     arguments = [*command, "--value-range", "-1024,3071", "--background", "black"]
     assert vptm.refused(*arguments, "--data", tmp_path) == (2, "vptm: seen")
