@@ -17,7 +17,7 @@ from PIL import Image
 
 from vptm.data.datasets import load_data, transforms
 from vptm.data.pictures import BadImageError, image_files, left_out_note, read_image, to_8_bit
-from vptm.weights.backbones import preprocessing_error
+from vptm.weights.preprocessing import preprocessing_error
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
 

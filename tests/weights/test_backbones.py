@@ -30,8 +30,9 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from vptm.weights.backbones import LoadedBackbone, canonical_state_dict, load_backbone
+from vptm.weights.backbones import LoadedBackbone, load_backbone
 from vptm.weights.files import weight_hash
+from vptm.weights.names import canonical_state_dict
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -1010,6 +1011,13 @@ def test_unfit_huggingface_folders_are_refused(tmp_path: Path) -> None:
     config.write_text(json.dumps(good))
     save_file({k: v for k, v in state.items() if not k.endswith("0.attention.attention.key.weight")}, weights)
     refused("block 0 must have query, key and value weights, got no key")
+    name = "beit.encoder.layer.0.attention.attention.key.weight"
+    save_file(state | {name: torch.zeros(24, 25)}, weights)
+    refused(r"block 0 must have query, key and value weights of one shape, got \(24, 24\), \(24, 25\), \(24, 24\)")
+    save_file(state | {name.replace("attention.attention", "attention"): torch.zeros(24, 24)}, weights)
+    refused("must have one k weight, got two")
+    save_file(state | {"blocks.0.attn.qkv.weight": torch.zeros(72, 24)}, weights)
+    refused(r"must have one blocks\.0\.attn\.qkv\.weight, got two")
     weights.unlink()
     refused("must have weights beside config.json, one of model.safetensors")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from vptm.weights.adapters import (
     read_adapter_config,
     read_adapter_tensors,
 )
-from vptm.weights.backbones import local_files_only
-from vptm.weights.files import SUFFIXES, one_line_errors
+from vptm.weights.backbones import is_timm_name
+from vptm.weights.checkpoints import local_files_only
+from vptm.weights.files import one_line_errors
 
 _CLASSES: dict[str, type[PromptedModel]] = {"beit": PromptedBEiT, "classifier_beit": PromptedBEiT, "vit": PromptedViT}
 MODEL_CLASSES = {kind.__name__: kind for kind in _CLASSES.values()}
@@ -83,11 +83,6 @@ def kind_of(source: Any, readout: str | None = None) -> str:
     if not is_beit:
         return "vit"
     return "classifier_beit" if is_bare and readout != "mask" else "beit"
-
-
-def is_timm_name(source: str | os.PathLike[str]) -> bool:
-    """Whether a source is a name that timm knows, and no file."""
-    return isinstance(source, str) and timm.is_model(source) and Path(source).suffix not in SUFFIXES
 
 
 def build(kind: str, source: Any, config: Mapping[str, Any], impl: str = "auto") -> PromptedModel:

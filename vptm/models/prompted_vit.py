@@ -18,7 +18,8 @@ from vptm.frozen.reference import AttentionFunction
 from vptm.frozen.sharing import shared_twin
 from vptm.messages import error_line, hint, one_of
 from vptm.models.prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
-from vptm.weights.backbones import _check_size, _pair, _probe
+from vptm.weights.architecture import check_size, pair
+from vptm.weights.backbones import probe
 from vptm.weights.files import check_values
 
 READOUTS = ("cls", "mean", "mean_with_prompts")
@@ -200,12 +201,12 @@ def _load(source: str | VisionTransformer, img_size: int | tuple[int, int] | Non
             raise ValueError(
                 f"source must be a timm name or a timm VisionTransformer, got {label!r}{hint(name, known)}"
             )
-        model: Any = _probe(name)
+        model: Any = probe(name)
         _check(model, label)
         size = {}
         if img_size is not None:
-            size["img_size"] = _pair(img_size, "img_size")
-            _check_size(size["img_size"], model.patch_embed.patch_size, label)
+            size["img_size"] = pair(img_size, "img_size")
+            check_size(size["img_size"], model.patch_embed.patch_size, label)
         try:
             backbone = timm.create_model(label, pretrained=pretrained, **size)
         except (OSError, RuntimeError, ValueError, AssertionError) as error:

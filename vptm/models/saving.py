@@ -16,7 +16,7 @@ from vptm.models.opening import MODEL_CLASSES, build
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.verbalizers import check_finite
 from vptm.weights.adapters import PREPROCESSING, write_adapter
-from vptm.weights.backbones import local_files_only
+from vptm.weights.checkpoints import local_files_only
 from vptm.weights.files import weight_hash
 
 

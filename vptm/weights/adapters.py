@@ -18,7 +18,6 @@ from torch import Tensor
 
 from vptm import __version__
 from vptm.messages import listed, one_line
-from vptm.weights.backbones import preprocessing_error
 from vptm.weights.files import (
     WriteError,
     check_values,
@@ -28,6 +27,7 @@ from vptm.weights.files import (
     weight_hash,
     write_atomically,
 )
+from vptm.weights.preprocessing import preprocessing_error
 
 SCHEMA_VERSION = 2  # 1 had no "trained", and its hash left out what the constructor makes trainable and no more
 TENSORS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"

@@ -1,0 +1,148 @@
+"""Checkpoints as they lie on disk or on the Hugging Face hub: their tensors, and what is stated beside them."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vptm.messages import error_line
+from vptm.weights.configs import SourceFacts, folder_facts, vptm_facts
+from vptm.weights.files import SUFFIXES, TORCH_SUFFIXES, read_json, read_safetensors, read_torch
+from vptm.weights.names import is_huggingface, unwrap
+
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_HUB_ID = re.compile(r"(?:hf[-_]hub:)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)")
+
+
+class Checkpoint(NamedTuple):
+    """`state`: what was saved, wrappers and training state included. `facts`: what the source states beside it."""
+
+    state: Mapping[str, Any]
+    facts: SourceFacts
+
+
+def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint | None:
+    """The checkpoint in a file, in a folder or on the hub, or the built-in one; None where there is nothing so called.
+
+    Raises:
+        FileNotFoundError: a hub id that the hub does not give.
+        ValueError: what is there is no checkpoint, or not a whole one.
+    """
+    label = os.fspath(source)
+    if source == "builtin":
+        with importlib.resources.as_file(importlib.resources.files("vptm") / "assets" / "builtin.safetensors") as path:
+            if not path.is_file():
+                raise FileNotFoundError(
+                    "builtin: vptm is installed without its built-in model, assets/builtin.safetensors"
+                )
+            return _read_file(path, label)
+    path = Path(label).expanduser()
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # not there, or no path at all: a name too long, a null byte
+        mode = 0
+    if stat.S_ISDIR(mode):
+        return _read_folder(path, label)
+    if mode:
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"{label}: must be a file or a folder, got a pipe, a socket or a device")
+        return _read_file(path, label)
+    hub_id = _HUB_ID.fullmatch(label) if isinstance(source, str) else None
+    if hub_id and path.suffix not in SUFFIXES and not os.path.exists(path.parts[0]):
+        return _read_folder(_download(hub_id[1], label), label)
+    return None
+
+
+def _read_file(path: Path, label: str) -> Checkpoint:
+    facts = SourceFacts()
+    state: Mapping[str, Any]
+    if path.suffix == ".safetensors":
+        state, metadata = read_safetensors(path, label)
+        if metadata.get("format") == "vptm":
+            facts = vptm_facts(metadata, label)
+    elif path.suffix in TORCH_SUFFIXES:
+        state = read_torch(path, label)
+    else:
+        raise ValueError(
+            f"{label}: must be a file ending in {', '.join(sorted(SUFFIXES))}, got {path.suffix or 'no suffix'}"
+        )
+    config = path.with_name("config.json")
+    if facts.format is None and config.is_file() and is_huggingface(unwrap(state, label)[0]):
+        facts = folder_facts(config, label)
+    return Checkpoint(state, facts)
+
+
+def _read_folder(folder: Path, label: str) -> Checkpoint:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{label}: must be a Hugging Face folder with config.json, got none in it")
+    facts = folder_facts(config, label)
+    name = next((name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    if name is None:
+        raise ValueError(f"{label}: must have weights beside config.json, one of {', '.join(_WEIGHT_FILES)}")
+    names = [name]
+    if name.endswith(".index.json"):
+        shards = read_json(folder / name, label).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) and s == Path(s).name for s in shards.values()):
+            raise ValueError(f"{label}: {name} must have weight_map, tensor names to file names in the folder")
+        names = sorted(set(shards.values()))
+    state: dict[str, Any] = {}
+    for part in names:
+        if not (folder / part).is_file():
+            raise ValueError(f"{label}: {name} names {part}, which is not in the folder")
+        file = folder / part
+        state.update(read_safetensors(file, label)[0] if file.suffix == ".safetensors" else read_torch(file, label))
+    return Checkpoint(state, facts)
+
+
+def _download(repo: str, label: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ValueError(
+            f"{label}: no such folder; to download it from the Hugging Face hub, pip install 'vptm[hf]'"
+        ) from error
+    configs = ["config.json", "preprocessor_config.json"]
+    try:
+        folder = Path(
+            snapshot_download(repo, allow_patterns=[*configs, "model*.safetensors", "model.safetensors.index.json"])
+        )
+        if not any((folder / name).exists() for name in _WEIGHT_FILES):
+            folder = Path(
+                snapshot_download(repo, allow_patterns=[*configs, "pytorch_model*.bin", "pytorch_model.bin.index.json"])
+            )
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{label}: no such folder, and the Hugging Face hub did not give it: {error_line(error, first=True)}"
+        ) from error
+    return folder
+
+
+@contextmanager
+def local_files_only() -> Iterator[None]:
+    """Read names of the Hugging Face hub from the local cache alone; a name that is not there is not found.
+
+    The flag is the one that HF_HUB_OFFLINE=1 sets for a whole process; timm passes no argument on to the hub.
+    """
+    try:
+        from huggingface_hub import constants
+    except ImportError:  # then nothing here can reach the hub
+        yield
+        return
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

@@ -1,0 +1,156 @@
+"""What a BEiT checkpoint calls its tensors, by unilm, timm and Hugging Face, and the same under timm's names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from timm.models import clean_state_dict
+from torch import Tensor
+
+Name = TypeVar("Name", str, tuple[str, str])
+
+WRAPPERS = ("model", "module", "state_dict")  # unilm; DeepSpeed; mmsegmentation: they also nest
+_TRAINING_STATE = re.compile(
+    r"optimizer|lr_scheduler|scheduler|scaler|epoch|iteration|step|args|meta|best_\w+|model_ema"
+)
+SURPLUS = re.compile(r"cls_pt_|head\.|decode_head\.|auxiliary_head\.|fpn\d\.")
+"""Names that a backbone does not need: other heads, and the layers of BEiT v2 that help its class token to learn."""
+
+
+_HUGGINGFACE_MARK = "embeddings.patch_embeddings.projection."
+_HF_TOP = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.mask_token": "mask_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+    "encoder.relative_position_bias.relative_position_bias_table": "rel_pos_bias.relative_position_bias_table",
+    "encoder.relative_position_bias.relative_position_index": "rel_pos_bias.relative_position_index",
+    "shared_position_bias.relative_position_bias_table": "rel_pos_bias.relative_position_bias_table",
+    "pooler.layernorm.weight": "fc_norm.weight",
+    "pooler.layernorm.bias": "fc_norm.bias",
+    "classifier.weight": "head.weight",
+    "classifier.bias": "head.bias",
+    "layernorm.weight": "norm.weight",
+    "layernorm.bias": "norm.bias",
+}
+_HF_LAYER = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)")
+_HF_QKV = re.compile(r"attention\.(?:attention\.)?(query|key|value|q_proj|k_proj|v_proj)\.(weight|bias)")
+_HF_LEAF = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"(?:attention\.(?:attention\.)?)?relative_position_bias\.", "attn."),
+        (r"attention\.(?:output\.dense|o_proj)\.", "attn.proj."),
+        (r"layernorm_before\.", "norm1."),
+        (r"layernorm_after\.", "norm2."),
+        (r"lambda_", "gamma_"),
+        (r"(?:intermediate\.dense|mlp\.fc1)\.", "mlp.fc1."),
+        (r"(?:output\.dense|mlp\.fc2)\.", "mlp.fc2."),
+    )
+)
+
+
+def canonical_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a unilm, timm or Hugging Face (transformers 4 or 5 names) BEiT checkpoint under timm's names.
+
+    Unwraps `model`, `module`, `state_dict` and the prefixes `module.`, `backbone.`; joins query, key and value weights
+    into `blocks.i.attn.qkv.weight` with `q_bias` and `v_bias`. Left out: `relative_position_index` buffers, and key
+    biases, to which the softmax is invariant. `mask_token`, `lm_head.*`, `head.*`, `cls_pt_layers.*` and unknown names
+    pass through; dtype and values do not change. Raises ValueError where two keys mean the same parameter or a block
+    lacks its query, key or value.
+    """
+    tensors, _ = unwrap(state, "state dict")
+    renamed = canonical_names(tensors, "state dict")
+    return {k: v for k, v in renamed.items() if not is_index(k) and not k.endswith("attn.k_bias")}
+
+
+def unwrap(state: Mapping[str, Any], label: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors inside wrappers and prefixes, and the names of the training state left behind."""
+    dropped: list[str] = []
+    seen = {id(state)}
+    while inner := next((key for key in WRAPPERS if isinstance(state.get(key), Mapping)), None):
+        dropped += [str(key) for key in state if key != inner]
+        state = state[inner]
+        if id(state) in seen:
+            raise ValueError(f"{label}: must be a state dict, {inner!r} holds the mapping it stands in")
+        seen.add(id(state))
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            if not _TRAINING_STATE.fullmatch(str(key)):
+                raise ValueError(f"{label}: {key} must be a tensor, got a {type(value).__name__}")
+            dropped.append(str(key))
+            continue
+        if value.is_meta or value.layout is not torch.strided:
+            raise ValueError(f"{label}: {key} must have dense values, got {value.layout} on {value.device.type}")
+        stored = value.untyped_storage().nbytes() // value.element_size()
+        if value.numel() > stored:  # a few bytes can claim any shape, and every copy of it takes that much memory
+            raise ValueError(f"{label}: {key} must have a value for each of its {value.numel()} places, got {stored}")
+        _add(tensors, str(key), value, label)
+    cleaned = clean_state_dict(tensors)  # of torch.compile and DistributedDataParallel
+    if len(cleaned) < len(tensors):
+        counts = Counter(next(iter(clean_state_dict({key: None}))) for key in tensors)
+        raise ValueError(f"{label}: must have one {counts.most_common(1)[0][0]}, got two")
+    stripped: dict[str, Tensor] = {}
+    for key, value in cleaned.items():
+        _add(stripped, key.removeprefix("backbone."), value, label)  # mmsegmentation's
+    return stripped, dropped
+
+
+def canonical_names(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
+    """timm's names; key biases become `blocks.i.attn.k_bias`, index buffers stay."""
+    if not is_huggingface(tensors):
+        return dict(tensors)
+    if {"layernorm.weight", "beit.layernorm.weight"} <= set(tensors):
+        raise ValueError(
+            f"{label}: must have one final norm, got layernorm and beit.layernorm "
+            "(a masked-image model with use_mean_pooling=False)"
+        )
+    out: dict[str, Tensor] = {}
+    qkv: dict[str, dict[tuple[str, str], Tensor]] = {}
+    for full, value in tensors.items():
+        key = full.removeprefix("beit.")
+        layer = _HF_LAYER.fullmatch(key)
+        if layer is None:
+            _add(out, _HF_TOP.get(key, key), value, label)
+        elif part := _HF_QKV.fullmatch(layer[2]):
+            _add(qkv.setdefault(layer[1], {}), (part[1][0], part[2]), value, label)
+        else:
+            leaf = next((p.sub(name, layer[2], count=1) for p, name in _HF_LEAF if p.match(layer[2])), layer[2])
+            _add(out, f"blocks.{layer[1]}.{leaf}", value, label)
+    for i, parts in qkv.items():
+        lacking = [n for c, n in zip("qkv", ("query", "key", "value")) if (c, "weight") not in parts]
+        if lacking:
+            raise ValueError(
+                f"{label}: block {i} must have query, key and value weights, got no {' and no '.join(lacking)}"
+            )
+        weights = [parts[c, "weight"] for c in "qkv"]
+        if len({weight.shape for weight in weights}) > 1 or not weights[0].ndim:
+            shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
+            raise ValueError(f"{label}: block {i} must have query, key and value weights of one shape, got {shapes}")
+        _add(out, f"blocks.{i}.attn.qkv.weight", torch.cat(weights), label)
+        for c in "qkv":
+            if (c, "bias") in parts:
+                _add(out, f"blocks.{i}.attn.{c}_bias", parts[c, "bias"], label)
+    return out
+
+
+def is_huggingface(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the names are those of transformers."""
+    return any(_HUGGINGFACE_MARK in key for key in tensors)
+
+
+def is_index(key: str) -> bool:
+    """Whether a name is that of unilm's stored index into the position table."""
+    return key.endswith("relative_position_index")
+
+
+def _add(out: dict[Name, Tensor], key: Name, value: Tensor, label: str) -> None:
+    if key in out:
+        name = key if isinstance(key, str) else " ".join(map(str, key))
+        raise ValueError(f"{label}: must have one {name}, got two")
+    out[key] = value
