@@ -30,6 +30,7 @@ MaskMode = Literal["insert", "replace"]
 VerbalizerName = Literal["prototypical", "linear", "class_embeddings"]
 TokenActivation = Literal["hidden", "logits", "softmax", "log_softmax"]
 Schedule = Literal["cosine", "tanh", "none", "vpt", "spt", "provp"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 PromptStart = Literal["uniform", "random", "mean", "max", "kmeans"]
 PrototypeStart = Literal["xavier", "class_means"]
 OnBadImage = Literal["error", "skip"]
@@ -65,6 +66,12 @@ def _types(group: type[SettingsGroup]) -> dict[str, Any]:
     return _TYPES[group]
 
 
+def _allowed(kind: Any) -> tuple[str, ...]:
+    """The words of a Literal, alone or beside None; nothing of another type."""
+    found = next((part for part in (kind, *get_args(kind)) if get_origin(part) is Literal), None)
+    return get_args(found)
+
+
 def _help(group: type[SettingsGroup]) -> dict[str, Help]:
     """{name of a setting: what the command line says of it}; a class that changes a default keeps the help."""
     found: dict[str, Help] = {}
@@ -83,8 +90,8 @@ class SettingsGroup:
     def __post_init__(self) -> None:
         for name, kind in _types(type(self)).items():
             value = getattr(self, name)
-            if get_origin(kind) is Literal:
-                one_of(self._label(name), value, get_args(kind))
+            if (allowed := _allowed(kind)) and not (value is None and type(None) in get_args(kind)):
+                one_of(self._label(name), value, allowed)
             elif kind is bool and not isinstance(value, bool):
                 raise TypeError(f"{self._label(name)} must be True or False, got {value!r}")
 
@@ -213,6 +220,13 @@ class TrainSettings(SettingsGroup):
     reformation_temperature: Annotated[float, Help("Of that contrast.")] = 1.0
     prompt_weight_decay: Annotated[float | None, Help("Weight decay of prompts; none by default.")] = None
     head_weight_decay: Annotated[float | None, Help("Of the verbalizer's matrices; --weight-decay by default.")] = None
+    precision: Annotated[
+        Precision | None,
+        Help(
+            "What computes in: auto is bf16 on a GPU that has it, else fp32; learned values are fp32.", command="auto"
+        ),
+    ] = None
+    compile: Annotated[bool, Help("Compile the model; the first steps then take long.", switch=True)] = False
     seed: Annotated[int, Help("Of initialisation, drawn shots, order and augmentation.")] = 0
 
 
@@ -432,8 +446,7 @@ def choices(group: type[SettingsGroup], name: str) -> tuple[str, ...]:
         >>> choices(ViTSettings, "readout")
         ('cls', 'mean', 'mean_with_prompts')
     """
-    kind = _types(group)[name]
-    return get_args(kind) if get_origin(kind) is Literal else ()
+    return _allowed(_types(group)[name])
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from vptm.data.datasets import ImageDataset, dataset_labels
-from vptm.messages import hint, number, one_of
+from vptm.messages import hint, number
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.verbalizers import PrototypicalVerbalizer, check_finite
-from vptm.training.schedules import SCHEDULES
+from vptm.settings import TrainSettings
 from vptm.training.seeding import generators_kept
 
 
@@ -25,12 +24,12 @@ def check_loaders(train: Any, val: Any) -> None:
             raise TypeError(f"{name} must be a torch DataLoader, got {type(loader).__name__}")
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
+def check_settings(settings: TrainSettings) -> None:
     """ValueError or TypeError naming the first setting of `fit` that is out of range."""
-    epochs, warmup_epochs, lr = settings["epochs"], settings["warmup_epochs"], settings["lr"]
-    for name in ("epochs", "warmup_epochs"):
-        if isinstance(settings[name], bool) or not isinstance(settings[name], int):
-            raise TypeError(f"{name} must be an integer, got {settings[name]!r}")
+    epochs, warmup_epochs, lr = settings.epochs, settings.warmup_epochs, settings.lr
+    for name, value in (("epochs", epochs), ("warmup_epochs", warmup_epochs)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
     if epochs < 1:
         raise ValueError(f"epochs must be >= 1, got {epochs}")
     if not 0 <= warmup_epochs < epochs:
@@ -38,38 +37,46 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     if not 0 < lr < float("inf"):
         raise ValueError(f"lr must be finite and > 0, got {lr}")
     for name in ("weight_decay", "protoverb_weight"):
-        if not 0 <= number(name, settings[name]) < float("inf"):
-            raise ValueError(f"{name} must be finite and >= 0, got {settings[name]!r}")
-    if not 0 <= settings["label_smoothing"] < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {settings['label_smoothing']}")
-    one_of("schedule", settings["schedule"], SCHEDULES)
-    known, optimizer = [str(name) for name in list_optimizers()], settings["optimizer"]
+        weight = getattr(settings, name)
+        if not 0 <= number(name, weight) < float("inf"):
+            raise ValueError(f"{name} must be finite and >= 0, got {weight!r}")
+    if not 0 <= settings.label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {settings.label_smoothing}")
+    if settings.compile and settings.reformation:
+        raise ValueError("compile must be False with reformation, whose frozen features are kept between steps")
+    known, optimizer = [str(name) for name in list_optimizers()], settings.optimizer
     if optimizer not in known:
         raise ValueError(
             f"optimizer must be one of timm.optim.list_optimizers(), got {optimizer!r}{hint(optimizer, known)}"
         )
 
 
-def check_model(model: PromptedModel, settings: Mapping[str, Any]) -> None:
+def check_model(model: PromptedModel, settings: TrainSettings) -> None:
     """ValueError unless `model` can be trained as `settings` say: it learns something, from finite values."""
-    if settings["protoverb_weight"] and not isinstance(model.verbalizer, PrototypicalVerbalizer):
+    if settings.protoverb_weight and not isinstance(model.verbalizer, PrototypicalVerbalizer):
         raise ValueError(f"protoverb_weight needs verbalizer='prototypical', got {type(model.verbalizer).__name__}")
     if next(model.trainable_parameters(), None) is None:
         raise ValueError("model must have trainable parameters, all of them are frozen")
     check_finite(model)
 
 
-def check_data(model: PromptedModel, loader: DataLoader[Any], name: str) -> np.ndarray | None:
+def check_data(model: PromptedModel, loader: DataLoader[Any], name: str, *, cast: bool) -> np.ndarray | None:
     """Refuse images the model does not take and labels outside 0..K-1. Streams are seen when they are read.
+
+    Args:
+        model: what is trained.
+        loader: its data set is looked at.
+        name: what messages call it.
+        cast: whether images are cast to the type that computes; else they must have the model's.
 
     Returns:
         The labels (N,) int64 of the loader's data set; None of a stream. A data set that does not carry them is read
         once.
     """
-    return _labels(loader, model.num_classes, name, _first_label(model, loader))
+    return _labels(loader, model.num_classes, name, _first_label(model, loader, cast))
 
 
-def _first_label(model: PromptedModel, loader: DataLoader[Any]) -> Any:
+def _first_label(model: PromptedModel, loader: DataLoader[Any], cast: bool) -> Any:
     """The first item's label, after a look at its image; None of a stream."""
     dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset) or len(dataset) == 0:
@@ -77,7 +84,9 @@ def _first_label(model: PromptedModel, loader: DataLoader[Any]) -> Any:
     with generators_kept(loader, None):  # reading an image may draw augmentation
         item = dataset[0]
     if isinstance(item[0], Tensor):
-        model.check_images(item[0][None])
+        weight = model.prompts.weight
+        images = item[0][None].to(weight.device)
+        model.check_images(images.to(weight.dtype) if cast and images.is_floating_point() else images)
     return item[1]
 
 

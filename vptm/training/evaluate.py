@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader
 from vptm.frozen.modes import eval_mode
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import unwrapped
+from vptm.settings import Precision
 from vptm.training.checks import check_batch_labels
+from vptm.training.precision import dtype_of, float32_products, in_type, resolve_precision
 
 
 class Answers(NamedTuple):
@@ -30,7 +32,12 @@ class Answers(NamedTuple):
 
 
 def evaluate(
-    model: PromptedModel, loader: DataLoader[Any], *, device: str | torch.device | None = None, confusion: bool = False
+    model: PromptedModel,
+    loader: DataLoader[Any],
+    *,
+    device: str | torch.device | None = None,
+    confusion: bool = False,
+    precision: Precision | None = None,
 ) -> dict[str, Any]:
     """Accuracy, mean cross-entropy and scikit-learn's scores of `model` on `loader`, in eval mode; the model's mode is
     put back.
@@ -40,6 +47,8 @@ def evaluate(
         loader: yields (images, labels); labels in 0..K-1.
         device: where to run; None stays on the model's device.
         confusion: also return the counts (K, K), row = label, column = prediction.
+        precision: "fp32", "tf32", "bf16", "fp16" or "auto", see `vptm.fit`: a copy of the model in that type answers,
+            and images are cast to it. None computes in the model's own type, which images must have.
 
     Returns:
         `accuracy` (share in 0..1), `balanced_accuracy` (mean of the shares of the classes with images), `macro_f1`
@@ -47,7 +56,7 @@ def evaluate(
         class without images) and, when asked for, `confusion` as nested lists.
 
     Raises:
-        ValueError: no images, or a label outside 0..K-1.
+        ValueError: no images, a label outside 0..K-1, or a precision that the device lacks.
 
     Example:
         >>> model = PromptedBEiT("builtin", num_classes=2)
@@ -58,9 +67,21 @@ def evaluate(
     """
     from sklearn.metrics import confusion_matrix, f1_score, recall_score
 
-    answers = ask(model, loader, device=device)
+    check_loader(loader)
+    inner = unwrapped(model)
+    if device is not None:
+        inner.to(device)
+    weight = next(inner.parameters())
+    kind = resolve_precision(precision, weight.device, training=False)
+    dtype, runs = dtype_of(kind), model
+    if dtype not in (None, weight.dtype):
+        if model is not inner:
+            raise ValueError(f"precision must be left out for a model in a wrapper, got {kind!r}: pass the model")
+        runs = in_type(inner, dtype, weight.device)
+    with float32_products(kind):
+        answers = ask(runs, loader, dtype=dtype)
     labels, predicted = answers.labels.numpy(), answers.predicted.numpy()
-    counts = confusion_matrix(labels, predicted, labels=range(unwrapped(model).num_classes))
+    counts = confusion_matrix(labels, predicted, labels=range(inner.num_classes))
     present = [k for k, row in enumerate(counts) if row.any()]
     shares = recall_score(labels, predicted, labels=present, average=None)
     per_class: list[float | None] = [None] * len(counts)
@@ -79,14 +100,17 @@ def evaluate(
     return result
 
 
-@torch.no_grad()
-def ask(model: PromptedModel, loader: DataLoader[Any], *, device: str | torch.device | None = None) -> Answers:
-    """The answers of `model`, in eval mode, to every image of `loader`; see `evaluate`."""
+def check_loader(loader: Any) -> None:
+    """TypeError unless `loader` is a DataLoader."""
     if not isinstance(loader, DataLoader):
         raise TypeError(f"loader must be a torch DataLoader, got {type(loader).__name__}")
-    if device is not None:
-        model.to(device)
-    forward, model = model, unwrapped(model)
+
+
+@torch.no_grad()
+def ask(forward: Any, loader: DataLoader[Any], *, dtype: torch.dtype | None = None) -> Answers:
+    """The answers of a model, or a wrapper of it, in eval mode to every image of `loader`, cast to `dtype` where there
+    is one; see `evaluate`."""
+    model = unwrapped(forward)
     place, classes = next(model.parameters()).device, model.num_classes
     every: list[Tensor] = []
     predicted: list[Tensor] = []
@@ -97,7 +121,7 @@ def ask(model: PromptedModel, loader: DataLoader[Any], *, device: str | torch.de
         runs = model.sealed_twin() if seals else forward
         for images, labels in loader:
             check_batch_labels(labels, classes)
-            scores = runs(images.to(place)).float().cpu()
+            scores = runs(images.to(place, dtype or images.dtype, non_blocking=True)).float().cpu()
             if scores.shape[1] != classes:
                 raise ValueError(f"model must give a score for each of its {classes} classes, got {scores.shape[1]}")
             labels = labels.cpu().long()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 from vptm.data.split_list import SplitList
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import unwrapped
-from vptm.settings import TrainSettings
+from vptm.settings import Precision, TrainSettings
 from vptm.training.checks import check_batch_labels, check_data, check_loaders, check_model, check_settings
 from vptm.training.evaluate import ask
+from vptm.training.precision import dtype_of, float32_products, in_type, resolve_precision, slow_note
 from vptm.training.progress import TrainProgress
 from vptm.training.run_folder import Run, listed_images, run_identity
 from vptm.training.seeding import generators_kept, seed_everything
@@ -67,6 +68,8 @@ def fit(
     progress: bool = True,
     info: Mapping[str, Any] | None = None,
     images: SplitList | None = None,
+    precision: Precision | None = None,
+    compile: bool = False,
 ) -> FitResult:
     """Train what `model` leaves unfrozen by cross-entropy and keep the epoch that is best on `val`.
 
@@ -74,9 +77,10 @@ def fit(
     last epoch. Optimiser and per-step learning-rate schedule (from `lr` to 0) come from timm, with
     `model.no_weight_decay()` respected.
 
-    Learned tensors in float16 or bfloat16 are trained as float32 copies, from which the model's own are rounded after
-    every step: in 16 bits Adam divides by a zero and small steps are lost. With float16 the loss is scaled
-    (`torch.amp.GradScaler`), so that small gradients are not lost either.
+    With `precision` a copy of the model in that type is trained, once cast, and the model takes what it learned at the
+    end. What is learned in float16 or bfloat16, by such a copy or a model of that type, is learned as float32 copies,
+    from which those that compute are rounded after every step: in 16 bits Adam divides by a zero and small steps are
+    lost. With float16 the loss is scaled (`torch.amp.GradScaler`), so that small gradients are not lost either.
 
     torch's, numpy's and Python's global generators, and those of the loaders, are seeded from (seed, epoch) at the
     start of every epoch and put back at the end, so a resumed run equals an uninterrupted one bitwise on one machine.
@@ -113,6 +117,11 @@ def fit(
         info: JSON-able facts to add to `run.json`.
         images: what the run is trained, validated and tested on, kept in `split.csv`; a run that is resumed must have
             been started on the same. None lists those of `train` and `val`, where they are `ImageDataset`s.
+        precision: what computes: "fp32", "tf32", "bf16", "fp16", or "auto", which is bf16 on a GPU that has it and fp32
+            elsewhere; images are cast to it. None computes in the model's own type, which images must have. A GPU needs
+            compute capability 8.0 for tf32 and bf16; fp16 is trained on GPUs only.
+        compile: `torch.compile` the step's forward, without graph breaks, once for all batch sizes
+            (and once more for a batch of one image).
 
     Returns:
         A `FitResult`; after Ctrl-C it has `interrupted=True` and the run folder is complete and can be resumed. A
@@ -131,39 +140,60 @@ def fit(
         >>> fit(model, DataLoader(images, batch_size=10, shuffle=True), epochs=1, lr=1e-3, progress=False).best_epoch
         1
     """
-    settings = TrainSettings.of(locals()).keywords()
+    settings = TrainSettings.of(locals())
     check_loaders(train, val)
     check_settings(settings)
     inner = unwrapped(model)
-    if device is not None:
-        inner.to(device)
+    place = next(inner.parameters()).device if device is None else torch.device(device)
+    kind = resolve_precision(settings.precision, place, training=True)
+    work = _working_model(model, dtype_of(kind), place, settings)
     check_model(inner, settings)
-    labels = check_data(inner, train, "train")
+    labels = check_data(inner, train, "train", cast=kind is not None)
     if val is not None:
-        check_data(inner, val, "val")
-    step = TrainStep(model, settings, steps=len(train), cache_frozen=cache_frozen)
-    run = Run(step, run_identity(inner, settings, train, labels), None if run_dir is None else Path(run_dir))
+        check_data(inner, val, "val", cast=kind is not None)
+    # a model that has the type anyway is trained the same without a word
+    settings = replace(settings, precision=None if work is model and kind != "tf32" else kind)
+    identity = run_identity(inner, settings, train, labels)
+    step = TrainStep(work, inner, settings, dtype=dtype_of(kind), steps=len(train), cache_frozen=cache_frozen)
+    run = Run(inner, step, identity, None if run_dir is None else Path(run_dir))
     if images is None and run_dir is not None:
         images = listed_images(train, val)
     run.begin(resume=resume, overwrite=overwrite, images=images, settings=settings, info=info)
     if progress:
-        print(_opening(run, step, epochs, len(train)), file=sys.stderr, flush=True)
+        for line in filter(None, (slow_note(kind, place), _opening(run, step, epochs, len(train)))):
+            print(line, file=sys.stderr, flush=True)
+    bar = TrainProgress(progress, epochs=epochs, done=run.epoch, steps=len(train))
     interrupted = False
-    with generators_kept(train, val), TrainProgress(progress, epochs=epochs, done=run.epoch, steps=len(train)) as bar:
-        try:
+    try:
+        with generators_kept(train, val), float32_products(kind), bar:
             for epoch in range(run.epoch + 1, epochs + 1):
                 seed_everything(seed, epoch, train, val)
                 run.finish_epoch(_epoch(step, train, val, epoch, bar))
                 bar.epoch(run.history[-1])
-        except KeyboardInterrupt:
-            interrupted = True
-            run.catch_up()
-        except FloatingPointError:
-            inner.load_learned_state_dict(run.best_state)
-            raise
+    except KeyboardInterrupt:
+        interrupted = True
+        run.catch_up()
+    except FloatingPointError:
+        inner.load_learned_state_dict(run.best_state)
+        raise
+    finally:
+        inner.to(place)
     run.end(finished=not interrupted)
     accuracy = None if run.best_score is None else run.best_score[0]
     return FitResult(run.history, run.best_epoch, accuracy, interrupted, run.folder)
+
+
+def _working_model(model: Any, dtype: torch.dtype | None, device: torch.device, settings: TrainSettings) -> Any:
+    """What is trained: the model itself, or a copy in another type."""
+    inner = unwrapped(model)
+    if model is inner:
+        return in_type(inner, dtype, device)
+    asked = {"precision": dtype not in (None, next(inner.parameters()).dtype), "compile": settings.compile}
+    for name in filter(asked.get, asked):
+        value = getattr(settings, name)
+        raise ValueError(f"{name} must be left out for a model in a wrapper, got {value!r}: pass the model itself")
+    inner.to(device)
+    return model
 
 
 def _opening(run: Run, step: TrainStep, epochs: int, batches: int) -> str:
@@ -185,7 +215,7 @@ def _epoch(
     """Train one epoch and validate: its row of `metrics.csv`."""
     started = time.perf_counter()
     train_loss, train_accuracy = _train_epoch(step, train, epoch, bar)
-    answers = None if val is None else ask(step.forward, val)
+    answers = None if val is None else ask(step.forward, val, dtype=step.dtype)
     return {
         "epoch": epoch,
         "lr": step.lr,
@@ -210,7 +240,8 @@ def _train_epoch(step: TrainStep, loader: DataLoader[Any], epoch: int, bar: Trai
     for number, (images, labels) in enumerate(loader, 1):
         waited = time.perf_counter() - asked
         check_batch_labels(labels, model.num_classes)
-        images, labels = images.to(place), labels.to(place).long()
+        images = images.to(place, step.dtype or images.dtype, non_blocking=True)
+        labels = labels.to(place, non_blocking=True).long()
         loss, scores = step(images, labels, (epoch - 1) * len(loader) + number - 1)
         losses.append(loss)
         sizes.append(len(labels))

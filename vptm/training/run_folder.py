@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vptm.data.datasets import ImageDataset
@@ -23,6 +22,7 @@ from vptm.data.split_list import SPLIT_FILE, SplitList
 from vptm.messages import error_line
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import frozen_part, save_compared
+from vptm.settings import TrainSettings
 from vptm.training.curves import plot_curves
 from vptm.training.facts import environment
 from vptm.training.state import STATE_FILE, read_state, write_state
@@ -36,11 +36,11 @@ METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accur
 
 
 def run_identity(
-    model: PromptedModel, settings: Mapping[str, Any], train: DataLoader[Any], labels: np.ndarray | None
+    model: PromptedModel, settings: TrainSettings, train: DataLoader[Any], labels: np.ndarray | None
 ) -> dict[str, Any]:
     """What must be as it was for a run to be continued: settings, model, frozen weights and training labels."""
     return {
-        **settings,
+        **settings.keywords(),
         **{f"model.{name}": value for name, value in model.config.items()},
         "backbone": model.weight_hash(),
         "batches": len(train),
@@ -53,7 +53,8 @@ class Run:
     """Progress of one training run, in memory and in its folder.
 
     Args:
-        step: holds the model, its optimiser and its master weights.
+        model: what the run leaves: learned tensors of the best epoch are kept in its types.
+        step: trains it, or a copy of it in another type.
         identity: see `run_identity`.
         folder: None keeps the run in memory.
 
@@ -64,13 +65,13 @@ class Run:
         history: one row of `metrics.csv` per finished epoch.
     """
 
-    def __init__(self, step: TrainStep, identity: dict[str, Any], folder: Path | None) -> None:
-        self.model, self.masters, self.optimiser = step.model, step.masters, step.optimiser
+    def __init__(self, model: PromptedModel, step: TrainStep, identity: dict[str, Any], folder: Path | None) -> None:
+        self.model, self.masters, self.optimiser = model, step.masters, step.optimiser
         self.identity, self.folder = identity, folder
         self._frozen = None if folder is None else frozen_part(self.model)
         self.epoch = self._written = self.best_epoch = 0
         self.best_score: tuple[float, float] | None = None
-        self.best_state = self._learned()
+        self.best_state = self.masters.kept()
         self.history: list[dict[str, Any]] = []
 
     def begin(
@@ -79,7 +80,7 @@ class Run:
         resume: bool,
         overwrite: bool,
         images: SplitList | None,
-        settings: Mapping[str, Any],
+        settings: TrainSettings,
         info: Mapping[str, Any] | None,
     ) -> None:
         """Make the folder ready, and take up where the run in it stopped.
@@ -94,7 +95,7 @@ class Run:
             return
         state = prepare_run_folder(self.folder, resume=resume, overwrite=overwrite)
         if state is None:
-            facts = {"seed": settings["seed"], "arguments": dict(settings), **(info or {})}
+            facts = {"seed": settings.seed, "arguments": settings.keywords(), **(info or {})}
             _write_run_file(self.folder, {**environment(), **facts})
             if images is not None:
                 images.write(self.folder)
@@ -112,7 +113,7 @@ class Run:
         """Keep and write what an epoch reached."""
         score = None if row["val_accuracy"] is None else (row["val_accuracy"], -row["val_loss"])
         if score is None or self.best_score is None or score > self.best_score:
-            self.best_epoch, self.best_score, self.best_state = row["epoch"], score, self._learned()
+            self.best_epoch, self.best_score, self.best_state = row["epoch"], score, self.masters.kept()
         self.epoch, self.history = row["epoch"], [*self.history, row]
         self._write()
 
@@ -134,9 +135,6 @@ class Run:
             update_run_file(self.folder, finished=facts)
             (self.folder / STATE_FILE).unlink(missing_ok=True)
 
-    def _learned(self) -> dict[str, Tensor]:
-        return {name: tensor.cpu().clone() for name, tensor in self.model.learned_state_dict().items()}
-
     def _check_identity(self, state: Mapping[str, Any]) -> None:
         stored, given = state["identity"], self.identity
         if state["version"] == 1:
@@ -144,8 +142,10 @@ class Run:
         elif "learned" not in state:  # from JSON, where tuples are lists
             given = json.loads(json.dumps(given))
         for name, value in given.items():
-            if stored.get(name) != value:
-                raise ValueError(f"cannot resume {self.folder}: {name} was {stored.get(name)!r}, now {value!r}")
+            # what an older version did not have, it did as the default does now
+            before = stored.get(name, getattr(TrainSettings, name, None))
+            if before != value:
+                raise ValueError(f"cannot resume {self.folder}: {name} was {before!r}, now {value!r}")
 
     def _restore(self, state: dict[str, Any]) -> None:
         own = self.model.learned_state_dict()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from vptm.methods.provp import FeatureReformation
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import unwrapped
+from vptm.settings import TrainSettings
 from vptm.training.losses import protoverb_loss
 from vptm.training.schedules import decay_groups, make_schedule
 
@@ -20,14 +21,20 @@ _FIRST_SCALE = 1024.0  # of fp16 losses; a mean over a batch needs less than tor
 
 
 class MasterWeights:
-    """float32 copies of the learned tensors that are kept in 16 bits, which the optimiser steps in their place."""
+    """float32 copies of the learned tensors that compute in 16 bits, which the optimiser steps in their place.
 
-    def __init__(self, model: PromptedModel) -> None:
-        self.model = model
+    Args:
+        model: what is trained.
+        given: what it is a copy of in another type, or `model` itself; what is learned starts at its values.
+    """
+
+    def __init__(self, model: PromptedModel, given: PromptedModel) -> None:
+        self.model, self.given = model, given
         self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        start = given.learned_state_dict()
         self.copies = {
-            parameter: parameter.detach().float()
-            for parameter in self.names
+            parameter: start[name].to(parameter.device, torch.float32, copy=True)
+            for parameter, name in self.names.items()
             if parameter.dtype in (torch.float16, torch.bfloat16)
         }
         scaled = any(parameter.dtype == torch.float16 for parameter in self.copies)
@@ -55,8 +62,14 @@ class MasterWeights:
             parameter.copy_(copy)
 
     def learned(self) -> dict[str, Tensor]:
-        """`model.learned_state_dict()` with the copies in place of what they were rounded to."""
-        return self.model.learned_state_dict() | {self.names[p]: copy for p, copy in self.copies.items()}
+        """`given.learned_state_dict()` with what was trained in place of what it started at."""
+        trained = {name: self.of(parameter).detach() for parameter, name in self.names.items()}
+        return self.given.learned_state_dict() | trained
+
+    def kept(self) -> dict[str, Tensor]:
+        """What is kept of it: copies on the CPU in the types that `given` has."""
+        kinds = {name: tensor.dtype for name, tensor in self.given.learned_state_dict().items()}
+        return {name: tensor.to("cpu", kinds[name], copy=True) for name, tensor in self.learned().items()}
 
     @torch.no_grad()
     def load(self, learned: Mapping[str, Tensor]) -> None:
@@ -68,15 +81,17 @@ class MasterWeights:
     def note(self) -> str:
         """What is said of it before training."""
         kinds = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in self.copies})
-        return f", learned tensors are {' and '.join(kinds)} and trained as float32 copies" if kinds else ""
+        return f", computed in {' and '.join(kinds)}, learned in float32" if kinds else ""
 
 
 class TrainStep:
     """What one batch does to a model: loss, optimiser and learning rate, as `settings` (the keywords of `fit`) say.
 
     Args:
-        forward: the model, or a wrapper of it.
+        forward: what is trained: a model, or a wrapper of it.
+        given: the model that `forward` computes in another type, or what it wraps.
         settings: of `vptm.fit`.
+        dtype: what images are cast to; None leaves them as they are.
         steps: steps in an epoch.
         cache_frozen: keep the frozen features of ProVP-Ref's contrast.
 
@@ -86,28 +101,40 @@ class TrainStep:
         optimiser: timm's, over what `masters` says.
     """
 
-    def __init__(self, forward: Any, settings: Mapping[str, Any], *, steps: int, cache_frozen: bool) -> None:
-        self.forward, self.model, self.settings = forward, unwrapped(forward), settings
+    def __init__(
+        self,
+        forward: Any,
+        given: PromptedModel,
+        settings: TrainSettings,
+        *,
+        dtype: torch.dtype | None,
+        steps: int,
+        cache_frozen: bool,
+    ) -> None:
+        self.forward, self.model, self.settings, self.dtype = forward, unwrapped(forward), settings, dtype
         self.reform = None
-        if settings["reformation"]:
-            temperature = settings["reformation_temperature"]
-            self.reform = FeatureReformation(
-                self.model, weight=settings["reformation"], temperature=temperature, cache=cache_frozen
-            )
-        self.masters = MasterWeights(self.model)
-        decay, lr = settings["weight_decay"], settings["lr"]
+        if settings.reformation:
+            weight, temperature = settings.reformation, settings.reformation_temperature
+            self.reform = FeatureReformation(self.model, weight=weight, temperature=temperature, cache=cache_frozen)
+        self._hidden: Any = self.model.forward_hidden
+        if settings.compile:
+            self.forward = compiled(self.model)
+            self._hidden = compiled(self.model.forward_hidden)
+        self.masters = MasterWeights(self.model, given)
         groups = decay_groups(
-            self.model, decay, prompts=settings["prompt_weight_decay"], head=settings["head_weight_decay"]
+            self.model, settings.weight_decay, prompts=settings.prompt_weight_decay, head=settings.head_weight_decay
         )
         for group in groups:
             group["params"] = [self.masters.of(parameter) for parameter in group["params"]]
-        self.optimiser = create_optimizer_v2(groups, opt=settings["optimizer"], lr=lr, weight_decay=decay)
+        self.optimiser = create_optimizer_v2(
+            groups, opt=settings.optimizer, lr=settings.lr, weight_decay=settings.weight_decay
+        )
         self._schedule = make_schedule(
-            settings["schedule"],
+            settings.schedule,
             self.optimiser,
-            lr=lr,
-            epochs=settings["epochs"],
-            warmup_epochs=settings["warmup_epochs"],
+            lr=settings.lr,
+            epochs=settings.epochs,
+            warmup_epochs=settings.warmup_epochs,
             steps=steps,
         )
 
@@ -122,21 +149,26 @@ class TrainStep:
         if self._schedule is not None:
             self._schedule.step_update(number)
         scores, contrast = self._scores_and_contrast(images, labels)
-        loss = F.cross_entropy(scores, labels, label_smoothing=self.settings["label_smoothing"])
+        loss = F.cross_entropy(scores, labels, label_smoothing=self.settings.label_smoothing)
         if contrast is not None:
             loss = loss + contrast
         self.masters.step(loss, self.optimiser)
         return loss.detach(), scores.detach()
 
     def _scores_and_contrast(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        weight, model = self.settings["protoverb_weight"], self.model
+        weight, model = self.settings.protoverb_weight, self.model
         if not weight and self.reform is None:
             return self.forward(images), None
         # a wrapper's forward gives scores alone
-        hidden, held = (model.forward_hidden(images), None) if self.reform is None else self.reform(images)
+        hidden, held = (self._hidden(images), None) if self.reform is None else self.reform(images)
         if not weight:
             return model._scores(hidden), held
         verbalizer: Any = model.verbalizer
         embedding = verbalizer.embed(hidden, model.lm_head)
         contrast = weight * protoverb_loss(embedding, verbalizer.prototypes, labels)
         return verbalizer.compare(embedding) / verbalizer.temperature, contrast if held is None else contrast + held
+
+
+def compiled(function: Any) -> Any:
+    """`torch.compile` without graph breaks, once for all batch sizes."""
+    return torch.compile(function, fullgraph=True, dynamic=True)
