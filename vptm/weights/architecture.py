@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import timm
 import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
@@ -15,6 +17,9 @@ from timm.models.beit import gen_relative_position_index
 from torch import Tensor, nn
 
 from vptm.messages import listed
+
+# from 1.0.31 on
+TIMM_RESIZES_RECTANGLES = "old_window_size" in inspect.signature(resize_rel_pos_bias_table).parameters
 
 
 def architecture_of(
@@ -98,8 +103,7 @@ def architecture_of(
         check_size(size, patch, label)
     window = _native_window(state, table, native, index, size, patch, label)
     architecture["img_size"] = size or native or (window[0] * patch[0], window[1] * patch[1])
-    architecture["use_fc_norm"] = "fc_norm.weight" in state
-    architecture["global_pool"] = "avg" if architecture["use_fc_norm"] else "token"
+    architecture["global_pool"] = "avg" if "fc_norm.weight" in state else "token"  # timm has fc_norm with "avg" alone
     return architecture, window
 
 
@@ -176,6 +180,21 @@ def _index_window(index: Mapping[str, Tensor], wanted: tuple[int, int] | None, l
     return window
 
 
+def norm_is_after_pooling(architecture: Mapping[str, Any]) -> bool:
+    """Whether the trained final norm is timm's fc_norm; without the keyword it is where timm averages the tokens."""
+    return bool(architecture.get("use_fc_norm", architecture["global_pool"] == "avg"))
+
+
+def _resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    options: dict[str, Any] = {"old_window_size": old} if TIMM_RESIZES_RECTANGLES else {}
+    if not options and old[0] != old[1]:
+        raise ValueError(
+            f"timm must be 1.0.31 or newer to resize the position bias of a window that is not square, "
+            f"got {timm.__version__} and {old[0]} x {old[1]}"
+        )
+    return resize_rel_pos_bias_table(table, new, (offsets(new), table.shape[1]), **options)
+
+
 def resize_positions(
     state: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -188,7 +207,7 @@ def resize_positions(
         for key, value in state.items():
             # tensors that do not belong to the old window stay as they are, for the shape check to name
             if key.endswith("relative_position_bias_table") and value.shape[:1] == (offsets(old),) and value.ndim == 2:
-                state[key] = resize_rel_pos_bias_table(value, new, (offsets(new), value.shape[1]), old_window_size=old)
+                state[key] = _resize_table(value, old, new)
             elif key == "pos_embed" and value.ndim == 3:
                 state[key] = resample_abs_pos_embed(value, list(new), list(old), num_prefix_tokens=1)
             else:

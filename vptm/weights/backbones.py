@@ -34,6 +34,7 @@ from vptm.weights.architecture import (
     check_size,
     mlp_ratio_of,
     mlp_width,
+    norm_is_after_pooling,
     pair,
     resize_positions,
     take_token_head,
@@ -104,7 +105,7 @@ class LoadReport:
                 f"{arch['in_chans']} x {height} x {width}, patch {arch['patch_size']}, window {rows} x {columns}",
             ),
             ("position", ", ".join(position) or "none"),
-            ("final norm", "fc_norm, after pooling" if arch["use_fc_norm"] else "norm, on every token"),
+            ("final norm", "fc_norm, after pooling" if norm_is_after_pooling(arch) else "norm, on every token"),
             ("LayerNorm eps", f"{self.eps:g}"),
             ("mean / std", f"{_numbers(self.mean)} / {_numbers(self.std)}"),
             ("dropped", folded_names(self.dropped)),
@@ -214,8 +215,9 @@ def _from_module(
         "use_abs_pos_emb": model.pos_embed is not None,
         "use_rel_pos_bias": first.attn.relative_position_bias_table is not None,
         "use_shared_rel_pos_bias": model.rel_pos_bias is not None,
-        "use_fc_norm": norms == ["fc_norm"],
     }
+    if (norms == ["fc_norm"]) != (model.global_pool == "avg"):  # else what timm does by itself
+        architecture["use_fc_norm"] = norms == ["fc_norm"]
     if isinstance(first.mlp, SwiGLU) or not isinstance(getattr(first.mlp, "norm", nn.Identity()), nn.Identity):
         architecture["swiglu_mlp"] = isinstance(first.mlp, SwiGLU)
         architecture["scale_mlp"] = not isinstance(first.mlp.norm, nn.Identity)
@@ -417,7 +419,7 @@ def _default_cfg(report: LoadReport, interpolation: str, crop_pct: float | None,
 
 
 def _norm_notes(architecture: Mapping[str, Any]) -> list[str]:
-    if not architecture["use_fc_norm"]:
+    if not norm_is_after_pooling(architecture):
         return []
     return ["no trained norm for single tokens: fc_norm, trained after pooling, is what there is for a cls or mask row"]
 
