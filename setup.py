@@ -7,7 +7,7 @@ from setuptools import setup
 
 
 def page(readme: str) -> str:
-    """The README for a page that lies beside no file of the project: without the pictures and links that would break."""
+    """The README for a page beside no file of the project: without the pictures and links that would break there."""
     text = re.sub(r"^!\[[^\]]*\]\((?!https?:)[^)]*\)\n+", "", readme, flags=re.MULTILINE)
     return re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
 

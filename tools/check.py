@@ -1,6 +1,6 @@
 """Every check of the sources in one command: `python -m tools.check` (needs `pip install ".[dev]"`).
 
-Lint, format, types and the API reference, whose warnings are errors. All of them run, and the status is 1 if any failed.
+Lint, format, types and the API reference, whose warnings are errors. All are run; the status is 1 if any failed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ def commands(reference: Path) -> list[list[str]]:
         ["-m", "ruff", "check", "."],
         ["-m", "ruff", "format", "--check", "."],
         ["-m", "mypy"],
-        [*WARNINGS, "-m", "pdoc", "--docformat", "google", "vptm", "vptm_kernels", "--output-directory", str(reference)],
+        [
+            *WARNINGS,
+            "-m",
+            "pdoc",
+            "--docformat",
+            "google",
+            "vptm",
+            "vptm_kernels",
+            "--output-directory",
+            str(reference),
+        ],
     ]
 
 
