@@ -50,6 +50,7 @@ from vptm.methods.provp_protocols import ClassFeatures, run_protocol
 from vptm.methods.reprogramming.label_mapping import embed_names, text_encoder
 from vptm.methods.reprogramming.map import map_labels
 from vptm.methods.spt import layer_tokens
+from vptm.settings import MapSettings
 
 SHOTS, VAL, TEST, MARGIN = 16, 16, 100, 2.0
 EPOCHS, PASSES = 10, 2
@@ -303,30 +304,20 @@ def mapped(settings: dict[str, Any], data: ImageData, shots: int, seed: int, lr:
     assert spec is not None and spec.submodule_search_locations is not None
     weights = next(Path(spec.submodule_search_locations[0]).rglob("*.pth"))
     assert data.test is not None
-    _, accuracy = map_labels(
-        data=replace(data, test=few(data.test, MAPPING_TEST, seed)),
-        classifier="tf_efficientnet_lite0",
+    mapping = MapSettings(
         weights=weights,
-        source_labels=None,
         method=settings["method"],
-        assignment="hungarian",
         m=5,
-        threshold=0.5,
         aggregation="logsumexp",
-        template="This is a photo of a {}.",
-        encoder="sentence",
         prompt=settings.get("prompt"),
-        image_size=128,
-        border=30,
-        shots=shots,
+        shots=str(shots),
         epochs=MAPPING_EPOCHS,
-        lr=0.01,
         batch_size=BATCH,
-        test=True,
         seed=seed,
-        device=torch.device("cpu"),
-        report=lambda line: None,
+        device="cpu",
     )
+    tested = replace(data, test=few(data.test, MAPPING_TEST, seed))
+    _, accuracy = map_labels(mapping, data=tested, report=lambda line: None)
     return {"test": accuracy}
 
 

@@ -9,11 +9,13 @@ can show its help at once.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
 from inspect import get_annotations
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from vptm.messages import one_of
@@ -34,6 +36,18 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 PromptStart = Literal["uniform", "random", "mean", "max", "kmeans"]
 PrototypeStart = Literal["xavier", "class_means"]
 OnBadImage = Literal["error", "skip"]
+Split = Literal["test", "val", "train"]
+MappingMethod = Literal["semantic", "random", "flm", "ilm", "blm"]
+Assignment = Literal["argmax", "hungarian", "greedy", "round_robin", "top", "threshold"]
+Aggregation = Literal["mean", "max", "logsumexp", "mean_prob"]
+PixelPrompt = Literal["expansive", "additive"]
+
+PROMPT_LOCATION = (
+    "prompt_location is ignored and will be refused: the place of prompts among the rows cannot change what attention "
+    "computes"
+)
+FREE_ON_RESUME = frozenset({"device", "impl", "workers"})  # these change nothing of what a run learns
+EVALUATION_BATCH = 256  # images per step where nothing is learned
 
 Group = TypeVar("Group", bound="SettingsGroup")
 
@@ -99,6 +113,13 @@ class SettingsGroup:
     def _label(name: str) -> str:
         """What messages call a setting."""
         return name
+
+    @classmethod
+    def options_of(cls) -> dict[str, Option]:
+        """The options that stand for this group's settings, by name; those that others have, too, come last."""
+        inherited = {name for one in cls.__mro__[1:] for name in get_annotations(one)}
+        found = sorted(_options_of(cls).items(), key=lambda option: option[1] in inherited)
+        return {option: _option(option, name, cls) for option, name in found}
 
     @classmethod
     def of(cls: type[Group], values: Mapping[str, Any]) -> Group:
@@ -231,11 +252,47 @@ class TrainSettings(SettingsGroup):
 
 
 @dataclass(frozen=True)
-class RunSettings(SettingsGroup):
+class CommandSettings(SettingsGroup):
+    """What a command is told; messages name a setting as its option."""
+
+    @staticmethod
+    def _label(name: str) -> str:
+        return option_name(name)
+
+    def _at_least(self, lowest: int, *found: str) -> None:
+        for name in found:
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{self._label(name)} must be >= {lowest}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class PictureSettings(CommandSettings):
+    """How pictures are read, and where they are computed on."""
+
+    background: Annotated[str, Help("Colour under what is transparent in a picture, by name or as #rrggbb.")] = "white"
+    value_range: Annotated[
+        str | None,
+        Help(
+            "LOW,HIGH: darkest and brightest value of pictures of more than 8 bits; by default the file's depth, which "
+            "signed, 32-bit and floating-point files lack."
+        ),
+    ] = None
+    device: Annotated[str, Help("auto, cpu, cuda or cuda:N; auto is a GPU where there is one.")] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_range(self.value_range)
+
+    def reading(self) -> dict[str, Any]:
+        """The keywords of `vptm.load_data` for them."""
+        return {"background": self.background, "value_range": parse_range(self.value_range)}
+
+
+@dataclass(frozen=True)
+class RunSettings(PictureSettings):
     """Everything that `vptm train` is told about a run: what to learn, from which images, and how.
 
-    Messages name a setting as its option. In files and on the command line a run's settings are flat, see `options` and
-    `from_options`.
+    In files and on the command line a run's settings are flat, see `options` and `from_options`.
     """
 
     model: Annotated[
@@ -279,17 +336,8 @@ class RunSettings(SettingsGroup):
     on_bad_image: Annotated[
         OnBadImage, Help("Broken image files among those that are read: stop and name the file, or report and go on.")
     ] = "error"
-    background: Annotated[str, Help("Colour under what is transparent in a picture, by name or as #rrggbb.")] = "white"
-    value_range: Annotated[
-        str | None,
-        Help(
-            "LOW,HIGH: darkest and brightest value of pictures of more than 8 bits; by default the file's "
-            "depth, which signed, 32-bit and floating-point files lack."
-        ),
-    ] = None
     test: Annotated[bool, Help("Read the test images, once, at the end.")] = True
     workers: Annotated[int, Help("Processes that read images.")] = 0
-    device: Annotated[str, Help("auto, cpu, cuda or cuda:N; auto is a GPU where there is one.")] = "auto"
     model_settings: Annotated[ModelSettings, NO_OPTION] = field(default_factory=lambda: BEiTSettings(pretrained=True))
     train_settings: Annotated[TrainSettings, NO_OPTION] = field(
         default_factory=lambda: TrainSettings(epochs=40, lr=2e-3, weight_decay=0.1)
@@ -298,10 +346,8 @@ class RunSettings(SettingsGroup):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_shots(self.shots)
-        parse_range(self.value_range)
-        for name, lowest in (("batch_size", 1), ("workers", 0), ("prototype_steps", 0)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{self._label(name)} must be >= {lowest}, got {getattr(self, name)}")
+        self._at_least(1, "batch_size")
+        self._at_least(0, "workers", "prototype_steps")
         if not 0 <= self.train_settings.seed < 2**32:
             raise ValueError(f"--seed must be in 0..2^32-1, got {self.train_settings.seed}")
         if not 0 < self.prototype_lr < math.inf:
@@ -310,10 +356,6 @@ class RunSettings(SettingsGroup):
         for name, unused in (("prototype_steps", 0), ("prototype_init", "xavier")):
             if getattr(self, name) != unused and verbalizer != "prototypical":
                 raise ValueError(f"{self._label(name)} needs --verbalizer prototypical, got {verbalizer}")
-
-    @staticmethod
-    def _label(name: str) -> str:
-        return option_name(name)
 
     def options(self) -> dict[str, Any]:
         """Every setting by the name of its option, as `run.json` keeps them."""
@@ -355,16 +397,143 @@ class RunSettings(SettingsGroup):
 
 
 @dataclass(frozen=True)
+class CompareSettings(PictureSettings):
+    """What `vptm compare` is told."""
+
+    methods: Annotated[str, Help("Recipes to compare, with commas between them; any unknown name lists them.")] = (
+        "vptm,vpt-shallow,vpt-deep,spt,provp,linear,finetune"
+    )
+    data: Annotated[str, Help("As in `vptm train`.")] = "builtin"
+    shots: Annotated[str, Help("Training images per class, or all.")] = "16"
+    seeds: Annotated[int, Help("Runs of each method.")] = 3
+    epochs: Annotated[int, Help("Passes over the training images, for every method.")] = 20
+    search: Annotated[bool, Help("First choose each recipe's search settings on validation images.", switch=True)] = (
+        False
+    )
+    out: Annotated[Path, Help("Folder of the comparison; runs in it are kept.")] = Path("runs/comparison")
+    model: Annotated[str, Help("As in `vptm train`.")] = "builtin"
+    jobs: Annotated[int, Help("Runs at a time; more than one disturbs images/s.")] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_shots(self.shots)
+
+
+@dataclass(frozen=True)
+class ProtocolSettings(PictureSettings):
+    """What `vptm protocol` is told beside the protocol; None stands for what was published with it."""
+
+    data: Annotated[str, Help("As in `vptm train`.")] = "builtin"
+    model: Annotated[str, Help("As in `vptm train`; CLIP's visual weights by their timm name.")] = "builtin"
+    class_embeddings: Annotated[
+        Path | None,
+        Help(
+            "Safetensors file with embeddings (K, D), class_names in its metadata, optionally projection (D, C); by "
+            "default the names go through --text-encoder."
+        ),
+    ] = None
+    text_encoder: Annotated[str, Help("sentence or open_clip.")] = "sentence"
+    template: Annotated[str, Help("Around a class name, with {} for it.")] = "a photo of a {}."
+    shots: Annotated[
+        str | None,
+        Help("Training images per class, with commas between several; 1,2,4,8,16 for few-shot, else 16."),
+    ] = None
+    seeds: Annotated[int, Help("Runs for each number of shots.")] = 3
+    prompt_length: Annotated[int | None, Help("Prompts per layer; as published, 50 for few-shot, else 16.")] = None
+    alpha: Annotated[float, Help("Of progressive prompts.")] = 0.01
+    reformation: Annotated[float, Help("Lambda of the contrast with the frozen features.")] = 1.0
+    temperature: Annotated[float, Help("Of that contrast.")] = 1.0
+    ridge: Annotated[float, Help("Strength of the projection fitted where none is given.")] = 0.01
+    logit_scale: Annotated[
+        float | None, Help("Factor of the cosines; 100 with a given projection, 10 with a fitted one.")
+    ] = None
+    epochs: Annotated[
+        int | None,
+        Help(
+            "Passes over the training images; as published, 50, 100 or 200 from 1, 2 or 8 shots on for few-shot, else "
+            "100."
+        ),
+    ] = None
+    lr: Annotated[float, Help("Peak learning rate.")] = 0.1
+    weight_decay: Annotated[float | None, Help("As published, 0.0005 for few-shot, else 0.001.")] = None
+    augment: Annotated[bool, Help("Random changes of training images.")] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "seeds")
+        self.counts()
+
+    def counts(self) -> list[int] | None:
+        """Numbers of training images per class, None where the protocol's own count."""
+        if self.shots is None:
+            return None
+        found = [parse_shots(count) for count in self.shots.split(",")]
+        given = [count for count in found if count is not None]
+        if len(given) < len(found):
+            raise ValueError(f"--shots must be integers >= 1 in a protocol, got {self.shots!r}")
+        return given
+
+
+@dataclass(frozen=True)
+class MapSettings(PictureSettings):
+    """What `vptm map` is told: `assignment`, `threshold`, `template` and `text_encoder` are of method "semantic"."""
+
+    data: Annotated[str, Help("As in `vptm train`; its class names are mapped.")] = "builtin"
+    classifier: Annotated[str, Help("A timm classifier.")] = "tf_efficientnet_lite0"
+    weights: Annotated[Path | None, Help("Its weights, .safetensors or .pth; timm's by default.")] = None
+    source_labels: Annotated[Path | None, Help("Text file with its labels, one a line; ImageNet's by default.")] = None
+    method: Annotated[MappingMethod, Help("By meaning (SeMap), random, or by training images: flm, ilm or blm.")] = (
+        "semantic"
+    )
+    assignment: Annotated[
+        Assignment,
+        Help("Of --method semantic; top shares source labels between labels, as suits --m above 1."),
+    ] = "hungarian"
+    m: Annotated[int, Help("Source labels of a label; not of --method blm.")] = 1
+    threshold: Annotated[float, Help("Of --assignment threshold.")] = 0.5
+    aggregation: Annotated[Aggregation, Help("What source labels become one label by.")] = "mean"
+    template: Annotated[
+        tuple[str, ...],
+        Help("Around a name, with {} for it; repeated, the mean of the embeddings counts."),
+    ] = ("This is a photo of a {}.",)
+    text_encoder: Annotated[
+        str,
+        Help("sentence, or open_clip (CLIP ViT-B/32), open_clip:ViT-B-16-quickgelu or open_clip:ViT-L-14-quickgelu."),
+    ] = "sentence"
+    prompt: Annotated[PixelPrompt | None, Help("Train a pixel border first; none by default.")] = None
+    image_size: Annotated[int, Help("Pixels of the image inside an expansive border.")] = 128
+    border: Annotated[int, Help("Pixels of an additive border.")] = 30
+    shots: Annotated[str, Help("Training images per class, or all; for flm, ilm, blm, --prompt.")] = "16"
+    epochs: Annotated[int, Help("Of training the border.")] = 20
+    lr: Annotated[float, Help("Of the border.")] = 0.01
+    batch_size: Annotated[int, Help("Images per step.")] = 64
+    evaluate: Annotated[bool, Help("Read the test images, once, at the end.")] = True
+    seed: Annotated[int, Help("Of random mappings, shots and order.")] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "batch_size", "m")
+        parse_shots(self.shots)
+        if self.method == "ilm" and self.prompt is None:
+            raise ValueError(
+                "--method ilm counts again after every epoch of a pixel prompt: pass --prompt, or --method flm"
+            )
+        if self.aggregation != "mean" and self.method == "blm":
+            raise ValueError(f"--aggregation must be mean for the soft mapping of --method blm, got {self.aggregation}")
+
+
+@dataclass(frozen=True)
 class Option:
-    """A setting as `vptm train`, recipes and runs have it.
+    """A setting as the command line, recipes and runs have it.
 
     default: None where it depends on the kind of model. defaults: by kind, for a setting of the model. type: int,
-    float, str or bool. optional: whether None is a value.
+    float, str, bool or Path. optional: whether None is a value. several: it can be repeated.
     """
 
     name: str
     type: type
     optional: bool
+    several: bool
     default: Any
     defaults: Mapping[str, Any]
     choices: tuple[str, ...]
@@ -402,11 +571,20 @@ class Option:
 def train_options() -> dict[str, Option]:
     """The options of `vptm train` that are settings of a run, by name."""
     found: dict[str, Option] = {}
-    for group in (RunSettings, TrainSettings, ModelSettings, *MODEL_SETTINGS.values(), PromptSettings):
-        for option, name in _options_of(group).items():
-            if option not in found:
-                found[option] = _option(option, name, group)
+    groups: list[type[SettingsGroup]] = [RunSettings, TrainSettings, ModelSettings, *MODEL_SETTINGS.values()]
+    groups.append(PromptSettings)
+    for group in groups:
+        for name, option in group.options_of().items():
+            found.setdefault(name, option)
     return found
+
+
+def without_prompt_location(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` of an older version without `prompt_location`, with a DeprecationWarning where it was there."""
+    rest = {name: value for name, value in values.items() if name != "prompt_location"}
+    if len(rest) < len(values):
+        warnings.warn(PROMPT_LOCATION, DeprecationWarning, stacklevel=2)
+    return rest
 
 
 def option_name(name: str) -> str:
@@ -471,7 +649,8 @@ def _option(option: str, name: str, group: type[SettingsGroup]) -> Option:
         defaults = {key: getattr(each, name) for key, each in MODEL_SETTINGS.items() if name in _types(each)}
     return Option(
         name=option,
-        type=next((part for part in parts if part in (bool, int, float)), str),
+        type=next((part for part in parts if part in (bool, int, float, Path)), str),
+        several=get_origin(kind) is tuple,
         optional=type(None) in parts,
         default=default if len(set(defaults.values())) < 2 else None,
         defaults=defaults,

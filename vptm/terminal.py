@@ -1,9 +1,51 @@
-"""What is shown on stderr while something takes long."""
+"""What is shown on a terminal: results on stdout, bars and lines on the way on stderr.
+
+rich is imported where it is used, so that a command's help does not wait for it.
+"""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from vptm.messages import one_line
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from rich.table import Table
+
+_LONGEST_CELL = 100_000
+
+
+def say(line: str) -> None:
+    """A line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_columns(rows: Iterable[Sequence[str]]) -> None:
+    """Rows of cells on stdout, each cell on one line and each column as wide as its widest: nothing is wrapped, cut or
+    read as markup, and no letter moves the cursor."""
+    from rich.table import Table
+    from rich.text import Text
+
+    found = [list(row) for row in rows]
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for _ in range(max(map(len, found), default=0)):
+        table.add_column(no_wrap=True)
+    for row in found:
+        table.add_row(*(Text(one_line(cell, _LONGEST_CELL)) for cell in row))
+    print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """A rich table on stdout, as wide as it is."""
+    from rich.console import Console
+
+    console = Console(width=2**20)
+    with console.capture() as printed:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
 def progress_bar(shown: bool = True) -> Progress:
@@ -17,6 +59,9 @@ def progress_bar(shown: bool = True) -> Progress:
         ...     task = bar.add_task("reading", total=2, note="")
         ...     bar.update(task, advance=1, note="3 images/s")
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     return Progress(
         TextColumn("{task.description}"),

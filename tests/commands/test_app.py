@@ -305,9 +305,8 @@ def test_other_commands_read_pictures_with_the_same_options(
         seen.append({name: options[name] for name in ("background", "value_range")})
         raise ValueError("seen")
 
-    monkeypatch.setattr("vptm.data.datasets.load_data", stop)
-    monkeypatch.setattr("vptm.commands.comparison.load_data", stop)
-    monkeypatch.setattr("vptm.methods.reprogramming.map.load_data", stop)
+    for module in ("commands.comparison", "methods.provp_protocols", "methods.reprogramming.map"):
+        monkeypatch.setattr(f"vptm.{module}.load_data", stop)
     monkeypatch.setattr("vptm.methods.reprogramming.map.text_encoder", lambda name: None)
     arguments = [*command, "--value-range", "-1024,3071", "--background", "black"]
     assert vptm.refused(*arguments, "--data", tmp_path) == (2, "vptm: seen")
@@ -452,7 +451,7 @@ def test_inspect_shows_runs_and_checkpoints(vptm: Console, run: Path, material: 
 def test_env_lists_versions_and_what_every_operation_uses(vptm: Console) -> None:
     code, out, _ = vptm("env")
     assert code == 0 and torch.__version__.split("+")[0] in out
-    for operation in ("prompted_attention", "prototype_cosine"):
+    for operation in ("prompted_attention", "readout_attention", "prototype_cosine", "residual_norm"):
         line = next(line for line in out.splitlines() if line.startswith(operation))
         expected = "on cuda:0" if torch.cuda.is_available() else "torch, kernels are for GPUs (float32"
         assert expected in line
@@ -460,13 +459,13 @@ def test_env_lists_versions_and_what_every_operation_uses(vptm: Console) -> None
 
 def test_env_answers_for_a_gpu_by_running_the_kernel() -> None:
     """The tensors of the probe must be ones the operation accepts, or every GPU would be told it runs torch."""
-    from vptm.commands.app import _used
+    from vptm.inspection.environment import PROBES, implementation
 
     class Place(str):  # a CPU that says it is none, so the kernel runs in the interpreter
         type = "cuda"
 
-    for operation in ("prompted_attention", "prototype_cosine"):
-        answer = _used(operation, Place("cpu"), torch.float32)
+    for operation in PROBES:
+        answer = implementation(operation, Place("cpu"), torch.float32)  # type: ignore[arg-type]
         assert answer == "triton" or "impl='triton' needs" in answer, answer
 
 
@@ -623,7 +622,7 @@ def test_refusals_are_one_line_with_the_right_code_and_leave_nothing(
     ("arguments", "reason"),
     [
         (["evaluate", "nowhere"], "adapter folder not found: nowhere"),
-        (["evaluate", "RUN", "--split", "trian"], "--split must be one of"),
+        (["evaluate", "RUN", "--split", "trian"], "split must be one of"),
         (["evaluate", "RUN", "--data", "nowhere/x"], "data not found"),
         (["predict", "RUN", "nowhere.png"], "image not found: nowhere.png"),
         (["predict", "RUN", "."], "holds no image files"),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 
 import pytest
 from console import Console
 
-from vptm.commands import app as cli
-from vptm.data import datasets as data_module
+from vptm.commands.train import train_settings
+from vptm.methods import run as run_module
 from vptm.models import prompted_vit
 from vptm.models.opening import load_adapter
-from vptm.recipes import ALIASES, read_recipe, recipe_names
+from vptm.recipes.recipe import ALIASES, read_recipe, recipe_names
+from vptm.settings import train_options
 from vptm.training.schedules import SCHEDULES
 
 FAST = ["--epochs", 2, "--warmup-epochs", 1, "--prompt-length", 2, "--shots", 2, "--batch-size", 3]
@@ -59,7 +59,7 @@ def test_settings_of_the_papers() -> None:
 
 def test_search_values_are_options_of_train() -> None:
     """`vptm compare --search` would fail late on a misspelt option."""
-    options = inspect.signature(cli.train).parameters.keys()
+    options = train_options().keys()
     for name in recipe_names():
         recipe = read_recipe(name)
         assert recipe.search.keys() <= options and recipe.search.keys() <= recipe.settings.keys()
@@ -78,13 +78,13 @@ def test_own_recipe_and_command_line(vptm: Console, material: Path) -> None:
 def test_a_recipe_decides_on_augmentation(vptm: Console, material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`augment: false` of a recipe must reach the images, and --augment on the command line goes before it."""
     asked: list[bool] = []
-    original = data_module.transforms
+    original = run_module.transforms
 
     def transforms(model: object, train: bool = False, **settings: object) -> object:
         asked.append(train)
         return original(model, train, **settings)
 
-    monkeypatch.setattr(data_module, "transforms", transforms)
+    monkeypatch.setattr(run_module, "transforms", transforms)
     Path("mine.yaml").write_text("summary: x\nsettings: {readout: mean, token_activation: hidden, augment: false}\n")
     for more, augmented in (([], False), (["--augment"], True)):
         asked.clear()
@@ -105,8 +105,8 @@ def test_a_recipe_decides_on_augmentation(vptm: Console, material: Path, monkeyp
 )
 def test_the_warm_up_keeps_its_share_of_given_epochs(given: list[str], warmup: int) -> None:
     """The recipe's 10 of 100 epochs; as they stand, `--epochs` up to 10 would be refused."""
-    settings, _ = cli.train_settings(["--recipe", "vpt-deep", *given])
-    assert settings["warmup_epochs"] == warmup
+    settings, _ = train_settings(["--recipe", "vpt-deep", *given])
+    assert settings.train_settings.warmup_epochs == warmup
 
 
 def test_few_epochs_of_a_recipe_with_warm_up_train(vptm: Console, material: Path) -> None:
@@ -189,5 +189,22 @@ def test_vision_transformers_by_name(vptm: Console, material: Path, monkeypatch:
     assert json.loads(Path("vit/adapter_config.json").read_text())["model_class"] == "PromptedViT"
     code, line = vptm.refused(*arguments, "--recipe", "vpt-deep", "--mask-mode", "replace")
     assert code == 2 and "--mask-mode is for BEiT models" in line
-    code, line = vptm.refused(*arguments)
+    code, line = vptm.refused(*arguments, "--readout", "mask")
     assert code == 2 and "readout must be one of cls" in line
+    arguments[2] = "deit_tiny_patch16_224"  # a ViT by another name, with the defaults of its kind
+    code, out, err = vptm(*arguments, "--out", "deit")
+    assert code == 0 and "test accuracy" in out, err
+    settings = json.loads(Path("deit/run.json").read_text())["settings"]
+    assert (settings["prompt_mode"], settings["readout"], settings["verbalizer"]) == ("deep", "cls", "linear")
+
+
+def test_an_option_that_changes_nothing_is_taken_with_one_line(vptm: Console, material: Path) -> None:
+    """Recipes and scripts of an older version name `prompt_location`; they must go on training the same."""
+    Path("old.yaml").write_text(
+        "summary: x\nsettings: {prompt_location: end, readout: mean, token_activation: hidden}\n"
+    )
+    for arguments in (["--recipe", "old.yaml"], ["--readout", "mean", "--prompt-location", "end"]):
+        start = ["train", "--model", material / "backbone.safetensors", "--data", material / "pictures"]
+        code, _, err = vptm(*start, "--token-activation", "hidden", *FAST, *arguments, "--out", "r", "--overwrite")
+        assert code == 0 and err.count("DeprecationWarning: prompt_location is ignored") == 1, err
+        assert "prompt_location" not in json.loads(Path("r/run.json").read_text())["settings"]

@@ -19,17 +19,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vptm.commands.app import _parse_range, _parse_shots, train_settings
+from vptm.commands.train import train_settings
 from vptm.data.datasets import ImageData, few_shot, load_data
 from vptm.data.split_list import SplitList
-from vptm.recipes import Recipe, read_recipe
+from vptm.recipes.recipe import Recipe, read_recipe
+from vptm.settings import FREE_ON_RESUME, RunSettings, option_name, parse_shots, train_options
 from vptm.training.run_folder import RUN_FILE, prepare_run_folder
 from vptm.weights.files import write_atomically
 
 # options of every run that `compare` sets itself
 OWN = ("data", "epochs", "out", "overwrite", "recipe", "resume", "seed", "shots", "test")
 # what may differ between runs of one comparison; the recipe's name says less than its settings
-FREE = ("device", "impl", "recipe", "workers")
+FREE = FREE_ON_RESUME | {"recipe"}
 SEARCH_SEED = 1000  # of runs that choose settings, none of the seeds that are reported
 COLUMNS = (
     "method",
@@ -214,20 +215,19 @@ def _as_option(name: str, value: Any) -> list[str]:
     return [f"--{option}", str(value)]
 
 
-def _check_data(settings: dict[str, Any], search: bool) -> None:
+def _check_data(settings: RunSettings, search: bool) -> None:
     """Refuse data that every run would refuse, or that leaves nothing to test or to choose on."""
     data = _load(settings)
     if not data.test:
         raise ValueError(f"data must have test images to compare on, {data.name} has none")
     if search and not data.val:
         raise ValueError(f"data must have validation images for search, {data.name} has none")
-    if (shots := _parse_shots(settings["shots"])) is not None:
+    if (shots := parse_shots(settings.shots)) is not None:
         few_shot(data.train, shots)
 
 
-def _load(settings: dict[str, Any]) -> ImageData:
-    read = {"background": settings["background"], "value_range": _parse_range(settings["value_range"])}
-    return load_data(settings["data"], on_bad_image=settings["on_bad_image"], **read)
+def _load(settings: RunSettings) -> ImageData:
+    return load_data(settings.data, on_bad_image=settings.on_bad_image, **settings.reading())
 
 
 def _search(recipe: Recipe, run: Callable[[str, dict[str, Any]], dict[str, Any] | None]) -> dict[str, Any]:
@@ -253,38 +253,38 @@ def _read(folder: Path) -> dict[str, Any] | None:
     return facts if isinstance(facts, dict) and isinstance(facts.get("settings"), dict) else None
 
 
-def _other_setting(folder: Path, settings: dict[str, Any], searched: Collection[str] = ()) -> str | None:
+def _other_setting(folder: Path, settings: RunSettings, searched: Collection[str] = ()) -> str | None:
     """What of `settings` the run in a folder was trained without, as "--lr 0.1, not 0.2"."""
     facts = _read(folder) or {"settings": {}}
     # a run of an older version was trained with the default of an option that came later
-    stored = train_settings([])[0] | facts["settings"]
-    for name, value in settings.items():
+    stored = {name: option.default for name, option in train_options().items()} | facts["settings"]
+    for name, value in settings.options().items():
         if stored[name] != value and name not in FREE and name not in searched:
             if name == "data" and _moved(folder, stored[name], settings):
                 continue
-            return f"--{name.replace('_', '-')} {stored[name]}, not {value}"
+            return f"{option_name(name)} {stored[name]}, not {value}"
     return None
 
 
-def _moved(folder: Path, old: str, settings: dict[str, Any]) -> bool:
+def _moved(folder: Path, old: str, settings: RunSettings) -> bool:
     """Whether the data is no longer where the run had it, and is what the run had where it is now."""
     listed = SplitList.read(folder)
     return listed is not None and not Path(old).exists() and listed.is_within(_load(settings).parts())
 
 
-def _finished(folder: Path, settings: dict[str, Any], searched: Collection[str] = ()) -> dict[str, Any] | None:
+def _finished(folder: Path, settings: RunSettings, searched: Collection[str] = ()) -> dict[str, Any] | None:
     """What a finished run recorded, None where there is none; one of other settings, save `searched`, is refused."""
     facts = _read(folder)
     if facts is None or not facts.get("result") or "cost" not in facts:
         return None
-    if settings["test"] and not facts["result"].get("test"):
+    if settings.test and not facts["result"].get("test"):
         return None
     if other := _other_setting(folder, settings, searched):
         raise ValueError(f"{folder} was trained with {other}: choose another folder")
     return facts
 
 
-def _can_resume(folder: Path, settings: dict[str, Any]) -> bool:
+def _can_resume(folder: Path, settings: RunSettings) -> bool:
     if _read(folder) is None or _other_setting(folder, settings):
         return False
     try:
@@ -318,11 +318,12 @@ def write_results(results: Sequence[MethodResult], out: Path) -> None:
     plot(results, out / "comparison.png")
 
 
-def table(results: Sequence[MethodResult]) -> str:
-    """The rows as text, best mean accuracy first."""
+def table(results: Sequence[MethodResult]) -> list[tuple[str, ...]]:
+    """What is printed: a line of headings, and one for every method, best mean accuracy first."""
     rows = sorted((result.row() for result in results), key=lambda row: -(row["accuracy_mean"] or 0.0))
-    head = ("method", "test accuracy", "runs", "trained values", "images/s", "peak memory", "chosen")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [
+        ("method", "test accuracy", "runs", "trained values", "images/s", "peak memory", "chosen")
+    ]
     for row in rows:
         spread = "" if row["accuracy_std"] is None else f" ± {100 * row['accuracy_std']:.1f}"
         failed = f" ({row['failed']} failed)" if row["failed"] else ""
@@ -338,8 +339,7 @@ def table(results: Sequence[MethodResult]) -> str:
                 row["chosen"],
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return lines
 
 
 def plot(results: Sequence[MethodResult], path: Path) -> None:

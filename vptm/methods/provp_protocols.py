@@ -8,7 +8,7 @@ re-formation loss; here `reformation` alone says so.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vptm.data.datasets import ImageData, ImageDataset, few_shot, transforms
-from vptm.messages import error_line, one_of
-from vptm.methods.provp import FeatureReformation, ridge_projection, set_class_embeddings
+from vptm.data.datasets import ImageData, ImageDataset, few_shot, load_data, transforms
+from vptm.messages import error_line, one_line, one_of
+from vptm.methods.provp import (
+    FeatureReformation,
+    clip_projection,
+    is_clip_tower,
+    ridge_projection,
+    set_class_embeddings,
+)
+from vptm.methods.reprogramming.label_mapping import embed_names, text_encoder
+from vptm.models.opening import open_model
 from vptm.models.prompted_model import PromptedModel
+from vptm.settings import EVALUATION_BATCH, ProtocolSettings
 from vptm.training.evaluate import evaluate
 from vptm.training.fit import fit
+from vptm.training.sources import device_of
 from vptm.weights.files import read_safetensors
 
 PROTOCOLS = ("few-shot", "base-to-novel")
 SHOTS = (1, 2, 4, 8, 16)
 FEW_SHOT_EPOCHS = {8: 200, 2: 100, 1: 50}  # from so many shots on
-EVALUATION_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,83 @@ def read_class_features(path: str | Path, classes: Sequence[str]) -> ClassFeatur
     if missing := [name for name in classes if name not in names]:
         raise ValueError(f"{path} has no embedding of the class {missing[0]!r}, it has {', '.join(map(str, names))}")
     return ClassFeatures(found[[names.index(name) for name in classes]].float(), tensors.get("projection"))
+
+
+def run_protocols(
+    protocol: str, settings: ProtocolSettings, *, report: Callable[[str], None] = print
+) -> Iterator[ProtocolRun]:
+    """Every run of a protocol, for each number of shots and each seed, as `vptm protocol` does.
+
+    Raises:
+        ValueError: settings, data or weights that do not fit together.
+        FileNotFoundError: a path that does not exist.
+    """
+    one_of("protocol", protocol, PROTOCOLS)
+    device_of(settings.device)
+    data = load_data(settings.data, **settings.reading())
+    for note in data.notes:
+        report(one_line(f"{data.name}: {note}"))
+    features = _features(settings, data.classes)
+    for shots in settings.counts() or (SHOTS if protocol == "few-shot" else (16,)):
+        chosen = published_settings(protocol, shots)
+        chosen |= {name: value for name in chosen if (value := getattr(settings, name)) is not None}
+        for seed in range(settings.seeds):
+            yield _run(protocol, settings, chosen, data, features, shots, seed)
+
+
+def _run(
+    protocol: str,
+    settings: ProtocolSettings,
+    chosen: Mapping[str, Any],
+    data: ImageData,
+    features: ClassFeatures,
+    shots: int,
+    seed: int,
+) -> ProtocolRun:
+    def build(classes: int) -> PromptedModel:
+        return open_model(
+            settings.model,
+            classes,
+            pretrained=True,
+            prompt_mode="progressive",
+            prompt_length=chosen["prompt_length"],
+            progressive_alpha=settings.alpha,
+            readout="cls",
+            token_activation="hidden",
+            verbalizer="linear",
+        )
+
+    return run_protocol(
+        protocol,
+        build,
+        data,
+        features,
+        shots=shots,
+        seed=seed,
+        ridge=settings.ridge,
+        logit_scale=settings.logit_scale,
+        augment=settings.augment,
+        device=device_of(settings.device),
+        epochs=chosen["epochs"],
+        lr=settings.lr,
+        optimizer="momentum",
+        weight_decay=chosen["weight_decay"],
+        prompt_weight_decay=chosen["weight_decay"],
+        schedule="provp",
+        warmup_epochs=min(1, chosen["epochs"] - 1),
+        reformation=settings.reformation,
+        reformation_temperature=settings.temperature,
+        progress=False,
+    )
+
+
+def _features(settings: ProtocolSettings, classes: Sequence[str]) -> ClassFeatures:
+    """Embeddings of the classes from a file, or of their names, with CLIP's own projection where the model is one."""
+    if settings.class_embeddings is not None:
+        return read_class_features(settings.class_embeddings, classes)
+    is_clip = settings.text_encoder.startswith("open_clip") and is_clip_tower(settings.model)
+    embeddings = embed_names(classes, text_encoder(settings.text_encoder), settings.template)
+    return ClassFeatures(embeddings, clip_projection(settings.model) if is_clip else None)
 
 
 def run_protocol(

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from vptm.data.datasets import ImageDataset
 from vptm.data.split_list import SPLIT_FILE, SplitList
-from vptm.messages import error_line
+from vptm.messages import error_line, one_line
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import frozen_part, save_compared
 from vptm.settings import TrainSettings
@@ -308,6 +308,47 @@ def _check_images(images: SplitList | None, folder: Path) -> None:
     stored = SplitList.read(folder)
     if images is not None and stored is not None and (other := stored.difference(images)):
         raise ValueError(f"cannot resume {folder}: {other}")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of a run folder's `run.json`.
+
+    Raises:
+        ValueError: no run folder, or a file whose settings or result are not what `vptm train` writes.
+    """
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a run folder: it has no {RUN_FILE}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON: {error_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}")
+    for name in ("settings", "result"):
+        if not isinstance(content.get(name) or {}, dict):
+            raise ValueError(f"{path} must have {name} as an object, got {content[name]!r}")
+    test = (content.get("result") or {}).get("test")
+    if test is not None:
+        facts = (test.get("accuracy"), test.get("loss"), test.get("n")) if isinstance(test, dict) else (None,)
+        if any(isinstance(fact, bool) or not isinstance(fact, int | float) for fact in facts):
+            raise ValueError(f"{path} must have result.test with accuracy, loss and n, got {test!r}")
+    return content
+
+
+def recorded_data(folder: Path) -> str | None:
+    """The data that a run was trained on, None where the folder does not say.
+
+    Raises:
+        ValueError: a damaged `run.json`.
+    """
+    if not (folder / RUN_FILE).is_file():
+        return None
+    settings = read_run(folder).get("settings")
+    data = settings.get("data") if isinstance(settings, dict) else None
+    if data is not None and not isinstance(data, str):
+        raise ValueError(f"{folder / RUN_FILE} must record its data as text, got {one_line(data)}")
+    return data
 
 
 def update_run_file(folder: Path, **facts: Any) -> None:

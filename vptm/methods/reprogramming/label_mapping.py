@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
+from typing import get_args
 
 import numpy as np
 import torch
@@ -17,13 +18,14 @@ from torch.nn import functional as F
 
 from vptm.frozen.modes import eval_mode
 from vptm.messages import number, one_of
+from vptm.settings import Aggregation, Assignment, MapSettings
 
-ASSIGNMENTS = ("argmax", "hungarian", "greedy", "round_robin", "top", "threshold")
+ASSIGNMENTS = get_args(Assignment)
 EXCLUSIVE = ("hungarian", "greedy", "round_robin")
-AGGREGATIONS = ("mean", "max", "logsumexp", "mean_prob")
+AGGREGATIONS = get_args(Aggregation)
 CLIP_TOWERS = ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "ViT-L-14-quickgelu")
 TEXT_ENCODERS = ("sentence", "open_clip", *(f"open_clip:{tower}" for tower in CLIP_TOWERS))
-TEMPLATE = "This is a photo of a {}."
+(TEMPLATE,) = MapSettings.template
 TextEncoder = Callable[[Sequence[str]], Tensor]
 
 

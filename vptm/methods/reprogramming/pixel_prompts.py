@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from timm.layers import PatchEmbed
@@ -22,8 +22,9 @@ from vptm.methods.reprogramming.label_mapping import (
     frequency_mapping,
     label_counts,
 )
+from vptm.settings import PixelPrompt
 
-PIXEL_PROMPTS = ("expansive", "additive")
+PIXEL_PROMPTS = get_args(PixelPrompt)
 MAPPING_UPDATES = ("fixed", "flm", "ilm", "blm")
 
 

@@ -1,0 +1,19 @@
+"""`vptm env`."""
+
+from __future__ import annotations
+
+from vptm.terminal import print_columns
+
+
+def env() -> None:
+    """Show versions, devices and what runs where.
+
+    For every operation: the implementation it will use here, and why.
+
+    \b
+    Example:
+      vptm env
+    """
+    from vptm.inspection.environment import environment
+
+    print_columns(environment())

@@ -1,0 +1,66 @@
+"""`vptm evaluate`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from vptm.commands.options import Backbone, Device, Impl, OnBadImage, Run, Workers
+from vptm.settings import EVALUATION_BATCH
+from vptm.terminal import print_columns, say
+
+
+def evaluate(
+    run: Run,
+    data: Annotated[
+        str | None, typer.Option(help="Other data, as in `vptm train`; the run's own by default.", show_default=False)
+    ] = None,
+    split: Annotated[str, typer.Option(help="Images to count.", metavar="[test|val|train]")] = "test",
+    include_trained: Annotated[
+        bool, typer.Option("--include-trained", help="Also count images that the run was trained on or chosen by.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with the confusion matrix.")] = False,
+    on_bad_image: OnBadImage = "error",
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = EVALUATION_BATCH,
+    workers: Workers = 0,
+    source: Backbone = None,
+    device: Device = "auto",
+    impl: Impl = "auto",
+) -> None:
+    """Measure a run on its test images or other data.
+
+    Other data must have labels the run knows; without splits of its own it is evaluated whole. The run's own data is
+    known again where it moved. Images that the run was trained on, or whose accuracy chose its epoch, are counted and
+    left out, by the contents of their files.
+
+    \b
+    Example:
+      vptm evaluate runs/builtin-1
+      vptm evaluate runs/photos --data more-photos/ --json
+    """
+    from vptm.training.evaluate_run import evaluate_run
+
+    found = evaluate_run(
+        run,
+        data=data,
+        split=split,
+        include_trained=include_trained,
+        confusion=as_json,
+        on_bad_image=on_bad_image,
+        batch_size=batch_size,
+        workers=workers,
+        source=source,
+        device=device,
+        impl=impl,
+        report=say,
+    )
+    scores = found.scores
+    if as_json:
+        facts = {"split": found.split, "data": found.data, "classes": found.classes, "left_out": found.left_out}
+        print(json.dumps({**facts, **scores}))
+        return
+    shares = ["-" if share is None else format(share, ".2%") for share in scores["per_class"]]
+    print_columns(zip(found.classes, shares))
+    print(f"{found.split} accuracy {scores['accuracy']:.2%} of {scores['n']} images, loss {scores['loss']:.4f}")

@@ -1,0 +1,65 @@
+"""Options of the commands, made from settings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from vptm.settings import Option, option_name, train_options
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _info(option: Option) -> Any:
+    """typer's description of an option; its choices are known to help and to completion, and are checked with the
+    settings."""
+    more: dict[str, Any] = {}
+    if option.choices:
+        more["metavar"] = f"[{'|'.join(option.choices)}]"
+        more["autocompletion"] = lambda incomplete: [one for one in option.choices if one.startswith(incomplete)]
+    spelt = [option_name(option.name)] if option.switch or option.type is not bool else []
+    return typer.Option(*spelt, help=option.help, show_default=option.shown_default(), **more)
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    kind: Any = list[str] if option.several else option.type
+    default = list(option.default) if option.several else option.default
+    annotation: Any = Annotated[kind if default is not None else kind | None, _info(option)]
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def takes(options: Mapping[str, Option]) -> Callable[[Command], Command]:
+    """A decorator of a command's function with `**settings`: those become options, by name.
+
+    An option whose default depends on others is None where it is not given.
+    """
+
+    def decorate(function: Command) -> Command:
+        signature = inspect.signature(function, eval_str=True)
+        parameters = [
+            one.replace(kind=one.KEYWORD_ONLY)
+            for one in signature.parameters.values()
+            if one.kind is not one.VAR_KEYWORD
+        ]
+        parameters += [_parameter(option) for option in options.values()]
+        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        function.__annotations__ = {one.name: one.annotation for one in parameters}
+        return function
+
+    return decorate
+
+
+_SHARED = train_options()
+OnBadImage = Annotated[str, _info(_SHARED["on_bad_image"])]
+Device = Annotated[str, _info(_SHARED["device"])]
+Impl = Annotated[str, _info(_SHARED["impl"])]
+BatchSize = Annotated[int, _info(_SHARED["batch_size"])]
+Workers = Annotated[int, _info(_SHARED["workers"])]
+Backbone = Annotated[
+    str | None, typer.Option(help="Backbone weights, where they moved since training.", show_default=False)
+]
+Run = Annotated[Path, typer.Argument(help="Run or adapter folder.")]

@@ -1,0 +1,130 @@
+"""`vptm train`."""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vptm.commands.options import takes
+from vptm.settings import FREE_ON_RESUME, PROMPT_LOCATION, RunSettings, option_name, train_options
+from vptm.terminal import say
+
+
+@takes(train_options())
+def train(
+    ctx: typer.Context,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; the next free runs/DATA-N by default.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out with its own arguments.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    prompt_location: Annotated[str | None, typer.Option(hidden=True)] = None,
+    **options: Any,
+) -> None:
+    """Learn labels from a few images.
+
+    Writes a run folder and prints the test accuracy. The epoch best on validation images is kept; test images are read
+    once, at the end. The run folder holds the adapter (adapter_model.safetensors, adapter_config.json), metrics.csv,
+    curves.png, run.json, split.csv (name and SHA-256 of every image used) and the state to resume from. Data that moved
+    is given again: --resume --out RUN --data NEW.
+
+    \b
+    Examples:
+      vptm train
+      vptm train --data photos/ --model beitv2_base_patch16_224_pt1k.pth --shots 16 --out runs/photos
+      vptm train --resume --out runs/photos
+    """
+    if resume and out is None:
+        raise ValueError("--resume needs --out, the run folder to continue")
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    if prompt_location is not None:
+        say(f"vptm: DeprecationWarning: {PROMPT_LOCATION}")
+    given = _given(ctx)
+    values = _located(options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DeprecationWarning)
+        settings = _resumed(out, values, given) if out is not None and resume else _fresh(values, given)
+    for warning in caught:
+        say(f"vptm: {warning.category.__name__}: {warning.message}")
+    from vptm.methods.run import resume_command, train_run
+
+    run = train_run(
+        settings, out, resume=resume, overwrite=overwrite, command=shlex.join(["vptm", *ctx.obj]), report=say
+    )
+    if run.stopped is not None:
+        say(f"vptm: interrupted {run.stopped}, continue with: {resume_command(run.folder)}")
+        raise typer.Exit(1)
+    if run.best_val_accuracy is not None:
+        print(f"validation accuracy  {run.best_val_accuracy:.2%} at epoch {run.best_epoch}")
+    if losses := run.prototype_losses:
+        after = "" if run.val_accuracy is None else f", validation accuracy then {run.val_accuracy:.2%}"
+        steps = settings.prototype_steps
+        print(f"prototypes           ProtoVerb loss {losses[0]:.4f}, after {steps} steps {losses[-1]:.4f}{after}")
+    if run.test is not None:
+        print(f"test accuracy        {run.test['accuracy']:.2%} of {run.test['n']} images, loss {run.test['loss']:.4f}")
+    print(f"run folder           {run.folder} (adapter, run.json, split.csv, metrics.csv, curves.png)")
+    print(f"next                 vptm predict {shlex.quote(str(run.folder))} IMAGE.png")
+
+
+def train_settings(arguments: Sequence[str]) -> tuple[RunSettings, set[str]]:
+    """What a fresh `vptm train ARGUMENTS` trains with, its recipe included, and the names of the options given.
+
+    Raises:
+        ValueError: an option that `train` does not have or whose value is of another type, or a wrong recipe.
+    """
+    single = typer.Typer(add_completion=False)
+    single.command()(train)
+    try:
+        ctx: Any = typer.main.get_command(single).make_context("train", list(arguments))
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        raise ValueError(error.format_message()) from None
+    given = _given(ctx)
+    return _fresh(_located({name: ctx.params[name] for name in train_options()}), given), given
+
+
+def _given(ctx: typer.Context) -> set[str]:
+    return {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+
+
+def _located(options: Mapping[str, Any]) -> dict[str, Any]:
+    from vptm.training.sources import located
+
+    return {**options, **{name: located(name, options[name]) for name in ("model", "data")}}
+
+
+def _fresh(values: Mapping[str, Any], given: AbstractSet[str]) -> RunSettings:
+    from vptm.recipes.recipe import with_recipe
+
+    return _settings(with_recipe(values, given))
+
+
+def _settings(values: Mapping[str, Any]) -> RunSettings:
+    from vptm.models.opening import kind_of
+
+    return RunSettings.from_options(values, kind_of(values["model"], values["readout"]))
+
+
+def _resumed(out: Path, values: Mapping[str, Any], given: AbstractSet[str]) -> RunSettings:
+    from vptm.data.split_list import SPLIT_FILE
+    from vptm.training.run_folder import read_run
+
+    stored = read_run(out).get("settings")
+    if not isinstance(stored, dict):
+        raise ValueError(f"{out} was not made by `vptm train`, it cannot be resumed by it")
+    known = {name: value for name, value in stored.items() if name in values}
+    moved = {"data"} if (out / SPLIT_FILE).is_file() else set()  # compared with the list, image by image
+    for name in sorted(values.keys() & given - FREE_ON_RESUME - moved):
+        if known.get(name) != values[name]:
+            raise ValueError(
+                f"{option_name(name)} {values[name]} differs from the run's {known.get(name)}: leave it out to resume"
+            )
+    return _settings({**values, **{name: value for name, value in known.items() if name not in given}})

@@ -1,0 +1,244 @@
+"""One run of a method: pictures, a model, where it starts, training and the test."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from vptm.data.datasets import ImageData, ImageDataset, few_shot, load_data, transforms
+from vptm.data.split_list import SplitList
+from vptm.data.usage import class_lines, dark_line, refuse_unreadable
+from vptm.messages import one_line
+from vptm.methods.spt import init_prompts
+from vptm.models.opening import open_model
+from vptm.models.prompted_model import PromptedModel
+from vptm.models.saving import save_adapter
+from vptm.models.verbalizers import fit_prototypes
+from vptm.settings import EVALUATION_BATCH, RunSettings, parse_shots
+from vptm.training.evaluate import evaluate
+from vptm.training.evaluate_run import asking_for_moved_data
+from vptm.training.facts import peak_memory
+from vptm.training.fit import FitResult, fit
+from vptm.training.run_folder import RUN_FILE, holds_progress, read_run, update_run_file
+from vptm.training.sources import device_of
+from vptm.weights.adapters import read_adapter_config
+from vptm.weights.files import WriteError
+
+DEMONSTRATION = "built for 28x28 grey clothing pictures, a demonstration"
+_LONGEST = 2000  # characters of a note, two paths of a file system among them
+
+
+@dataclass
+class TrainedRun:
+    """What a run came to.
+
+    folder: with the adapter, `run.json`, `split.csv`, `metrics.csv` and `curves.png`. stopped: where it was
+    interrupted, None where it is done. best_epoch, best_val_accuracy: of the epoch that is kept. prototype_losses:
+    before and after the steps on the prototypes alone, after which validation accuracy is val_accuracy. test: scores on
+    the test images, where they were read.
+    """
+
+    folder: Path
+    stopped: str | None = None
+    best_epoch: int | None = None
+    best_val_accuracy: float | None = None
+    prototype_losses: list[float] | None = None
+    val_accuracy: float | None = None
+    test: dict[str, Any] | None = None
+
+
+def train_run(
+    settings: RunSettings,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    command: str | None = None,
+    report: Callable[[str], None] = print,
+) -> TrainedRun:
+    """Learn labels from a few images, as `vptm train` does.
+
+    The epoch best on validation images is kept; test images are read once, at the end. A finished run that is resumed
+    is read again.
+
+    Args:
+        settings: what to learn, from which images, and how; `RunSettings.from_options` fits them to a kind of model.
+        out: run folder; None takes the next free `runs/DATA-N`.
+        resume: go on with the run in `out`, which has the same settings.
+        overwrite: replace the run in `out`.
+        command: how the run was started, kept in `run.json`.
+        report: called with lines on what is used.
+
+    Raises:
+        ValueError: settings, data or weights that do not fit together, or another run in `out`.
+        FileNotFoundError: data or weights that do not exist.
+        BadImageError: an image that cannot be read.
+        WriteError: files of the run cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from vptm.settings import RunSettings
+        >>> settings = RunSettings.from_options({"shots": "1", "epochs": 1, "test": False}, "beit")
+        >>> train_run(settings, Path(tempfile.mkdtemp(), "run"), report=lambda line: None).best_epoch
+        1
+    """
+    place = device_of(settings.device)
+    with asking_for_moved_data(resume):
+        data = load_data(settings.data, on_bad_image=settings.on_bad_image, **settings.reading())
+    parts = _parts(settings, data, report)
+    seed = settings.train_settings.seed
+    torch.manual_seed(seed)
+    model = open_model(settings.model, len(data.classes), **settings.model_settings.keywords())
+    model.class_names = data.classes
+    model.default_cfg |= settings.reading()  # kept with the adapter, so that other pictures are read in the same way
+    if settings.model == "builtin" and data.name not in ("builtin", "fashion-mnist"):
+        report(f"the built-in model is {DEMONSTRATION}")
+    if settings.finetune:
+        model.unfreeze()
+    loaders = _loaders(settings, data, parts, model, place)
+    folder = _free_folder(data.name) if out is None else out
+    if not (resume and holds_progress(folder)):
+        _start(settings, model, loaders, place)
+    listed = SplitList.of(parts)
+    for split, repeated in listed.repeated().items():
+        report(f"{repeated} {split} images have the contents of training images")
+    result = fit(
+        model,
+        loaders["train"],
+        loaders.get("val"),
+        **settings.train_settings.keywords(),
+        cache_frozen=not settings.augment,
+        run_dir=folder,
+        resume=resume,
+        overwrite=overwrite,
+        device=place,
+        info={
+            "command": command,
+            "settings": settings.options(),
+            "data": {
+                "name": data.name,
+                "images": {split: len(part) for split, part in parts.items()},
+                "notes": list(data.notes),
+            },
+        },
+        images=listed,
+    )
+    if resume:
+        update_run_file(folder, settings=settings.options())  # where the data lies now
+    run = TrainedRun(folder, None, result.best_epoch, result.best_val_accuracy, None, result.best_val_accuracy)
+    if result.interrupted:
+        run.stopped = f"after epoch {len(result.history)} of {settings.train_settings.epochs}"
+        return run
+    try:
+        _finish(settings, model, loaders, data.classes, run)
+    except KeyboardInterrupt:
+        run.stopped = "before the test"
+        return run
+    outcome = {"best_epoch": run.best_epoch, "val_accuracy": run.val_accuracy, "test": run.test}
+    update_run_file(folder, result=outcome, cost=_cost(model, result, len(parts["train"]), peak_memory(place)))
+    return run
+
+
+def _parts(settings: RunSettings, data: ImageData, report: Callable[[str], None]) -> dict[str, ImageDataset]:
+    """The images that are used, by split."""
+    for note in data.notes:
+        report(one_line(f"{data.name}: {note}", _LONGEST))
+    shots, seed = parse_shots(settings.shots), settings.train_settings.seed
+    train = data.train if shots is None else few_shot(data.train, shots, seed=seed)
+    found = {"train": train, "val": data.val, "test": data.test if settings.test else None}
+    parts = {split: part for split, part in found.items() if part}
+    for line in class_lines(parts, data.train):
+        report(line)
+    if settings.on_bad_image == "error":
+        refuse_unreadable(parts.values())
+    if dark := dark_line(train):
+        report(dark)
+    if settings.shuffle_labels:
+        draw = np.random.default_rng(seed)
+        for split in ("train", "val"):  # true validation labels would still select the luckiest epoch
+            if split in parts:
+                parts[split] = parts[split].with_labels(draw.permutation(parts[split].labels))
+    return parts
+
+
+def _loaders(
+    settings: RunSettings, data: ImageData, parts: dict[str, ImageDataset], model: PromptedModel, place: torch.device
+) -> dict[str, DataLoader[Any]]:
+    """Batches of each split, and of the training images as they are, "support"."""
+    prepare = transforms(model)
+    flip = data.flip if settings.flip is None else settings.flip
+    changed = transforms(model, train=True, flip=flip) if settings.augment else prepare
+
+    def loader(part: ImageDataset, batch_size: int = EVALUATION_BATCH, shuffle: bool = False) -> DataLoader[Any]:
+        pinned = place.type == "cuda"
+        return DataLoader(part, batch_size, shuffle=shuffle, num_workers=settings.workers, pin_memory=pinned)
+
+    found = {split: loader(part.with_transform(prepare)) for split, part in parts.items() if split != "train"}
+    train = loader(parts["train"].with_transform(changed), settings.batch_size, shuffle=True)
+    return {"train": train, "support": loader(parts["train"].with_transform(prepare)), **found}
+
+
+def _start(
+    settings: RunSettings, model: PromptedModel, loaders: dict[str, DataLoader[Any]], place: torch.device
+) -> None:
+    """Prompts and prototypes where the settings let them start."""
+    if settings.prompt_init != "uniform":
+        seed, images = settings.train_settings.seed, settings.init_images
+        init_prompts(model.to(place), loaders["train"], settings.prompt_init, images=images, seed=seed)
+    if settings.prototype_init == "class_means":
+        verbalizer: Any = model.to(place).verbalizer
+        verbalizer.init_prototypes(model, loaders["support"])
+
+
+def _finish(
+    settings: RunSettings,
+    model: PromptedModel,
+    loaders: dict[str, DataLoader[Any]],
+    classes: list[str],
+    run: TrainedRun,
+) -> None:
+    """Steps on the prototypes alone, and the test, where the run did not have one."""
+    if not (run.folder / RUN_FILE).is_file():
+        raise WriteError(f"run folder {run.folder} is gone, it was removed while the run trained")
+    run.test = (read_run(run.folder).get("result") or {}).get("test")
+    if steps := settings.prototype_steps:
+        kept = read_adapter_config(run.folder).get("extra") or {}
+        fitted = kept.get("prototype_losses")
+        if kept.get("prototype_steps") == steps and isinstance(fitted, list) and len(fitted) == 2:
+            run.prototype_losses, run.val_accuracy = fitted, kept.get("val_accuracy")  # the adapter of a finished run
+        else:
+            losses = fit_prototypes(model, loaders["support"], steps=steps, lr=settings.prototype_lr)
+            run.prototype_losses = [losses[0], losses[-1]]
+            run.val_accuracy = evaluate(model, loaders["val"])["accuracy"] if "val" in loaders else None
+            extra = {"epoch": run.best_epoch, "val_accuracy": run.val_accuracy, "prototype_steps": steps}
+            save_adapter(model, run.folder, extra=extra | {"prototype_losses": run.prototype_losses})
+    if run.test is None and "test" in loaders:
+        run.test = evaluate(model, loaders["test"])
+        run.test["per_class"] = dict(zip(classes, run.test["per_class"]))
+
+
+def _cost(model: PromptedModel, result: FitResult, images: int, memory: int) -> dict[str, Any]:
+    """What training took: parameters, training images a second with validation, peak memory in bytes."""
+    trained = sum(parameter.numel() for parameter in model.trainable_parameters())
+    seconds = sum(row["seconds"] for row in result.history)
+    speed = images * len(result.history) / seconds if seconds else None
+    return {"trainable_parameters": trained, "images_per_second": speed, "peak_memory": memory}
+
+
+def _free_folder(name: str) -> Path:
+    number = 1
+    while (folder := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return folder
+
+
+def resume_command(folder: Path) -> str:
+    """What continues a run that was stopped."""
+    return f"vptm train --resume --out {shlex.quote(str(folder))}"

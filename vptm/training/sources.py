@@ -1,0 +1,49 @@
+"""Where weights and pictures of a run lie, and which machine part computes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from vptm.data.datasets import SOURCES
+from vptm.weights.backbones import is_timm_name
+
+
+def located(option: str, source: str) -> str:
+    """A path as an absolute one, so that a run can be used from any folder; a name as it is.
+
+    option: "model" or "data", which says what names there are.
+
+    Raises:
+        ValueError: a name that is a path here, too.
+    """
+    is_name = source in SOURCES if option == "data" else source == "builtin" or is_timm_name(source)
+    if not os.path.exists(source):
+        return source
+    if is_name:
+        raise ValueError(
+            f"--{option} {source} is a name that vptm knows and {os.path.abspath(source)}: pass ./{source} for "
+            "that one, or run in another folder"
+        )
+    return str(Path(source).resolve())
+
+
+def device_of(name: str) -> torch.device:
+    """The device that --device names: auto is a GPU where there is one.
+
+    Raises:
+        ValueError: another name, or a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name} was asked for, torch sees {torch.cuda.device_count()} GPUs")
+    return place
