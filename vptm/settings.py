@@ -69,32 +69,36 @@ class Help:
 NO_OPTION = Help(option=None)
 
 
-_TYPES: dict[type, dict[str, Any]] = {}
+_READ: dict[type, tuple[dict[str, Any], dict[str, Help]]] = {}
+
+
+def _read(group: type[SettingsGroup]) -> tuple[dict[str, Any], dict[str, Help]]:
+    """{name of a setting: its type} and {name: what the command line says of it}, read once for a class; a class that
+    changes a default keeps the help."""
+    if group not in _READ:
+        inherited = _read(group.__base__) if group.__base__ is not object else ({}, {})  # type: ignore[arg-type]
+        kinds, found = map(dict, inherited)
+        for name, kind in get_type_hints(group, include_extras=True).items():
+            if name in get_annotations(group) and get_origin(kind) is not ClassVar:
+                marks = [mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, Help)]
+                kinds[name] = get_args(kind)[0] if marks else kind
+                found[name] = marks[0] if marks else found.get(name, Help())
+        _READ[group] = kinds, found
+    return _READ[group]
 
 
 def _types(group: type[SettingsGroup]) -> dict[str, Any]:
-    """{name of a setting: its type}, read once."""
-    if group not in _TYPES:
-        hints = get_type_hints(group)
-        _TYPES[group] = {name: hints[name] for name in names(group)}
-    return _TYPES[group]
+    return _read(group)[0]
+
+
+def _help(group: type[SettingsGroup]) -> dict[str, Help]:
+    return _read(group)[1]
 
 
 def _allowed(kind: Any) -> tuple[str, ...]:
     """The words of a Literal, alone or beside None; nothing of another type."""
     found = next((part for part in (kind, *get_args(kind)) if get_origin(part) is Literal), None)
     return get_args(found)
-
-
-def _help(group: type[SettingsGroup]) -> dict[str, Help]:
-    """{name of a setting: what the command line says of it}; a class that changes a default keeps the help."""
-    found: dict[str, Help] = {}
-    for one in reversed(group.__mro__[:-1]):
-        hints = get_type_hints(one, include_extras=True)
-        for name in get_annotations(one):
-            marks = [mark for mark in getattr(hints[name], "__metadata__", ()) if isinstance(mark, Help)]
-            found[name] = marks[0] if marks else found.get(name, Help())
-    return found
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,19 @@ def test_every_command_shows_an_example(vptm: Console, command: str) -> None:
     assert code == 0 and "Example" in out and f"vptm {command}" in out
 
 
+def test_help_and_completion_know_the_choices(vptm: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A word that has to be looked up elsewhere, or a default that is that of another kind of model, fails here."""
+    code, out, _ = vptm("train", "--help")
+    shown = " ".join(out.split())
+    assert code == 0 and "--prompt-mode [shallow|deep|progressive]" in shown
+    assert "[default: (mask; cls for a BEiT without a mask token or a ViT)]" in shown
+    assert "--finetune " in shown and "--no-finetune" not in shown and "--augment / --no-augment" in shown
+    monkeypatch.setenv("_VPTM_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "vptm train --prompt-mode s")
+    monkeypatch.setenv("COMP_CWORD", "3")
+    assert vptm() == (0, "shallow\n", "")
+
+
 def test_version(vptm: Console) -> None:
     from vptm import __version__
 

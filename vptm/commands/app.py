@@ -27,7 +27,6 @@ _LONGEST = 2000  # characters of an error, two paths of a file system among them
 app = typer.Typer(
     name="vptm",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},

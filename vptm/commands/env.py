@@ -14,6 +14,8 @@ def env() -> None:
     Example:
       vptm env
     """
-    from vptm.inspection.environment import environment
+    from vptm.inspection.environment import machine_rows
+    from vptm.training.facts import package_versions
 
-    print_columns(environment())
+    versions = [(name, found or "not installed") for name, found in package_versions().items()]
+    print_columns([*versions, *machine_rows()])

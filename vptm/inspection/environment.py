@@ -1,4 +1,4 @@
-"""Versions, devices, and what every operation runs on them."""
+"""Devices, and what every operation runs on them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from vptm.messages import error_line
-from vptm.training.facts import package_versions
 from vptm_kernels import prompted_attention, prototype_cosine, readout_attention
 from vptm_kernels.residual_norm import residual_norm
 
@@ -29,15 +28,14 @@ PROBES: dict[str, Callable[[Callable[..., Tensor]], Any]] = {
 }
 
 
-def environment() -> list[tuple[str, str]]:
-    """(label, value) rows: packages, machine, GPUs, and for every operation and dtype what `impl="auto"` runs here.
+def machine_rows() -> list[tuple[str, str]]:
+    """(label, value) rows: machine, GPUs, and for every operation and dtype what `impl="auto"` runs here.
 
     Example:
-        >>> [label for label, _ in environment()][0]
-        'vptm'
+        >>> [label for label, _ in machine_rows()][:2]
+        ['system', 'cpu']
     """
-    lines = [(name, found or "not installed") for name, found in package_versions().items()]
-    lines.append(("system", f"{platform.system()} {platform.machine()}"))
+    lines = [("system", f"{platform.system()} {platform.machine()}")]
     lines.append(("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"))
     devices = [torch.device("cuda", k) for k in range(torch.cuda.device_count())]
     for device in devices:
