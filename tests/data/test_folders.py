@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_data import picture, write_pictures
 
-from vptm.data.datasets import load_data
 from vptm.data.folders import split_of
+from vptm.data.sources import load_data
 
 PAIR = ("left", "right")
 
@@ -77,7 +77,7 @@ def test_what_is_no_picture_is_counted(tmp_path: Path) -> None:
     assert note.startswith("left out 3 files") and note.endswith("3 .heic")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.heic").write_bytes(b"ftypheic")
-    with pytest.raises(ValueError, match=r"images of the class 'other', found none: left out 1 files .*1 \.heic$"):
+    with pytest.raises(ValueError, match=r"images of the class 'other', got none: left out 1 files .*1 \.heic$"):
         load_data(tmp_path)
 
 
@@ -107,9 +107,9 @@ def build(root: Path, layout: str) -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ("train800 val200 test", r"train800 must hold one folder per class, as a split does, found pictures only"),
-        ("train:a,b trainset:a,b test:a,b", "must name each split once, found test, train, trainset"),
-        ("trainA trainB testA testB", "must be divided into splits once, found"),
+        ("train800 val200 test", r"train800 must hold one folder per class, as a split does, got pictures only"),
+        ("train:a,b trainset:a,b test:a,b", "must name each split once, got test, train, trainset"),
+        ("trainA trainB testA testB", "must be divided into splits once, got"),
         ("test:a,b a b", "test looks like a split beside a, b: put those into a folder train, or rename it"),
         ("test control", "test looks like unlabelled test pictures: rename it if it is a class"),
         ("a:train,test b:train,test", "splits above classes: a holds the folders test, train"),

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vptm.data.datasets import load_data, transforms
 from vptm.data.pictures import BadImageError, image_files, left_out_note, read_image, to_8_bit
+from vptm.data.sources import load_data
+from vptm.data.transforms import transforms
 from vptm.weights.preprocessing import preprocessing_error
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)

@@ -48,7 +48,7 @@ def test_zero_shot_mapping_by_meaning(vptm: Console, arguments: list[object], ma
     assert code == 0, err
     assert rows(out) == {"upper": ["upper deck"], "left": ["left hand"], "right": ["right turn"]}
     source = load_classifier(CLASSIFIER, weights="weights.safetensors", labels="labels.txt")
-    from vptm.data.datasets import load_data
+    from vptm.data.sources import load_data
 
     test = load_data(material / "pictures", transform=source.prepare).test
     chosen = [
@@ -149,7 +149,7 @@ def test_bad_input_is_refused(vptm: Console, arguments: list[object], monkeypatc
         (["--source-labels", "few.txt"], "must name all 6 outputs"),
         (["--source-labels", "none.txt"], "labels not found: none.txt"),
         (["--source-labels", "bytes.txt"], "bytes.txt: must be a readable file, got text that is not Unicode"),
-        (["--method", "flm", "--shots", 99], "has 7 training images, 99 were asked for"),
+        (["--method", "flm", "--shots", 99], "shots must be at most 7, or all"),
     ):
         code, line = vptm.refused(*arguments, *more)
         assert code == 2 and message in line, line

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tiny_data import write_pictures
 
 import vptm.methods.provp_protocols as protocols
-from vptm.data.datasets import load_data
+from vptm.data.sources import load_data
 from vptm.methods.provp import FeatureReformation, ridge_projection
 from vptm.methods.provp_protocols import (
     ClassFeatures,

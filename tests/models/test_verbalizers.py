@@ -79,8 +79,8 @@ def test_prototypes_are_the_class_means(activation):
     "labels,message",
     [
         ([0, 1, 0], "every class must have an image in the support set, got none for class 2"),
-        ([0, 1, 3], "labels must lie in 0 .. 2, got 3 for image 2"),
-        ([0, -1, 2], "labels must lie in 0 .. 2, got -1 for image 1"),
+        ([0, 1, 3], "labels must be in 0..2, got 3 for image 2"),
+        ([0, -1, 2], "labels must be in 0..2, got -1 for image 1"),
         ([], "every class must have an image in the support set, got none for class 0"),
     ],
 )
@@ -184,7 +184,7 @@ def test_post_hoc_training_can_start_at_class_means():
     "changes,message",
     [
         ({"labels": [0, 1, 0]}, "every class must have an image in the support set, got none for class 2"),
-        ({"labels": [0, 1, 3]}, "labels must lie in 0 .. 2, got 3 for image 2"),
+        ({"labels": [0, 1, 3]}, "labels must be in 0..2, got 3 for image 2"),
         ({"steps": 0}, "steps must be an integer >= 1, got 0"),
         ({"lr": -1.0}, "lr must be finite and > 0, got -1.0"),
         ({"lr": 1e308}, "loss became nan at step"),

@@ -111,7 +111,7 @@ def test_low_temperatures_neither_overflow_nor_lose_the_gradient() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": torch.tensor([0, 3, 1])}, "labels must lie in 0 .. 2, got 3 for image 1"),
+        ({"labels": torch.tensor([0, 3, 1])}, "labels must be in 0..2, got 3 for image 1"),
         ({"labels": torch.tensor([0, 1])}, "labels must be (3,) integers, one for each embedding, got (2,)"),
         ({"labels": torch.zeros(3)}, "labels must be (3,) integers"),
         ({"embeddings": torch.zeros(0, 4)}, "embeddings must be (N, d) floating point with N >= 1, got (0, 4)"),

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from vptm.commands.train import train_settings
-from vptm.data.datasets import ImageData, few_shot, load_data
+from vptm.data.datasets import ImageData
+from vptm.data.division import few_shot
+from vptm.data.sources import load_data
 from vptm.data.split_list import SplitList
 from vptm.recipes.recipe import Recipe, read_recipe
 from vptm.settings import FREE_ON_RESUME, RunSettings, option_name, parse_shots, train_options

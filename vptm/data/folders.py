@@ -59,7 +59,7 @@ def read_folder(root: Path, notes: list[str]) -> tuple[dict[str, Listing], list[
     folders = _subfolders(root)
     if not folders:
         raise ValueError(
-            f"{root} must hold one folder per class, found {'loose files only' if any(root.iterdir()) else 'nothing'}"
+            f"{root} must hold one folder per class, got {'loose files only' if any(root.iterdir()) else 'nothing'}"
         )
     _note_loose(root, notes)
     left_out: Counter[str] = Counter()
@@ -86,12 +86,12 @@ def read_folder(root: Path, notes: list[str]) -> tuple[dict[str, Listing], list[
                 raise ValueError(f"{folder} holds the class {unknown[0]!r}, which the train split does not have")
             if not children:
                 raise ValueError(
-                    f"{folder} must hold one folder per class, as a split does, found "
+                    f"{folder} must hold one folder per class, as a split does, got "
                     f"{'pictures only' if image_files(folder) else 'no images'}"
                 )
             parts[split] = _class_folders(children, left_out)
         if not parts:
-            raise ValueError(f"{root} must hold one folder of images per class, found pictures without classes only")
+            raise ValueError(f"{root} must hold one folder of images per class, got pictures without classes only")
     if left_out:
         notes.append(left_out_note(left_out))
     return parts, names
@@ -149,12 +149,12 @@ def _splits(root: Path, folders: list[Path]) -> dict[str, Path]:
             divisions = [plain]
     if len(divisions) > 1:
         several = [folder.name for group in divisions for found in group.values() for folder in found]
-        raise ValueError(f"{root} must be divided into splits once, found {listed(several, 10)}")
+        raise ValueError(f"{root} must be divided into splits once, got {listed(several, 10)}")
     if not divisions:
         return {}
     if any(len(found) > 1 for found in divisions[0].values()):
         repeated = [folder.name for found in divisions[0].values() for folder in found]
-        raise ValueError(f"{root} must name each split once, found {listed(repeated, 10)}")
+        raise ValueError(f"{root} must name each split once, got {listed(repeated, 10)}")
     return {split: found[0] for split, found in divisions[0].items()}
 
 
@@ -207,12 +207,12 @@ def _class_folders(folders: list[Path], left_out: Counter[str]) -> Listing:
     paths: list[Path] = []
     names: list[str] = []
     for folder in folders:
-        own: Counter[str] = Counter()
-        files = image_files(folder, own)
+        others: Counter[str] = Counter()
+        files = image_files(folder, others)
         if not files:
-            why = f": {left_out_note(own)}" if own else ""
-            raise ValueError(f"{folder} must hold images of the class {folder.name!r}, found none{why}")
+            why = f": {left_out_note(others)}" if others else ""
+            raise ValueError(f"{folder} must hold images of the class {folder.name!r}, got none{why}")
         paths += files
         names += [folder.name] * len(files)
-        left_out += own
+        left_out += others
     return Listing(paths, names)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vptm.data.datasets import ImageDataset
-from vptm.messages import one_line
+from vptm.messages import error_line, one_line
 from vptm.weights.files import write_atomically
 
 SPLIT_FILE = "split.csv"
@@ -35,7 +35,7 @@ class SplitList:
     """The images of a run.
 
     Example:
-        >>> from vptm.data.datasets import load_data
+        >>> from vptm.data.sources import load_data
         >>> data = load_data()
         >>> images = SplitList.of({"train": data.train, "test": data.test})
         >>> len(images.keys("train")), images.used(data.test.content_hashes()[:3])
@@ -65,9 +65,9 @@ class SplitList:
             with path.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
                 header, *rows = csv.reader(lines, strict=True)
         except (csv.Error, ValueError) as error:
-            raise ValueError(f"{path} must be a csv file: {one_line(error)}") from None
+            raise ValueError(f"{path} must be a csv file: {error_line(error)}") from None
         if tuple(header) != _HEADER or any(len(row) != 3 or row[0] not in SPLITS for row in rows):
-            raise ValueError(f"{path} must list {','.join(_HEADER)} of the images of a run, found something else")
+            raise ValueError(f"{path} must list {','.join(_HEADER)} of the images of a run, got something else")
         return cls(tuple(ListedImage(*row) for row in rows))
 
     def write(self, folder: Path) -> None:

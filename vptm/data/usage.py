@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from vptm.data.datasets import BadImageError, ImageDataset
+from vptm.data.datasets import ImageDataset
+from vptm.data.pictures import BadImageError
 from vptm.messages import one_line
 
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vptm.data.datasets import picture_options, read_image, transforms
+from vptm.data.pictures import read_image
+from vptm.data.transforms import picture_options, transforms
 from vptm.frozen.modes import eval_mode
 from vptm.frozen.reference import reference_features, softmax_attention
 from vptm.models.prompted_beit import PromptedBEiT
@@ -76,7 +77,7 @@ def inspect_tokens(
 
     Raises:
         ValueError, TypeError: another model, a tensor of another size, or an argument out of range.
-        FileNotFoundError, vptm.data.datasets.BadImageError: a file that is not there or no image.
+        FileNotFoundError, vptm.data.pictures.BadImageError: a file that is not there or no image.
 
     Example:
         >>> import vptm

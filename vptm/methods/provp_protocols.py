@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vptm.data.datasets import ImageData, ImageDataset, few_shot, load_data, transforms
+from vptm.data.datasets import ImageData, ImageDataset
+from vptm.data.division import few_shot
+from vptm.data.sources import load_data
+from vptm.data.transforms import transforms
 from vptm.messages import error_line, one_line, one_of
 from vptm.methods.provp import (
     FeatureReformation,

@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from vptm.data.datasets import ImageData, ImageDataset, few_shot, load_data, transforms
+from vptm.data.datasets import ImageData, ImageDataset
+from vptm.data.division import few_shot
+from vptm.data.sources import load_data
 from vptm.data.split_list import SplitList
+from vptm.data.transforms import transforms
 from vptm.data.usage import class_lines, dark_line, refuse_unreadable
 from vptm.messages import one_line
 from vptm.methods.spt import init_prompts

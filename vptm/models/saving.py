@@ -40,8 +40,8 @@ def save_adapter(model: PromptedModel, folder: str | Path, *, extra: Mapping[str
         WriteError: an OSError that names the file that cannot be written.
 
     Example:
-        >>> save_adapter(PromptedBEiT("builtin", num_classes=10), "clothes")
-        >>> load_adapter("clothes").num_classes
+        >>> save_adapter(vptm.PromptedBEiT("builtin", num_classes=10), "clothes")
+        >>> vptm.load_adapter("clothes").num_classes
         10
     """
     model = unwrapped(model)

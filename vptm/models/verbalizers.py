@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vptm.data.labels import check_labels
 from vptm.frozen.fold import is_plain_linear
 from vptm.frozen.modes import eval_mode
 from vptm.messages import number, one_of
-from vptm.training.losses import check_labels, protoverb_loss
+from vptm.training.losses import protoverb_loss
 from vptm_kernels import FoldedHead, fold_head, prototype_cosine
 
 if TYPE_CHECKING:
@@ -315,7 +316,7 @@ def support_rows(model: PromptedModel, loader: Iterable[tuple[Tensor, Tensor]], 
                     f"labels must be ({len(images)},) integers, one for each image, "
                     f"got {tuple(labels.shape)} {labels.dtype}"
                 )
-            check_labels(labels, classes, seen)
+            check_labels(labels, classes, first=seen)
             hidden = model.forward_hidden(images.to(device))
             broken = (~hidden.isfinite().all(dim=1)).nonzero()
             if broken.numel():

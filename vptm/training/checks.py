@@ -9,7 +9,8 @@ from timm.optim import list_optimizers
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from vptm.data.datasets import ImageDataset, dataset_labels
+from vptm.data.datasets import ImageDataset
+from vptm.data.labels import check_labels, dataset_labels
 from vptm.messages import hint, number
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.verbalizers import PrototypicalVerbalizer, check_finite
@@ -102,9 +103,7 @@ def _labels(loader: DataLoader[Any], classes: int, name: str, first: Any) -> np.
             labels = _read_labels(dataset, name)
     if len(labels) == 0:
         raise ValueError(f"{name} must hold at least one image, it is empty")
-    bad = np.flatnonzero((labels < 0) | (labels >= classes))
-    if len(bad):
-        raise ValueError(f"{name} labels must be in 0..{classes - 1}, got {labels[bad[0]]} at index {bad[0]}")
+    check_labels(labels, classes, name=f"{name} labels")
     return labels.astype(np.int64)
 
 
@@ -119,10 +118,3 @@ def _read_labels(dataset: Any, name: str) -> np.ndarray:
             )
         labels.append(int(label))
     return np.array(labels, dtype=np.int64)
-
-
-def check_batch_labels(labels: Tensor, classes: int) -> None:
-    """ValueError naming the first label of a batch outside 0..classes-1."""
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        bad = int(((labels < 0) | (labels >= classes)).nonzero()[0])
-        raise ValueError(f"labels must be in 0..{classes - 1}, got {int(labels[bad])} at row {bad} of a batch")

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from vptm.data.labels import check_labels
 from vptm.frozen.modes import eval_mode
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import unwrapped
 from vptm.settings import Precision
-from vptm.training.checks import check_batch_labels
 from vptm.training.precision import dtype_of, float32_products, in_type, resolve_precision
 
 
@@ -120,7 +120,7 @@ def ask(forward: Any, loader: DataLoader[Any], *, dtype: torch.dtype | None = No
         seals = isinstance(model, PromptedModel) and "_orig_mod" not in forward._modules
         runs = model.sealed_twin() if seals else forward
         for images, labels in loader:
-            check_batch_labels(labels, classes)
+            check_labels(labels, classes, of="row")
             scores = runs(images.to(place, dtype or images.dtype, non_blocking=True)).float().cpu()
             if scores.shape[1] != classes:
                 raise ValueError(f"model must give a score for each of its {classes} classes, got {scores.shape[1]}")

@@ -11,8 +11,10 @@ from typing import Any, get_args
 import numpy as np
 from torch.utils.data import DataLoader
 
-from vptm.data.datasets import ImageDataset, load_data, picture_options, transforms
+from vptm.data.datasets import ImageDataset
+from vptm.data.sources import load_data
 from vptm.data.split_list import SplitList
+from vptm.data.transforms import picture_options, transforms
 from vptm.messages import one_line, one_of
 from vptm.models.opening import load_adapter
 from vptm.models.prompted_model import PromptedModel

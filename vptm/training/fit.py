@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vptm.data.labels import check_labels
 from vptm.data.split_list import SplitList
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import unwrapped
 from vptm.settings import Precision, TrainSettings
-from vptm.training.checks import check_batch_labels, check_data, check_loaders, check_model, check_settings
+from vptm.training.checks import check_data, check_loaders, check_model, check_settings
 from vptm.training.evaluate import ask
 from vptm.training.precision import dtype_of, float32_products, in_type, resolve_precision, slow_note
 from vptm.training.progress import TrainProgress
@@ -239,7 +240,7 @@ def _train_epoch(step: TrainStep, loader: DataLoader[Any], epoch: int, bar: Trai
     asked = time.perf_counter()
     for number, (images, labels) in enumerate(loader, 1):
         waited = time.perf_counter() - asked
-        check_batch_labels(labels, model.num_classes)
+        check_labels(labels, model.num_classes, of="row")
         images = images.to(place, step.dtype or images.dtype, non_blocking=True)
         labels = labels.to(place, non_blocking=True).long()
         loss, scores = step(images, labels, (epoch - 1) * len(loader) + number - 1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
+from vptm.data.labels import check_labels
 from vptm.messages import number
 
 
@@ -86,14 +87,6 @@ def protoverb_loss(embeddings: Tensor, prototypes: Tensor, labels: Tensor, *, te
     """
     loss = prototype_contrast(embeddings, prototypes, labels, temperature=temperature)
     return loss + instance_contrast(embeddings, labels, temperature=temperature)
-
-
-def check_labels(labels: Tensor, classes: int, first: int = 0) -> None:
-    """Raise ValueError naming the first label outside 0 .. classes - 1 and its image, counted from `first`."""
-    outside = ((labels < 0) | (labels >= classes)).nonzero()
-    if outside.numel():
-        index = int(outside[0])
-        raise ValueError(f"labels must lie in 0 .. {classes - 1}, got {int(labels[index])} for image {first + index}")
 
 
 def _check(embeddings: Tensor, labels: Tensor, temperature: float) -> None:

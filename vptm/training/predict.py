@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from vptm.data.datasets import BadImageError, image_files, picture_options, read_image, transforms
-from vptm.data.pictures import left_out_note
+from vptm.data.pictures import BadImageError, image_files, left_out_note, read_image
+from vptm.data.transforms import picture_options, transforms
 from vptm.messages import one_of
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import EVALUATION_BATCH, RunSettings, choices

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vptm.data.datasets import SOURCES
+from vptm.data.sources import SOURCES
 from vptm.weights.backbones import is_timm_name
 
 

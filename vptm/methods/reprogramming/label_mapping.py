@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vptm.data.labels import check_labels
 from vptm.frozen.modes import eval_mode
 from vptm.messages import number, one_of
 from vptm.settings import Aggregation, Assignment, MapSettings
@@ -188,13 +189,6 @@ def _check_m(m: object, labels: int, sources: int, *, once: str | None) -> None:
         raise ValueError(
             f"{once} uses a source label once: m={m} for each of {labels} labels need {m * labels}, there are {sources}"
         )
-
-
-def check_labels(targets: Tensor, labels: int) -> None:
-    """Refuse targets outside 0..labels-1."""
-    low, high = int(targets.min()), int(targets.max())
-    if low < 0 or high >= labels:
-        raise ValueError(f"labels must lie in 0 .. {labels - 1}, got {low}..{high}")
 
 
 def semantic_scores(

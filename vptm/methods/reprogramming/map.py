@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import center_crop, resize, to_tensor
 
-from vptm.data.datasets import ImageData, few_shot, load_data
+from vptm.data.datasets import ImageData
+from vptm.data.division import few_shot
 from vptm.data.pictures import to_8_bit
+from vptm.data.sources import load_data
 from vptm.methods.reprogramming.label_mapping import (
     LabelMapping,
     assign,

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from vptm.data.labels import check_labels
 from vptm.frozen.fold import unfoldable
 from vptm.messages import number, one_of
 from vptm.methods.reprogramming.label_mapping import (
     LabelMapping,
     bayesian_mapping,
-    check_labels,
     frequency_mapping,
     label_counts,
 )

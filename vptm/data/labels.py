@@ -1,0 +1,55 @@
+"""Labels of a data set, and whether they are in range."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Subset
+
+
+def check_labels(
+    labels: Tensor | np.ndarray, classes: int, *, name: str = "labels", of: str = "image", first: int = 0
+) -> None:
+    """Refuse labels outside 0..classes-1.
+
+    Args:
+        labels: (N,) integers.
+        classes: K.
+        name, of, first: for the message: what they are, of what, and the number of the first one.
+
+    Raises:
+        ValueError: naming the first label that is outside, and its number.
+
+    Example:
+        >>> check_labels(torch.tensor([0, 3]), 3, first=8)
+        Traceback (most recent call last):
+        ValueError: labels must be in 0..2, got 3 for image 9
+    """
+    outside = (labels < 0) | (labels >= classes)
+    if outside.any():
+        index = int(outside.nonzero()[0][0])
+        raise ValueError(f"{name} must be in 0..{classes - 1}, got {int(labels[index])} for {of} {first + index}")
+
+
+def dataset_labels(dataset: Any) -> np.ndarray | None:
+    """Labels (N,) of a data set that has them as `labels`, `targets` or tensors, as its items give them.
+
+    Looked for below `Subset` too, and sent through `target_transform`. None where only the items can tell: no such
+    attribute, one that is not N integers, or a subclass of `Subset` or transforms of image and label together, which
+    may give others.
+    """
+    if isinstance(dataset, Subset):
+        labels = dataset_labels(dataset.dataset) if type(dataset) is Subset else None
+        return None if labels is None else labels[np.asarray(dataset.indices, dtype=np.int64)]
+    if not hasattr(getattr(dataset, "transforms", None) or SimpleNamespace(target_transform=None), "target_transform"):
+        return None
+    tensors = getattr(dataset, "tensors", None) or ()
+    for stored in (*(getattr(dataset, name, None) for name in ("labels", "targets")), *tensors[1:2]):
+        labels = np.asarray(()) if stored is None else np.asarray(stored)
+        if labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) == len(dataset):
+            transform = getattr(dataset, "target_transform", None)
+            return labels if transform is None else np.array([int(transform(int(label))) for label in labels])
+    return None
