@@ -52,7 +52,7 @@ CLASSES, DIM, VOCABULARY = 100, 128, 8192
 PREFIX, TIMM = peers.PREFIX, peers.TIMM
 EAGER = (TIMM, peers.CONCATENATION)
 PEERS = {
-    **{name: timing.Peer(lambda: None) for name in (*EAGER, PREFIX)},
+    **{name: peers.PEERS[name] for name in (*EAGER, PREFIX)},
     **peers.with_mkl(),
     **peers.compiled_peers(peers.CONCATENATION, PREFIX, TIMM, peers.OURS),
     **peers.graphed_peers(peers.OURS, peers.CONCATENATION, PREFIX, TIMM),
@@ -192,11 +192,11 @@ def _plain(size: str, side: int, dtype: torch.dtype) -> Beit:
 
 @lru_cache(maxsize=4)
 @torch.inference_mode()
-def _exact(setting: Setting, dtype: torch.dtype, family: str) -> tuple[Tensor, Tensor]:
+def _exact(setting: Setting, dtype: torch.dtype, function: str) -> tuple[Tensor, Tensor]:
     """What the definition gives for the first two images, in float64 and in the dtype that is timed."""
     images = _images(setting.batch, setting.side, dtype)[:2]
     own: PromptedBEiT | Beit
-    if family == TIMM:
+    if function == TIMM:
         own = copy.deepcopy(_plain(setting.size, setting.side, dtype))
         for block in own.blocks:
             block.attn.fused_attn = False
@@ -220,15 +220,15 @@ def _check(setting: Setting, dtype: torch.dtype) -> timing.Check:
     """Of the first two images, against float64; the others are finite."""
 
     def check(name: str, found: Tensor) -> None:
-        family = peers.family(name)
-        if family == peers.TRANSFORMERS:
+        function = peers.declared(name).function
+        if function == peers.TRANSFORMERS:
             images = _images(setting.batch, setting.side, dtype)
             peers.hugging_face_check(images, "tiny" if TINY else setting.size)(name, found)
             return
         timing.finite(name, found)
         # timm's forward is the same whatever the prompts
-        own = setting._replace(mode="no", length=0, readout="cls") if family == TIMM else setting
-        exact, eager = _exact(own, dtype, family)
+        own = setting._replace(mode="no", length=0, readout="cls") if function == TIMM else setting
+        exact, eager = _exact(own, dtype, function)
         timing.within_budget([exact], [eager], [timing.FACTOR])(name, found[:2])
 
     return check

@@ -53,7 +53,7 @@ SETTINGS = list(product(CHOSEN, timing.selection.dtypes))
 FIRST = CHOSEN[:2] if CUDA else CHOSEN[:1]
 EAGER = (peers.OURS, peers.CONCATENATION, PREFIX)
 PEERS = {
-    **{name: timing.Peer(lambda: None) for name in EAGER[1:]},
+    **{name: peers.PEERS[name] for name in EAGER[1:]},
     **peers.with_mkl(),
     **peers.compiled_peers(*EAGER),
     **peers.graphed_peers(*EAGER),

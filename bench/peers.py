@@ -1,4 +1,7 @@
 """Peers of a whole model: every eager form compiled, in a CUDA graph, by another runtime; and transformers' own BEiT.
+How each is run, what it is checked against, and its title, colour and marker are declared here, once (`PEERS`), for the
+peers of single ops as well where tables and pictures need more than their name. A new peer is an entry here, and what
+builds its run in the bench that times it.
 
     runs |= compiled(runs)                                  # "torch.compile", "PEFT-style prefix compiled", ...
     runs |= graphed(runs)                                   # on a GPU
@@ -16,6 +19,7 @@ import copy
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,18 @@ TRANSFORMERS = "transformers without prompts"
 WITH_MKL = f"{OURS} with MKL"
 REDUCE_OVERHEAD = " reduce-overhead"
 
+# colours that differ for every kind of colour vision (Okabe and Ito)
+BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)
+COLOURS = (BLACK, SKY, ORANGE, PINK, GREEN, RED)
+
 
 def compiled_name(eager: str) -> str:
     """Prompts concatenated have the plain name."""
@@ -41,33 +57,92 @@ def graphed_name(eager: str) -> str:
     return f"{eager} graphed"
 
 
-def family(name: str) -> str:
-    """Whose function a form computes: that of `TIMM`, `TRANSFORMERS` or, with prompts, `OURS`."""
-    return next((other for other in (TIMM, TRANSFORMERS) if name.startswith(other)), OURS)
-
-
-def _nothing() -> None:
-    """What a peer runs depends on the setting."""
-
-
-def with_mkl() -> dict[str, timing.Peer]:
-    """On processors where vptm sends linears to oneDNN: vptm without that."""
-    return {WITH_MKL: timing.Peer(_nothing, needs=("cpu",))} if onednn_is_faster() else {}
+EAGER = {
+    OURS: timing.Peer(look=(BLUE, "o")),
+    CONCATENATION: timing.Peer(title="concatenated prompts", look=(RED, "s")),
+    PREFIX: timing.Peer(look=(BLACK, "*")),
+    TIMM: timing.Peer(title="timm without any prompt", function=TIMM, look=(GREEN, "D")),
+}
+"""Every one of these is compared compiled and in a CUDA graph as well."""
+HUGGING_FACE = {TRANSFORMERS: timing.Peer(needs=("transformers",), function=TRANSFORMERS, look=(SKY, "v"))}
+_COMPILED_LOOKS = {
+    "torch.compile": (PINK, "^"),
+    "torch.compile max-autotune": (ORANGE, "P"),
+    compiled_name(PREFIX): (SKY, "h"),
+}
+_NEEDS = {"OpenVINO": ("cpu", "openvino"), "ONNX Runtime": ("cpu", "onnxruntime", "onnxscript")}
+RUNTIMES = {
+    f"{runtime} {what}": timing.Peer(needs=needs, long=True, way="exported")
+    for runtime, needs in _NEEDS.items()
+    for what in ("concatenation", "prefix")
+}
 
 
 def compiled_peers(*eager: str) -> dict[str, timing.Peer]:
     """By name; vptm also in the mode that puts it into CUDA graphs."""
     found: dict[str, timing.Peer] = {}
     for name in eager:
-        found |= timing.compiled(_nothing, compiled_name(name))
+        forms = timing.compiled(_nothing, compiled_name(name))
         if name == OURS:
             mode = timing.MODES[REDUCE_OVERHEAD]
-            found[compiled_name(name) + REDUCE_OVERHEAD] = timing.Peer(_nothing, ("cuda",), mode=mode)
+            forms[compiled_name(name) + REDUCE_OVERHEAD] = timing.Peer(needs=("cuda",), mode=mode, way="compiled")
+        function = EAGER[name].function if name in EAGER else OURS
+        found |= {
+            form: replace(peer, function=function, look=_COMPILED_LOOKS.get(form)) for form, peer in forms.items()
+        }
     return found
 
 
 def graphed_peers(*eager: str) -> dict[str, timing.Peer]:
-    return {graphed_name(name): timing.Peer(_nothing, needs=("cuda",)) for name in eager}
+    functions = {name: EAGER[name].function if name in EAGER else OURS for name in eager}
+    return {
+        graphed_name(name): timing.Peer(needs=("cuda",), way="graphed", function=function)
+        for name, function in functions.items()
+    }
+
+
+def _nothing() -> None:
+    """What a peer runs depends on the setting."""
+
+
+PEERS: dict[str, timing.Peer] = {
+    **EAGER,
+    WITH_MKL: timing.Peer(needs=("cpu",)),
+    **compiled_peers(*EAGER),
+    **graphed_peers(*EAGER),
+    **RUNTIMES,
+    **HUGGING_FACE,
+    # of single ops; how they are run stands in their benches
+    "eager": timing.Peer(look=(RED, "s")),
+    "sdpa": timing.Peer(look=(GREEN, "D")),
+    "hand-folded": timing.Peer(look=(GREEN, "D")),
+    **{name: timing.Peer(function=name) for name in ("flash without bias", "flash-attn-4 without bias")},
+}
+"""Every peer of whole models, and others that are shown in a way of their own, by the name in a json."""
+
+
+def declared(name: str) -> timing.Peer:
+    """How an implementation is run, checked and shown."""
+    return PEERS.get(name, timing.Peer())
+
+
+def title(name: str) -> str:
+    return declared(name).title or name
+
+
+def same_function(name: str) -> bool:
+    """Whether it computes what vptm does; what takes no prompts is shown beside the peers and is none."""
+    return declared(name).function == OURS
+
+
+def alike(form: str, peer: str) -> bool:
+    """Whether a form of vptm and a peer are run in the same way."""
+    return declared(form).way == declared(peer).way
+
+
+def with_mkl() -> dict[str, timing.Peer]:
+    """On processors where vptm sends linears to oneDNN: vptm without that."""
+    return {WITH_MKL: PEERS[WITH_MKL]} if onednn_is_faster() else {}
 
 
 def compiled(runs: Mapping[str, Callable[[], Any]], *, backend: str = "inductor") -> dict[str, Callable[[], Any]]:
@@ -144,12 +219,6 @@ def onnx_runtime(module: nn.Module, images: Tensor) -> Callable[[], Tensor]:
 
 
 _RUNTIMES = {"OpenVINO": openvino, "ONNX Runtime": onnx_runtime}
-_NEEDS = {"OpenVINO": ("cpu", "openvino"), "ONNX Runtime": ("cpu", "onnxruntime", "onnxscript")}
-RUNTIMES = {
-    f"{runtime} {what}": timing.Peer(_nothing, needs, long=True)
-    for runtime, needs in _NEEDS.items()
-    for what in ("concatenation", "prefix")
-}
 
 
 def by_runtimes(
@@ -171,7 +240,6 @@ def by_runtimes(
 # ------------------------------------------------------------------ transformers
 
 _HUGGING_FACE_SIZES = {"tiny": (32, 2, 2, 32), "B": (768, 12, 12, 224), "L": (1024, 24, 16, 224)}
-HUGGING_FACE = {TRANSFORMERS: timing.Peer(_nothing, needs=("transformers",))}
 
 
 @cache

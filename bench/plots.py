@@ -18,14 +18,14 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bench import peers
+from bench.peers import COLOURS, OURS, PEERS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-OURS = "vptm"
 SPEED_UP = "speed-up over "
-# what an implementation is called in tables and legends, where its name in the json says too little
-PEER_TITLES = {"concatenation": "concatenated prompts", "timm without prompts": "timm without any prompt"}
 BENCHES = {
     "model": "Inference",
     "training step": "Training step",
@@ -230,36 +230,13 @@ def roofline(runs: Iterable[Timed]) -> dict[Panel, tuple[Series, float, float]]:
 Looks = dict[str, tuple[str, str]]
 """Colour and marker of an implementation by its name."""
 
-# colours that differ for every kind of colour vision (Okabe and Ito)
-BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)
-LOOKS: Looks = {
-    OURS: (BLUE, "o"),
-    "concatenation": (RED, "s"),
-    "eager": (RED, "s"),
-    "timm without prompts": (GREEN, "D"),
-    "hand-folded": (GREEN, "D"),
-    "sdpa": (GREEN, "D"),
-    "PEFT-style prefix": (BLACK, "*"),
-    "PEFT-style prefix compiled": (SKY, "h"),
-    "torch.compile": (PINK, "^"),
-    "torch.compile max-autotune": (ORANGE, "P"),
-    "transformers without prompts": (SKY, "v"),
-}
-
 
 def looks(names: Iterable[str]) -> Looks:
-    """The same in all pictures: of `LOOKS`, and for who has no place there a colour and marker of its own."""
-    colours, taken = (BLACK, SKY, ORANGE, PINK, GREEN, RED), set(LOOKS.values())
-    others = [(colour, marker) for marker in "*hp<>X" for colour in colours if (colour, marker) not in taken]
-    return LOOKS | dict(zip(sorted(set(names) - set(LOOKS)), cycle(others)))
+    """The same in all pictures: as declared, and for who has no look there a colour and marker of its own."""
+    known = {name: look for name, peer in PEERS.items() if (look := peer.look) is not None}
+    taken = set(known.values())
+    others = [(colour, marker) for marker in "*hp<>X" for colour in COLOURS if (colour, marker) not in taken]
+    return known | dict(zip(sorted(set(names) - set(known)), cycle(others)))
 
 
 def _style() -> None:
@@ -318,7 +295,7 @@ def _lines(axis: Axes, series: Series, shown: Looks, against: str) -> None:
         x, y, low, high = zip(*points)
         if low != high:
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        axis.plot(x, y, marker=marker, color=colour, markersize=5, linewidth=1.6, label=PEER_TITLES.get(name, name))
+        axis.plot(x, y, marker=marker, color=colour, markersize=5, linewidth=1.6, label=peers.title(name))
     sizes = sorted({point.x for points in series.values() for point in points})
     if against == "batch":
         axis.set_xscale("log", base=2)
@@ -371,7 +348,7 @@ def _draw_roofline(panels: dict[Panel, tuple[Series, float, float]], shown: Look
         for name, points in series.items():
             colour, marker = shown[name]
             x, y = [point.x for point in points], [point.y / 1e12 for point in points]
-            axis.scatter(x, y, color=colour, marker=marker, s=28, label=PEER_TITLES.get(name, name))
+            axis.scatter(x, y, color=colour, marker=marker, s=28, label=peers.title(name))
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel("operations that are needed / byte that must move")

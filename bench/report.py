@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import against, plots
-from bench.plots import BENCHES, OURS, PEER_TITLES, SPEED_UP, Source, Timed
+from bench import against, peers, plots
+from bench.plots import BENCHES, OURS, SPEED_UP, Source, Timed
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -87,34 +87,27 @@ def _speed_up(info: Info, peer: str) -> str:
     return _times(info[SPEED_UP + peer]) + spread
 
 
-def _title(peer: str) -> str:
-    return PEER_TITLES.get(peer, peer)
-
-
-def _alike(form: str, peer: str) -> bool:
-    """Whether a form of vptm and a peer are run in the same way."""
-    eager = not re.search(r"compile|graphed|OpenVINO|ONNX", peer)
-    way = {"graphed": peer.endswith(" graphed"), "compiled": re.search(r"\bcompiled?$", peer), "with MKL": eager}
-    return bool(way.get(form.removeprefix(f"{OURS} ")))
-
-
-def _of_forms(infos: Sequence[Info], peers: Sequence[str]) -> dict[str, list[str]]:
+def _of_forms(infos: Sequence[Info], names: Sequence[str]) -> dict[str, list[str]]:
     """Cells of other forms of vptm: speed-ups over peers that are run alike, and their time over that of vptm."""
     found = {}
     for form in dict.fromkeys(form for info in infos for form in info.get("forms", {})):
-        for peer in (peer for peer in peers if _alike(form, peer)):
+        for peer in (name for name in names if peers.alike(form, name)):
             ratios = [info.get("forms", {}).get(form, {}).get(peer) for info in infos]
             if any(ratios):
                 cells = [_times(each[1]) if each else "" for each in ratios]
-                found[f"speed-up of {form} over {_title(peer)}"] = cells
+                found[f"speed-up of {form} over {peers.title(peer)}"] = cells
         taken = [info.get(SPEED_UP + form) for info in infos]
         found[f"time of {form} over that of vptm"] = [_times(each) if each else "" for each in taken]
     return found
 
 
-def _ordered(peers: Iterable[str]) -> list[str]:
-    """Those with a title first, what takes no prompts, and so is no peer, last."""
-    return sorted(dict.fromkeys(peers), key=lambda peer: ("without" in peer, peer not in PEER_TITLES))
+def _ordered(names: Iterable[str]) -> list[str]:
+    """Those with a title first, what computes less, and so is no peer, last."""
+
+    def place(name: str) -> tuple[bool, bool]:
+        return not peers.same_function(name), peers.declared(name).title is None
+
+    return sorted(dict.fromkeys(names), key=place)
 
 
 def _peers(infos: Iterable[Info]) -> list[str]:
@@ -124,14 +117,14 @@ def _peers(infos: Iterable[Info]) -> list[str]:
 
 def _columns(infos: Sequence[Info]) -> dict[str, list[str]]:
     """Cells by heading."""
-    peers = _peers(infos)
-    found = {f"speed-up over {_title(peer)}": [_speed_up(info, peer) for info in infos] for peer in peers}
-    found |= _of_forms(infos, peers)
+    compared = _peers(infos)
+    found = {f"speed-up over {peers.title(peer)}": [_speed_up(info, peer) for info in infos] for peer in compared}
+    found |= _of_forms(infos, compared)
     for what, heading in (("saved", "bytes kept for backward"), ("peak", "peak memory")):
         shares = [_shares(info, what) for info in infos]
         for peer in _ordered(peer for share in shares for peer in share):
             cells = [_times(share[peer]) if peer in share else "" for share in shares]
-            found[f"{heading} over {_title(peer)}"] = cells
+            found[f"{heading} over {peers.title(peer)}"] = cells
     for key, heading, write in OTHERS:
         if any(key in info for info in infos):
             found[heading] = [write(info[key]) if key in info else "" for info in infos]
@@ -255,11 +248,11 @@ HEADLINES = (
 def _headline(title: str, run: Timed) -> str:
     """Over prompts concatenated and over the peer that comes closest, whichever it is."""
     info, held = run.info, _shares(run.info, "peak")
-    same = [peer for peer in _peers([info]) if "without" not in peer]
+    same = [peer for peer in _peers([info]) if peers.same_function(peer)]
     first, closest = same[0], min(same, key=lambda peer: info[SPEED_UP + peer])
-    said = [f"**{_times(info[SPEED_UP + first])}** as fast as {_title(first)}"]
+    said = [f"**{_times(info[SPEED_UP + first])}** as fast as {peers.title(first)}"]
     if closest != first:
-        said.append(f"{_times(info[SPEED_UP + closest])} as fast as the closest peer ({_title(closest)})")
+        said.append(f"{_times(info[SPEED_UP + closest])} as fast as the closest peer ({peers.title(closest)})")
     if first in held:
         said.append(f"{_times(held[first])} of the memory")
     return f"- {title}, {_label(run)}, batch {info['batch']}: {', '.join(said)}"
@@ -280,9 +273,9 @@ def section() -> str:
         found = []
         for bench, own, title in HEADLINES:
             whole = [run for run in runs if run.bench == bench and str(run.info.get("model")).startswith("VPTM") == own]
-            peers = [run for run in whole if any("without" not in peer for peer in _peers([run.info]))]
-            if peers:
-                found.append((title, peers[0]))
+            compared = [run for run in whole if any(peers.same_function(peer) for peer in _peers([run.info]))]
+            if compared:
+                found.append((title, compared[0]))
         if found:
             break
     else:

@@ -95,22 +95,32 @@ MODES = {"": "default", " max-autotune": "max-autotune-no-cudagraphs", " reduce-
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation to compare with.
+    """An implementation to compare with: how it is run, what it is checked against, and how it is shown.
 
     Attributes:
+        run: the implementation; nothing for one that every setting builds anew.
         needs: "cuda" or "cpu", or packages by import name.
         paired: False for one that computes less than the others and stands for the speed of light.
         mode: of torch.compile, in which `run` is timed; None for as it is.
         named: it takes minutes, and is timed when asked for by name.
         long: on a CPU it takes half a minute for a shape, and is timed on the full grid or when asked for by name.
+        way: "eager", "compiled", "graphed" or "exported". A form of vptm is compared with peers that are run alike.
+        function: whose function it computes and is checked against in float64: that of "vptm", or its own where it
+            computes less, by a name. It is then shown after those that compute the same.
+        title: in tables and legends, where its name says too little.
+        look: colour and marker in pictures; None for any that is free.
     """
 
-    run: Callable[..., Any]
+    run: Callable[..., Any] = lambda: None
     needs: tuple[str, ...] = ()
     paired: bool = True
     mode: str | None = None
     named: bool = False
     long: bool = False
+    way: str = "eager"
+    function: str = "vptm"
+    title: str | None = None
+    look: tuple[str, str] | None = None
 
     def missing(self) -> str | None:
         """What it needs and is not here."""
@@ -164,8 +174,8 @@ def compiled(
 ) -> dict[str, Peer]:
     """Peers by name: `run` compiled by default, and with max-autotune, which takes minutes."""
     return {
-        name: Peer(run, needs, mode=MODES[""], long=long),
-        f"{name} max-autotune": Peer(run, needs, mode=MODES[" max-autotune"], named=True),
+        name: Peer(run, needs, mode=MODES[""], long=long, way="compiled"),
+        f"{name} max-autotune": Peer(run, needs, mode=MODES[" max-autotune"], named=True, way="compiled"),
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import plots, report
+from bench import peers, plots, report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -144,7 +144,7 @@ def test_forms_of_vptm_are_tabled_beside_peers_that_run_alike(form: str, peer: s
     info = {f"speed-up over {each}": 1.5 for each in (*others, peer)}
     header = lines_of("model", model(**info, forms=forms))[1]
     found = [cell.strip() for cell in header.split("|") if f"speed-up of {name}" in cell]
-    assert found == [f"speed-up of {name} over {each}" for each in (*others, peer) if report._alike(name, each)]
+    assert found == [f"speed-up of {name} over {each}" for each in (*others, peer) if peers.alike(name, each)]
     assert len(found) == 2 and f"speed-up of {name} over {peer}" in found
 
 

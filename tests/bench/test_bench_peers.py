@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import peers, timing
+from bench import bench_model, bench_training_step, peers, timing
 
 
 @pytest.fixture
@@ -142,19 +142,20 @@ def test_a_package_inside_of_an_absent_one_is_absent_by_name():
     assert timing.Peer(print, needs=("torch.nn",)).missing() is None
 
 
-def test_every_form_has_the_family_of_its_eager_form():
+def test_every_form_is_checked_against_the_function_of_its_eager_form():
     """Checked against another function's float64, a right peer would be refused."""
-    for eager, family in (
-        (peers.TIMM, peers.TIMM),
-        (peers.PREFIX, "vptm"),
-        ("vptm", "vptm"),
-        ("concatenation", "vptm"),
-    ):
-        assert {peers.family(name) for name in (eager, peers.compiled_name(eager), peers.graphed_name(eager))} == {
-            family
-        }
-    assert {peers.family(name) for name in peers.RUNTIMES} == {"vptm"}
-    assert peers.family(peers.TRANSFORMERS) == peers.TRANSFORMERS
+    for eager in peers.EAGER:
+        function = peers.TIMM if eager == peers.TIMM else "vptm"
+        forms = (eager, peers.compiled_name(eager), peers.graphed_name(eager))
+        assert {peers.declared(name).function for name in forms} == {function}
+    assert {peers.declared(name).function for name in peers.RUNTIMES} == {"vptm"}
+    assert peers.declared(peers.TRANSFORMERS).function == peers.TRANSFORMERS
+
+
+@pytest.mark.parametrize("bench", [bench_model, bench_training_step])
+def test_whole_models_meet_declared_peers_alone(bench):
+    """One that a bench makes up has no title, no look, and is checked against what it may not compute."""
+    assert all(peers.PEERS[name] == peer for name, peer in bench.PEERS.items())
 
 
 def test_graphs_are_captured_when_first_called(monkeypatch, selected):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import plots
+from bench import peers, plots
 
 GPU = "NVIDIA H200"
 MODES = ("deep", "shallow")
@@ -213,9 +213,9 @@ def test_an_implementation_looks_the_same_in_every_picture(tmp_path):
         for axis in pictures[name]().axes:
             colours |= {(line.get_label(), line.get_color()) for line in axis.lines if line.get_label()[0] != "_"}
     assert colours == {
-        ("vptm", plots.BLUE),
-        ("concatenated prompts", plots.RED),
-        ("torch.compile", plots.PINK),
+        ("vptm", peers.BLUE),
+        ("concatenated prompts", peers.RED),
+        ("torch.compile", peers.PINK),
     }
 
 
