@@ -166,8 +166,8 @@ SAID = {"batch": "batch ", "prompt_length": "P = ", "classes": "K = "}
 def _panels(
     runs: Iterable[Timed], against: str, values: Callable[[Timed], dict[str, tuple[float, float, float]]]
 ) -> dict[Panel, Series]:
-    """Lines of two points or more: one panel per bench, machine, model, kind of prompts, shape and dtype. Of several
-    other sizes it shows those with most points, of these the largest.
+    """One panel per bench, machine, model, kind of prompts, shape and dtype, if it has a line of two points or more.
+    Of several other sizes it shows those with most points, of these the largest.
 
     Raises:
         ValueError: one point was measured twice.
@@ -197,8 +197,8 @@ def _panels(
     panels = {}
     for panel, by_sizes in found.items():
         sizes = max(by_sizes, key=lambda sizes: (max(map(len, by_sizes[sizes].values())), sizes))
-        lines = {name: sorted(points) for name, points in by_sizes[sizes].items() if len(points) > 1}
-        if lines:
+        lines = {name: sorted(points) for name, points in by_sizes[sizes].items()}
+        if any(len(points) > 1 for points in lines.values()):
             said = [f"{SAID[name]}{size:g}" for name, size in zip(others, sizes) if size]
             panels[panel._replace(title=", ".join([panel.title, *said]))] = lines
     return panels
@@ -251,7 +251,7 @@ def _style() -> None:
             "axes.grid": True,
             "grid.color": "#e5e5e5",
             "axes.axisbelow": True,
-            "axes.titlesize": 10,
+            "axes.titlesize": 9,
             "axes.titlelocation": "left",
             "legend.frameon": False,
             "figure.constrained_layout.use": True,
@@ -262,13 +262,17 @@ def _style() -> None:
     )
 
 
+WIDTH = 8.5
+
+
 def _figure(panels: dict[Panel, Any], draw: Callable[[Axes, Any], None], title: str) -> Figure:
     """One axis per panel; those of one machine share y. Names of lines stand once, below."""
     from matplotlib import pyplot
 
-    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
+    # a page shows it about 850 pixels wide: in three columns nobody could read it
+    columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(max(7.5, 5.2 * columns), 3.9 * rows + 0.8), squeeze=False)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(WIDTH, 3 * rows + 1), squeeze=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     drawn = list(axes.flat)[: len(panels)]
     first: dict[str, Axes] = {}
@@ -285,17 +289,18 @@ def _figure(panels: dict[Panel, Any], draw: Callable[[Axes, Any], None], title: 
         axis.set_visible(False)
     handles = {label: handle for axis in drawn for handle, label in zip(*axis.get_legend_handles_labels())}
     names = sorted(handles, key=lambda name: name != OURS)
-    figure.legend([handles[name] for name in names], names, loc="outside lower left", ncols=min(4, len(names)))
+    figure.legend([handles[name] for name in names], names, loc="outside lower left", ncols=min(3, len(names)))
     return figure
 
 
 def _lines(axis: Axes, series: Series, shown: Looks, against: str) -> None:
-    for name, points in series.items():
+    # what computes less is drawn first, below the peers
+    for name, points in sorted(series.items(), key=lambda line: peers.same_function(line[0])):
         colour, marker = shown[name]
         x, y, low, high = zip(*points)
         if low != high:
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        axis.plot(x, y, marker=marker, color=colour, markersize=5, linewidth=1.6, label=peers.title(name))
+        axis.plot(x, y, marker=marker, color=colour, markersize=6, linewidth=1.6, label=peers.title(name))
     sizes = sorted({point.x for points in series.values() for point in points})
     if against == "batch":
         axis.set_xscale("log", base=2)
@@ -339,6 +344,8 @@ def _draw_memory(panels: dict[Panel, Series], shown: Looks, against: str, what: 
 
 
 def _draw_roofline(panels: dict[Panel, tuple[Series, float, float]], shown: Looks) -> Figure:
+    from matplotlib.ticker import NullFormatter
+
     def draw(axis: Axes, content: tuple[Series, float, float]) -> None:
         series, bandwidth, ceiling = content
         intensities = [point.x for points in series.values() for point in points]
@@ -351,7 +358,8 @@ def _draw_roofline(panels: dict[Panel, tuple[Series, float, float]], shown: Look
             axis.scatter(x, y, color=colour, marker=marker, s=28, label=peers.title(name))
         axis.set_xscale("log")
         axis.set_yscale("log")
-        axis.set_xlabel("operations that are needed / byte that must move")
+        axis.xaxis.set_minor_formatter(NullFormatter())  # labels of a short axis would run into each other
+        axis.set_xlabel("operations needed / byte that must move")
         axis.set_ylabel("Top/s")
 
     return _figure(panels, draw, "Roofline, ceilings as measured")

@@ -391,40 +391,48 @@ def tasks(path: Path) -> dict[str, Any]:
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
-    """A row of panels for each claim, one for each data set."""
+    """A panel for each claim; in it a line for each difference, and a marker for each data set."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels: dict[str, dict[str, dict[str, Any]]] = {}
+    panels: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for setting, content in summary.items():
         claim, _, data = setting.partition(", ")
         data, _, shots = data.partition(", ")
-        panel = panels.setdefault(claim, {}).setdefault(data, {})
         for name, found in content["paired_difference_points"].items():
-            panel[f"{name}, {shots}" if shots else name] = found
+            panels.setdefault(claim, {}).setdefault(f"{name}, {shots}" if shots else name, {})[data] = found
     colours = {"supported": "#588157", "contradicted": "#c8553d", "inconclusive": "#8d99ae"}
-    heights = [0.9 + 0.22 * max(map(len, row.values())) for row in panels.values()]
-    figure = Figure(figsize=(17, sum(heights)), layout="constrained")
+    markers = dict(
+        zip(dict.fromkeys(data for row in panels.values() for each in row.values() for data in each), "os^D")
+    )
+    heights = [0.8 + sum(0.1 + 0.13 * len(found) for found in row.values()) for row in panels.values()]
+    # a page shows it about 850 pixels wide
+    figure = Figure(figsize=(8.5, sum(heights) + 0.6), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    grid = figure.subplots(len(panels), 3, squeeze=False, height_ratios=heights)
-    for line, (claim, row) in zip(grid, panels.items()):
-        for axes in line[len(row) :]:
-            axes.set_visible(False)
-        for column, (axes, (data, found)) in enumerate(zip(line, row.items())):
-            for place, one in enumerate(found.values()):
+    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (claim, row) in zip(grid, panels.items()):
+        place, ticks = 0.0, []
+        for found in row.values():
+            ticks.append(place - 0.13 * (len(found) - 1) / 2)
+            for data, one in found.items():
                 colour = colours[one["verdict"]]
                 if one["low"] is not None:
-                    axes.plot([one["low"], one["high"]], [-place, -place], color=colour, linewidth=2)
-                axes.plot(one["mean"], -place, "o", color=colour, markersize=5)
-            axes.axvline(0, color="black", linewidth=0.8)
-            axes.set_yticks([-place for place in range(len(found))], found if column == 0 else [], fontsize=8)
-            axes.set_title(f"{claim}, {data}", fontsize=10)
-            axes.spines[["top", "right"]].set_visible(False)
+                    axes.plot([one["low"], one["high"]], [place, place], color=colour, linewidth=2)
+                axes.plot(one["mean"], place, markers[data], color=colour, markersize=5)
+                place -= 0.13
+            place -= 0.1
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_ylim(place, 0.13)
+        axes.set_yticks(ticks, row, fontsize=8)
+        axes.set_title(claim, fontsize=10, loc="left", fontweight="bold")
+        axes.spines[["top", "right"]].set_visible(False)
     for name, colour in colours.items():
-        grid[0][0].plot([], [], "o-", color=colour, label=name)
-    figure.legend(loc="outside upper left", ncols=3, frameon=False)
+        grid[0].plot([], [], "-", linewidth=2, color=colour, label=name)
+    for name, marker in markers.items():
+        grid[0].plot([], [], marker, color="black", markersize=5, label=name)
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9)
     figure.supxlabel("difference of test accuracy, points, 95 % interval over paired seeds", fontsize=10)
-    canvas.print_figure(path, dpi=90)
+    canvas.print_figure(path, dpi=130)
 
 
 class Claims(Study):
