@@ -460,6 +460,42 @@ def test_fully_masked_rows_give_zeros_and_equal_finite_rows_stay_uniform(dtype, 
     assert not bool(grads[1][:, 3].any()), "a fully masked row has no gradient"
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a form for CPUs")
+@pytest.mark.parametrize("prompts,bias", [(case.prompts, case.bias) for case in KINDS if case.valid])
+def test_stored_scores_of_bfloat16_on_a_cpu_keep_the_error_budget(prompts, bias, monkeypatch):
+    """Processors that multiply bfloat16 take this form in inference; others must find its faults too."""
+    from vptm_kernels.prompted_attention import torch_impl
+
+    taken = []
+    by_products = torch_impl._by_products
+    monkeypatch.setattr(torch_impl, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(torch_impl, "_by_products", lambda *given: taken.append(1) or by_products(*given))
+    # 33 tokens: columns that are no multiple of a row's alignment
+    case = AttentionCase(tokens=33, prompts=prompts, bias=bias, dtype=torch.bfloat16)
+    if bias == "table":
+        case = replace(case, window=(4, 8))
+    call = case.inputs()
+    with torch.no_grad():
+        out = prompted_attention(**call, impl="torch")
+        exact = reference(case.converted(call, torch.float64))[0]
+        assert_close_to_exact(str(case), out, exact, reference(case.converted(call, case.dtype))[0], factor=2)
+    assert taken and out.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a form for CPUs")
+def test_stored_scores_leave_a_row_that_is_masked_as_a_whole_to_the_other_form(monkeypatch):
+    """softmax of a row of -inf is NaN, and the contract says zeros."""
+    from vptm_kernels.prompted_attention import torch_impl
+
+    monkeypatch.setattr(torch_impl, "multiplies_bfloat16", lambda: True)
+    call = AttentionCase(tokens=17, prompts="none", dtype=torch.bfloat16).inputs()
+    bias = torch.zeros(2, 17, 17)
+    bias[:, 3] = float("-inf")
+    with torch.no_grad():
+        out = prompted_attention(**call, bias=bias, impl="torch")
+    assert not bool(out[:, 3].any()) and bool(out.isfinite().all())
+
+
 @pytest.mark.parametrize("impl", EXACT_IMPLS)
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_huge_scores(size, impl):

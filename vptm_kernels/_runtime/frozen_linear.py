@@ -31,6 +31,18 @@ def onednn_is_faster() -> bool:
         return False
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself (AVX512-BF16 or AMX), so that such products gain by oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 def _recorded(x: Tensor) -> bool:
     """Whether a derivative, backward or forward, or a trace may be taken of what happens to `x`."""
     return torch.is_grad_enabled() or not nothing_traces(x) or forward_ad._current_level >= 0

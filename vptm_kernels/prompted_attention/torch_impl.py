@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._runtime.frozen_linear import multiplies_bfloat16
 from .bias import ROW_ALIGNMENT, expand_table, reduce_to_table
 
 # Backward holds about four score matrices of this many elements at a time.
@@ -44,7 +45,17 @@ def forward(
     dense = _dense(bias, token_ids, window)
     for images, chosen in _lengths(ranges) if ranges is not None else _groups(batch, prompts, None, batch):
         q, k, v = _project(qkv[images], None if prompts is None else prompts[chosen], num_heads, prompt_queries)
-        mask = _mask(dense, rows, k.shape[2], q.dtype)
+        if not with_lse and _products_are_faster(q, k):
+            bias_16 = _mask(dense, rows, k.shape[2], q.dtype)
+            # a row that is masked as a whole would be NaN here
+            if bias_16 is None or bool(bias_16.sum(dtype=torch.float32).isfinite()):
+                attended = _by_products(q, k, v, bias_16, scale)
+                if ranges is None:
+                    out = attended
+                else:
+                    out[images] = attended
+                continue
+        mask = _mask(dense, rows, k.shape[2], _mask_type(q))
         if with_lse and _has_flash(q):
             attended, found = _FLASH(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
             if mask is not None and bool((found == 0).any()):
@@ -98,7 +109,7 @@ def backward(
         if q.shape[2] == 0:  # nobody attends
             continue
         if flash:
-            mask = _mask(dense, q.shape[2], k.shape[2], q.dtype)
+            mask = _mask(dense, q.shape[2], k.shape[2], _mask_type(q))
             attended = out[images].unflatten(2, (heads, head_dim)).transpose(1, 2)
             shift = lse[images].masked_fill(lse[images] == float("-inf"), 0)
             dq, dk, dv = _FLASH_BACKWARD(
@@ -196,12 +207,39 @@ def _dense(bias: Tensor | None, token_ids: Tensor | None, window: Sequence[int])
     return expand_table(bias, (window[0], window[1]), token_ids)
 
 
+def _mask_type(q: Tensor) -> torch.dtype:
+    """Of the bias for scaled_dot_product_attention, which on a CPU takes float32: finite values stay finite."""
+    return torch.float32 if q.device.type == "cpu" and q.dtype in (torch.float16, torch.bfloat16) else q.dtype
+
+
+def _products_are_faster(q: Tensor, k: Tensor) -> bool:
+    """Whether scores of bfloat16 that are stored take less time than attention that does not store them."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and q.numel() > 0
+        and k.numel() > 0
+        and multiplies_bfloat16()
+    )
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """softmax(q k^T * scale + bias) v with rows first, (B, rows, H * D), for one image after the other, whose scores
+    stay in the cache."""
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+    for i in range(q.shape[0]):
+        if bias is None:
+            scores = torch.bmm(q[i], k[i].mT).mul_(scale)
+        else:
+            scores = torch.baddbmm(bias[0], q[i], k[i].mT, alpha=scale)
+        out[i] = torch.bmm(scores.softmax(-1), v[i]).transpose(0, 1)
+    return out.flatten(2)
+
+
 def _mask(dense: Tensor | None, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
     """(1, H, rows, columns) bias on aligned rows, zero where the dense one does not reach."""
     if dense is None:
         return None
-    if dense.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
-        dtype = torch.float32  # accepted by the CPU kernel, and finite values stay finite
     complete = dense.shape[1:] == (rows, columns) and dense.dtype == dtype
     if complete and dense.stride(2) == 1 and dense.stride(1) % ROW_ALIGNMENT == 0:
         return dense[None]
