@@ -344,7 +344,7 @@ class RunSettings(PictureSettings):
     workers: Annotated[int, Help("Processes that read images.")] = 0
     model_settings: Annotated[ModelSettings, NO_OPTION] = field(default_factory=lambda: BEiTSettings(pretrained=True))
     train_settings: Annotated[TrainSettings, NO_OPTION] = field(
-        default_factory=lambda: TrainSettings(epochs=40, lr=2e-3, weight_decay=0.1)
+        default_factory=lambda: TrainSettings(epochs=40, lr=2e-3, weight_decay=0.1, precision="auto")
     )
 
     def __post_init__(self) -> None:
@@ -401,7 +401,15 @@ class RunSettings(PictureSettings):
 
 
 @dataclass(frozen=True)
-class CompareSettings(PictureSettings):
+class ComputeSettings(PictureSettings):
+    """What computes, of commands that train several runs."""
+
+    precision: Annotated[Precision, Help("As in `vptm train`.")] = "auto"
+    compile: Annotated[bool, Help("As in `vptm train`.", switch=True)] = False
+
+
+@dataclass(frozen=True)
+class CompareSettings(ComputeSettings):
     """What `vptm compare` is told."""
 
     methods: Annotated[str, Help("Recipes to compare, with commas between them; any unknown name lists them.")] = (
@@ -424,7 +432,7 @@ class CompareSettings(PictureSettings):
 
 
 @dataclass(frozen=True)
-class ProtocolSettings(PictureSettings):
+class ProtocolSettings(ComputeSettings):
     """What `vptm protocol` is told beside the protocol; None stands for what was published with it."""
 
     data: Annotated[str, Help("As in `vptm train`.")] = "builtin"

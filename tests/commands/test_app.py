@@ -27,6 +27,7 @@ from vptm.data.division import few_shot
 from vptm.data.sources import load_data
 from vptm.data.transforms import transforms
 from vptm.models.opening import load_adapter
+from vptm.models.prompted_model import PromptedModel
 from vptm.training import run_folder
 from vptm.training.progress import TrainProgress
 
@@ -160,6 +161,30 @@ def test_evaluate_repeats_the_test_result(vptm: Console, run: Path) -> None:
     assert code == 0 and got["accuracy"] == stored["accuracy"] and got["loss"] == stored["loss"] and got["n"] == 6
     code, out, _ = vptm("evaluate", run, "--split", "val")
     assert code == 0 and "val accuracy 100.00% of 3 images" in out
+
+
+def test_every_command_computes_in_the_precision_it_is_told(
+    vptm: Console, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A precision that is lost on the way trains, tests or predicts in another one without a word."""
+    seen: list[torch.dtype] = []
+    check = PromptedModel.check_images
+    monkeypatch.setattr(PromptedModel, "check_images", lambda self, x: seen.append(x.dtype) or check(self, x))
+    out = tmp_path / "r"
+    for arguments in (
+        train_arguments(material, out, "--precision", "bf16", epochs=1),
+        ["evaluate", out, "--precision", "bf16"],
+        ["predict", out, material / "pictures" / "left", "--precision", "bf16"],
+    ):
+        seen.clear()
+        code, printed, _ = vptm(*arguments)
+        assert (code == 0 and "accuracy" in printed) or "label" in printed
+        assert seen.count(torch.bfloat16) >= len(seen) - 2, f"{arguments[0]}: {set(seen)}"  # two looks at the data
+    assert json.loads((out / "run.json").read_text())["settings"]["precision"] == "bf16"
+    assert vptm.refused("evaluate", out, "--precision", "tf32") == (
+        2,
+        "vptm: precision tf32 needs a GPU of compute capability 8.0 or later, got device cpu",
+    )
 
 
 def test_evaluate_matches_other_data_by_label_names(vptm: Console, run: Path, tmp_path: Path) -> None:

@@ -91,10 +91,10 @@ def test_base_to_novel_never_sees_the_novel_classes(
         seen["frozen"] = FeatureReformation(model).twin.backbone
         return fit(model, train, val, **kwargs)
 
-    def spied_evaluate(model: Any, loader: Any) -> Any:
+    def spied_evaluate(model: Any, loader: Any, **options: Any) -> Any:
         weights = model.verbalizer.embeddings.detach().clone()
         seen["tested"].append((loader.dataset, weights, model.prompts.weight.detach().clone()))
-        return evaluate(model, loader)
+        return evaluate(model, loader, **options)
 
     monkeypatch.setattr(protocols, "fit", spied_fit)
     monkeypatch.setattr(protocols, "evaluate", spied_evaluate)

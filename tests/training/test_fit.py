@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_data import picture, write_backbone
+from tiny_runs import LEARNS, Interrupting, assert_same_run, loaders, make_model, metrics, pictures, run, stopped_run
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import vptm.training.progress
@@ -27,80 +27,16 @@ from vptm import PromptedBEiT, evaluate, fit, load_adapter, save_adapter, transf
 from vptm.data.datasets import ImageDataset
 from vptm.data.split_list import SplitList
 from vptm.training.losses import protoverb_loss
-from vptm.training.precision import resolve_precision, slow_note
 from vptm.training.progress import TrainProgress
 from vptm.training.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE, RUN_FILES
 from vptm.training.state import STATE_FILE
 from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE
 from vptm.weights.files import WriteError
 
-LEARNS = {"readout": "mean", "token_activation": "hidden", "verbalizer": "linear", "prompt_length": 3}
-
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_backbone(tmp_path_factory.mktemp("backbone") / "tiny.safetensors")
-
-
-def make_model(backbone: Path, seed: int = 0, **arguments: Any) -> PromptedBEiT:
-    torch.manual_seed(seed)
-    return PromptedBEiT(backbone, 3, **{"prompt_length": 3, "prototype_dim": 8, **arguments})
-
-
-def pictures(count: int, first: int = 0) -> ImageDataset:
-    images = np.stack([np.asarray(picture(k % 3, first + k)) for k in range(count)])
-    return ImageDataset(images, np.arange(count) % 3, ["a", "b", "c"], keys=[str(k) for k in range(count)])
-
-
-def loaders(model: PromptedBEiT, batch_size: int = 5, **options: Any) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Shuffled, augmented train pictures (12, so the last batch of 5 is short) and 9 val pictures."""
-    train = pictures(12).with_transform(transforms(model, train=True, flip=False))
-    val = pictures(9, first=100).with_transform(transforms(model))
-    return DataLoader(train, batch_size=batch_size, shuffle=True, **options), DataLoader(val, batch_size=4)
-
-
-def run(model: PromptedBEiT, folder: Path | None = None, **arguments: Any) -> Any:
-    train, val = loaders(model)
-    options: dict[str, Any] = {"epochs": 4, "lr": 0.02, "warmup_epochs": 1, "progress": False, "run_dir": folder}
-    return fit(model, train, val, **(options | arguments))
-
-
-class Interrupting(Dataset[Any]):
-    """Raises KeyboardInterrupt when its n-th image is read, as Ctrl-C would."""
-
-    def __init__(self, inner: Any, at: int) -> None:
-        self.inner, self.at, self.reads = inner, at, 0
-        self.labels = inner.labels if isinstance(inner, ImageDataset) else inner.tensors[1].numpy()
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitem__(self, index: int) -> Any:
-        self.reads += 1
-        if self.reads == self.at:
-            raise KeyboardInterrupt
-        return self.inner[index]
-
-
-def stop(model: PromptedBEiT, folder: Path, epochs: int, **arguments: Any) -> None:
-    """A run of `epochs` stopped by Ctrl-C early in its last one."""
-    train, val = loaders(model)
-    broken = DataLoader(Interrupting(train.dataset, 12 * (epochs - 1) + 2), batch_size=5, shuffle=True)  # type: ignore[arg-type]
-    options: dict[str, Any] = {"lr": 0.02, "warmup_epochs": 1, "progress": False, "run_dir": folder}
-    assert fit(model, broken, val, epochs=epochs, **(options | arguments)).interrupted
-
-
-def metrics(folder: Path) -> list[dict[str, str]]:
-    """Rows of metrics.csv but for the clock."""
-    with (folder / METRICS_FILE).open(newline="") as file:
-        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
-
-
-def assert_same_run(one: Path, two: Path) -> None:
-    for name in (TENSORS_FILE, CONFIG_FILE):
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    assert metrics(one) == metrics(two)
-    assert not (one / STATE_FILE).exists() and not (two / STATE_FILE).exists(), "a finished run needs no state"
 
 
 def test_it_learns_and_changes_only_what_is_not_frozen(backbone: Path) -> None:
@@ -256,12 +192,18 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("death", range(1, 17))
+@pytest.fixture(scope="module")
+def uninterrupted(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three epochs with dropout."""
+    run(make_model(backbone, prompt_dropout=0.3), folder := tmp_path_factory.mktemp("runs") / "whole", epochs=3)
+    return folder
+
+
+@pytest.mark.parametrize("death", range(1, 18))
 def test_a_kill_at_any_write_resumes_bitwise(
-    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: int
+    backbone: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: int
 ) -> None:
     """The process dies just before its `death`-th rename; augmentation, shuffling and dropout must not notice."""
-    run(make_model(backbone, prompt_dropout=0.3), tmp_path / "whole", epochs=3)
     writes = 0
     rename = vptm.weights.files.os.replace
 
@@ -286,7 +228,7 @@ def test_a_kill_at_any_write_resumes_bitwise(
         run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=3)
     else:
         run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=3, resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_same_run(uninterrupted, tmp_path / "killed")
 
 
 @pytest.mark.parametrize("at", [2, 12 * 2 + 7])
@@ -436,7 +378,7 @@ class Payload:
 
 @pytest.mark.parametrize("content", ["truncated", "pickle", "foreign"])
 def test_a_damaged_state_is_refused_and_never_runs_code(backbone: Path, tmp_path: Path, content: str) -> None:
-    stop(make_model(backbone), tmp_path / "r", 4)
+    stopped_run(make_model(backbone), tmp_path / "r", 4)
     path = tmp_path / "r" / STATE_FILE
     if content == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
@@ -754,7 +696,7 @@ def test_a_wrapped_model_trains_as_the_model_in_it(backbone: Path, tmp_path: Pat
 
 def test_no_entry_of_the_state_can_be_missing_or_wrong(backbone: Path, tmp_path: Path) -> None:
     """Each is refused by name or by the digest, before the model changes: a resumed run would be another one."""
-    stop(make_model(backbone), tmp_path / "good", 3)
+    stopped_run(make_model(backbone), tmp_path / "good", 3)
     good = torch.load(tmp_path / "good" / STATE_FILE, weights_only=True)
 
     def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -785,7 +727,7 @@ def test_no_entry_of_the_state_can_be_missing_or_wrong(backbone: Path, tmp_path:
 
 def test_a_state_cannot_claim_what_it_does_not_hold(backbone: Path, tmp_path: Path) -> None:
     """A mapping that holds itself, a value repeated to a size that no machine has: refused without following either."""
-    stop(make_model(backbone), tmp_path / "r", 2)
+    stopped_run(make_model(backbone), tmp_path / "r", 2)
     path = tmp_path / "r" / STATE_FILE
     good = torch.load(path, weights_only=True)
     loop: dict[str, Any] = {}
@@ -801,7 +743,7 @@ def test_a_state_cannot_claim_what_it_does_not_hold(backbone: Path, tmp_path: Pa
 
 
 def test_a_flipped_bit_of_the_state_is_refused(backbone: Path, tmp_path: Path) -> None:
-    stop(make_model(backbone), tmp_path / "r", 2)
+    stopped_run(make_model(backbone), tmp_path / "r", 2)
     path = tmp_path / "r" / STATE_FILE
     whole = path.read_bytes()
     value = torch.load(path, weights_only=True)["learned"]["prompts.weight"].numpy().tobytes()
@@ -875,137 +817,3 @@ def test_a_full_disk_is_reported_with_the_path(backbone: Path, tmp_path: Path, m
     with pytest.raises(WriteError, match=r"a/adapter_config\.json cannot be written: No space left on device"):
         save_adapter(make_model(backbone), tmp_path / "a")
     assert not list((tmp_path / "a").iterdir()), "half a file must not stay"
-
-
-@pytest.mark.parametrize("resumed", [False, True])
-def test_bf16_learns_in_float32_and_leaves_the_model_as_it_was(backbone: Path, tmp_path: Path, resumed: bool) -> None:
-    """A backbone cast in place is lost, and an adapter of it would hold every weight; learned values that are rounded
-    stop moving. What is validated is what computes in bf16, and `evaluate` says the same of the adapter."""
-    model = make_model(backbone)
-    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    options: dict[str, Any] = {"epochs": 3, "precision": "bf16"}
-    if resumed:
-        stop(make_model(backbone), tmp_path / "r", **options)
-        state = torch.load(tmp_path / "r" / STATE_FILE, weights_only=True)
-        assert all(tensor.dtype == torch.float32 for tensor in state["learned"].values())
-        assert all(
-            value.dtype == torch.float32
-            for moments in state["optimizer"]["state"].values()
-            for value in moments.values()
-        )
-        whole = run(make_model(backbone), tmp_path / "whole", **options)
-    result = run(model, tmp_path / "r", resume=resumed, **options)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in frozen.items())
-    prompts = model.prompts.weight.detach()
-    assert not torch.equal(prompts, prompts.bfloat16().float()), "what was learned was rounded"
-    if resumed:
-        assert_same_run(tmp_path / "whole", tmp_path / "r")
-        assert result.history[-1]["val_loss"] == whole.history[-1]["val_loss"]
-    best = result.history[result.best_epoch - 1]
-    loaded = load_adapter(tmp_path / "r")
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
-    val = loaders(model)[1]
-    assert evaluate(loaded, val, precision="bf16")["loss"] == best["val_loss"]
-    assert evaluate(loaded, val)["loss"] != best["val_loss"], "it was validated in another type than it was trained in"
-    assert (tmp_path / "r" / TENSORS_FILE).stat().st_size < 20_000, "an adapter holds the whole backbone"
-
-
-def test_bf16_reaches_the_loss_of_fp32(backbone: Path) -> None:
-    """Both of the frozen backbone and of a fine-tuned one, whose every weight is learned in float32."""
-    for finetune, lr in ((False, 0.02), (True, 1e-3)):
-        losses = []
-        for precision in ("bf16", "fp32", None):
-            model = make_model(backbone, **LEARNS)
-            if finetune:
-                model.unfreeze()
-            losses.append(run(model, epochs=12, lr=lr, precision=precision).history[-1]["train_loss"])
-        assert losses[0] == pytest.approx(losses[1], rel=0.1) and losses[0] != losses[1]
-        assert losses[1] == losses[2], "fp32 is what a float32 model does anyway"
-
-
-@pytest.mark.parametrize(
-    ("precision", "message"),
-    [
-        ("fp16", "^precision fp16 trains on a GPU only, got device cpu: bf16 trains on both$"),
-        ("tf32", r"^precision tf32 needs a GPU of compute capability 8\.0 or later, got device cpu$"),
-        ("bf61", "^precision must be one of auto, fp32, tf32, bf16, fp16, got 'bf61', did you mean 'bf16'"),
-    ],
-)
-def test_a_precision_that_the_device_lacks_is_refused(
-    backbone: Path, tmp_path: Path, precision: Any, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(make_model(backbone), tmp_path / "r", precision=precision)
-    assert not (tmp_path / "r").exists()
-
-
-@pytest.mark.parametrize(
-    ("capability", "expected"), [((9, 0), ("bf16", "tf32", "bf16")), ((7, 5), ("fp32", ValueError, ValueError))]
-)
-def test_auto_is_what_the_gpu_has(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: tuple[Any, ...]
-) -> None:
-    """PyTorch emulates bf16 on older GPUs, at a fraction of fp32's speed."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old")
-    for name, outcome in zip(("auto", "tf32", "bf16"), expected):
-        if isinstance(outcome, str):
-            assert resolve_precision(name, torch.device("cuda"), training=True) == outcome
-        else:
-            with pytest.raises(
-                ValueError, match=rf"{name} needs .* of compute capability 8\.0 or later, got Old \(7\.5\)"
-            ):
-                resolve_precision(name, torch.device("cuda"), training=True)
-    assert resolve_precision("auto", torch.device("cpu"), training=True) == "fp32"
-
-
-def test_bf16_says_where_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    for known, slow in (({"avx512_bf16": True, "avx2": True}, False), ({"avx512_bf16": False, "avx2": True}, True)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
-        assert (slow_note("bf16", torch.device("cpu")) is not None) == slow
-        assert slow_note("fp32", torch.device("cpu")) is None
-
-
-def test_another_precision_is_another_run(backbone: Path, tmp_path: Path) -> None:
-    stop(make_model(backbone), tmp_path / "r", 2)
-    with pytest.raises(ValueError, match="precision was None, now 'bf16'"):
-        run(make_model(backbone), tmp_path / "r", epochs=2, resume=True, precision="bf16")
-
-
-def test_a_compiled_run_is_the_run(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph for the steps of all batch sizes and one for validation, with no break in either."""
-    graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_(*args, **(options | {"backend": backend})))
-    torch._dynamo.reset()
-    for weight, expected in ((0.0, 2), (0.5, 3)):
-        histories = []
-        for flag in (False, True):
-            model = make_model(backbone)
-            train, few = loaders(model)
-            val = None if weight else DataLoader(few.dataset, batch_size=5)  # torch.compile makes a graph for one image
-            options: dict[str, Any] = {"epochs": 1, "lr": 0.02, "progress": False, "protoverb_weight": weight}
-            history = fit(model, train, val, compile=flag, **options).history
-            histories.append({k: v for k, v in history[0].items() if k != "seconds" and v is not None})
-        assert histories[1] == pytest.approx(histories[0], rel=1e-4)
-        assert len(graphs) == expected, f"{len(graphs)} graphs"
-    with pytest.raises(ValueError, match="compile must be False with reformation"):
-        run(make_model(backbone), reformation=1.0, compile=True)
-
-
-def test_a_wrapper_is_neither_cast_nor_compiled(backbone: Path) -> None:
-    model = make_model(backbone)
-    train, val = loaders(model)
-    wrapped: Any = torch.nn.DataParallel(model)
-    cases: list[dict[str, Any]] = [{"precision": "bf16"}, {"compile": True}]
-    for options in cases:
-        with pytest.raises(ValueError, match=f"^{next(iter(options))} must be left out for a model in a wrapper"):
-            fit(wrapped, train, epochs=1, lr=0.1, **options)
-    with pytest.raises(ValueError, match=r"^precision must be left out for a model in a wrapper, got 'bf16'"):
-        evaluate(wrapped, val, precision="bf16")

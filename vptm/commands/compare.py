@@ -32,7 +32,8 @@ def compare(**options: Any) -> None:
     device_of(settings.device)
     names = [name.strip() for name in settings.methods.split(",") if name.strip()]
     arguments = ["--model", located("model", settings.model), "--device", settings.device]
-    arguments += ["--background", settings.background]
+    arguments += ["--background", settings.background, "--precision", settings.precision]
+    arguments += ["--compile"] if settings.compile else []
     arguments += [] if settings.value_range is None else [f"--value-range={settings.value_range}"]
     results = run(
         names,

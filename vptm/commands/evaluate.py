@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vptm.commands.options import Backbone, Device, Impl, OnBadImage, Run, Workers
+from vptm.commands.options import Backbone, Compile, Device, Impl, OnBadImage, PrecisionOption, Run, Workers
 from vptm.settings import EVALUATION_BATCH
 from vptm.terminal import print_columns, say
 
@@ -28,6 +28,8 @@ def evaluate(
     source: Backbone = None,
     device: Device = "auto",
     impl: Impl = "auto",
+    precision: PrecisionOption = "auto",
+    compile: Compile = False,
 ) -> None:
     """Measure a run on its test images or other data.
 
@@ -54,6 +56,8 @@ def evaluate(
         source=source,
         device=device,
         impl=impl,
+        precision=precision,
+        compile=compile,
         report=say,
     )
     scores = found.scores
@@ -63,4 +67,5 @@ def evaluate(
         return
     shares = ["-" if share is None else format(share, ".2%") for share in scores["per_class"]]
     print_columns(zip(found.classes, shares))
+    print(f"balanced accuracy {scores['balanced_accuracy']:.2%}, macro-F1 {scores['macro_f1']:.4f}")
     print(f"{found.split} accuracy {scores['accuracy']:.2%} of {scores['n']} images, loss {scores['loss']:.4f}")

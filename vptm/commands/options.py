@@ -56,6 +56,8 @@ def takes(options: Mapping[str, Option]) -> Callable[[Command], Command]:
 _SHARED = train_options()
 OnBadImage = Annotated[str, _info(_SHARED["on_bad_image"])]
 Device = Annotated[str, _info(_SHARED["device"])]
+PrecisionOption = Annotated[str, _info(_SHARED["precision"])]
+Compile = Annotated[bool, _info(_SHARED["compile"])]
 Impl = Annotated[str, _info(_SHARED["impl"])]
 BatchSize = Annotated[int, _info(_SHARED["batch_size"])]
 Workers = Annotated[int, _info(_SHARED["workers"])]

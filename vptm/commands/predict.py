@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from vptm.commands.options import Backbone, Device, Impl, OnBadImage, Run
+from vptm.commands.options import Backbone, Compile, Device, Impl, OnBadImage, PrecisionOption, Run
 from vptm.settings import EVALUATION_BATCH
 from vptm.terminal import say
 
@@ -23,6 +23,8 @@ def predict(
     source: Backbone = None,
     device: Device = "auto",
     impl: Impl = "auto",
+    precision: PrecisionOption = "auto",
+    compile: Compile = False,
 ) -> None:
     """Name what pictures show.
 
@@ -40,7 +42,15 @@ def predict(
     place = device_of(device)
     files = picture_files(images, report=say)
     model = load_adapter(run, source=source, impl=impl).to(place)
-    found = predict(model, files, batch_size=batch_size, on_bad_image=on_bad_image, report=say)
+    found = predict(
+        model,
+        files,
+        batch_size=batch_size,
+        on_bad_image=on_bad_image,
+        precision=precision,
+        compile=compile,
+        report=say,
+    )
     # printed at the end: an unreadable image leaves no half of a table behind
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["path", "label", "score", "top5"])

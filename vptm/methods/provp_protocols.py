@@ -208,6 +208,8 @@ def _run(
         warmup_epochs=min(1, chosen["epochs"] - 1),
         reformation=settings.reformation,
         reformation_temperature=settings.temperature,
+        precision=settings.precision,
+        compile=settings.compile,
         progress=False,
     )
 
@@ -303,11 +305,13 @@ def run_protocol(
         cache_frozen=not augment,
         **settings,
     )
-    base = evaluate(model, loader(data.test, learned))["accuracy"]
+    precision = settings.get("precision")
+    base = evaluate(model, loader(data.test, learned), precision=precision)["accuracy"]
     if not named:
         return ProtocolRun(protocol, shots, seed, base)
     classify(named)
-    return ProtocolRun(protocol, shots, seed, base, evaluate(model, loader(data.test, named))["accuracy"])
+    novel = evaluate(model, loader(data.test, named), precision=precision)["accuracy"]
+    return ProtocolRun(protocol, shots, seed, base, novel)
 
 
 @torch.no_grad()

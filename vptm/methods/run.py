@@ -211,6 +211,7 @@ def _finish(
     if not (run.folder / RUN_FILE).is_file():
         raise WriteError(f"run folder {run.folder} is gone, it was removed while the run trained")
     run.test = (read_run(run.folder).get("result") or {}).get("test")
+    precision = settings.train_settings.precision
     if steps := settings.prototype_steps:
         kept = read_adapter_config(run.folder).get("extra") or {}
         fitted = kept.get("prototype_losses")
@@ -219,11 +220,12 @@ def _finish(
         else:
             losses = fit_prototypes(model, loaders["support"], steps=steps, lr=settings.prototype_lr)
             run.prototype_losses = [losses[0], losses[-1]]
-            run.val_accuracy = evaluate(model, loaders["val"])["accuracy"] if "val" in loaders else None
+            if "val" in loaders:
+                run.val_accuracy = evaluate(model, loaders["val"], precision=precision)["accuracy"]
             extra = {"epoch": run.best_epoch, "val_accuracy": run.val_accuracy, "prototype_steps": steps}
             save_adapter(model, run.folder, extra=extra | {"prototype_losses": run.prototype_losses})
     if run.test is None and "test" in loaders:
-        run.test = evaluate(model, loaders["test"])
+        run.test = evaluate(model, loaders["test"], precision=precision)
         run.test["per_class"] = dict(zip(classes, run.test["per_class"]))
 
 

@@ -13,8 +13,7 @@ from vptm.data.labels import check_labels
 from vptm.frozen.modes import eval_mode
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import unwrapped
-from vptm.settings import Precision
-from vptm.training.precision import dtype_of, float32_products, in_type, resolve_precision
+from vptm.training.precision import compiled, dtype_of, float32_products, in_type, resolve_precision
 
 
 class Answers(NamedTuple):
@@ -37,7 +36,8 @@ def evaluate(
     *,
     device: str | torch.device | None = None,
     confusion: bool = False,
-    precision: Precision | None = None,
+    precision: str | None = None,
+    compile: bool = False,
 ) -> dict[str, Any]:
     """Accuracy, mean cross-entropy and scikit-learn's scores of `model` on `loader`, in eval mode; the model's mode is
     put back.
@@ -49,6 +49,7 @@ def evaluate(
         confusion: also return the counts (K, K), row = label, column = prediction.
         precision: "fp32", "tf32", "bf16", "fp16" or "auto", see `vptm.fit`: a copy of the model in that type answers,
             and images are cast to it. None computes in the model's own type, which images must have.
+        compile: `torch.compile` the model, see `vptm.fit`.
 
     Returns:
         `accuracy` (share in 0..1), `balanced_accuracy` (mean of the shares of the classes with images), `macro_f1`
@@ -73,11 +74,13 @@ def evaluate(
         inner.to(device)
     weight = next(inner.parameters())
     kind = resolve_precision(precision, weight.device, training=False)
-    dtype, runs = dtype_of(kind), model
-    if dtype not in (None, weight.dtype):
-        if model is not inner:
-            raise ValueError(f"precision must be left out for a model in a wrapper, got {kind!r}: pass the model")
-        runs = in_type(inner, dtype, weight.device)
+    dtype = dtype_of(kind)
+    asked = {"precision": dtype not in (None, weight.dtype) and kind, "compile": compile}
+    for name in filter(asked.get, asked if model is not inner else ()):
+        raise ValueError(f"{name} must be left out for a model in a wrapper, got {asked[name]!r}: pass the model")
+    runs = in_type(inner, dtype, weight.device) if asked["precision"] else model
+    if compile:
+        runs = compiled(runs)
     with float32_products(kind):
         answers = ask(runs, loader, dtype=dtype)
     labels, predicted = answers.labels.numpy(), answers.predicted.numpy()

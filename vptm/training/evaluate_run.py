@@ -51,6 +51,8 @@ def evaluate_run(
     source: str | None = None,
     device: str = "auto",
     impl: str = "auto",
+    precision: str = "auto",
+    compile: bool = False,
     report: Callable[[str], None] = print,
 ) -> RunEvaluation:
     """Measure a run on its test images or on other data.
@@ -67,7 +69,7 @@ def evaluate_run(
         confusion: also give the confusion matrix.
         on_bad_image, batch_size, workers: of reading.
         source: backbone weights, where they moved since training.
-        device, impl: what computes.
+        device, impl, precision, compile: what computes.
         report: called with lines on what is found.
 
     Raises:
@@ -105,7 +107,7 @@ def evaluate_run(
     loader = DataLoader(
         _with_labels_of(model, part), batch_size=batch_size, num_workers=workers, pin_memory=place.type == "cuda"
     )
-    scores = evaluate(model, loader, device=place, confusion=confusion)
+    scores = evaluate(model, loader, device=place, confusion=confusion, precision=precision, compile=compile)
     names = model.class_names or [str(k) for k in range(model.num_classes)]
     return RunEvaluation(split, loaded.name, names, left_out, scores)
 

@@ -1,10 +1,11 @@
-"""The type a model computes in: what a device has, a copy of a model in that type, and what is said of it."""
+"""What a model computes with: the types a device has, a copy of a model in one, and compiled code."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 
@@ -15,7 +16,7 @@ from vptm.settings import Precision, TrainSettings, choices
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_precision(precision: Precision | None, device: torch.device, *, training: bool) -> Precision | None:
+def resolve_precision(precision: str | None, device: torch.device, *, training: bool) -> Precision | None:
     """`precision` as the device has it: "auto" is bf16 on a GPU that has it and fp32 elsewhere, None stays None.
 
     Raises:
@@ -41,7 +42,7 @@ def resolve_precision(precision: Precision | None, device: torch.device, *, trai
         )
     if precision == "fp16" and training and not gpu:
         raise ValueError(f"precision fp16 trains on a GPU only, got {_named(device)}: bf16 trains on both")
-    return precision
+    return cast(Precision, precision)
 
 
 def dtype_of(precision: Precision | None) -> torch.dtype | None:
@@ -55,6 +56,11 @@ def in_type(model: PromptedModel, dtype: torch.dtype | None, device: torch.devic
     if dtype is None or {parameter.dtype for parameter in model.parameters()} <= {dtype}:
         return model if next(model.parameters()).device == device else model.to(device)
     return copy.deepcopy(model).to(device=device, dtype=dtype)
+
+
+def compiled(function: Any) -> Any:
+    """`torch.compile` without graph breaks, once for all batch sizes."""
+    return torch.compile(function, fullgraph=True, dynamic=True)
 
 
 @contextmanager

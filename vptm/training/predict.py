@@ -14,6 +14,7 @@ from vptm.data.transforms import picture_options, transforms
 from vptm.messages import one_of
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import EVALUATION_BATCH, RunSettings, choices
+from vptm.training.precision import compiled, dtype_of, float32_products, in_type, resolve_precision
 
 
 class Prediction(NamedTuple):
@@ -52,6 +53,8 @@ def predict(
     top: int = 5,
     batch_size: int = EVALUATION_BATCH,
     on_bad_image: str = "error",
+    precision: str | None = None,
+    compile: bool = False,
     report: Callable[[str], None] = print,
 ) -> list[Prediction]:
     """The labels of picture files by a model, where it is.
@@ -65,6 +68,8 @@ def predict(
         top: labels of a picture, at most.
         batch_size: pictures at a time.
         on_bad_image: "error" stops at a file that cannot be read, "skip" reports it and goes on.
+        precision: what computes, as in `vptm.evaluate`; None is the model's own type.
+        compile: `torch.compile` the model.
         report: called with a line for every file that is skipped.
 
     Raises:
@@ -81,12 +86,15 @@ def predict(
     one_of("on_bad_image", on_bad_image, choices(RunSettings, "on_bad_image"))
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    sealed, place = model.sealed_twin(), model.prompts.weight.device
+    place = model.prompts.weight.device
+    kind = resolve_precision(precision, place, training=False)
+    runs = in_type(model, dtype_of(kind), place)
+    dtype, runs = runs.prompts.weight.dtype, compiled(runs) if compile else runs.sealed_twin()
     names = model.class_names or [str(k) for k in range(model.num_classes)]
     found: list[Prediction] = []
     for paths, pixels in _batches(model, files, batch_size, report if on_bad_image == "skip" else None):
-        with torch.inference_mode():
-            scores = sealed(pixels.to(place)).float().softmax(1).cpu()
+        with torch.inference_mode(), float32_products(kind):
+            scores = runs(pixels.to(place, dtype)).float().softmax(1).cpu()
         best = scores.topk(min(top, len(names)))
         for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist()):
             found.append(Prediction(path, [(names[k], value) for k, value in zip(indices, values)]))

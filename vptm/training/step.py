@@ -15,6 +15,7 @@ from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import unwrapped
 from vptm.settings import TrainSettings
 from vptm.training.losses import protoverb_loss
+from vptm.training.precision import compiled
 from vptm.training.schedules import decay_groups, make_schedule
 
 _FIRST_SCALE = 1024.0  # of fp16 losses; a mean over a batch needs less than torch's 65536, which costs the first steps
@@ -167,8 +168,3 @@ class TrainStep:
         embedding = verbalizer.embed(hidden, model.lm_head)
         contrast = weight * protoverb_loss(embedding, verbalizer.prototypes, labels)
         return verbalizer.compare(embedding) / verbalizer.temperature, contrast if held is None else contrast + held
-
-
-def compiled(function: Any) -> Any:
-    """`torch.compile` without graph breaks, once for all batch sizes."""
-    return torch.compile(function, fullgraph=True, dynamic=True)
