@@ -22,7 +22,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-import vptm.frozen.encoder
+import vptm.frozen.folded
 from bench import bench_model, timing
 from vptm import PromptedBEiT
 from vptm_kernels import FoldedHead, prompted_attention, prototype_cosine
@@ -103,11 +103,11 @@ def model_without_attention(side: int, dtype: torch.dtype = FIRST_DTYPE) -> timi
         return qkv[..., : qkv.shape[-1] // 3].clone()
 
     def replaced() -> object:
-        original, vptm.frozen.encoder.prompted_attention = vptm.frozen.encoder.prompted_attention, copied  # type: ignore
+        original, vptm.frozen.folded.prompted_attention = vptm.frozen.folded.prompted_attention, copied  # type: ignore
         try:
             return run()
         finally:
-            vptm.frozen.encoder.prompted_attention = original  # type: ignore
+            vptm.frozen.folded.prompted_attention = original  # type: ignore
 
     return replaced
 

@@ -40,7 +40,7 @@ from torch.nn import functional as F
 
 from bench import peers, timing
 from vptm import PromptedBEiT
-from vptm.frozen.reference import block_forward, sdpa
+from vptm.frozen.parts import block_forward, sdpa
 from vptm.models.verbalizers import LinearVerbalizer
 
 DEVICE = timing.selection.device

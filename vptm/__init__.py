@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _HOME = {
     "PromptedBEiT": "models.prompted_beit",
     "PromptedViT": "models.prompted_vit",
-    "check": "frozen.check",
+    "check": "inspection.check",
     "load_backbone": "weights.backbones",
     "weight_hash": "weights.files",
     "PrototypicalVerbalizer": "models.verbalizers",
@@ -28,7 +28,7 @@ _HOME = {
     "few_shot": "data.division",
     "transforms": "data.transforms",
     "fit": "training.fit",
-    "fit_prototypes": "models.verbalizers",
+    "fit_prototypes": "methods.protoverb",
     "inspect_tokens": "inspection.explain",
     "evaluate": "training.evaluate",
     "init_prompts": "methods.spt",
@@ -62,8 +62,9 @@ if TYPE_CHECKING:
     from vptm.data.division import few_shot
     from vptm.data.sources import load_data
     from vptm.data.transforms import transforms
-    from vptm.frozen.check import check
+    from vptm.inspection.check import check
     from vptm.inspection.explain import inspect_tokens
+    from vptm.methods.protoverb import fit_prototypes
     from vptm.methods.provp import set_class_embeddings
     from vptm.methods.spt import init_prompts
     from vptm.models.opening import load_adapter, open_model
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
     from vptm.models.prompted_vit import PromptedViT
     from vptm.models.prompts import PromptBank
     from vptm.models.saving import save_adapter
-    from vptm.models.verbalizers import LinearVerbalizer, PrototypicalVerbalizer, fit_prototypes
+    from vptm.models.verbalizers import LinearVerbalizer, PrototypicalVerbalizer
     from vptm.training.evaluate import evaluate
     from vptm.training.fit import fit
     from vptm.weights.backbones import load_backbone

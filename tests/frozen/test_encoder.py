@@ -21,7 +21,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vptm
-from vptm.frozen.encoder import FrozenEncoder, fold_block
+from vptm.frozen.encoder import FrozenEncoder
+from vptm.frozen.fold import fold_block
 
 
 @pytest.mark.parametrize("prompt_mode", ["shallow", "deep", "progressive"])

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vptm
-from vptm.frozen.encoder import fold_block
+from vptm.frozen.fold import fold_block
 from vptm.models.prompted_beit import PromptedBEiT
 
 
@@ -116,8 +116,8 @@ def test_prompt_rows_matter_until_the_last_block(prompt_mode: str) -> None:
     right = model.forward_hidden(batch)
     folded, last = model._encoder.folded(model), len(model.backbone.blocks) - 1
     x, prefix = folded._run(model, batch, last, None)
-    assert x.shape[1] == folded.real + model.prompts.length and prefix is None
-    without = model.backbone.norm(folded._last_block(model, x[:, : folded.real], 0, last, None))
+    assert x.shape[1] == folded.num_tokens + model.prompts.length and prefix is None
+    without = model.backbone.norm(folded._last_block(model, x[:, : folded.num_tokens], 0, last, None))
     assert relative_error(without, right) > 1e-3
 
 

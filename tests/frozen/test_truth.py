@@ -345,12 +345,12 @@ def test_validation_follows_a_fused_optimiser(fused: Callable[..., torch.optim.O
 
 def test_check_sees_a_stale_constant_of_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     """`vptm.check` compares the path without gradients too, which is where something could be kept."""
-    from vptm.frozen import fold
+    from vptm.frozen.watch import Watch
 
     model, batch = make(KINDS[0])
     with torch.no_grad():
         model(batch)
-    monkeypatch.setattr(fold.Watch, "changed", lambda self: False)
+    monkeypatch.setattr(Watch, "changed", lambda self: False)
     in_place(model, "backbone.blocks.0.mlp.fc1.weight", 2 * model.backbone.blocks[0].mlp.fc1.weight)
     assert vptm.check(model, batch, gradients=False)["logits"] > 1e-6
 

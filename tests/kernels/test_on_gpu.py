@@ -26,7 +26,7 @@ from test_prototype_cosine import ACTIVATIONS, TRAINED, force_plan  # noqa: F401
 from tiny_models import BACKBONES, build, images
 
 import vptm
-from vptm.frozen.check import _outputs
+from vptm.inspection.check import _outputs
 from vptm_kernels._runtime.triton_support import has_triton
 from vptm_kernels.testing import AttentionCase, assert_close_to_exact, largest_error
 

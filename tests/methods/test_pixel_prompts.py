@@ -246,7 +246,7 @@ def test_training_that_cannot_work_is_refused() -> None:
         ({"lr": float("nan")}, data, ValueError, "lr must be finite and > 0, got nan"),
         ({"lr": "0.1"}, data, TypeError, "lr must be a number"),
         ({}, loader(images[:0], labels[:0]), ValueError, "train must hold at least one image"),
-        ({}, loader(images, labels + 1), ValueError, r"labels must be in 0\.\.1, got 2 for image"),
+        ({}, loader(images, labels + 1), ValueError, r"labels must be in 0\.\.1, got 2 for image 1"),
         ({}, loader(broken, labels), FloatingPointError, "loss became nan at epoch 0 with lr 0.01"),
     ):
         model = ReprogrammedClassifier(source, LabelMapping(torch.eye(2, 6)), VisualPrompt(size=8, image_size=4))

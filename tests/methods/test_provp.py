@@ -118,8 +118,9 @@ def test_twin_is_the_backbone_without_prompts(impl: str, mode: str) -> None:
             expected = model.backbone.forward_features(batch)[:, 0]
             assert torch.allclose(reform.frozen(batch), expected, atol=1e-12, rtol=0)
             if impl != "reference":
-                folded, lent = model._encoder.folded(model), reform.twin._encoder.folded(reform.twin)
-                assert lent.blocks is folded.blocks
+                folded, of_twin = model._encoder.folded(model), reform.twin._encoder.folded(reform.twin)
+                assert of_twin.qkv_weights is folded.qkv_weights
+                assert of_twin.blocks[0].fc1_weight is folded.blocks[0].fc1_weight
             with torch.no_grad():
                 model.backbone.blocks[1].mlp.fc1.weight.mul_(1.5)
         assert model.training and model.prompts.length == 3

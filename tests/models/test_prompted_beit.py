@@ -198,7 +198,7 @@ def test_check_reports_rounding_and_catches_a_wrong_path(monkeypatch: pytest.Mon
     assert model.training and model.impl == "auto"
     attention = vptm_kernels.prompted_attention
     monkeypatch.setattr(
-        "vptm.frozen.encoder.prompted_attention", lambda *args, **kwargs: 1.1 * attention(*args, **kwargs)
+        "vptm.frozen.folded.prompted_attention", lambda *args, **kwargs: 1.1 * attention(*args, **kwargs)
     )
     assert vptm.check(model, batch)["logits"] > 1e-3
 

@@ -1,21 +1,17 @@
-"""What of a frozen block can be folded into constants, how, and how an edit of what was folded is noticed."""
+"""What of a frozen block can be folded into constants, and how."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import chain
-from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
+from timm.layers import DropPath, LayerScale, Mlp
 from timm.models import beit, vision_transformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
 
-from vptm.frozen.reference import BiasedAttention
-from vptm.frozen.sharing import HOOKS
+from vptm.frozen.parts import ATTENTIONS, MODELESS, NORMS, is_tensor, oddity
 
 
 class FrozenBlock(NamedTuple):
@@ -38,54 +34,10 @@ class FrozenBlock(NamedTuple):
     heads: int
 
 
-_NORMS = (nn.LayerNorm, LayerNorm)
-_ATTENTIONS = (beit.Attention, BiasedAttention, vision_transformer.Attention)
-# Whose arithmetic is known, and how it reads: a class whose `forward` was replaced is another class.
-_KNOWN = {
-    kind: kind.forward
-    for kind in (
-        *(beit.Block, vision_transformer.Block, *_ATTENTIONS, Mlp, nn.Linear, LayerScale, *_NORMS),
-        *(nn.Dropout, nn.Identity, DropPath, nn.GELU, beit.RelativePositionBias),
-    )
-}
-_MODELESS = (nn.Linear, LayerScale, *_NORMS, nn.Identity, nn.GELU)
-
-
-def oddity(module: nn.Module) -> str | None:
-    """What makes a module another function than its class says, in words that fit after "with"; None where nothing
-    does."""
-    if any(getattr(module, hooks) for hooks in HOOKS):
-        return "hooks"  # they would never fire on a part that does not run as a module
-    if "forward" in module.__dict__ or type(module).forward is not _KNOWN.get(type(module), type(module).forward):
-        return "a patched forward"
-    if parametrize.is_parametrized(module):
-        return "parametrised tensors"
-    return None
-
-
-def learns(module: nn.Module) -> bool:
-    """Whether anything in a module asks for a gradient, also a tensor that stands in place of a parameter."""
-    return any(parameter.requires_grad for parameter in module.parameters()) or any(
-        isinstance(value, Tensor) and value.requires_grad
-        for part in module.modules()
-        for value in part.__dict__.values()
-    )
-
-
-def is_plain_linear(module: nn.Module | None) -> bool:
-    """Whether a module is `F.linear(x, weight, bias)` and nothing else; an adapter library may have put its own there,
-    or a quantised one."""
-    return type(module) is nn.Linear and oddity(module) is None
-
-
-def _is_tensor(value: object) -> bool:
-    return value is None or type(value) in (Tensor, nn.Parameter)
-
-
 def _holds_tensors(module: nn.Module) -> bool:
     """Subclasses of Tensor, as quantised ones, have their own arithmetic; a trace puts stand-ins of its own there."""
-    held = (held for part in module.modules() for held in (part._parameters, part._buffers))
-    return torch.compiler.is_compiling() or all(map(_is_tensor, chain.from_iterable(map(_values, held))))
+    held = (tensors.values() for part in module.modules() for tensors in (part._parameters, part._buffers))
+    return torch.compiler.is_compiling() or all(map(is_tensor, chain.from_iterable(held)))
 
 
 def unfoldable(block: Any) -> str | None:
@@ -95,7 +47,7 @@ def unfoldable(block: Any) -> str | None:
         odd = oddity(module)
         if odd is not None:
             return f"blocks with {odd}"
-        if module.training and type(module) not in _MODELESS:
+        if module.training and type(module) not in MODELESS:
             return "blocks with parts in training mode"
     attn: Any = getattr(block, "attn", None)
     mlp: Any = getattr(block, "mlp", None)
@@ -103,11 +55,11 @@ def unfoldable(block: Any) -> str | None:
         return f"{type(mlp).__name__} blocks"
     other = f"{type(block).__name__} blocks with other parts"
     if type(block) is beit.Block:
-        if type(attn) not in _ATTENTIONS[:2]:
+        if type(attn) not in ATTENTIONS[:2]:
             return other
         drops = [attn.attn_drop, attn.proj_drop]
     elif type(block) is vision_transformer.Block:
-        if type(attn) is not _ATTENTIONS[2] or attn.gate is not None:
+        if type(attn) is not ATTENTIONS[2] or attn.gate is not None:
             return other
         if not all(type(part) is nn.Identity for part in (attn.q_norm, attn.k_norm, attn.norm)):
             return other
@@ -121,8 +73,8 @@ def unfoldable(block: Any) -> str | None:
     plain = (
         all(type(drop) in (nn.Identity, nn.Dropout, DropPath) for drop in drops)
         and isinstance(mlp.norm, nn.Identity)
-        and type(block.norm1) in _NORMS
-        and type(block.norm2) in _NORMS
+        and type(block.norm1) in NORMS
+        and type(block.norm2) in NORMS
         and all(type(linear) is nn.Linear for linear in linears)
         and (type(block) is not beit.Block or attn.qkv.bias is None)  # whose bias stands beside the linear
         and _holds_tensors(block)
@@ -225,86 +177,5 @@ def fold_block(block: Any, dtype: torch.dtype) -> FrozenBlock:
     ]
     scales = [None if fold_scale or gamma is None else gamma.to(dtype) for gamma in gammas]
     # what nothing was folded into is copied all the same: a constant is never the weight itself
-    fixed = [tensor.to(dtype, copy=isinstance(tensor, nn.Parameter)) for tensor in tensors]
-    return FrozenBlock._make([*fixed, *scales, block.norm1.eps, block.norm2.eps, block.mlp.act, heads])
-
-
-_values = methodcaller("values")
-_version, _requires_grad, _training = attrgetter("_version"), attrgetter("requires_grad"), attrgetter("training")
-# Plain attributes that enter what is folded or kept.
-_WATCHED = ("eps", "scale", "num_heads", "token_activation", "mode", "after", "dropout")
-
-
-class Watch:
-    """Notices that modules are no longer what they were when it was made: an object replaced, a tensor edited in place,
-    moved, set or asked for gradients, a mode, a hook, a patched `forward`, an eps.
-
-    `also` are further dictionaries of what a module holds; without `values` only parts, modes and hooks are watched. No
-    value is looked at. What PyTorch does not count is not seen: edits through `.data` that keep the storage, through an
-    alias that is no tensor (numpy, shared memory), or of tensors made under `inference_mode`.
-    """
-
-    def __init__(
-        self, modules: Iterable[nn.Module], also: Iterable[dict[str, Any]] = (), *, values: bool = True
-    ) -> None:
-        self._modules = list(modules)
-        self._contents: list[dict[str, Any]] = [
-            content
-            for module in self._modules
-            for content in ((module._parameters, module._buffers, module._modules) if values else (module._modules,))
-            if content
-        ]
-        self._contents += also
-        held = list(chain.from_iterable(map(_values, self._contents)))
-        # a tensor may stand in place of a parameter as a plain attribute
-        self._attributes = [
-            (module.__dict__, name)
-            for module in self._modules
-            for name, value in module.__dict__.items()
-            if values and isinstance(value, Tensor)
-        ]
-        held += [attributes[name] for attributes, name in self._attributes]
-        self._scalars = [
-            (module.__dict__, name) for module in self._modules for name in _WATCHED if name in module.__dict__
-        ]
-        self._moded = [module for module in self._modules if type(module) not in _MODELESS]
-        self._hooks = [getattr(module, hooks) for module in self._modules for hooks in HOOKS]
-        self._dicts: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
-        self._kinds = list(_KNOWN)
-        # holding every object keeps its id, and holding storages their addresses, from being given out again
-        self._held = held
-        self.tensors = [value for value in self._held if isinstance(value, Tensor)]
-        plain = [tensor for tensor in self.tensors if _is_tensor(tensor)]
-        self._addressed = plain
-        self._storages = [tensor.untyped_storage() for tensor in plain]
-        self._counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
-        self._registered = getattr(RemovableHandle, "next_id", None)
-        self._hooked = list(map(len, self._hooks))
-        self._seen = self._look()
-
-    def _look(self) -> tuple[object, ...]:
-        return (
-            list(map(type, self._modules)),
-            list(map(id, chain.from_iterable(map(_values, self._contents)))),
-            list(map(_version, self._counted)),
-            list(map(Tensor.data_ptr, self._addressed)),
-            list(map(_requires_grad, self.tensors)),
-            list(map(_training, self._moded)),
-            list(map(len, self._dicts)),  # a patched forward, a tensor in place of None
-            [id(attributes.get(name)) for attributes, name in self._attributes],
-            [attributes.get(name) for attributes, name in self._scalars],
-            [kind.forward for kind in self._kinds],
-        )
-
-    def changed(self) -> bool:
-        return self._look() != self._seen or self._hooks_changed()
-
-    def _hooks_changed(self) -> bool:
-        # every registration anywhere takes a number: without a new one nobody can have added a hook here
-        registered = getattr(RemovableHandle, "next_id", None)
-        if not any(self._hooked) and registered is not None and registered == self._registered:
-            return False
-        if list(map(len, self._hooks)) != self._hooked:
-            return True
-        self._registered = registered
-        return False
+    constants = [tensor.to(dtype, copy=isinstance(tensor, nn.Parameter)) for tensor in tensors]
+    return FrozenBlock._make([*constants, *scales, block.norm1.eps, block.norm2.eps, block.mlp.act, heads])

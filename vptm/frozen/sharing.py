@@ -15,7 +15,7 @@ def shared_twin(module: nn.Module) -> nn.Module:
     """A module of the same parts, frozen, on the storage of `module`.
 
     Modes, gradients and parts that are replaced or taken away are the twin's own; values edited in place are seen by
-    both, until `own_storage` or `load_state_dict` of the twin. Hooks run on the twin too.
+    both, until `unshare_storage` or `load_state_dict` of the twin. Hooks run on the twin too.
     """
     memo: dict[int, object] = {}
     for part in module.modules():
@@ -31,12 +31,12 @@ def shared_twin(module: nn.Module) -> nn.Module:
     twin = copy.deepcopy(module, memo)
     for part in twin.modules():
         part._shares_storage = True  # type: ignore[assignment]
-        part.register_load_state_dict_pre_hook(_own_before_loading)
+        part.register_load_state_dict_pre_hook(_unshare_before_loading)
     return twin
 
 
 @torch.no_grad()
-def own_storage(module: nn.Module) -> None:
+def unshare_storage(module: nn.Module) -> None:
     """Give every part of a `shared_twin` storage of its own, with the same values, before they change; other modules
     have it."""
     for part in module.modules():
@@ -48,5 +48,5 @@ def own_storage(module: nn.Module) -> None:
             part._shares_storage = False  # type: ignore[assignment]
 
 
-def _own_before_loading(module: nn.Module, *_: object) -> None:
-    own_storage(module)
+def _unshare_before_loading(module: nn.Module, *_: object) -> None:
+    unshare_storage(module)

@@ -16,7 +16,8 @@ from torch import Tensor
 from vptm.data.pictures import read_image
 from vptm.data.transforms import picture_options, transforms
 from vptm.frozen.modes import eval_mode
-from vptm.frozen.reference import reference_features, softmax_attention
+from vptm.frozen.parts import softmax_attention
+from vptm.frozen.reference import reference_features
 from vptm.models.prompted_beit import PromptedBEiT
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.verbalizers import PrototypicalVerbalizer

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula, sdpa_flop_count
 
 from vptm.frozen.modes import eval_mode
-from vptm.frozen.reference import reference_features, sdpa
+from vptm.frozen.parts import sdpa
+from vptm.frozen.reference import reference_features
 
 if TYPE_CHECKING:
     from rich.table import Table

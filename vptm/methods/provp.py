@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vptm.frozen.encoder import Folded, Start
+from vptm.frozen.folded import Folded, Start
 from vptm.messages import number
-from vptm.models.prompted_beit import PromptedBEiT
-from vptm.models.prompts import PromptBank
+from vptm.models.prompted_model import PromptedModel
 from vptm.models.verbalizers import ClassEmbeddings
 from vptm.training.losses import feature_reformation
-
-if TYPE_CHECKING:
-    from vptm.models.prompted_model import PromptedModel
 
 
 def set_class_embeddings(
@@ -64,18 +59,18 @@ def set_class_embeddings(
         raise ValueError(f"logit_scale must be finite and > 0, got {logit_scale!r}")
     if class_names is not None and len(class_names) != classes:
         raise ValueError(f"class_names must name all {classes} embeddings, got {len(class_names)}")
-    own = model.class_names
-    if class_names is not None and own is not None and list(class_names) != list(own):
-        raise ValueError(f"class_names must be those of the model, {', '.join(own)}, got {', '.join(class_names)}")
-    if class_names is None and own is not None and len(own) != classes:
-        raise ValueError(f"embeddings must be one for each of the {len(own)} classes of the model, got {classes}")
+    present = model.class_names
+    if class_names is not None and present is not None and list(class_names) != list(present):
+        raise ValueError(f"class_names must be those of the model, {', '.join(present)}, got {', '.join(class_names)}")
+    if class_names is None and present is not None and len(present) != classes:
+        raise ValueError(f"embeddings must be one for each of the {len(present)} classes of the model, got {classes}")
     model.config |= {
         "verbalizer": "class_embeddings",
         "token_activation": "hidden",
         "prototype_dim": None if projection is None else dim,
         "temperature": 1.0 / logit_scale,
     }
-    names = list(class_names) if class_names is not None else own
+    names = list(class_names) if class_names is not None else present
     model.reset_classifier(classes)
     model.class_names = names
     verbalizer = model.verbalizer
@@ -138,25 +133,6 @@ def ridge_projection(features: Tensor, labels: Tensor, embeddings: Tensor, *, st
     return solved.mT.to(embeddings.dtype)
 
 
-def unprompted(model: PromptedModel) -> PromptedModel:
-    """The same model without its prompts: it shares every weight, and the encoder's folded copies where it can.
-
-    Made for the device and dtype the model has now. Needs a frozen backbone.
-    """
-    twin = model._twin()
-    weight = model.prompts.weight
-    twin.prompts = PromptBank(len(model.backbone.blocks), 0, model.num_features, patch_values=1).to(weight)
-    twin.num_rows = rows = model.num_rows - model.prompts.length
-    if isinstance(model, PromptedBEiT) and isinstance(twin, PromptedBEiT):
-        twin.bias_index = model.bias_index[:rows, :rows]
-        twin.row_order = model.row_order[model.row_order < rows]
-    if twin.prompt_bias is not None:
-        twin.prompt_bias = None
-    twin.training = False
-    twin._encoder.borrow(model)
-    return twin
-
-
 class FeatureReformation:
     """`weight` times `feature_reformation` (vptm.training.losses) of a model's features and those without prompts.
 
@@ -191,7 +167,7 @@ class FeatureReformation:
             raise ValueError(f"reformation_temperature must be finite and > 0, got {temperature!r}")
         if cache and model.mask_token is not None and model.mask_token.requires_grad:
             raise ValueError("cache must be False where the mask token learns: frozen features change with it")
-        self.model, self.twin = model, unprompted(model)
+        self.model, self.twin = model, model.without_prompts()
         self._cached_on: Folded | None = None
         self.weight, self.temperature = weight, temperature
         self._cache: dict[bytes, Tensor] | None = {} if cache else None

@@ -19,11 +19,11 @@ from vptm.data.split_list import SplitList
 from vptm.data.transforms import transforms
 from vptm.data.usage import class_lines, dark_line, refuse_unreadable
 from vptm.messages import one_line
+from vptm.methods.protoverb import fit_prototypes
 from vptm.methods.spt import init_prompts
 from vptm.models.opening import open_model
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import save_adapter
-from vptm.models.verbalizers import fit_prototypes
 from vptm.settings import EVALUATION_BATCH, RunSettings, parse_shots
 from vptm.training.evaluate import evaluate
 from vptm.training.evaluate_run import asking_for_moved_data

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -19,11 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, default_collat
 
 from vptm.frozen.modes import eval_mode
 from vptm.messages import one_of
+from vptm.models.prompted_model import PromptedModel
 from vptm.settings import PromptStart
 from vptm.training.seeding import generators_kept, seed_everything
-
-if TYPE_CHECKING:
-    from vptm.models.prompted_model import PromptedModel
 
 INIT_METHODS = get_args(PromptStart)[1:]  # the first is the one without images
 _IMAGES_PER_STEP = 8  # tokens of 12 layers of ViT-B for 8 images are 58 MB

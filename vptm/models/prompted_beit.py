@@ -9,12 +9,13 @@ from typing import Any
 
 import timm
 import torch
+from einops import rearrange, repeat
 from timm.models import register_model
 from timm.models.beit import Attention, Beit
 from torch import Tensor, nn
 
-from vptm.frozen.encoder import Folded
-from vptm.frozen.reference import AttentionFunction, BiasedAttention, block_forward, canonical_bias, embed
+from vptm.frozen.parts import BiasedAttention, biased_attention, block_forward
+from vptm.frozen.rows import AttentionFunction
 from vptm.messages import one_of
 from vptm.models.position_bias import extended_index, parse_extra_bias
 from vptm.models.prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
@@ -267,10 +268,10 @@ class PromptedBEiT(PromptedModel):
         }[self.prompt_location]
         return torch.cat([segments[name] for name in order])
 
-    def embed(self, images: Tensor, folded: Folded | None = None) -> Tensor:
+    def embed(self, images: Tensor, patch_embed: nn.Module | None = None) -> Tensor:
         """Rows `[class | patches | mask?]`, written into one buffer."""
         backbone = self.backbone
-        patches = backbone.patch_embed(images) if folded is None else folded.patches(self, images)
+        patches = (patch_embed or backbone.patch_embed)(images)
         position = backbone.pos_embed
         end = 1 + self.num_patches
         dtype = torch.promote_types(patches.dtype, backbone.cls_token.dtype)
@@ -289,26 +290,67 @@ class PromptedBEiT(PromptedModel):
 
     def reference_embed(self, images: Tensor) -> Tensor:
         """Rows `[class | patches | mask?]`, concatenated."""
-        return embed(self, images)
+        backbone = self.backbone
+        patches = backbone.patch_embed(images)
+        batch = patches.shape[0]
+        rows = [repeat(backbone.cls_token, "1 1 c -> b 1 c", b=batch), patches]
+        mask_token = self.mask_token
+        if self.replaced_patch is not None and mask_token is not None:
+            masked = torch.arange(self.num_patches, device=patches.device) == self.replaced_patch
+            rows[1] = torch.where(masked[None, :, None], mask_token.to(patches.dtype), patches)
+        position = backbone.pos_embed
+        if position is not None:
+            rows = [rows[0] + position[:, :1], rows[1] + position[:, 1:]]
+        if self.has_mask_row and mask_token is not None:
+            if position is not None and self.grid_position is not None:
+                mask_token = mask_token + position[:, 1 + self.grid_position]
+            rows.append(repeat(mask_token, "1 1 c -> b 1 c", b=batch))
+        return backbone.pos_drop(torch.cat(rows, dim=1))
 
     def reference_block(self, layer: int, rows: Tensor, attention: AttentionFunction) -> Tensor:
         """Block `layer` on the rows in the order of `prompt_location`."""
         order = self.row_order
         if rows.shape[1] < self.num_rows:  # a block may have no prompt rows
             order = order[order < rows.shape[1]]
-        bias = canonical_bias(self, layer)
+        bias = self.position_bias(layer)
         if bias is not None:
             bias = bias[:, order][:, :, order].unsqueeze(0)
         return block_forward(self.backbone.blocks[layer], rows[:, order], bias, attention)[:, order.argsort()]
 
     def position_bias(self, layer: int, *, learned: bool = True) -> Tensor | None:
-        """The table's entries for every pair of rows, with `prompt_bias` where it is learned and asked for."""
-        return canonical_bias(self, layer, learned=learned)
+        """Bias (H, T, T) of the table's entries for rows `[class | patches | mask? | prompts]`, with `prompt_bias`
+        where it is learned and asked for; None where nothing is added."""
+        backbone = self.backbone
+        parts = (backbone.rel_pos_bias, biased_attention(backbone.blocks[layer]))
+        found = (getattr(part, "relative_position_bias_table", None) for part in parts)
+        tables = [table for table in found if table is not None]
+        bias = None
+        if tables:
+            table = sum(tables[1:], start=tables[0])
+            table = torch.cat([table, table.new_zeros(1, table.shape[1])])
+            bias = rearrange(table[self.bias_index], "i j h -> h i j")
+        if learned and self.prompt_bias is not None:
+            first_prompt = self.num_rows - self.prompts.length
+            patches = 1 + self.num_patches
+            columns = self.prompt_bias.new_zeros(self.prompt_bias.shape[2], self.num_rows, self.num_rows)
+            columns[:, 1:patches, first_prompt:] = self.prompt_bias[layer, 1][:, None]
+            columns[:, 0, first_prompt:] = self.prompt_bias[layer, 0]
+            columns[:, patches:first_prompt, first_prompt:] = self.prompt_bias[layer, 0][:, None]
+            bias = columns if bias is None else bias + columns
+        return bias
 
     @property
     def bias_is_shared(self) -> bool:
         """Whether all blocks add the same position bias."""
         return self.backbone.blocks[0].attn.relative_position_bias_table is None
+
+    def without_prompts(self) -> PromptedBEiT:
+        """The same model without its prompts, see `PromptedModel.without_prompts`."""
+        twin = super().without_prompts()
+        assert isinstance(twin, PromptedBEiT)
+        twin.bias_index = self.bias_index[: twin.num_rows, : twin.num_rows]
+        twin.row_order = self.row_order[self.row_order < twin.num_rows]
+        return twin
 
     def _readout_row(self) -> int | None:
         """Row of `forward_features` that is read, None where patch rows are averaged."""
@@ -349,9 +391,9 @@ def _from_registry(architecture: str, pretrained: bool, arguments: dict[str, Any
     model = PromptedBEiT(
         arguments.pop("source", architecture), arguments.pop("num_classes", 1000), pretrained=pretrained, **arguments
     )
-    own = model.default_cfg["input_size"][0]
-    if channels not in (None, own):
-        raise ValueError(f"in_chans must be {own}, as the weights of {model.source} have, got {channels!r}")
+    taken = model.default_cfg["input_size"][0]
+    if channels not in (None, taken):
+        raise ValueError(f"in_chans must be {taken}, as the weights of {model.source} have, got {channels!r}")
     return model
 
 

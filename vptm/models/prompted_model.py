@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from vptm.frozen.encoder import Folded, FrozenEncoder, Start
-from vptm.frozen.fold import learns, refuse_unread
-from vptm.frozen.reference import AttentionFunction, reference_features, sdpa, softmax_attention
-from vptm.frozen.sharing import own_storage
+from vptm.frozen.encoder import FrozenEncoder
+from vptm.frozen.fold import refuse_unread
+from vptm.frozen.folded import Folded, Start
+from vptm.frozen.parts import learns, oddity, sdpa, softmax_attention
+from vptm.frozen.reference import reference_features
+from vptm.frozen.rows import PromptedRows
+from vptm.frozen.sharing import unshare_storage
 from vptm.messages import one_of
 from vptm.models.prompts import PROMPT_OPTIONS, PromptBank
 from vptm.models.verbalizers import ClassEmbeddings, LinearVerbalizer, PrototypicalVerbalizer
@@ -24,17 +27,15 @@ VERBALIZERS = ("prototypical", "linear", "class_embeddings")
 Verbalizer = PrototypicalVerbalizer | LinearVerbalizer | ClassEmbeddings
 
 
-class PromptedModel(nn.Module):
+class PromptedModel(PromptedRows):
     """A frozen transformer with learned prompts and a verbalizer; `PromptedBEiT` and `PromptedViT` say what rows it
     has.
 
-    Rows stand as `[prefix | patches | mask? | prompts]` wherever they are kept: the prefix is the class token and what
-    comes with it. How long what is derived from weights holds is said in `vptm.frozen.encoder.FrozenEncoder`. A
-    subclass builds `backbone`, `prompts` and `verbalizer`, calls `_finish`, and defines the methods
-    that raise NotImplementedError here.
+    How rows stand is said in `vptm.frozen.rows.PromptedRows`, how long what is derived from weights holds in
+    `vptm.frozen.encoder.FrozenEncoder`. A subclass builds `backbone`, `prompts` and `verbalizer`, calls `_finish`, and
+    defines the methods that raise NotImplementedError in `PromptedRows`, and `_readout_row`.
     """
 
-    backbone: Any
     prompts: PromptBank
     verbalizer: Verbalizer
     config: dict[str, Any]
@@ -42,15 +43,7 @@ class PromptedModel(nn.Module):
     architecture: dict[str, Any]
     source: str | None
     num_classes: int
-    num_features: int
-    num_patches: int
-    num_rows: int
     readout: str
-    impl: str
-    mask_token: nn.Parameter | None
-    lm_head: nn.Linear | None
-    prompt_bias: nn.Parameter | None
-    extra_bias = "zero"
     _sealed_hash: str | None = None
 
     @property
@@ -61,7 +54,6 @@ class PromptedModel(nn.Module):
     def _finish(self) -> None:
         """The end of every constructor: freeze, remember what was frozen, and be ready to run."""
         self.class_names: list[str] | None = None
-        self.grad_checkpointing = False
         self._frozen = True
         self._encoder = FrozenEncoder()
         self.register_load_state_dict_pre_hook(_refuse_loading)
@@ -69,43 +61,16 @@ class PromptedModel(nn.Module):
         self._freeze()
         self.train(self.training)
 
-    @abstractmethod
-    def embed(self, images: Tensor, folded: Folded | None = None) -> Tensor:
-        """Rows `[prefix | patches | mask?]` before block 0, in memory of their own; by the patch embedding of `folded`
-        where there is one."""
-        raise NotImplementedError
-
-    @abstractmethod
-    def reference_block(self, layer: int, rows: Tensor, attention: AttentionFunction) -> Tensor:
-        """Block `layer` on all rows (B, T, C), prompts last, in eager PyTorch."""
-        raise NotImplementedError
-
-    @abstractmethod
     def _readout_row(self) -> int | None:
         """Row of `forward_features` that is read, None where rows are averaged."""
         raise NotImplementedError
 
-    def reference_embed(self, images: Tensor) -> Tensor:
-        """`embed` as the textbook writes it."""
-        return self.embed(images)
-
-    def position_bias(self, layer: int, *, learned: bool = True) -> Tensor | None:
-        """Bias (H, T, T) that block `layer` adds to its scores, None where it adds nothing."""
-        return None
-
-    @property
-    def bias_is_shared(self) -> bool:
-        """Whether all blocks add the same position bias."""
-        return True
-
-    def mean_rows(self) -> slice:
-        """Rows that a mean read-out averages."""
-        return slice(1, 1 + self.num_patches)
-
-    @property
-    def pools_prompts(self) -> bool:
-        """Whether the read-out averages prompt rows too, so that the last block has to compute them."""
-        return False
+    def unread_prompts(self) -> str | None:
+        """What keeps prompts from being asked for their rows, in words; None where nothing does."""
+        if type(self.prompts) is not PromptBank:
+            return f"prompts of {type(self.prompts).__name__}"
+        odd = oddity(self.prompts)
+        return None if odd is None else f"prompts with {odd}"
 
     def _make_prompts(self) -> PromptBank:
         """The prompts that `config` describes, for this backbone."""
@@ -188,7 +153,7 @@ class PromptedModel(nn.Module):
         A backbone that was passed in as a module is copied first: what trains is not the module that was passed.
         """
         self._refuse_dropped("unfreeze()")
-        own_storage(self.backbone)
+        unshare_storage(self.backbone)
         self.refresh()
         self._frozen = False
         self.backbone.requires_grad_(True)
@@ -209,7 +174,8 @@ class PromptedModel(nn.Module):
         self._encoder = FrozenEncoder()
 
     @torch.compiler.assume_constant_result
-    def _fold_while_tracing(self) -> bool:
+    def fold_while_tracing(self) -> bool:
+        """Whether this model runs folded, asked by a trace: constants are made at once, of real weights."""
         return self._encoder.runs_eagerly(self)
 
     def freeze_for_inference(self, keep_originals: bool = False) -> PromptedModel:
@@ -254,13 +220,35 @@ class PromptedModel(nn.Module):
             self._encoder.seal(self, folded)
         return self
 
-    def _twin(self) -> PromptedModel:
+    def _twin(self, encoder: FrozenEncoder) -> PromptedModel:
         """A model of the same parts, with an encoder of its own."""
-        twin = object.__new__(type(self))
-        twin.__dict__ = dict(self.__dict__)
+        twin = copy.copy(self)
         for kind in ("_modules", "_parameters", "_buffers"):
             twin.__dict__[kind] = dict(self.__dict__[kind])
-        twin._encoder = FrozenEncoder()
+        twin._encoder = encoder
+        return twin
+
+    def without_prompts(self) -> PromptedModel:
+        """The same model without its prompts, `prompt_length=0`: what a frozen backbone says by itself.
+
+        It shares every weight that is left, and the encoder's folded constants of this model, which therefore has to
+        stay, and stays in charge of them: call `to`, `unfreeze`, `refresh` and `freeze_for_inference` on this one, and
+        make another twin after `to`. An edit of a weight is seen by both.
+
+        Example:
+            >>> model = vptm.PromptedBEiT("builtin", num_classes=10, prompt_mode="deep")
+            >>> twin = model.without_prompts()
+            >>> twin.prompts.length, twin(torch.zeros(2, 1, 28, 28)).shape
+            (0, torch.Size([2, 10]))
+        """
+        twin = self._twin(FrozenEncoder(self._runs_on))
+        twin.config = self.config | {"prompt_length": 0, "prompt_mode": "shallow"}
+        twin.config |= {"prompt_dropout": 0.0, "prompt_options": None}
+        if twin.extra_bias == "learned":  # of prompts alone
+            twin.extra_bias = twin.config["extra_bias"] = "zero"
+        twin.prompt_bias = None
+        twin.prompts = twin._make_prompts().to(self.prompts.weight)
+        twin.num_rows = self.num_rows - self.prompts.length
         return twin
 
     def sealed_twin(self) -> PromptedModel:
@@ -271,7 +259,7 @@ class PromptedModel(nn.Module):
         folded = None if self._encoder.sealed else self._runs_on()
         if folded is None:
             return self
-        twin = self._twin()
+        twin = self._twin(FrozenEncoder())
         twin._encoder.seal(twin, folded)
         return twin
 
@@ -313,6 +301,22 @@ class PromptedModel(nn.Module):
             if part.dtype != weight.dtype and not autocast:
                 raise TypeError(f"{name} must have the dtype of the backbone, {weight.dtype}, got {part.dtype}")
 
+    def check_finite(self) -> None:
+        """Raise ValueError where something learned, or a frozen verbalizer, holds NaN or infinite values, or a
+        verbalizer another number of prototypes than there are classes."""
+        verbalizer = self.verbalizer
+        if isinstance(verbalizer, PrototypicalVerbalizer) and len(verbalizer.prototypes) != self.num_classes:
+            raise ValueError(
+                f"verbalizer.prototypes must have a row for each of the model's {self.num_classes} classes, "
+                f"got {len(verbalizer.prototypes)}"
+            )
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if tensor.requires_grad or name.startswith("verbalizer."):
+                wrong = (~tensor.detach().isfinite()).nonzero()
+                if len(wrong):
+                    index = wrong[0].tolist()
+                    raise ValueError(f"{name} must be finite, got {float(tensor.detach()[tuple(index)])} at {index}")
+
     def forward_features(self, images: Tensor) -> Tensor:
         """Rows `[prefix | patches | mask?]` after the backbone's final norm; prompts do not enter what is returned,
         unless the read-out averages them: then they are its last rows.
@@ -341,18 +345,21 @@ class PromptedModel(nn.Module):
                 f"got {self._unfolded()}"
             )
         if learns(self.backbone):
-            own_storage(self.backbone)
+            unshare_storage(self.backbone)
         return reference_features(self, images, softmax_attention if self.impl == "reference" else sdpa)
 
     def _unfolded(self) -> str:
         """What keeps this model from the folded path."""
         return FrozenEncoder.unsupported(self) or f"impl={self.impl!r}"
 
-    def run_block(self, function: Any, *args: Any) -> Tensor:
-        """`function(*args)`, its activations recomputed in backward where `set_grad_checkpointing` asked for it."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
+    @contextmanager
+    def listening_to_blocks(self, listener: Callable[[], None]) -> Iterator[None]:
+        """Inside, `listener()` is called before and after every block that this model runs, on every path."""
+        self.block_listener = listener
+        try:
+            yield
+        finally:
+            self.block_listener = None
 
     def forward_hidden(self, images: Tensor) -> Tensor:
         """The normalised read-out row (B, C), equal to `forward_head(forward_features(images), pre_logits=True)`."""
@@ -426,22 +433,22 @@ class PromptedModel(nn.Module):
         Raises:
             ValueError: a missing, unknown, wrongly shaped or non-finite tensor; nothing is copied then.
         """
-        own = self.learned_state_dict()
-        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        learned = self.learned_state_dict()
+        missing, unknown = sorted(learned.keys() - state.keys()), sorted(state.keys() - learned.keys())
         if missing or unknown:
             raise ValueError(
-                f"learned tensors must be {sorted(own)}, got {sorted(state)}: missing {missing}, unknown {unknown}"
+                f"learned tensors must be {sorted(learned)}, got {sorted(state)}: missing {missing}, unknown {unknown}"
             )
-        for name, tensor in own.items():
+        for name, tensor in learned.items():
             if state[name].shape != tensor.shape:
                 raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
             if not torch.isfinite(state[name]).all():
                 raise ValueError(f"{name} must be finite, got NaN or infinite values")
-        if any(name.startswith("backbone.") for name in own):
-            own_storage(self.backbone)
-            own = self.learned_state_dict()
+        if any(name.startswith("backbone.") for name in learned):
+            unshare_storage(self.backbone)
+            learned = self.learned_state_dict()
         with torch.no_grad():
-            for name, tensor in own.items():
+            for name, tensor in learned.items():
                 tensor.copy_(state[name])
         self._encoder.forget_learned()
 

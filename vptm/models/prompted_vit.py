@@ -13,8 +13,7 @@ from timm.models import vision_transformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vptm.frozen.encoder import Folded
-from vptm.frozen.reference import AttentionFunction
+from vptm.frozen.rows import AttentionFunction
 from vptm.frozen.sharing import shared_twin
 from vptm.messages import error_line, hint, one_of
 from vptm.models.prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
@@ -154,10 +153,10 @@ class PromptedViT(PromptedModel):
         self.verbalizer = self._make_verbalizer(num_classes)
         self._finish()
 
-    def embed(self, images: Tensor, folded: Folded | None = None) -> Tensor:
+    def embed(self, images: Tensor, patch_embed: nn.Module | None = None) -> Tensor:
         """Rows `[class | registers | patches]` with positions, after `norm_pre`."""
         backbone = self.backbone
-        patches = backbone.patch_embed(images) if folded is None else folded.patches(self, images)
+        patches = (patch_embed or backbone.patch_embed)(images)
         return backbone.norm_pre(backbone._pos_embed(patches))
 
     def reference_embed(self, images: Tensor) -> Tensor:
@@ -216,8 +215,8 @@ def _load(source: str | VisionTransformer, img_size: int | tuple[int, int] | Non
 
 
 def _check(backbone: nn.Module, label: str) -> None:
-    own = VisionTransformer
-    if not isinstance(backbone, own) or type(backbone).forward_features is not own.forward_features:
+    kind = VisionTransformer
+    if not isinstance(backbone, kind) or type(backbone).forward_features is not kind.forward_features:
         other = ": use PromptedBEiT" if type(backbone).__name__ == "Beit" else ""
         raise ValueError(
             f"PromptedViT runs timm's VisionTransformer class, {label} is a {type(backbone).__name__}{other}"

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from vptm.messages import listed, one_line
 from vptm.models.opening import MODEL_CLASSES, build
 from vptm.models.prompted_model import PromptedModel
-from vptm.models.verbalizers import check_finite
 from vptm.weights.adapters import PREPROCESSING, write_adapter
 from vptm.weights.checkpoints import local_files_only
 from vptm.weights.files import weight_hash
@@ -66,7 +65,7 @@ def save_compared(
     model: PromptedModel, folder: str | Path, frozen: FrozenPart, extra: Mapping[str, Any] | None = None
 ) -> None:
     """`save_adapter` of a model whose frozen part was compared before, and has not changed since."""
-    check_finite(model)
+    model.check_finite()
     source = model.source
     if source is not None and source != "builtin" and not timm.is_model(source) and Path(source).exists():
         source = str(Path(source).resolve())  # found again from any working directory

@@ -5,24 +5,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vptm.data.labels import check_labels
-from vptm.frozen.fold import is_plain_linear
-from vptm.frozen.modes import eval_mode
+from vptm.frozen.parts import is_plain_linear
+from vptm.frozen.rows import PreparedHead, PromptedRows
 from vptm.messages import number, one_of
-from vptm.training.losses import protoverb_loss
-from vptm_kernels import FoldedHead, fold_head, prototype_cosine
-
-if TYPE_CHECKING:
-    from vptm.models.prompted_model import PromptedModel
+from vptm.models.support import support_rows
+from vptm_kernels import fold_head, prototype_cosine
 
 TOKEN_ACTIVATIONS = ("hidden", "logits", "softmax", "log_softmax")
-PROTOTYPE_STARTS = ("present", "class_means")
 _ROWS_AT_ONCE = 256
 
 
@@ -53,14 +47,6 @@ def _check_sizes(in_features: int, num_classes: int) -> None:
     for name, size in (("in_features", in_features), ("num_classes", num_classes)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
-
-
-class PreparedHead(NamedTuple):
-    """Constants of a verbalizer that does not change any more: token head and projection as one map, and unit
-    prototypes (K, d)."""
-
-    head: FoldedHead
-    prototypes: Tensor
 
 
 class PrototypicalVerbalizer(nn.Module):
@@ -133,7 +119,7 @@ class PrototypicalVerbalizer(nn.Module):
         read = read_tokens(hidden, lm_head, self.token_activation)
         return read if self.projection is None else self.projection(read)
 
-    def _embed_support(self, hidden: Tensor, lm_head: nn.Linear | None) -> Tensor:
+    def embed_support(self, hidden: Tensor, lm_head: nn.Linear | None) -> Tensor:
         """`embed` for many rows at once: where that is exact, without the V token logits of each."""
         if self.token_activation == "logits" and self.projection is not None and self._is_plain(lm_head):
             assert lm_head is not None
@@ -142,7 +128,7 @@ class PrototypicalVerbalizer(nn.Module):
         return self.embed(hidden, lm_head)
 
     @torch.no_grad()
-    def init_prototypes(self, model: PromptedModel, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def init_prototypes(self, model: PromptedRows, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Start every prototype at the mean embedding of its class, under the model's present prompts and projection.
 
         Args:
@@ -153,13 +139,14 @@ class PrototypicalVerbalizer(nn.Module):
             ValueError: a label outside 0 .. K - 1, read-out rows or embeddings that are not finite, or a class without
                 an image. The prototypes are then unchanged.
         """
-        self._to_class_means(*support_rows(model, loader, len(self.prototypes)), model.lm_head)
+        self.to_class_means(*support_rows(model, loader, len(self.prototypes)), model.lm_head)
 
     @torch.no_grad()
-    def _to_class_means(self, hidden: Tensor, labels: Tensor, lm_head: nn.Linear | None) -> None:
+    def to_class_means(self, hidden: Tensor, labels: Tensor, lm_head: nn.Linear | None) -> None:
+        """Every prototype at the mean embedding of the read-out rows (N, C) of its class, labels (N,)."""
         sums = torch.zeros(self.prototypes.shape, dtype=torch.float64, device=hidden.device)
-        for rows, own in zip(hidden.split(_ROWS_AT_ONCE), labels.split(_ROWS_AT_ONCE)):
-            sums.index_add_(0, own, self._embed_support(rows, lm_head).double())
+        for rows, their in zip(hidden.split(_ROWS_AT_ONCE), labels.split(_ROWS_AT_ONCE)):
+            sums.index_add_(0, their, self.embed_support(rows, lm_head).double())
         means = sums / torch.bincount(labels, minlength=len(sums))[:, None]
         if not bool(means.isfinite().all()):
             raise ValueError("embeddings of the support set must be finite, got NaN or inf: look at the projection")
@@ -293,148 +280,3 @@ class LinearVerbalizer(nn.Module):
     def forward(self, hidden: Tensor, lm_head: nn.Linear | None = None) -> Tensor:
         """Class scores (B, K)."""
         return self.head(read_tokens(hidden, lm_head, self.token_activation))
-
-
-@torch.no_grad()
-def support_rows(model: PromptedModel, loader: Iterable[tuple[Tensor, Tensor]], classes: int) -> tuple[Tensor, Tensor]:
-    """Read-out rows (N, C) of a whole support set and its labels (N,), by `model` in eval mode.
-
-    Raises:
-        ValueError: labels that are not (B,) integers, a label outside 0 .. classes - 1, a row that is not finite, or a
-            class without an image.
-    """
-    device = next(model.parameters()).device
-    rows: list[Tensor] = []
-    found: list[Tensor] = []
-    seen = 0
-    with eval_mode(model):
-        for images, labels in loader:
-            if not isinstance(labels, Tensor):
-                raise ValueError(f"labels must be a tensor (B,) of integers, got {type(labels).__name__}")
-            if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
-                raise ValueError(
-                    f"labels must be ({len(images)},) integers, one for each image, "
-                    f"got {tuple(labels.shape)} {labels.dtype}"
-                )
-            check_labels(labels, classes, first=seen)
-            hidden = model.forward_hidden(images.to(device))
-            broken = (~hidden.isfinite().all(dim=1)).nonzero()
-            if broken.numel():
-                raise ValueError(f"read-out rows must be finite, got NaN or inf for image {seen + int(broken[0])}")
-            rows.append(hidden)
-            found.append(labels.to(device).long())
-            seen += len(labels)
-    counts = torch.bincount(torch.cat(found), minlength=classes) if found else torch.zeros(classes)
-    empty = (counts == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"every class must have an image in the support set, got none for class {empty[0]}")
-    return torch.cat(rows), torch.cat(found)
-
-
-def fit_prototypes(
-    model: PromptedModel,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    *,
-    start: str = "present",
-    steps: int = 5,
-    lr: float = 1e-3,
-    temperature: float = 1.0,
-) -> list[float]:
-    """ProtoVerb's post-hoc training (arXiv:2203.09770): projection and prototypes learn, the prompts stay.
-
-    The read-out rows of the support set are computed once, in eval mode; then Adam takes `steps` full-batch steps on
-    `vptm.training.losses.protoverb_loss` of their embeddings. The temperature of the verbalizer stays too. Defaults are
-    OpenPrompt's. It holds (N, N) cosines.
-
-    Args:
-        model: with a prototypical verbalizer, of which what requires a gradient is trained in place.
-        loader: the support set as (images, labels) batches, labels (B,) integers in 0 .. K - 1; without augmentation
-            unless that is wanted frozen too.
-        start: where the prototypes start: "present" values, or "class_means" of the support set.
-        steps: of Adam, >= 1.
-        lr: learning rate.
-        temperature: of the cosines inside the loss, not the verbalizer's.
-
-    Returns:
-        The loss before every step and after the last: `steps` + 1 numbers.
-
-    Raises:
-        ValueError, TypeError: an argument out of range, another verbalizer, frozen prototypes or such that are not
-            finite, a label outside 0 .. K - 1, a class without an image. Nothing has changed then.
-        FloatingPointError: the loss became NaN or infinite; the model is as it was.
-
-    Example:
-        >>> import vptm
-        >>> model = vptm.PromptedBEiT("builtin", num_classes=2, prototype_dim=8)
-        >>> losses = vptm.fit_prototypes(model, [(torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 0, 1]))])
-        >>> len(losses)
-        6
-    """
-    verbalizer = model.verbalizer
-    if not isinstance(verbalizer, PrototypicalVerbalizer):
-        raise TypeError(f"model must have a PrototypicalVerbalizer, got {type(verbalizer).__name__}")
-    one_of("start", start, PROTOTYPE_STARTS)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer >= 1, got {steps!r}")
-    if not 0 < number("lr", lr) < math.inf:
-        raise ValueError(f"lr must be finite and > 0, got {lr!r}")
-    if not 0 < number("temperature", temperature) < math.inf:
-        raise ValueError(f"temperature must be finite and > 0, got {temperature!r}")
-    parts = [verbalizer.prototypes, *(verbalizer.projection.parameters() if verbalizer.projection else ())]
-    learned: list[Tensor] = [parameter for parameter in parts if parameter.requires_grad]
-    if not verbalizer.prototypes.requires_grad:
-        raise ValueError("verbalizer.prototypes must be trainable, got requires_grad=False")
-    check_finite(model)
-    hidden, labels = support_rows(model, loader, len(verbalizer.prototypes))
-    before = [parameter.detach().clone() for parameter in learned]
-    # in 16 bits Adam divides by a zero and small steps are lost: float32 copies step, as in `vptm.fit`
-    half = (torch.float16, torch.bfloat16)
-    stepped = [parameter.detach().float() if parameter.dtype in half else parameter for parameter in learned]
-    optimiser = torch.optim.Adam(stepped, lr=lr)
-    losses: list[float] = []
-    try:
-        if start == "class_means":
-            verbalizer._to_class_means(hidden, labels, model.lm_head)
-            _copy_values(learned, stepped)
-        for step in range(steps + 1):
-            with torch.set_grad_enabled(step < steps):
-                embedding = verbalizer._embed_support(hidden, model.lm_head)
-                loss = protoverb_loss(embedding, verbalizer.prototypes, labels, temperature=temperature)
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"loss became {losses[-1]} at step {step} with lr {lr:.3g}: use a lower lr")
-            if step < steps:
-                for copy, gradient in zip(stepped, torch.autograd.grad(loss, learned)):
-                    copy.grad = gradient.to(copy.dtype)
-                optimiser.step()
-                _copy_values(stepped, learned)
-    except BaseException:
-        _copy_values(before, learned)
-        raise
-    finally:
-        optimiser.zero_grad(set_to_none=True)
-    return losses
-
-
-@torch.no_grad()
-def _copy_values(source: list[Tensor], target: list[Tensor]) -> None:
-    for values, tensor in zip(source, target):
-        if values is not tensor:
-            tensor.copy_(values)
-
-
-def check_finite(model: PromptedModel) -> None:
-    """Raise ValueError where something learned, or a frozen verbalizer, holds NaN or infinite values, or another number
-    of prototypes than the model has classes."""
-    verbalizer = model.verbalizer
-    if isinstance(verbalizer, PrototypicalVerbalizer) and len(verbalizer.prototypes) != model.num_classes:
-        raise ValueError(
-            f"verbalizer.prototypes must have a row for each of the model's {model.num_classes} classes, "
-            f"got {len(verbalizer.prototypes)}"
-        )
-    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        if parameter.requires_grad or name.startswith("verbalizer."):
-            wrong = (~parameter.detach().isfinite()).nonzero()
-            if len(wrong):
-                index = wrong[0].tolist()
-                raise ValueError(f"{name} must be finite, got {float(parameter.detach()[tuple(index)])} at {index}")

@@ -13,7 +13,7 @@ from vptm.data.datasets import ImageDataset
 from vptm.data.labels import check_labels, dataset_labels
 from vptm.messages import hint, number
 from vptm.models.prompted_model import PromptedModel
-from vptm.models.verbalizers import PrototypicalVerbalizer, check_finite
+from vptm.models.verbalizers import PrototypicalVerbalizer
 from vptm.settings import TrainSettings
 from vptm.training.seeding import generators_kept
 
@@ -58,7 +58,7 @@ def check_model(model: PromptedModel, settings: TrainSettings) -> None:
         raise ValueError(f"protoverb_weight needs verbalizer='prototypical', got {type(model.verbalizer).__name__}")
     if next(model.trainable_parameters(), None) is None:
         raise ValueError("model must have trainable parameters, all of them are frozen")
-    check_finite(model)
+    model.check_finite()
 
 
 def check_data(model: PromptedModel, loader: DataLoader[Any], name: str, *, cast: bool) -> np.ndarray | None:

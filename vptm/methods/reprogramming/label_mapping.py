@@ -93,12 +93,12 @@ class LabelMapping(nn.Module):
             raise ValueError(
                 f"classifier must have {self.weights.shape[1]} source labels, got {classifier.out_features}"
             )
-        own = classifier.weight
+        weight = classifier.weight
         folded = nn.Linear(classifier.in_features, len(self.weights), bias=classifier.bias is not None)
-        folded = folded.to(device=own.device, dtype=own.dtype)
-        weights = self.weights.to(device=own.device, dtype=torch.float64)
+        folded = folded.to(device=weight.device, dtype=weight.dtype)
+        weights = self.weights.to(device=weight.device, dtype=torch.float64)
         with torch.no_grad():
-            folded.weight.copy_(weights @ own.double())
+            folded.weight.copy_(weights @ weight.double())
             if classifier.bias is not None:
                 folded.bias.copy_(weights @ classifier.bias.double())
         return folded.requires_grad_(False)
@@ -208,8 +208,8 @@ def semantic_scores(
     """
     if not names or not source_names:
         raise ValueError(f"names must not be empty, got {len(names)} and {len(source_names)} source names")
-    own, source = (embed_names(group, encoder, template) for group in (names, source_names))
-    return embedding_scores(own, source)
+    targets, source = (embed_names(group, encoder, template) for group in (names, source_names))
+    return embedding_scores(targets, source)
 
 
 def embed_names(names: Sequence[str], encoder: TextEncoder, template: str | Sequence[str] = TEMPLATE) -> Tensor:
@@ -322,10 +322,12 @@ def label_counts(
         ValueError: an empty loader, a label outside 0..K-1, or logits that are NaN or +inf.
     """
     counts: Tensor | None = None
+    seen = 0
     with eval_mode(model):
         for images, targets in loader:
             logits = model(images)
-            check_labels(targets, labels)
+            check_labels(targets, labels, first=seen)
+            seen += len(targets)
             # -inf is how a source label is switched off
             if bad := int((~(logits < torch.inf)).sum()):
                 raise ValueError(f"model must give finite logits, got {bad} of {logits.numel()} that are NaN or +inf")

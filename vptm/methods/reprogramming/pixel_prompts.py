@@ -115,15 +115,15 @@ class VisualPrompt(nn.Module):
         linear = isinstance(patch_embed.norm, nn.Identity)
         return patch_embed.img_size == (self.size, self.size) and (linear or self.mode == "expansive")
 
-    def _own(self, patch_embed: nn.Module) -> tuple[slice, slice]:
+    def _image_places(self, patch_embed: nn.Module) -> tuple[slice, slice]:
         """Rows and columns of the grid of patches that hold pixels of the image."""
         sides = patch_embed.patch_size
         rows, columns = (slice(self.inside.start // side, -(-self.inside.stop // side)) for side in sides)  # type: ignore[union-attr]
         return rows, columns
 
-    def own_patches(self, patch_embed: nn.Module) -> Tensor:
+    def image_patches(self, patch_embed: nn.Module) -> Tensor:
         """Places of those patches, in the order of `patches`."""
-        rows, columns = self._own(patch_embed)
+        rows, columns = self._image_places(patch_embed)
         places = torch.arange(patch_embed.num_patches, device=self.delta.device).view(patch_embed.grid_size)  # type: ignore[call-overload]
         return places[rows, columns].flatten()
 
@@ -142,7 +142,7 @@ class VisualPrompt(nn.Module):
             shift = patch_embed(self.border()[None]) - patch_embed(torch.zeros_like(self.delta)[None])
             return patch_embed(images) + shift
         proj, norm = patch_embed.proj, patch_embed.norm
-        rows, columns = self._own(patch_embed)
+        rows, columns = self._image_places(patch_embed)
         pixels = self(images)[
             ..., rows.start * height : rows.stop * height, columns.start * width : columns.stop * width
         ]
@@ -202,8 +202,8 @@ class ReprogrammedClassifier(nn.Module):
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(self.prompt.patches(vit.patch_embed, images))))
         blocks = list(vit.blocks)
         if self.prompt.mode == "expansive" and unfoldable(blocks[0]) is None:
-            own = vit.num_prefix_tokens + self.prompt.own_patches(vit.patch_embed)
-            x = _block_with_shared_rows(blocks.pop(0), x, own)
+            changing = vit.num_prefix_tokens + self.prompt.image_patches(vit.patch_embed)
+            x = _block_with_shared_rows(blocks.pop(0), x, changing)
         for block in blocks:
             x = block(x)
         return vit.forward_head(vit.norm(x))
@@ -213,15 +213,15 @@ class ReprogrammedClassifier(nn.Module):
         return self.mapping(self.source_logits(images))
 
 
-def _block_with_shared_rows(block: nn.Module, x: Tensor, own: Tensor) -> Tensor:
-    """`block(x)` for rows (B, T, C) that are the same for every image but where `own` says: their queries, keys and
-    values are made once for the batch."""
+def _block_with_shared_rows(block: nn.Module, x: Tensor, changing: Tensor) -> Tensor:
+    """`block(x)` for rows (B, T, C) of which only those at `changing` differ between images: queries, keys and values
+    of the others are made once for the batch."""
     attn: Any = block.attn
     shared = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
-    shared[own] = False
-    of_own, of_shared = attn.qkv(block.norm1(x[:, own])), attn.qkv(block.norm1(x[:1, shared]))  # type: ignore[operator]
-    qkv = of_own.new_empty(*x.shape[:2], of_own.shape[-1])
-    qkv[:, own], qkv[:, shared] = of_own, of_shared
+    shared[changing] = False
+    of_changing, of_shared = attn.qkv(block.norm1(x[:, changing])), attn.qkv(block.norm1(x[:1, shared]))  # type: ignore[operator]
+    qkv = of_changing.new_empty(*x.shape[:2], of_changing.shape[-1])
+    qkv[:, changing], qkv[:, shared] = of_changing, of_shared
     query, key, value = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     mixed = F.scaled_dot_product_attention(query, key, value, scale=attn.scale).transpose(1, 2).flatten(2)
     x = x + block.ls1(attn.proj(mixed))  # type: ignore[operator]
@@ -296,7 +296,7 @@ def fit_visual_prompt(
             model.train()
             summed = seen = 0.0
             for images, targets in train:
-                check_labels(targets, labels)
+                check_labels(targets, labels, first=int(seen))
                 loss = F.cross_entropy(model(images.to(place)), targets.to(place))
                 if not math.isfinite(value := float(loss.detach())):
                     rate = optimiser.param_groups[0]["lr"]

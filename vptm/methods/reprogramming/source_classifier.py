@@ -54,13 +54,13 @@ def load_classifier(
         head = timm.models.get_pretrained_cfg_value(name, "classifier")
         last = state.get(f"{head}.weight", next(reversed(list(state.values()))))
         model = timm.create_model(name, num_classes=len(last) if last.ndim else 0)
-        own = model.state_dict()
-        if own.keys() != state.keys():
+        expected = model.state_dict()
+        if expected.keys() != state.keys():
             shapes = [tuple(tensor.shape) for tensor in state.values()]
-            if shapes != [tuple(tensor.shape) for tensor in own.values()]:
+            if shapes != [tuple(tensor.shape) for tensor in expected.values()]:
                 raise ValueError(f"{weights} does not fit {name}: other names and other shapes")
             notes.append(f"{weights} names its tensors otherwise than timm: matched by order and shape")
-            state = dict(zip(own, state.values()))
+            state = dict(zip(expected, state.values()))
         try:
             model.load_state_dict(state)
         except RuntimeError as error:

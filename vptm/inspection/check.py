@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from vptm.frozen.modes import eval_mode
-
-if TYPE_CHECKING:
-    from vptm.models.prompted_model import PromptedModel
+from vptm.models.prompted_model import PromptedModel
 
 
 def _outputs(model: PromptedModel, images: Tensor, impl: str, gradients: bool) -> dict[str, Tensor]:
-    own = model.impl
+    running = model.impl
     model.impl = impl
     try:
         with torch.no_grad():  # the path that inference takes
@@ -34,7 +30,7 @@ def _outputs(model: PromptedModel, images: Tensor, impl: str, gradients: bool) -
             tensors["logits in training"] = logits
             tensors |= {f"grad {name}": value for name, value in zip(named, values)}
     finally:
-        model.impl = own
+        model.impl = running
     return {name: tensor.detach().double() for name, tensor in tensors.items()}
 
 

@@ -1,0 +1,391 @@
+"""Constants of a frozen backbone, and the forward pass that runs on them: the same function as
+`vptm.frozen.reference`, computing only what reaches the answer.
+
+- Deep prompts are a key/value prefix: projected once per step for the whole batch, never given queries, an MLP or a
+  norm.
+- The last block computes the one row that is read, and projects no key or value of any token; where rows are averaged,
+  it computes those rows alone, and averages before its last linear where no norm stands between.
+- LayerNorm weights, LayerScale and the scale of the scores are folded into the frozen linears, the position bias is
+  expanded, both once.
+
+Each is exact in real arithmetic and used only where it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vptm.frozen.fold import FrozenBlock, fold_block
+from vptm.frozen.parts import is_plain_linear, oddity
+from vptm.frozen.rows import PreparedHead, PromptedRows
+from vptm_kernels import prompted_attention, readout_attention
+from vptm_kernels._runtime.frozen_linear import frozen_linear, runs_onednn
+from vptm_kernels.prompted_attention.bias import align_rows
+
+Prefixes = Sequence["Tensor | None"]
+
+
+class Start(NamedTuple):
+    """The rows that enter block 0, and their queries, keys and values in it."""
+
+    rows: Tensor
+    qkv: Tensor
+
+
+def _bias_values(bias: Tensor, dtype: torch.dtype, triton: bool) -> Tensor:
+    """The bias in the type its attention reads best: for 16-bit kernels fp16, which keeps three more bits than bf16."""
+    if not triton or dtype not in (torch.float16, torch.bfloat16):
+        return bias.to(dtype)
+    half = bias.half()
+    return half if torch.equal(half.isinf(), bias.isinf()) else bias.float()
+
+
+def _normalise(x: Tensor, eps: float) -> Tensor:
+    return torch.layer_norm(x, x.shape[-1:], None, None, eps)
+
+
+def _residual(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is not None:
+        update = update * scale
+    # the update is a fresh tensor that nothing saved, so adding in place costs no memory; autocast keeps x in fp32
+    return update.add_(x) if update.dtype == x.dtype else x + update
+
+
+class Folded:
+    """Everything an encoder derives from frozen weights, and what runs on it. Never changed once it is made.
+
+    Args:
+        model: has a backbone whose blocks fold.
+        dtype: the type blocks compute in.
+        triton: whether attention runs in Triton kernels.
+
+    Attributes:
+        key: what it was made for.
+        blocks: folded blocks.
+        sealed_prefixes, sealed_head: projected prompts and the verbalizer's constants, where the model was sealed.
+    """
+
+    def __init__(self, model: PromptedRows, dtype: torch.dtype, triton: bool, key: str) -> None:
+        backbone = model.backbone
+        weight = backbone.patch_embed.proj.weight
+        self.key = key
+        blocks = [fold_block(block, dtype) for block in backbone.blocks]
+        # one tensor for all, so that the prompts of all blocks are projected by one product; keys have no bias, and
+        # that of values is in the next linear
+        self.qkv_weights = torch.stack([block.qkv_weight for block in blocks])
+        self._take_weights(blocks)
+        self.prefix_eps = blocks[0].eps_1 if len({block.eps_1 for block in blocks}) == 1 else None
+        # a GPU's product takes a bias along, and one launch less is worth more than a pass over fewer bytes
+        self.for_gpu = triton or weight.device.type != "cpu"
+        # the kernel reads a token-to-token bias in place and takes prompt columns as zero; SDPA wants all columns
+        self.bias_without_prompts = triton and model.extra_bias.startswith(("zero", "grid"))
+        biases: list[Tensor | None] = []
+        for layer in range(len(blocks)):
+            if layer and model.bias_is_shared:
+                biases.append(biases[0])
+                continue
+            bias = model.position_bias(layer, learned=False)
+            biases.append(None if bias is None else align_rows(_bias_values(bias, dtype, triton)))
+        self._take_biases(biases, model.num_rows - model.prompts.length)
+        self.patch_embed: nn.Module | None = None
+        self.token_head: tuple[Tensor, Tensor | None] | None = None
+        if dtype != weight.dtype:  # under autocast: cast once, here
+            if not any(map(oddity, backbone.patch_embed.modules())):
+                self.patch_embed = copy.deepcopy(backbone.patch_embed).to(dtype)
+            head = model.lm_head
+            if head is not None and is_plain_linear(head) and not head.weight.requires_grad:
+                self.token_head = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+        self.sealed_prefixes: Prefixes | None = None
+        self.sealed_head: PreparedHead | None = None
+
+    def _take_weights(self, blocks: list[FrozenBlock]) -> None:
+        self.blocks = [block._replace(qkv_weight=weight) for block, weight in zip(blocks, self.qkv_weights)]
+        self.prefix_weights = self.qkv_weights[:, self.qkv_weights.shape[1] // 3 :].mT
+
+    def _take_biases(self, biases: list[Tensor | None], num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        self.biases = biases
+        self.square_biases = [None if bias is None else bias[:, :num_tokens, :num_tokens] for bias in biases]
+        self.wide_biases = self.square_biases
+        if not self.bias_without_prompts:
+            self.wide_biases = [None if bias is None else bias[:, :num_tokens] for bias in biases]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without views, which a pickle would write as often as there are any."""
+        blocks = [block._replace(qkv_weight=torch.empty(0)) for block in self.blocks]
+        views: dict[str, object] = {"prefix_weights": None, "square_biases": [], "wide_biases": []}
+        return self.__dict__ | views | {"blocks": blocks}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__ |= state
+        self._take_weights(self.blocks)
+        self._take_biases(self.biases, self.num_tokens)
+
+    def without_prompts(self) -> Folded:
+        """The same for the model without its prompts, on the same tensors."""
+        twin = copy.copy(self)
+        twin._take_biases(self.square_biases, self.num_tokens)
+        twin.sealed_prefixes = twin.sealed_head = None
+        return twin
+
+    def sealed(self, prefixes: Prefixes | None, head: PreparedHead | None) -> Folded:
+        """The same, with what is learned projected and folded as it is now."""
+        twin = copy.copy(self)
+        twin.sealed_prefixes, twin.sealed_head = prefixes, head
+        return twin
+
+    def constants(self) -> Iterator[Tensor]:
+        """Every tensor derived from frozen weights."""
+        for block in self.blocks:
+            yield from (value for value in block if isinstance(value, Tensor))
+        yield from (bias for bias in self.biases if bias is not None)
+        yield from () if self.patch_embed is None else self.patch_embed.parameters()
+        yield from (tensor for tensor in self.token_head or () if tensor is not None)
+
+    def start(self, model: PromptedRows, images: Tensor) -> Start:
+        """What a model and its twin without prompts share on the same images. Not for prompts that are added to the
+        rows."""
+        x = model.embed(images, self.patch_embed)
+        return Start(x, self._project(x, self.blocks[0]))
+
+    def features(self, model: PromptedRows, images: Tensor) -> Tensor:
+        """Rows `[prefix | patches | mask?]` after the final norm, (B, T, C); prompts last where the read-out averages
+        them."""
+        x, _ = self._run(model, images, len(self.blocks), None)
+        return model.backbone.norm(x if model.pools_prompts else x[:, : self.num_tokens])
+
+    def row(self, model: PromptedRows, images: Tensor, row: int, start: Start | None = None) -> Tensor:
+        """One of those rows, (B, C), with the last block computed for it alone."""
+        last = len(self.blocks) - 1
+        x, prefix = self._run(model, images, last, start)
+        return model.backbone.norm(model.run_block(self._last_block, model, x, row, last, prefix))
+
+    def mean(self, model: PromptedRows, images: Tensor, start: Start | None = None) -> Tensor:
+        """The mean (B, C) of the rows a mean read-out takes, with the last block computed for those rows alone."""
+        last = len(self.blocks) - 1
+        x, prefix = self._run(model, images, last, start)
+        return model.run_block(self._mean_block, model, x, last, prefix)
+
+    def prefixes(self, model: PromptedRows, batch: int) -> Prefixes:
+        """Keys and values (P, 2C) of the prompts that every block gets fresh; None where it gets none, or rows, or
+        prompts of its own for every sample."""
+        if self.sealed_prefixes is not None:
+            return self.sealed_prefixes
+        prompts, depth = model.prompts, len(self.blocks)
+        drawn = prompts.training and prompts.dropout > 0
+        everywhere = prompts.mode == "deep" and len(prompts.blocks) == len(prompts.weight) == depth
+        if not everywhere or not prompts.length or model.pools_prompts or drawn or self.prefix_eps is None:
+            return [
+                self._prefix(model, layer, batch) if self._takes_prefix(model, layer) else None
+                for layer in range(depth)
+            ]
+        rows = prompts.weight if prompts.projection is None else prompts.projection(prompts.weight)
+        return torch.bmm(_normalise(rows, self.prefix_eps), self.prefix_weights).unbind()
+
+    def _takes_prefix(self, model: PromptedRows, layer: int) -> bool:
+        """Whether block `layer` gets fresh prompts, of all images together, that attend to nothing."""
+        prompts = model.prompts
+        return not prompts.per_sample() and prompts.role(layer) == "own" and not self._prompts_attend(model, layer)
+
+    def _prefix(self, model: PromptedRows, layer: int, batch: int) -> Tensor:
+        rows = _normalise(model.prompts.rows(layer, batch), self.blocks[layer].eps_1)
+        return F.linear(rows, self.blocks[layer].qkv_weight[model.num_features :])
+
+    def _prompts_attend(self, model: PromptedRows, layer: int) -> bool:
+        """Whether anything reads what block `layer` makes of its prompt rows."""
+        if layer + 1 == len(self.blocks):
+            return model.pools_prompts
+        return model.prompts.role(layer + 1) in ("mixed", "carried")
+
+    def _run(
+        self, model: PromptedRows, images: Tensor, blocks: int, start: Start | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows entering block `blocks`, prompt rows last where they are rows, and the prefix of that block."""
+        x = model.embed(images, self.patch_embed) if start is None else start.rows
+        qkv = None if start is None else start.qkv
+        batch, prompts, depth = x.shape[0], model.prompts, len(self.blocks)
+        # one product for all blocks is a few launches; where those cost nothing and backward keeps nothing, the
+        # prefixes of one block at a time are the smaller
+        if self.sealed_prefixes is None and not self.for_gpu and not torch.is_grad_enabled():
+            prefixes = None
+            straight = all(self._takes_prefix(model, layer) for layer in range(depth))
+        else:
+            prefixes = self.prefixes(model, batch)
+            straight = all(prefix is not None for prefix in prefixes)
+        straight = prompts.placement == "prepend" and (straight or prompts.length == 0)
+
+        def prefix(layer: int) -> Tensor | None:
+            if prefixes is not None:
+                return prefixes[layer]
+            return self._prefix(model, layer, batch) if self._takes_prefix(model, layer) else None
+
+        for layer in range(blocks):
+            if not straight:
+                x = self._enter(model, x, layer)
+            x = model.run_block(self._block, model, x, layer, prefix(layer), qkv if layer == 0 else None)
+        if blocks == depth:
+            return x, None
+        return x if straight else self._enter(model, x, blocks), prefix(blocks)
+
+    def _enter(self, model: PromptedRows, x: Tensor, layer: int) -> Tensor:
+        """Rows that enter block `layer`: with the prompts it wants, unless they are the same for every image."""
+        prompts, tokens = model.prompts, self.num_tokens
+        role = prompts.role(layer)
+        if role in ("none", "own"):
+            x = x[:, :tokens]
+        if role == "mixed":
+            # nothing saved these rows yet, so they may change in place, here and below
+            x[:, tokens:] = prompts(layer, x.shape[0], x[:, tokens:])
+        elif role == "own" and prompts.per_sample() and self._prompts_attend(model, layer):
+            x = torch.cat([x, prompts(layer, x.shape[0]).to(x.dtype)], dim=1)
+        added = prompts.added(layer, x.shape[0])
+        if added is not None:
+            first = model.backbone.num_prefix_tokens
+            x[:, first : first + model.num_patches] += added
+        return x
+
+    def _project(self, x: Tensor, block: FrozenBlock) -> Tensor:
+        """Queries, keys and values; only queries have a bias, so on a CPU only they are added to where nothing records
+        it."""
+        x = _normalise(x, block.eps_1)
+        if self.for_gpu:
+            return F.linear(x, block.qkv_weight, block.qkv_bias)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or runs_onednn(x, block.qkv_weight):
+            return frozen_linear(x, block.qkv_weight, block.qkv_bias)
+        qkv = F.linear(x, block.qkv_weight)
+        qkv[..., : x.shape[-1]] += block.qkv_bias[: x.shape[-1]]
+        return qkv
+
+    def _add_linear(self, x: Tensor, inner: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+        """`x + scale * linear(inner)`."""
+        if self.for_gpu:
+            return _residual(x, F.linear(inner, weight, bias), scale)
+        added = scale is None and x.dtype == inner.dtype == weight.dtype
+        if not added or torch.is_grad_enabled() or torch.compiler.is_compiling() or runs_onednn(inner, weight):
+            return _residual(x, frozen_linear(inner, weight, bias), scale)
+        # on a CPU the product is added to x where it is: without rows of bias to add it to, and without adding x after
+        out = x.reshape(-1, x.shape[-1]) + bias
+        return torch.addmm(out, inner.reshape(-1, inner.shape[-1]), weight.t(), out=out).view(x.shape)
+
+    def _mlp_inner(self, x: Tensor, block: FrozenBlock) -> Tensor:
+        x, act = _normalise(x, block.eps_2), block.activation
+        exact_gelu = type(act) is nn.GELU and act.approximate == "none"
+        if self.for_gpu:
+            x = F.linear(x, block.fc1_weight, block.fc1_bias)
+            return F.gelu(x) if exact_gelu else act(x)
+        if exact_gelu:
+            return frozen_linear(x, block.fc1_weight, block.fc1_bias, gelu=True)
+        return act(frozen_linear(x, block.fc1_weight, block.fc1_bias))
+
+    def _mlp(self, x: Tensor, block: FrozenBlock) -> Tensor:
+        return self._add_linear(x, self._mlp_inner(x, block), block.fc2_weight, block.fc2_bias, block.scale_2)
+
+    def _block(
+        self, model: PromptedRows, x: Tensor, layer: int, prefix: Tensor | None, qkv: Tensor | None = None
+    ) -> Tensor:
+        return self._mlp(self._attend(model, x, layer, prefix, qkv), self.blocks[layer])
+
+    def _learned_bias(self, model: PromptedRows, layer: int, queries: int | None, keys: int | None) -> Tensor:
+        bias = model.position_bias(layer)
+        assert bias is not None
+        return bias[:, :queries, :keys]
+
+    def _attend(self, model: PromptedRows, x: Tensor, layer: int, prefix: Tensor | None, qkv: Tensor | None) -> Tensor:
+        block, tokens, prompts = self.blocks[layer], self.num_tokens, model.prompts
+        prompt_qkv = fresh = None
+        if prefix is None and x.shape[1] == tokens and prompts.role(layer) == "own":
+            if self._prompts_attend(model, layer):  # the same rows for every image, which attend like the others
+                fresh = prompts.rows(layer, x.shape[0])
+                prompt_qkv = F.linear(_normalise(fresh, block.eps_1), block.qkv_weight, block.qkv_bias)
+            else:
+                prefix = self._prefix(model, layer, x.shape[0])
+        queries = None if x.shape[1] > tokens or fresh is not None else tokens
+        if model.prompt_bias is not None:
+            bias: Tensor | None = self._learned_bias(
+                model, layer, queries, None if queries is None or prefix is not None else tokens
+            )
+        else:
+            chosen = self.biases if queries is None else self.square_biases if prefix is None else self.wide_biases
+            bias = chosen[layer]
+        if qkv is None or x.shape[1] > tokens:
+            qkv = self._project(x, block)
+        mixed = prompted_attention(
+            qkv, prefix, prompt_qkv=prompt_qkv, num_heads=block.heads, bias=bias, scale=1.0, impl=model.impl
+        )
+        if fresh is None:
+            return self._add_linear(x, mixed, block.proj_weight, block.proj_bias, block.scale_1)
+        update = F.linear(mixed, block.proj_weight, block.proj_bias)
+        if block.scale_1 is not None:
+            update = update * block.scale_1
+        update = update.to(torch.promote_types(update.dtype, x.dtype))
+        update[:, :tokens] += x
+        update[:, tokens:] += fresh
+        return update
+
+    def _attend_from(self, model: PromptedRows, x: Tensor, layer: int, rows: slice, prefix: Tensor | None) -> Tensor:
+        """Attention and residual of some rows, (B, rows, C); no prompt row attends."""
+        block, tokens = self.blocks[layer], self.num_tokens
+        if x.shape[1] > tokens:  # prompts that were rows until here
+            prefix = F.linear(_normalise(x[:, tokens:], block.eps_1), block.qkv_weight[model.num_features :])
+            x = x[:, :tokens]
+        elif prefix is None and model.prompts.role(layer) == "own":
+            prefix = self._prefix(model, layer, x.shape[0])
+        if model.prompt_bias is not None:
+            bias: Tensor | None = self._learned_bias(model, layer, tokens, tokens if prefix is None else None)
+        else:
+            bias = (self.square_biases if prefix is None else self.wide_biases)[layer]
+        qkv = self._project(x, block)
+        mixed = prompted_attention(qkv, prefix, num_heads=block.heads, bias=bias, scale=1.0, impl=model.impl)
+        return self._add_linear(x[:, rows], mixed[:, rows], block.proj_weight, block.proj_bias, block.scale_1)
+
+    def _mean_block(self, model: PromptedRows, x: Tensor, layer: int, prefix: Tensor | None) -> Tensor:
+        """The last block and the final norm for the rows that are averaged, (B, C).
+
+        Without a norm before the mean, fc2 comes after it: `mean(W a_t + b) = W mean(a_t) + b`.
+        """
+        norm, rows = model.backbone.norm, model.mean_rows()
+        block = self.blocks[layer]
+        if model.pools_prompts:
+            x = self._attend(model, x, layer, prefix, None)[:, rows]
+        else:
+            x = self._attend_from(model, x, layer, rows, prefix)
+        if type(norm) is not nn.Identity:
+            return norm(self._mlp(x, block)).mean(dim=1)
+        inner = self._mlp_inner(x, block).mean(dim=1)
+        return norm(_residual(x.mean(dim=1), F.linear(inner, block.fc2_weight, block.fc2_bias), block.scale_2))
+
+    def _last_block(self, model: PromptedRows, x: Tensor, row: int, layer: int, prefix: Tensor | None) -> Tensor:
+        """The block for one query row (B, C), without a key or a value of any token."""
+        block, prompts, width = self.blocks[layer], model.prompts, model.num_features
+        weight_q, weight_k, weight_v = block.qkv_weight.split(width)
+        row_in = x[:, row]
+        query = F.linear(_normalise(row_in, block.eps_1), weight_q, block.qkv_bias[:width])
+        if prefix is None and x.shape[1] == self.num_tokens and prompts.role(layer) == "own":
+            # a row of its own for every image, as dropout draws it, is cheaper as one more token than projected
+            x = torch.cat([x, prompts.rows(layer, x.shape[0]).to(x.dtype)], dim=1)
+        bias = self.biases[layer] if model.prompt_bias is None else model.position_bias(layer)
+        if bias is not None:
+            bias = bias[:, row, : x.shape[1] + (0 if prefix is None else prompts.length)]
+        value = readout_attention(
+            x,
+            query,
+            None,
+            None,
+            block.eps_1,
+            weight_k,
+            weight_v,
+            None,  # the value bias is in the next linear
+            num_heads=block.heads,
+            prompt_kv=prefix,
+            bias=bias,
+            scale=1.0,
+            impl=model.impl,
+        )
+        out = self._add_linear(row_in, value, block.proj_weight, block.proj_bias, block.scale_1)
+        return self._mlp(out, block)

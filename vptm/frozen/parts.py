@@ -1,0 +1,131 @@
+"""The parts of a backbone whose arithmetic is known here, and what makes one of them another function than that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
+from timm.models import beit, vision_transformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from vptm.frozen.rows import AttentionFunction
+from vptm.frozen.sharing import HOOKS
+
+
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, drop: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """`drop(softmax(q k^T / sqrt(D) + bias)) v` for (B, H, T, D) inputs and a (1, H, T, T) bias, every score stored."""
+    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
+    weights = scores.softmax(dim=-1)
+    return (weights if drop is None else drop(weights)) @ value
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """The same through `scaled_dot_product_attention`, which stores no scores."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=None if bias is None else bias.to(query.dtype))
+
+
+class GivenBias(NamedTuple):
+    """All of the position bias of a block, (1, H, T, T) or None, and the function that attends with it."""
+
+    bias: Tensor | None
+    attention: AttentionFunction
+
+
+class BiasedAttention(beit.Attention):
+    """timm's BEiT attention, which may be given all of its bias, for rows that its own table does not know.
+
+    With a `GivenBias` in place of the shared bias it attends by that; its parts run as the modules they are. Without
+    one it is timm's.
+    """
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | GivenBias | None = None) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        if not isinstance(shared_rel_pos_bias, GivenBias):
+            return super().forward(x, shared_rel_pos_bias)
+        bias, attention = shared_rel_pos_bias
+        qkv_bias = None if self.q_bias is None else torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        if is_plain_linear(self.qkv) and self.qkv.bias is None:
+            qkv = F.linear(x, self.qkv.weight, qkv_bias)
+        else:  # an adapter's or a quantised linear has no weight to read past it, and one with a bias keeps it
+            qkv = self.qkv(x) if qkv_bias is None else self.qkv(x) + qkv_bias
+        query, key, value = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
+        if type(self.attn_drop) is nn.Dropout and not self.attn_drop.training and oddity(self.attn_drop) is None:
+            mixed = attention(query, key, value, bias)
+        else:
+            mixed = softmax_attention(query, key, value, bias, self.attn_drop)
+        return self.proj_drop(self.proj(rearrange(mixed, "b h t d -> b t (h d)")))
+
+
+def block_forward(block: beit.Block, x: Tensor, bias: Tensor | None, attention: AttentionFunction) -> Tensor:
+    """A BEiT block on rows (B, T, C) with all of its position bias given, (1, H, T, T) or None.
+
+    Somebody's own attention, and a patched `forward` where the block has no table of its own, take the bias as timm's
+    does, as one that all blocks share.
+    """
+    inner = biased_attention(block)
+    if inner is None or ("forward" in inner.__dict__ and inner.relative_position_bias_table is None):
+        return block(x, shared_rel_pos_bias=bias)
+    return block(x, shared_rel_pos_bias=GivenBias(bias, attention))
+
+
+def biased_attention(block: nn.Module) -> BiasedAttention | None:
+    """The attention of a BEiT block, also where the block or its attention stands inside somebody's module."""
+    attn = getattr(block, "attn", None)
+    if type(attn) is BiasedAttention:
+        return attn
+    return next((module for module in block.modules() if type(module) is BiasedAttention), None)
+
+
+NORMS = (nn.LayerNorm, LayerNorm)
+ATTENTIONS = (beit.Attention, BiasedAttention, vision_transformer.Attention)
+# How each reads that is known: a class whose `forward` was replaced is another class.
+KNOWN = {
+    kind: kind.forward
+    for kind in (
+        *(beit.Block, vision_transformer.Block, *ATTENTIONS, Mlp, nn.Linear, LayerScale, *NORMS),
+        *(nn.Dropout, nn.Identity, DropPath, nn.GELU, beit.RelativePositionBias),
+    )
+}
+# The same function in training and in eval mode.
+MODELESS = (nn.Linear, LayerScale, *NORMS, nn.Identity, nn.GELU)
+
+
+def oddity(module: nn.Module) -> str | None:
+    """What makes a module another function than its class says, in words that fit after "with"; None where nothing
+    does."""
+    if any(getattr(module, hooks) for hooks in HOOKS):
+        return "hooks"  # they would never fire on a part that does not run as a module
+    if "forward" in module.__dict__ or type(module).forward is not KNOWN.get(type(module), type(module).forward):
+        return "a patched forward"
+    if parametrize.is_parametrized(module):
+        return "parametrised tensors"
+    return None
+
+
+def is_plain_linear(module: nn.Module | None) -> bool:
+    """Whether a module is `F.linear(x, weight, bias)` and nothing else; an adapter library may have put its own there,
+    or a quantised one."""
+    return type(module) is nn.Linear and oddity(module) is None
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether anything in a module asks for a gradient, also a tensor that stands in place of a parameter."""
+    return any(parameter.requires_grad for parameter in module.parameters()) or any(
+        isinstance(value, Tensor) and value.requires_grad
+        for part in module.modules()
+        for value in part.__dict__.values()
+    )
+
+
+def is_tensor(value: object) -> bool:
+    """Whether it is None or a tensor of PyTorch's own classes: others, as quantised ones, have their own arithmetic."""
+    return value is None or type(value) in (Tensor, nn.Parameter)

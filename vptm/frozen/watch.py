@@ -1,0 +1,94 @@
+"""How it is noticed that modules are no longer what constants were made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from operator import attrgetter, methodcaller
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vptm.frozen.parts import KNOWN, MODELESS, is_tensor
+from vptm.frozen.sharing import HOOKS
+
+_values = methodcaller("values")
+_version, _requires_grad, _training = attrgetter("_version"), attrgetter("requires_grad"), attrgetter("training")
+# Plain attributes that enter what is folded or kept.
+_WATCHED = ("eps", "scale", "num_heads", "token_activation", "mode", "after", "dropout")
+
+
+class Watch:
+    """Notices that modules are no longer what they were when it was made: an object replaced, a tensor edited in place,
+    moved, set or asked for gradients, a mode, a hook, a patched `forward`, an eps.
+
+    `also` are further dictionaries of what a module holds; without `values` only parts, modes and hooks are watched. No
+    value is looked at. What PyTorch does not count is not seen: edits through `.data` that keep the storage, through an
+    alias that is no tensor (numpy, shared memory), or of tensors made under `inference_mode`.
+    """
+
+    def __init__(
+        self, modules: Iterable[nn.Module], also: Iterable[dict[str, Any]] = (), *, values: bool = True
+    ) -> None:
+        self._modules = list(modules)
+        self._contents: list[dict[str, Any]] = [
+            content
+            for module in self._modules
+            for content in ((module._parameters, module._buffers, module._modules) if values else (module._modules,))
+            if content
+        ]
+        self._contents += also
+        held = list(chain.from_iterable(map(_values, self._contents)))
+        # a tensor may stand in place of a parameter as a plain attribute
+        self._attributes = [
+            (module.__dict__, name)
+            for module in self._modules
+            for name, value in module.__dict__.items()
+            if values and isinstance(value, Tensor)
+        ]
+        held += [attributes[name] for attributes, name in self._attributes]
+        self._scalars = [
+            (module.__dict__, name) for module in self._modules for name in _WATCHED if name in module.__dict__
+        ]
+        self._moded = [module for module in self._modules if type(module) not in MODELESS]
+        self._hooks = [getattr(module, hooks) for module in self._modules for hooks in HOOKS]
+        self._dicts: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
+        self._kinds = list(KNOWN)
+        # holding every object keeps its id, and holding storages their addresses, from being given out again
+        self._held = held
+        self.tensors = [value for value in self._held if isinstance(value, Tensor)]
+        plain = [tensor for tensor in self.tensors if is_tensor(tensor)]
+        self._addressed = plain
+        self._storages = [tensor.untyped_storage() for tensor in plain]
+        self._counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+        self._registered = getattr(RemovableHandle, "next_id", None)
+        self._hooked = list(map(len, self._hooks))
+        self._seen = self._look()
+
+    def _look(self) -> tuple[object, ...]:
+        return (
+            list(map(type, self._modules)),
+            list(map(id, chain.from_iterable(map(_values, self._contents)))),
+            list(map(_version, self._counted)),
+            list(map(Tensor.data_ptr, self._addressed)),
+            list(map(_requires_grad, self.tensors)),
+            list(map(_training, self._moded)),
+            list(map(len, self._dicts)),  # a patched forward, a tensor in place of None
+            [id(attributes.get(name)) for attributes, name in self._attributes],
+            [attributes.get(name) for attributes, name in self._scalars],
+            [kind.forward for kind in self._kinds],
+        )
+
+    def changed(self) -> bool:
+        return self._look() != self._seen or self._hooks_changed()
+
+    def _hooks_changed(self) -> bool:
+        # every registration anywhere takes a number: without a new one nobody can have added a hook here
+        registered = getattr(RemovableHandle, "next_id", None)
+        if not any(self._hooked) and registered is not None and registered == self._registered:
+            return False
+        if list(map(len, self._hooks)) != self._hooked:
+            return True
+        self._registered = registered
+        return False
