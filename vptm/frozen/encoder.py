@@ -53,6 +53,7 @@ class FrozenEncoder:
     def __init__(self, prompted: Callable[[], Folded | None] | None = None) -> None:
         self._lock = threading.Lock()
         self._made: _Made | None = None
+        self._keys: dict[tuple[str, torch.device, torch.dtype], tuple[str, torch.dtype, bool]] = {}
         self._seal: Folded | None = None
         self._seal_watch: Watch | None = None
         self._bare: Folded | None = None
@@ -126,15 +127,20 @@ class FrozenEncoder:
                         made.folded[key] = found
         return found
 
-    @staticmethod
-    def _key(model: PromptedRows) -> tuple[str, torch.dtype, bool]:
+    def _key(self, model: PromptedRows) -> tuple[str, torch.dtype, bool]:
+        """What constants are kept by, the type they have, and whether attention runs in Triton kernels."""
         weights = model.backbone.patch_embed.proj.weight
         device, dtype = weights.device, weights.dtype
         if dtype != torch.float64 and torch.is_autocast_enabled(device.type):  # autocast leaves fp64 alone
             dtype = torch.get_autocast_dtype(device.type)
-        head_dim = model.num_features // model.backbone.blocks[0].attn.num_heads
-        triton = choose(model.impl, weights.new_empty(0, dtype=dtype), head_dim) == "triton"
-        return f"{dtype} {device} {'triton' if triton else 'torch'}", dtype, triton
+        known = self._keys.get((model.impl, device, dtype))
+        if known is None:
+            head_dim = model.num_features // model.backbone.blocks[0].attn.num_heads
+            triton = choose(model.impl, weights.new_empty(0, dtype=dtype), head_dim) == "triton"
+            known = f"{dtype} {device} {'triton' if triton else 'torch'}", dtype, triton
+            if not torch.compiler.is_compiling():
+                self._keys[model.impl, device, dtype] = known
+        return known
 
     def _looked(self, model: PromptedRows) -> _Made:
         made = self._made
@@ -150,6 +156,7 @@ class FrozenEncoder:
                     mask = model.mask_token
                     frozen_mask = {} if mask is None or mask.requires_grad else {"mask_token": mask}
                     watch = Watch(modules, [model._buffers, model._modules, frozen_mask])
+                    self._keys = {}  # another number of heads may take another implementation
                     self._made = made = _Made(watch, self.unsupported(model), {})
         return made
 

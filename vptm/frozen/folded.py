@@ -46,10 +46,6 @@ def _bias_values(bias: Tensor, dtype: torch.dtype, triton: bool) -> Tensor:
     return half if torch.equal(half.isinf(), bias.isinf()) else bias.float()
 
 
-def _normalise(x: Tensor, eps: float) -> Tensor:
-    return torch.layer_norm(x, x.shape[-1:], None, None, eps)
-
-
 def _residual(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
     if scale is not None:
         update = update * scale
@@ -75,6 +71,7 @@ class Folded:
         backbone = model.backbone
         weight = backbone.patch_embed.proj.weight
         self.key = key
+        self.width = (model.num_features,)
         blocks = [fold_block(block, dtype) for block in backbone.blocks]
         # one tensor for all, so that the prompts of all blocks are projected by one product; keys have no bias, and
         # that of values is in the next linear
@@ -103,6 +100,9 @@ class Folded:
                 self.token_head = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
         self.sealed_prefixes: Prefixes | None = None
         self.sealed_head: PreparedHead | None = None
+
+    def _normalise(self, x: Tensor, eps: float) -> Tensor:
+        return torch.layer_norm(x, self.width, None, None, eps)
 
     def _take_weights(self, blocks: list[FrozenBlock]) -> None:
         self.blocks = [block._replace(qkv_weight=weight) for block, weight in zip(blocks, self.qkv_weights)]
@@ -186,7 +186,7 @@ class Folded:
                 for layer in range(depth)
             ]
         rows = prompts.weight if prompts.projection is None else prompts.projection(prompts.weight)
-        return torch.bmm(_normalise(rows, self.prefix_eps), self.prefix_weights).unbind()
+        return torch.bmm(self._normalise(rows, self.prefix_eps), self.prefix_weights).unbind()
 
     def _takes_prefix(self, model: PromptedRows, layer: int) -> bool:
         """Whether block `layer` gets fresh prompts, of all images together, that attend to nothing."""
@@ -194,7 +194,7 @@ class Folded:
         return not prompts.per_sample() and prompts.role(layer) == "own" and not self._prompts_attend(model, layer)
 
     def _prefix(self, model: PromptedRows, layer: int, batch: int) -> Tensor:
-        rows = _normalise(model.prompts.rows(layer, batch), self.blocks[layer].eps_1)
+        rows = self._normalise(model.prompts.rows(layer, batch), self.blocks[layer].eps_1)
         return F.linear(rows, self.blocks[layer].qkv_weight[model.num_features :])
 
     def _prompts_attend(self, model: PromptedRows, layer: int) -> bool:
@@ -253,7 +253,7 @@ class Folded:
     def _project(self, x: Tensor, block: FrozenBlock) -> Tensor:
         """Queries, keys and values; only queries have a bias, so on a CPU only they are added to where nothing records
         it."""
-        x = _normalise(x, block.eps_1)
+        x = self._normalise(x, block.eps_1)
         if self.for_gpu:
             return F.linear(x, block.qkv_weight, block.qkv_bias)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or runs_onednn(x, block.qkv_weight):
@@ -274,7 +274,7 @@ class Folded:
         return torch.addmm(out, inner.reshape(-1, inner.shape[-1]), weight.t(), out=out).view(x.shape)
 
     def _mlp_inner(self, x: Tensor, block: FrozenBlock) -> Tensor:
-        x, act = _normalise(x, block.eps_2), block.activation
+        x, act = self._normalise(x, block.eps_2), block.activation
         exact_gelu = type(act) is nn.GELU and act.approximate == "none"
         if self.for_gpu:
             x = F.linear(x, block.fc1_weight, block.fc1_bias)
@@ -297,15 +297,15 @@ class Folded:
         return bias[:, :queries, :keys]
 
     def _attend(self, model: PromptedRows, x: Tensor, layer: int, prefix: Tensor | None, qkv: Tensor | None) -> Tensor:
-        block, tokens, prompts = self.blocks[layer], self.num_tokens, model.prompts
+        block, tokens, rows = self.blocks[layer], self.num_tokens, x.shape[1]
         prompt_qkv = fresh = None
-        if prefix is None and x.shape[1] == tokens and prompts.role(layer) == "own":
+        if prefix is None and rows == tokens and model.prompts.role(layer) == "own":
             if self._prompts_attend(model, layer):  # the same rows for every image, which attend like the others
-                fresh = prompts.rows(layer, x.shape[0])
-                prompt_qkv = F.linear(_normalise(fresh, block.eps_1), block.qkv_weight, block.qkv_bias)
+                fresh = model.prompts.rows(layer, x.shape[0])
+                prompt_qkv = F.linear(self._normalise(fresh, block.eps_1), block.qkv_weight, block.qkv_bias)
             else:
                 prefix = self._prefix(model, layer, x.shape[0])
-        queries = None if x.shape[1] > tokens or fresh is not None else tokens
+        queries = None if rows > tokens or fresh is not None else tokens
         if model.prompt_bias is not None:
             bias: Tensor | None = self._learned_bias(
                 model, layer, queries, None if queries is None or prefix is not None else tokens
@@ -313,7 +313,7 @@ class Folded:
         else:
             chosen = self.biases if queries is None else self.square_biases if prefix is None else self.wide_biases
             bias = chosen[layer]
-        if qkv is None or x.shape[1] > tokens:
+        if qkv is None or rows > tokens:
             qkv = self._project(x, block)
         mixed = prompted_attention(
             qkv, prefix, prompt_qkv=prompt_qkv, num_heads=block.heads, bias=bias, scale=1.0, impl=model.impl
@@ -332,7 +332,7 @@ class Folded:
         """Attention and residual of some rows, (B, rows, C); no prompt row attends."""
         block, tokens = self.blocks[layer], self.num_tokens
         if x.shape[1] > tokens:  # prompts that were rows until here
-            prefix = F.linear(_normalise(x[:, tokens:], block.eps_1), block.qkv_weight[model.num_features :])
+            prefix = F.linear(self._normalise(x[:, tokens:], block.eps_1), block.qkv_weight[model.num_features :])
             x = x[:, :tokens]
         elif prefix is None and model.prompts.role(layer) == "own":
             prefix = self._prefix(model, layer, x.shape[0])
@@ -365,7 +365,7 @@ class Folded:
         block, prompts, width = self.blocks[layer], model.prompts, model.num_features
         weight_q, weight_k, weight_v = block.qkv_weight.split(width)
         row_in = x[:, row]
-        query = F.linear(_normalise(row_in, block.eps_1), weight_q, block.qkv_bias[:width])
+        query = F.linear(self._normalise(row_in, block.eps_1), weight_q, block.qkv_bias[:width])
         if prefix is None and x.shape[1] == self.num_tokens and prompts.role(layer) == "own":
             # a row of its own for every image, as dropout draws it, is cheaper as one more token than projected
             x = torch.cat([x, prompts.rows(layer, x.shape[0]).to(x.dtype)], dim=1)

@@ -102,9 +102,11 @@ MODELESS = (nn.Linear, LayerScale, *NORMS, nn.Identity, nn.GELU)
 def oddity(module: nn.Module) -> str | None:
     """What makes a module another function than its class says, in words that fit after "with"; None where nothing
     does."""
-    if any(getattr(module, hooks) for hooks in HOOKS):
-        return "hooks"  # they would never fire on a part that does not run as a module
-    if "forward" in module.__dict__ or type(module).forward is not KNOWN.get(type(module), type(module).forward):
+    state, kind = module.__dict__, type(module)
+    for hooks in HOOKS:
+        if state[hooks]:
+            return "hooks"  # they would never fire on a part that does not run as a module
+    if "forward" in state or kind.forward is not KNOWN.get(kind, kind.forward):
         return "a patched forward"
     if parametrize.is_parametrized(module):
         return "parametrised tensors"

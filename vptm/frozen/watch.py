@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
-from operator import attrgetter, methodcaller
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from vptm.frozen.parts import KNOWN, MODELESS, is_tensor
 from vptm.frozen.sharing import HOOKS
 
-_values = methodcaller("values")
-_version, _requires_grad, _training = attrgetter("_version"), attrgetter("requires_grad"), attrgetter("training")
+_version, _requires_grad = attrgetter("_version"), attrgetter("requires_grad")
+_training = itemgetter("training")
+_END = object()
 # Plain attributes that enter what is folded or kept.
 _WATCHED = ("eps", "scale", "num_heads", "token_activation", "mode", "after", "dropout")
 
@@ -39,54 +40,59 @@ class Watch:
             if content
         ]
         self._contents += also
-        held = list(chain.from_iterable(map(_values, self._contents)))
+        # holding every object keeps its address, as holding storages keeps theirs, from being given out again
+        self._held = list(chain.from_iterable(map(dict.values, self._contents)))
         # a tensor may stand in place of a parameter as a plain attribute
         self._attributes = [
-            (module.__dict__, name)
+            (module.__dict__, name, value)
             for module in self._modules
             for name, value in module.__dict__.items()
             if values and isinstance(value, Tensor)
         ]
-        held += [attributes[name] for attributes, name in self._attributes]
         self._scalars = [
             (module.__dict__, name) for module in self._modules for name in _WATCHED if name in module.__dict__
         ]
-        self._moded = [module for module in self._modules if type(module) not in MODELESS]
+        self._moded = [module.__dict__ for module in self._modules if type(module) not in MODELESS]
         self._hooks = [getattr(module, hooks) for module in self._modules for hooks in HOOKS]
         self._dicts: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
         self._kinds = list(KNOWN)
-        # holding every object keeps its id, and holding storages their addresses, from being given out again
-        self._held = held
         self.tensors = [value for value in self._held if isinstance(value, Tensor)]
-        plain = [tensor for tensor in self.tensors if is_tensor(tensor)]
-        self._addressed = plain
-        self._storages = [tensor.untyped_storage() for tensor in plain]
+        self.tensors += [value for _, _, value in self._attributes]
+        self._held.append(_END)
+        self._addressed = [tensor for tensor in self.tensors if is_tensor(tensor)]
+        self._storages = [tensor.untyped_storage() for tensor in self._addressed]
         self._counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self._registered = getattr(RemovableHandle, "next_id", None)
         self._hooked = list(map(len, self._hooks))
+        self._any_hooked = any(self._hooked)
         self._seen = self._look()
 
     def _look(self) -> tuple[object, ...]:
         return (
             list(map(type, self._modules)),
-            list(map(id, chain.from_iterable(map(_values, self._contents)))),
             list(map(_version, self._counted)),
             list(map(Tensor.data_ptr, self._addressed)),
             list(map(_requires_grad, self.tensors)),
             list(map(_training, self._moded)),
             list(map(len, self._dicts)),  # a patched forward, a tensor in place of None
-            [id(attributes.get(name)) for attributes, name in self._attributes],
             [attributes.get(name) for attributes, name in self._scalars],
             [kind.forward for kind in self._kinds],
         )
 
+    def _holds_the_same(self) -> bool:
+        """Whether every object is where it was; with an end to both, one more or one less is another too."""
+        present = chain(chain.from_iterable(map(dict.values, self._contents)), (_END,))
+        return all(map(is_, present, self._held)) and all(
+            attributes.get(name) is value for attributes, name, value in self._attributes
+        )
+
     def changed(self) -> bool:
-        return self._look() != self._seen or self._hooks_changed()
+        return not self._holds_the_same() or self._look() != self._seen or self._hooks_changed()
 
     def _hooks_changed(self) -> bool:
         # every registration anywhere takes a number: without a new one nobody can have added a hook here
         registered = getattr(RemovableHandle, "next_id", None)
-        if not any(self._hooked) and registered is not None and registered == self._registered:
+        if not self._any_hooked and registered is not None and registered == self._registered:
             return False
         if list(map(len, self._hooks)) != self._hooked:
             return True

@@ -67,9 +67,10 @@ class PromptedModel(PromptedRows):
 
     def unread_prompts(self) -> str | None:
         """What keeps prompts from being asked for their rows, in words; None where nothing does."""
-        if type(self.prompts) is not PromptBank:
-            return f"prompts of {type(self.prompts).__name__}"
-        odd = oddity(self.prompts)
+        prompts = self.prompts
+        if type(prompts) is not PromptBank:
+            return f"prompts of {type(prompts).__name__}"
+        odd = oddity(prompts)
         return None if odd is None else f"prompts with {odd}"
 
     def _make_prompts(self) -> PromptBank:
@@ -281,10 +282,10 @@ class PromptedModel(PromptedRows):
         size, on its device and, outside autocast, in its dtype, and the model is on one device in one dtype."""
         if not isinstance(images, Tensor):
             raise TypeError(f"images must be a tensor, got {type(images).__name__}")
-        height, width = self.backbone.patch_embed.img_size
-        weight = self.backbone.patch_embed.proj.weight
+        patch_embed = self.backbone.patch_embed
+        weight, (height, width) = patch_embed.proj.weight, patch_embed.img_size
         channels = self.default_cfg["input_size"][0]
-        if images.ndim != 4 or tuple(images.shape[1:]) != (channels, height, width):
+        if images.ndim != 4 or images.shape[1:] != (channels, height, width):
             raise ValueError(f"images must be (B, {channels}, {height}, {width}), got {tuple(images.shape)}")
         if not images.is_floating_point():
             raise TypeError(f"images must be floating point, normalised as vptm.transforms does, got {images.dtype}")
