@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 import vptm
 from studies.runs import BATCH, RESULTS, WEIGHT_DECAY, Study, interval
 from vptm.data.datasets import ImageData, ImageDataset
+from vptm.inspection.figures import new_figure, write_png
 
 VPT = {"readout": "cls", "verbalizer": "linear", "token_activation": "hidden"}
 PROMPTED: dict[str, dict[str, Any]] = {
@@ -184,13 +185,10 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     columns = min(4, len(summary))
     rows = math.ceil(len(summary) / columns)
-    figure = Figure(figsize=(5.2 * columns, 4.6 * rows), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(5.2 * columns, 4.6 * rows)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (setting, content) in zip(grid, summary.items()):
         accuracy = content["test_accuracy_percent"]
@@ -206,7 +204,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(summary) :]:
         axes.set_visible(False)
-    canvas.print_figure(path, dpi=100)
+    write_png(figure, path, dpi=100)
 
 
 def shots_argument(text: str) -> int | str:

@@ -46,6 +46,7 @@ import vptm
 from studies.focus_vit import focus_vit
 from studies.runs import BATCH, RESULTS, WEIGHT_DECAY, Study, interval
 from vptm.data.datasets import ImageData, ImageDataset
+from vptm.inspection.figures import new_figure, write_png
 from vptm.methods.provp_protocols import ClassFeatures, run_protocol
 from vptm.methods.reprogramming.label_mapping import embed_names, text_encoder
 from vptm.methods.reprogramming.map import map_labels
@@ -392,8 +393,6 @@ def tasks(path: Path) -> dict[str, Any]:
 
 def plot(summary: dict[str, Any], path: Path) -> None:
     """A panel for each claim; in it a line for each difference, and a marker for each data set."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     panels: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for setting, content in summary.items():
@@ -407,8 +406,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     )
     heights = [0.8 + sum(0.1 + 0.13 * len(found) for found in row.values()) for row in panels.values()]
     # a page shows it about 850 pixels wide
-    figure = Figure(figsize=(8.5, sum(heights) + 0.6), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(8.5, sum(heights) + 0.6)
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (claim, row) in zip(grid, panels.items()):
         place, ticks = 0.0, []
@@ -432,7 +430,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         grid[0].plot([], [], marker, color="black", markersize=5, label=name)
     figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9)
     figure.supxlabel("difference of test accuracy, points, 95 % interval over paired seeds", fontsize=10)
-    canvas.print_figure(path, dpi=130)
+    write_png(figure, path, dpi=130)
 
 
 class Claims(Study):

@@ -10,7 +10,7 @@ from test_flops import B, D, H, K, L, N, P, beit_model
 from tiny_models import build_vit, images, pictures, tiny_vit
 
 from vptm.commands.app import _run
-from vptm.inspection.profile import stages_of, total
+from vptm.inspection.profile import PATHS, Quartiles, Stage, forwards_of, stages_of, table, total
 
 
 @pytest.mark.parametrize("mode", ["deep", "shallow"])
@@ -44,7 +44,7 @@ def test_stages_add_up_and_name_the_right_block(mode: str) -> None:
 def test_a_trainable_backbone_is_refused() -> None:
     """It runs unfolded; counting it frozen would report a path that does not run."""
     model = beit_model("deep", P).unfreeze()
-    with pytest.raises(ValueError, match="stages_of needs a frozen backbone, got a trainable one"):
+    with pytest.raises(ValueError, match="profiling needs a frozen backbone, got a trainable one"):
         stages_of(model, images(model, B), repeats=1)
 
 
@@ -63,8 +63,38 @@ def test_the_model_is_left_as_it_was() -> None:
     learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     before = model(batch)
     stages_of(model, batch, repeats=1)
-    assert model.training and torch.equal(model(batch), before) and "run_block" not in model.__dict__
+    assert model.training and torch.equal(model(batch), before) and model.block_listener is None
     assert learning == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_whole_forwards_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is slow for one turn slows both paths of it: timed one after the other, the ratio would tell how
+    busy the machine was."""
+    clock, order = 0.0, []
+
+    def fake(path: str, seconds: float) -> tuple[object, object]:
+        def run() -> None:
+            nonlocal clock
+            clock += seconds * (10 if len(order) // 2 in (2, 3) else 1)
+            order.append(path)
+
+        return None, run
+
+    fakes = {"vptm": fake("vptm", 1.0), "concatenation": fake("concatenation", 2.0)}
+    monkeypatch.setattr("vptm.inspection.profile._inference", lambda model, images: fakes)
+    monkeypatch.setattr("vptm.inspection.profile._now", lambda images: clock)
+    model = beit_model("deep", P)
+    times = forwards_of(model, images(model, B), repeats=5)
+    assert order == ["concatenation", "vptm", "vptm", "concatenation"] * 3  # the first turn warms up
+    assert times.seconds == {"vptm": [1, 10, 10, 1, 1], "concatenation": [2, 20, 20, 2, 2]}
+    assert (
+        times.ratio() == (2, 2, 2)
+        and Quartiles.of(times.seconds["vptm"]) == (1, 1, 10)
+        and Quartiles.of([3.0]) == (3, 3, 3)
+    )
+    nothing = dict.fromkeys(PATHS, 0)
+    found = table([Stage("block 0", 1, 1, nothing, nothing, nothing)], 1, "", times)
+    assert "vptm 1e+03 ms [1e+03, 1e+04]" in found.caption and "takes 2x [2, 2] of the time" in found.caption
 
 
 def test_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

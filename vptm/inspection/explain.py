@@ -3,7 +3,6 @@ looks."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ from vptm.data.transforms import picture_options, transforms
 from vptm.frozen.modes import eval_mode
 from vptm.frozen.parts import softmax_attention
 from vptm.frozen.reference import reference_features
+from vptm.inspection.figures import new_figure, write_png
 from vptm.models.prompted_beit import PromptedBEiT
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.verbalizers import PrototypicalVerbalizer
-from vptm.weights.files import write_atomically
 
 
 class ClassScore(NamedTuple):
@@ -57,7 +56,7 @@ class TokenReport:
 
     def draw(self, path: str | Path) -> None:
         """Write the picture, the attention over it, the tokens and the prototypes as a PNG, replaced by a rename."""
-        write_atomically(Path(path), _png(self))
+        write_png(_figure(self), path)
 
 
 @torch.no_grad()
@@ -158,14 +157,11 @@ def readout_attention_weights(model: PromptedBEiT, images: Tensor, layer: int = 
     return weights[:, :, model.mean_rows()].mean(2) if row is None else weights[:, :, row]
 
 
-def _png(report: TokenReport) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _figure(report: TokenReport) -> Any:
     from matplotlib.ticker import PercentFormatter
 
     best = report.classes[0]
-    figure = Figure(figsize=(13, 3.9), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(13, 3.9)
     figure.suptitle(
         f"{best.name}, probability {best.probability:.1%}", fontsize=14, fontweight="bold", parse_math=False
     )
@@ -206,9 +202,7 @@ def _png(report: TokenReport) -> bytes:
     _bars(axes[-1], [score.name for score in report.classes], values, "{:.3f}".format if similar else _percent)
     axes[-1].set_title("nearest prototypes" if similar else "classes", fontsize=10)
     axes[-1].set_xlabel("cosine similarity" if similar else "probability", fontsize=9)
-    buffer = io.BytesIO()
-    canvas.print_figure(buffer, dpi=130, format="png")
-    return buffer.getvalue()
+    return figure
 
 
 def _percent(share: float) -> str:
@@ -224,7 +218,7 @@ def _bars(axes: Any, names: list[str], values: list[float], write: Callable[[flo
     axes.set_yticks(places, names, parse_math=False)  # a class may be called $x$
     axes.invert_yaxis()
     low, high = min(0.0, *values), max(0.0, *values)
-    axes.set_xlim(1.05 * low, high + 0.35 * ((high - low) or 1.0))  # room for the numbers
+    axes.set_xlim(1.05 * low, high + 0.35 * ((high - low) or 1.0))  # the numbers stand beside the bars
     for place, value in zip(places, values):
         beside = (max(value, 0.0), place)
         axes.annotate(write(value), beside, (4, 0), textcoords="offset points", va="center", fontsize=9)

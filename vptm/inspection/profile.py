@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_fl
 from vptm.frozen.modes import eval_mode
 from vptm.frozen.parts import sdpa
 from vptm.frozen.reference import reference_features
+from vptm.inspection.figures import new_figure, write_png
+from vptm.models.prompted_model import PromptedModel
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-from vptm.models.prompted_model import PromptedModel
 
 PATHS = ("vptm", "concatenation")
 
@@ -51,6 +50,60 @@ class Stage:
     seconds: dict[str, float]
 
 
+class Quartiles(NamedTuple):
+    """Median of what was measured, and the quartiles on both sides of it."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        """Of one value or more."""
+        return cls(*statistics.quantiles([*values] * (2 if len(values) == 1 else 1), n=4, method="inclusive"))
+
+    def text(self, unit: float, name: str) -> str:
+        low, median, high = (value / unit for value in self)
+        return f"{median:.3g}{name} [{low:.3g}, {high:.3g}]"
+
+
+@dataclass
+class Forwards:
+    """Seconds of whole forward passes of one batch, {path: one of every turn}, both paths in every turn."""
+
+    seconds: dict[str, list[float]]
+
+    def ratio(self) -> Quartiles:
+        """How much longer concatenation takes, from the ratio of every turn: what slows a turn slows both."""
+        ours, theirs = (self.seconds[path] for path in PATHS)
+        return Quartiles.of([their / our for our, their in zip(ours, theirs)])
+
+
+def forwards_of(model: PromptedModel, images: Tensor, *, repeats: int = 5) -> Forwards:
+    """Time whole forward passes of inference on both paths, in turns, each path first in every second one.
+
+    Args:
+        model, images: as `stages_of` takes them.
+        repeats: turns that count, after one that warms up.
+
+    Example:
+        >>> model = vptm.PromptedBEiT("builtin", num_classes=10)
+        >>> times = forwards_of(model, torch.zeros(2, 1, 28, 28), repeats=3)
+        >>> {path: len(seconds) for path, seconds in times.seconds.items()}
+        {'vptm': 3, 'concatenation': 3}
+    """
+    _check(model)
+    times = Forwards({path: [] for path in PATHS})
+    with eval_mode(model), torch.no_grad():
+        runs = _inference(model, images)
+        for turn in range(repeats + 1):
+            for path in PATHS if turn % 2 else reversed(PATHS):
+                start = _now(images)
+                runs[path][1]()
+                times.seconds[path].append(_now(images) - start)
+    return Forwards({path: seconds[1:] for path, seconds in times.seconds.items()})
+
+
 def stages_of(model: PromptedModel, images: Tensor, *, repeats: int = 5) -> list[Stage]:
     """Measure a model on the path it runs on and on the textbook one, stage by stage.
 
@@ -72,21 +125,17 @@ def stages_of(model: PromptedModel, images: Tensor, *, repeats: int = 5) -> list
         >>> sum(stage.flops["vptm"] for stage in stages) < sum(stage.flops["concatenation"] for stage in stages)
         True
     """
-    if any(parameter.requires_grad for parameter in model.backbone.parameters()):
-        raise ValueError("stages_of needs a frozen backbone, got a trainable one: it runs every row of every block")
-    if model.impl == "reference":
-        raise ValueError("stages_of compares model.impl with the reference path, got impl='reference' itself")
+    _check(model)
     runs: dict[str, Callable[[], Tensor]] = {
         "vptm": lambda: model(images),
-        "concatenation": lambda: model.forward_head(reference_features(model, images, sdpa)),
+        "concatenation": lambda: _concatenation(model, images),
     }
     flops: dict[str, list[int]] = {}
     saved: dict[str, list[int]] = {}
     times: dict[str, list[list[float]]] = {path: [] for path in PATHS}
     with eval_mode(model):
         with _nothing_learns(model), torch.no_grad():
-            sealed = model.sealed_twin()
-            inference = {"vptm": (sealed, lambda: sealed(images)), "concatenation": (model, runs["concatenation"])}
+            inference = _inference(model, images)
             for _ in range(repeats + 1):
                 for path, (owner, run) in inference.items():
                     times[path].append(_steps(owner, run, lambda: _now(images)))
@@ -111,25 +160,30 @@ def stages_of(model: PromptedModel, images: Tensor, *, repeats: int = 5) -> list
     ]
 
 
+def _check(model: PromptedModel) -> None:
+    if any(parameter.requires_grad for parameter in model.backbone.parameters()):
+        raise ValueError("profiling needs a frozen backbone, got a trainable one: it runs every row of every block")
+    if model.impl == "reference":
+        raise ValueError("profiling compares model.impl with the reference path, got impl='reference' itself")
+
+
+def _concatenation(model: PromptedModel, images: Tensor) -> Tensor:
+    return model.forward_head(reference_features(model, images, sdpa))
+
+
+def _inference(model: PromptedModel, images: Tensor) -> dict[str, tuple[PromptedModel, Callable[[], Tensor]]]:
+    """{path: the model that runs and how}, as inference runs them: vptm with prompts and head folded once."""
+    sealed = model.sealed_twin()
+    return {"vptm": (sealed, lambda: sealed(images)), "concatenation": (model, lambda: _concatenation(model, images))}
+
+
 def _steps(model: PromptedModel, run: Callable[[], Tensor], read: Callable[[], Any]) -> list[Any]:
-    """What `read()` grew by in every stage of one run: both paths send each block through `model.run_block`."""
-    values = [read()]
-    own = model.run_block
-
-    def counted(function: Any, *args: Any) -> Tensor:
-        if len(values) == 1:
-            values.append(read())  # the embedding ends where block 0 begins
-        out = own(function, *args)
-        values.append(read())
-        return out
-
-    model.run_block = counted  # type: ignore[method-assign]
-    try:
+    """What `read()` grew by in every stage of one run; what stands between two blocks counts with the second."""
+    marks: list[Any] = []
+    start = read()
+    with model.listening_to_blocks(lambda: marks.append(read())):
         run()
-    finally:
-        del model.run_block
-    values.append(read())
-    return [after - before for before, after in pairwise(values)]
+    return [after - before for before, after in pairwise([start, marks[0], *marks[1::2], read()])]
 
 
 def _now(images: Tensor) -> float:
@@ -207,14 +261,26 @@ def total(stages: list[Stage]) -> Stage:
 _MEASURED = ("flops", "saved", "seconds")
 
 
-def table(stages: list[Stage], batch: int, title: str) -> Table:
-    """The stages as a terminal table, everything but parameters per image."""
+def table(stages: list[Stage], batch: int, title: str, forwards: Forwards | None = None) -> Table:
+    """The stages as a terminal table, everything but parameters per image; below it the whole forward passes, whose
+    medians are the total time where they are given."""
     from rich.table import Table
 
-    found = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    found = Table(
+        title=title, title_justify="left", show_edge=False, pad_edge=False, caption_justify="left", caption_style=""
+    )
     for heading in ("", "parameters", "trained"):
         found.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     whole = total(stages)
+    if forwards is not None:
+        parts = {path: Quartiles.of(seconds) for path, seconds in forwards.seconds.items()}
+        whole.seconds = {path: part.median for path, part in parts.items()}
+        times = ", ".join(f"{path} {part.text(1e-3 * batch, ' ms')}" for path, part in parts.items())
+        turns = len(forwards.seconds["vptm"])
+        found.caption = (
+            f"whole forward passes, {turns} of each in turns, median [quartiles] per image: {times}; "
+            f"in the same turn concatenation takes {forwards.ratio().text(1, 'x')} of the time"
+        )
     units = (("GFLOP", 1e9) if whole.flops["vptm"] > 1e9 * batch else ("MFLOP", 1e6), ("saved MB", 1e6), ("ms", 1e-3))
     for quantity, _ in units:
         for heading in (f"{quantity}\nvptm", "\nconcat", "\nratio"):
@@ -230,13 +296,7 @@ def table(stages: list[Stage], batch: int, title: str) -> Table:
 
 def draw(stages: list[Stage], batch: int, title: str, path: Path) -> None:
     """FLOPs and time of every stage on both paths, as a PNG written in one rename."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from vptm.weights.files import write_atomically
-
-    figure = Figure(figsize=(10, 0.34 * len(stages) + 1.8), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(10, 0.34 * len(stages) + 1.8)
     whole = total(stages)
     panels = (("flops", "MFLOP per image", 1e6 * batch), ("seconds", "ms per image", 1e-3 * batch))
     for axes, (name, label, unit) in zip(figure.subplots(1, 2, sharey=True), panels):
@@ -253,6 +313,4 @@ def draw(stages: list[Stage], batch: int, title: str, path: Path) -> None:
         axes.set_ylim(len(stages) - 0.5, -0.5)
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize="small")
     figure.suptitle(title, fontsize="medium")
-    buffer = io.BytesIO()
-    canvas.print_figure(buffer, dpi=130, format="png")
-    write_atomically(path, buffer.getvalue())
+    write_png(figure, path)

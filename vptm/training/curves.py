@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-from vptm.weights.files import write_atomically
+from vptm.inspection.figures import new_figure, write_png
 
 
 def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
     """Loss and accuracy by epoch, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.6)
     epochs = [row["epoch"] for row in history]
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy")):
         for part, colour in (("train", "#1f6f8b"), ("val", "#c8553d")):
@@ -35,6 +31,4 @@ def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
         else:
             axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    canvas.print_figure(buffer, dpi=130, format="png")
-    write_atomically(path, buffer.getvalue())
+    write_png(figure, path)
