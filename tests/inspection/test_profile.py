@@ -105,6 +105,8 @@ def test_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.Capture
     assert "deep prompts, P = 3" in lines[0] and not any("…" in line for line in lines)
     rows = [line.split("│")[0].strip() for line in lines if "│" in line]
     assert rows == ["embedding", "block 0", "block 1", "block 2", "block 3", "read-out", "total"]
+    text = " ".join(" ".join(lines).split())
+    assert "whole forward passes, 1 of each in turns, median [quartiles] per image: vptm" in text
     assert target.read_bytes().startswith(b"\x89PNG")
 
 

@@ -24,6 +24,7 @@ from vptm.data.datasets import ImageData
 from vptm.data.division import few_shot
 from vptm.data.sources import load_data
 from vptm.data.split_list import SplitList
+from vptm.inspection.figures import new_figure, write_png
 from vptm.recipes.recipe import Recipe, read_recipe
 from vptm.settings import FREE_ON_RESUME, RunSettings, option_name, parse_shots, train_options
 from vptm.training.run_folder import RUN_FILE, prepare_run_folder
@@ -347,12 +348,9 @@ def table(results: Sequence[MethodResult]) -> list[tuple[str, ...]]:
 def plot(results: Sequence[MethodResult], path: Path) -> None:
     """Test accuracy by method, and against the number of trained values, as a PNG: a dot per run, a line at the
     mean."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     done = [result for result in results if result.runs]
-    figure = Figure(figsize=(10, 1.6 + 0.45 * max(len(done), 4)), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(10, 1.6 + 0.45 * max(len(done), 4))
     by_method, by_size = figure.subplots(1, 2, width_ratios=(3, 2))
     colours = ("#1f6f8b", "#c8553d", "#588157", "#6d597a", "#b5838d", "#e09f3e", "#33658a", "#2f3e46", "#9c6644")
     ordered = sorted(done, key=lambda result: statistics.fmean(result.accuracies()))
@@ -382,6 +380,4 @@ def plot(results: Sequence[MethodResult], path: Path) -> None:
     for axes in (by_method, by_size):
         axes.grid(alpha=0.3, which="major")
         axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    canvas.print_figure(buffer, dpi=130, format="png")
-    write_atomically(path, buffer.getvalue())
+    write_png(figure, path)

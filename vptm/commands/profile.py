@@ -47,7 +47,7 @@ def profile(
             raise ValueError(f"--{name} must be at least 1, got {value}")
     import torch
 
-    from vptm.inspection.profile import draw, stages_of, table
+    from vptm.inspection.profile import draw, forwards_of, stages_of, table
     from vptm.models.opening import open_model
     from vptm.training.sources import device_of
 
@@ -56,8 +56,9 @@ def profile(
     prompted = open_model(model, 100, prompt_length=prompts, prompt_mode=mode, img_size=img_size, impl=impl, **asked)
     images = torch.randn(batch, *prompted.default_cfg["input_size"], device=place)
     stages = stages_of(prompted.to(place), images, repeats=repeats)
+    forwards = forwards_of(prompted, images, repeats=repeats)
     title = f"{model}, {mode} prompts, P = {prompts}, read-out {prompted.readout}, batch {batch}, per image"
-    print_table(table(stages, batch, title))
+    print_table(table(stages, batch, title, forwards))
     if plot is not None:
         draw(stages, batch, title, plot)
         say(f"wrote {plot}")

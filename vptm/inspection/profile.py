@@ -265,6 +265,7 @@ def table(stages: list[Stage], batch: int, title: str, forwards: Forwards | None
     """The stages as a terminal table, everything but parameters per image; below it the whole forward passes, whose
     medians are the total time where they are given."""
     from rich.table import Table
+    from rich.text import Text
 
     found = Table(
         title=title, title_justify="left", show_edge=False, pad_edge=False, caption_justify="left", caption_style=""
@@ -277,7 +278,7 @@ def table(stages: list[Stage], batch: int, title: str, forwards: Forwards | None
         whole.seconds = {path: part.median for path, part in parts.items()}
         times = ", ".join(f"{path} {part.text(1e-3 * batch, ' ms')}" for path, part in parts.items())
         turns = len(forwards.seconds["vptm"])
-        found.caption = (
+        found.caption = Text(  # whose brackets are no markup
             f"whole forward passes, {turns} of each in turns, median [quartiles] per image: {times}; "
             f"in the same turn concatenation takes {forwards.ratio().text(1, 'x')} of the time"
         )
