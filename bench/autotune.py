@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from bench import timing
+from vptm.weights.files import write_atomically
 from vptm_kernels._runtime.plans import forget_plans
 from vptm_kernels._runtime.triton_support import interpreting
 
@@ -440,9 +441,7 @@ def rehearsal() -> Place:
 
 def _write(path: Path | None, document: dict[str, Any]) -> None:
     if path is not None:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(document, indent=1, default=str), encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, json.dumps(document, indent=1, default=str))
 
 
 if __name__ == "__main__":

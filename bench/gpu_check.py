@@ -44,6 +44,7 @@ from typing import Any
 import torch
 
 from bench import kernel_cache, timing
+from vptm.weights.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
 BUDGETS = {"first": 360.0, "second": 240.0}
@@ -223,9 +224,7 @@ class Check:
         self.write()
 
     def write(self) -> None:
-        temporary = self.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.document, indent=1), encoding="utf-8")
-        temporary.replace(self.json)
+        write_atomically(self.json, json.dumps(self.document, indent=1))
 
     def left(self) -> float:
         return self.budget - (time.monotonic() - self.started)

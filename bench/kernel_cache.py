@@ -32,6 +32,7 @@ from unittest.mock import patch
 import torch
 
 from bench import timing
+from vptm.weights.files import replacing
 
 ROOT = Path(__file__).parent.parent
 TARGET = "sm90"
@@ -261,15 +262,17 @@ def pack(archive: Path, target: str, parts: Sequence[str], folder: Path, jobs: i
         "commit": timing.commit(),
     }
     archive.parent.mkdir(parents=True, exist_ok=True)
-    temporary = archive.with_name(archive.name + ".tmp")
-    with tarfile.open(temporary, "w:xz") as file, tempfile.TemporaryDirectory() as scratch:
+    with (
+        replacing(archive) as temporary,
+        tarfile.open(temporary, "w:xz") as file,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         (Path(scratch) / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         file.add(Path(scratch) / MANIFEST, MANIFEST)
         for key in found:
             for path in sorted((folder / key).iterdir()):
                 if path.suffix in KEPT:
                     file.add(path, f"{key}/{path.name}")
-    temporary.replace(archive)
     return manifest
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench import peers
 from bench.peers import COLOURS, OURS, PEERS
+from vptm.weights.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -406,9 +407,8 @@ def draw(sources: Iterable[Source], out: Path) -> list[Path]:
         figure = make()
         for ending, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
             path = out / f"{name}.{ending}"
-            temporary = path.with_suffix(f".tmp.{ending}")
-            figure.savefig(temporary, **options)
-            temporary.replace(path)
+            with replacing(path) as temporary:
+                figure.savefig(temporary, format=ending, **options)
             written.append(path)
         pyplot.close(figure)
     return written

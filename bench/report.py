@@ -22,6 +22,7 @@ from typing import Any
 
 from bench import against, peers, plots
 from bench.plots import BENCHES, OURS, SPEED_UP, Source, Timed
+from vptm.weights.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -415,9 +416,7 @@ def read(path: Path) -> list[Source]:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, text)
     print(f"wrote {path}")
 
 

@@ -17,6 +17,7 @@ import torch
 from scipy.stats import t as student_t
 
 import vptm
+from vptm.weights.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 32
@@ -66,6 +67,4 @@ class Study:
             runs, trials = self.stored()
             (trials if tuning else runs).append(run)
             content = self.content(runs, trials)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
-            temporary.replace(self.path)
+            write_atomically(self.path, json.dumps(content, indent=1) + "\n")

@@ -21,11 +21,9 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,13 +33,14 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from timm.models.beit import Beit
 from torch import Tensor, nn
+
+from vptm.weights.files import read_safetensors, replacing, write_atomically
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 ASSETS = Path(__file__).resolve().parent.parent / "vptm" / "assets"
@@ -181,19 +180,6 @@ def pretraining_split(data: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarr
     return rest, held
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder that takes the final name when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        temporary.chmod(0o644)  # safetensors writes files that only their owner can read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def scaled_linear(x: Tensor, linear: nn.Linear, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """scale * linear(x), with LayerScale folded into the weights: one pass less over the activations."""
     return F.linear(x, (linear.weight * scale[:, None]).to(dtype), (linear.bias * scale).to(dtype))
@@ -272,10 +258,10 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def load_weights(path: Path) -> tuple[MaskedBeit, dict[str, Any]]:
-    with safe_open(path, "pt") as file:
-        meta = json.loads(file.metadata()["vptm"])
+    tensors, metadata = read_safetensors(path)
+    meta = json.loads(metadata["vptm"])
     model = MaskedBeit(meta["architecture"], meta["vocab_size"])
-    model.load_exported(load_file(path))
+    model.load_exported(tensors)
     return model.eval(), meta
 
 
@@ -740,8 +726,7 @@ def mask_picture(
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    with replacing(path) as temporary:
-        save_file({n: t.contiguous().cpu() for n, t in tokenizer.state.items()}, temporary)
+    write_atomically(path, save({n: t.contiguous().cpu() for n, t in tokenizer.state.items()}))
 
 
 def save_weights(model: MaskedBeit, recipe: Recipe, vocab_size: int, path: Path) -> None:
@@ -756,13 +741,11 @@ def save_weights(model: MaskedBeit, recipe: Recipe, vocab_size: int, path: Path)
         "description": "built for 28x28 grey clothing pictures, a demonstration",
         "recipe": asdict(recipe),
     }
-    with replacing(path) as temporary:
-        save_file(model.exported(), temporary, metadata={"format": "vptm", "vptm": json.dumps(about)})
+    write_atomically(path, save(model.exported(), metadata={"format": "vptm", "vptm": json.dumps(about)}))
 
 
 def write_json(value: Any, path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 def pretrain(recipe: Recipe, data: dict[str, np.ndarray], out: Path, resume: bool, every: int = 500) -> dict[str, Any]:
@@ -797,9 +780,10 @@ def pretrain(recipe: Recipe, data: dict[str, np.ndarray], out: Path, resume: boo
             sample = in_chunks(extract, images[: recipe.kmeans_images]).cpu()
             tokenizer, _ = fit_tokenizer(sample, recipe, None if teacher is None else recipe.code_dim)
             # a run is there once its first codebook is: one that was refused leaves the folder free
+            out.mkdir(parents=True, exist_ok=True)
             write_json({**asdict(recipe), "images": digest}, stored)
             save_tokenizer(tokenizer, path)
-        tokenizer = Tokenizer(load_file(path), recipe.grid, recipe.softness).to(device)
+        tokenizer = Tokenizer(read_safetensors(path)[0], recipe.grid, recipe.softness).to(device)
         dead[round_] = tokenizer.state["dead"].tolist()
         console.print(f"round {round_}: codebooks of {tokenizer.sizes}, of which dead {dead[round_]}")
         average = train_round(recipe, round_, images, tokenizer, extract, start, out, resume, every)
@@ -854,12 +838,13 @@ def main(argv: list[str] | None = None) -> int:
         chosen, held = pretraining_split(data)
         if args.command == "subset":
             arrays: dict[str, Any] = make_subset(data)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             with replacing(args.out) as temporary, open(temporary, "wb") as file:
                 np.savez_compressed(file, **arrays)
             if args.hashes:
                 prefixes = sorted(row.tobytes() for row in pixel_hashes(data["train_images"][chosen]))
-                with replacing(args.hashes) as temporary:
-                    temporary.write_bytes(b"".join(prefixes))
+                args.hashes.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(args.hashes, b"".join(prefixes))
         elif args.command == "train":
             values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(Recipe)}
             values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
@@ -869,7 +854,7 @@ def main(argv: list[str] | None = None) -> int:
             model, about = load_weights(args.weights)
             images, labels = torch.from_numpy(data["train_images"][held]), data["train_labels"][held]
             print_scores(proxy(model, about["architecture"], images, labels, shots=args.shots))
-    except (OSError, EOFError, ValueError, SafetensorError) as error:
+    except (OSError, EOFError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
