@@ -112,9 +112,11 @@ def naive_block(model: PromptedBEiT, layer: int, rows: list[Row]) -> None:
         row.value = row.value + gamma_2 * (block.mlp.fc2.weight @ x + block.mlp.fc2.bias)
 
 
-def naive_hidden(model: PromptedBEiT, image: Tensor, seen: list[Row] | None = None) -> Tensor:
-    """Normalised read-out row (C,) of one image (channels, height, width), prompts and mask placed as `model.config`
-    says; `seen` receives all rows as the last block leaves them."""
+def naive_hidden(
+    model: PromptedBEiT, image: Tensor, seen: list[Row] | None = None, location: str = "after_cls"
+) -> Tensor:
+    """Normalised read-out row (C,) of one image (channels, height, width), prompts and mask placed as `location` says;
+    `seen` receives all rows as the last block leaves them."""
     config = model.config
     backbone = model.backbone
     window = tuple(backbone.patch_embed.grid_size)
@@ -149,7 +151,7 @@ def naive_hidden(model: PromptedBEiT, image: Tensor, seen: list[Row] | None = No
         "after_mask": [class_row, *mask_rows, *prompts, *patches],
         "before_mask": [class_row, *prompts, *patches, *mask_rows],
         "end": [class_row, *patches, *prompts, *mask_rows],
-    }[config["prompt_location"]]
+    }[location]
     for layer in range(len(backbone.blocks)):
         for row in prompts if layer else []:
             if config["prompt_mode"] == "deep":

@@ -119,6 +119,28 @@ def test_bytes_saved_for_backward(prompt_mode: str) -> None:
     assert sizes["torch"] <= limit * sizes["reference"], sizes
 
 
+@torch.no_grad()
+def test_inference_holds_the_projected_prompts_of_one_block_at_a_time() -> None:
+    """With many prompts those of all blocks are more than everything else that a forward holds."""
+    model = small(prompt_length=400).eval()
+    batch = images(model, 1).float()
+    sealed = model.sealed_twin()
+
+    def peak(run: Any) -> int:
+        run(batch)
+        with torch.profiler.profile(profile_memory=True) as recorded:
+            run(batch)
+        held = most = 0
+        for event in recorded.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                most = max(most, held)
+        return most
+
+    one = 400 * 2 * WIDTH * 4
+    assert 0 < peak(model) - peak(sealed) <= 2 * one
+
+
 @pytest.mark.parametrize("prompt_mode", ["shallow", "deep", "progressive"])
 @pytest.mark.parametrize("readout", ["cls", "mean"])
 def test_checkpointed_blocks_give_bitwise_the_same_gradients(prompt_mode: str, readout: str) -> None:

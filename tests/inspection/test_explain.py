@@ -37,16 +37,16 @@ def pixels(seed: int = 0) -> torch.Tensor:
     "options",
     [
         {},
-        {"prompt_mode": "deep", "prompt_location": "end", "extra_bias": "cls"},
-        {"prompt_mode": "progressive", "prompt_location": "before_mask"},
-        {"mask_mode": "replace", "prompt_location": "after_mask"},
+        {"prompt_mode": "deep", "extra_bias": "cls"},
+        {"prompt_mode": "progressive"},
+        {"mask_mode": "replace"},
         {"readout": "cls", "prompt_length": 0},
         {"readout": "mean", "extra_bias": "neutral"},
     ],
     ids=str,
 )
 def test_attention_is_that_of_the_naive_model(options: dict[str, Any]) -> None:
-    """Weights of the read-out row on every patch and prompt, whatever the order of the rows is."""
+    """Weights of the read-out row on every patch and prompt."""
     model = build(**options)
     seen: list[Row] = []
     naive_hidden(model, pixels(), seen)

@@ -10,7 +10,7 @@ from beit_factory import randomize, tiny_beit
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
-from tiny_models import build, images, relative_error
+from tiny_models import build, build_vit, images, pictures, relative_error
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -269,3 +269,34 @@ def test_bad_options_are_refused(arguments: dict[str, Any], message: str) -> Non
     """One line that names the argument and what it was."""
     with pytest.raises(ValueError, match=message):
         build(**{"prompt_mode": "deep", **arguments})
+
+
+@pytest.mark.parametrize("kind", ["beit", "vit"])
+def test_without_prompts_is_the_same_model_of_length_0(kind: str) -> None:
+    """Shares weights and constants and follows their edits; what is done to its settings, verbalizer or class names
+    stays its own, and it may not drop weights that are another model's."""
+    if kind == "beit":
+        model = build(prompt_mode="deep", extra_bias="learned", prompt_dropout=0.2)
+        batch, bare = images(model), build(prompt_length=0)
+    else:
+        options = {"readout": "mean_with_prompts", "prompt_mode": "progressive"}
+        model = build_vit(**options)
+        batch, bare = pictures(model), build_vit(readout="mean", prompt_length=0)
+    bare.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if not name.startswith("prompt")}, strict=False
+    )
+    twin, config = model.without_prompts(), dict(model.config)
+    for _ in range(2):
+        assert relative_error(twin(batch), bare(batch)) <= 1e-12
+        assert twin._encoder.folded(twin).qkv_weights is model._encoder.folded(model).qkv_weights
+        for at in (model, bare):
+            with torch.no_grad():
+                at.backbone.blocks[0].mlp.fc1.weight.mul_(1.5)
+    assert max(vptm.check(twin, batch).values()) <= 1e-10
+    with pytest.raises(RuntimeError, match="freeze_for_inference must be called on the model with prompts"):
+        twin.freeze_for_inference()
+    twin.reset_classifier(2)
+    twin.class_names = ["a", "b"]
+    assert twin(batch).shape == (2, 2) and model(batch).shape == (2, 5)
+    assert model.config == config and model.class_names is None and model.prompts.length == 3
+    assert twin.config["prompt_length"] == 0 == twin.prompts.length

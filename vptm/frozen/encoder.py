@@ -72,6 +72,11 @@ class FrozenEncoder:
     def sealed(self) -> bool:
         return self._seal is not None
 
+    @property
+    def follows_another(self) -> bool:
+        """Whether it runs on the constants of the same model with prompts."""
+        return self._prompted is not None
+
     @staticmethod
     def unsupported(model: PromptedRows) -> str | None:
         """What keeps a backbone from being folded, in words that fit after "got"; None where nothing does."""

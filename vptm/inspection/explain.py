@@ -151,9 +151,7 @@ def readout_attention_weights(model: PromptedBEiT, images: Tensor, layer: int = 
         return kept[-1] @ value
 
     reference_features(model, images, keeping)
-    original = model.row_order.argsort()
-    weights = kept[layer][:, :, original][..., original]
-    row = model._readout_row()
+    weights, row = kept[layer], model._readout_row()
     return weights[:, :, model.mean_rows()].mean(2) if row is None else weights[:, :, row]
 
 

@@ -87,6 +87,8 @@ def kind_of(source: Any, readout: str | None = None) -> str:
 
 def build(kind: str, source: Any, config: Mapping[str, Any], impl: str = "auto") -> PromptedModel:
     """A model of the class that `kind` names in `MODEL_CLASSES`, from `source` and a model's `config`."""
+    # adapters of older versions name it, and it has no effect
+    config = {name: value for name, value in config.items() if name != "prompt_location"}
     size = config.get("img_size")
     size = tuple(size) if isinstance(size, list) else size
     return MODEL_CLASSES[kind](source, **{**config, "img_size": size}, impl=impl)

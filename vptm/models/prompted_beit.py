@@ -19,6 +19,7 @@ from vptm.frozen.rows import AttentionFunction
 from vptm.messages import one_of
 from vptm.models.position_bias import extended_index, parse_extra_bias
 from vptm.models.prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
+from vptm.settings import PROMPT_LOCATION
 from vptm.weights.backbones import LoadReport, load_backbone
 
 PROMPT_LOCATIONS = ("after_cls", "after_mask", "before_mask", "end")
@@ -47,9 +48,8 @@ class PromptedBEiT(PromptedModel):
         num_classes: K.
         prompt_length: prompts per layer P, 0 allowed.
         prompt_mode: "shallow", "deep" or "progressive", see `vptm.PromptBank`.
-        prompt_location: row order "after_cls" [c,P,m,x], "after_mask" [c,m,P,x], "before_mask" [c,P,x,m] or "end"
-            [c,x,P,m]. With relative position bias alone the order cannot change the function, as attention is
-            permutation-equivariant.
+        prompt_location: deprecated and without effect: attention is permutation-equivariant, and position bias and
+            embeddings go with the rows, so their order cannot change the function.
         prompt_dropout: per-sample prompt dropout in training.
         progressive_alpha: alpha of progressive prompts, or one for every block but the first.
         prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim", "placement",
@@ -81,7 +81,6 @@ class PromptedBEiT(PromptedModel):
     """
 
     bias_index: Tensor
-    row_order: Tensor
 
     def __init__(
         self,
@@ -90,7 +89,7 @@ class PromptedBEiT(PromptedModel):
         *,
         prompt_length: int = 10,
         prompt_mode: str = "shallow",
-        prompt_location: str = "after_cls",
+        prompt_location: str | None = None,
         prompt_dropout: float = 0.0,
         progressive_alpha: float | Sequence[float] = 0.01,
         prompt_options: Mapping[str, Any] | None = None,
@@ -110,7 +109,9 @@ class PromptedBEiT(PromptedModel):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        one_of("prompt_location", prompt_location, PROMPT_LOCATIONS)
+        if prompt_location is not None:
+            one_of("prompt_location", prompt_location, PROMPT_LOCATIONS)
+            warnings.warn(PROMPT_LOCATION, DeprecationWarning, stacklevel=2)
         one_of("readout", readout, READOUTS)
         one_of("mask_mode", mask_mode, MASK_MODES)
         one_of("verbalizer", verbalizer, VERBALIZERS)
@@ -128,7 +129,6 @@ class PromptedBEiT(PromptedModel):
             "num_classes": num_classes,
             "prompt_length": prompt_length,
             "prompt_mode": prompt_mode,
-            "prompt_location": prompt_location,
             "prompt_dropout": prompt_dropout,
             "progressive_alpha": (
                 list(progressive_alpha) if isinstance(progressive_alpha, list | tuple) else progressive_alpha
@@ -151,7 +151,6 @@ class PromptedBEiT(PromptedModel):
         self.num_classes = num_classes
         self.readout = readout
         self.mask_mode = mask_mode
-        self.prompt_location = prompt_location
         self.extra_bias = extra_bias
         self.impl = impl
 
@@ -223,7 +222,6 @@ class PromptedBEiT(PromptedModel):
         self.num_rows = 1 + self.num_patches + int(self.has_mask_row) + length
         index = extended_index(window, prompts=length, mask=self.has_mask_row, mode=bias_mode, grid=grid)
         self.register_buffer("bias_index", index, persistent=False)
-        self.register_buffer("row_order", self._row_order(), persistent=False)
         self.prompt_bias = None
         if bias_mode == "learned":
             heads = self.backbone.blocks[0].attn.num_heads
@@ -249,24 +247,6 @@ class PromptedBEiT(PromptedModel):
             raise ValueError(
                 f"extra_bias='grid:y,x' places the mask row, it needs readout='mask', got readout={self.readout!r}"
             )
-
-    def _row_order(self) -> Tensor:
-        """Which of the rows `[class | patches | mask? | prompts]` stands at each place of the concatenated sequence."""
-        patches_end = 1 + self.num_patches
-        mask_end = patches_end + int(self.has_mask_row)
-        segments = {
-            "class": torch.arange(1),
-            "patches": torch.arange(1, patches_end),
-            "mask": torch.arange(patches_end, mask_end),
-            "prompts": torch.arange(mask_end, self.num_rows),
-        }
-        order = {
-            "after_cls": ("class", "prompts", "mask", "patches"),
-            "after_mask": ("class", "mask", "prompts", "patches"),
-            "before_mask": ("class", "prompts", "patches", "mask"),
-            "end": ("class", "patches", "prompts", "mask"),
-        }[self.prompt_location]
-        return torch.cat([segments[name] for name in order])
 
     def embed(self, images: Tensor, patch_embed: nn.Module | None = None) -> Tensor:
         """Rows `[class | patches | mask?]`, written into one buffer."""
@@ -308,14 +288,11 @@ class PromptedBEiT(PromptedModel):
         return backbone.pos_drop(torch.cat(rows, dim=1))
 
     def reference_block(self, layer: int, rows: Tensor, attention: AttentionFunction) -> Tensor:
-        """Block `layer` on the rows in the order of `prompt_location`."""
-        order = self.row_order
-        if rows.shape[1] < self.num_rows:  # a block may have no prompt rows
-            order = order[order < rows.shape[1]]
-        bias = self.position_bias(layer)
+        """Block `layer` on rows `[class | patches | mask? | prompts]`, of which the last may be missing."""
+        bias, count = self.position_bias(layer), rows.shape[1]
         if bias is not None:
-            bias = bias[:, order][:, :, order].unsqueeze(0)
-        return block_forward(self.backbone.blocks[layer], rows[:, order], bias, attention)[:, order.argsort()]
+            bias = bias[None, :, :count, :count]
+        return block_forward(self.backbone.blocks[layer], rows, bias, attention)
 
     def position_bias(self, layer: int, *, learned: bool = True) -> Tensor | None:
         """Bias (H, T, T) of the table's entries for rows `[class | patches | mask? | prompts]`, with `prompt_bias`
@@ -349,7 +326,6 @@ class PromptedBEiT(PromptedModel):
         twin = super().without_prompts()
         assert isinstance(twin, PromptedBEiT)
         twin.bias_index = self.bias_index[: twin.num_rows, : twin.num_rows]
-        twin.row_order = self.row_order[self.row_order < twin.num_rows]
         return twin
 
     def _readout_row(self) -> int | None:

@@ -197,6 +197,7 @@ class PromptedModel(PromptedRows):
 
         Raises:
             ValueError: a trainable backbone, blocks that do not fold, or impl="reference".
+            RuntimeError: of a model that `without_prompts` gave, whose weights are another model's.
             RuntimeError: from calls of the model afterwards, where a part, mode or hook of its backbone is another.
 
         Example:
@@ -211,6 +212,8 @@ class PromptedModel(PromptedRows):
             if keep_originals:
                 self._refuse_dropped("freeze_for_inference(keep_originals=True)")
             return self
+        if self._encoder.follows_another and not keep_originals:
+            raise RuntimeError("freeze_for_inference must be called on the model with prompts, whose weights these are")
         self.eval()
         if not keep_originals:
             self._sealed_hash = self.weight_hash()
