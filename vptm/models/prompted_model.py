@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from vptm.data.labels import check_labels
 from vptm.frozen.encoder import FrozenEncoder
 from vptm.frozen.fold import refuse_unread
 from vptm.frozen.folded import Folded, Start
@@ -18,6 +20,7 @@ from vptm.frozen.reference import reference_features
 from vptm.frozen.rows import PromptedRows
 from vptm.frozen.sharing import unshare_storage
 from vptm.messages import one_of
+from vptm.models.config import LabelledOutput, ModelConfig
 from vptm.models.prompts import PROMPT_OPTIONS, PromptBank
 from vptm.models.verbalizers import ClassEmbeddings, LinearVerbalizer, PrototypicalVerbalizer
 from vptm.weights.files import weight_hash
@@ -53,6 +56,7 @@ class PromptedModel(PromptedRows):
 
     def _finish(self) -> None:
         """The end of every constructor: freeze, remember what was frozen, and be ready to run."""
+        self.config = ModelConfig(self.config)
         self.class_names: list[str] | None = None
         self._frozen = True
         self._encoder = FrozenEncoder()
@@ -388,12 +392,44 @@ class PromptedModel(PromptedRows):
         hidden = self.backbone.fc_norm(pooled)
         return hidden if pre_logits else self._scores(hidden)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Class scores (B, K), cosine / temperature with the prototypical verbalizer, for normalised images (B,
-        channels, H, W)."""
-        self.check_images(images)
+    def forward(
+        self, images: Tensor | None = None, *, pixel_values: Tensor | None = None, labels: Tensor | None = None
+    ) -> Any:
+        """Class scores (B, K), cosine / temperature with the prototypical verbalizer, of normalised images.
+
+        Args:
+            images: (B, channels, H, W).
+            pixel_values: the same under the name that `transformers` has for it; one of both is given.
+            labels: (B,) integers in 0..K-1, or (B, K) shares.
+
+        Returns:
+            The scores; with `labels` a `LabelledOutput` (loss, logits), the loss being
+            `F.cross_entropy(scores.float(), labels)`.
+
+        Example:
+            >>> model = vptm.PromptedBEiT("builtin", num_classes=3)
+            >>> images = torch.zeros(2, 1, 28, 28)
+            >>> model(images).shape, model(pixel_values=images, labels=torch.tensor([0, 2])).loss.shape
+            (torch.Size([2, 3]), torch.Size([]))
+        """
+        if (images is None) == (pixel_values is None):
+            raise TypeError(f"one of images and pixel_values must be given, got {'none' if images is None else 'both'}")
+        pixels: Tensor = pixel_values if images is None else images  # type: ignore[assignment]
+        self.check_images(pixels)
         folded = self._runs_on()
-        return self._scores(self._hidden(images, folded), folded)
+        scores = self._scores(self._hidden(pixels, folded), folded)
+        return scores if labels is None else LabelledOutput(self._loss(scores, labels), scores)
+
+    def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        shares = labels.is_floating_point()
+        if labels.shape != (scores.shape if shares else scores.shape[:1]) or labels.dtype == torch.bool:
+            raise ValueError(
+                f"labels must be ({len(scores)},) integers or {tuple(scores.shape)} shares, "
+                f"got {tuple(labels.shape)} of {labels.dtype}"
+            )
+        if labels.device.type == "cpu" and not shares and not torch.compiler.is_compiling():  # looking stalls a GPU
+            check_labels(labels, scores.shape[1])
+        return F.cross_entropy(scores.float(), labels.float() if shares else labels.long())
 
     def _scores(self, hidden: Tensor, folded: Folded | None = None) -> Tensor:
         if not isinstance(self.verbalizer, PrototypicalVerbalizer):
