@@ -650,7 +650,7 @@ def test_subclasses_of_prompts_and_verbalizers_run_as_they_are() -> None:
 
 @torch.no_grad()
 def test_cached_frozen_features_follow_the_weights_and_refuse_a_mask_that_learns() -> None:
-    from vptm.methods.provp import FeatureReformation
+    from vptm.training.reformation import FeatureReformation
 
     model, batch = make(KINDS[0])
     cached = FeatureReformation(model, cache=True)

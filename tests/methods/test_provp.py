@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vptm
 from vptm.methods import provp
-from vptm.methods.provp import FeatureReformation, ridge_projection
+from vptm.methods.provp import ridge_projection
 from vptm.training.losses import feature_reformation
+from vptm.training.reformation import FeatureReformation
 
 
 def clip(width: int = 16) -> VisionTransformer:

@@ -17,7 +17,7 @@ from tiny_data import write_pictures
 
 import vptm.methods.provp_protocols as protocols
 from vptm.data.sources import load_data
-from vptm.methods.provp import FeatureReformation, ridge_projection
+from vptm.methods.provp import ridge_projection
 from vptm.methods.provp_protocols import (
     ClassFeatures,
     harmonic_mean,
@@ -29,6 +29,7 @@ from vptm.methods.provp_protocols import (
 )
 from vptm.methods.reprogramming import label_mapping
 from vptm.models.prompted_beit import PromptedBEiT
+from vptm.training.reformation import FeatureReformation
 
 CLASSES = ("upper", "left", "right")  # in the data: left, right, upper
 
@@ -188,7 +189,7 @@ def test_the_command(vptm: Console, material: Path, pictures: Path, monkeypatch:
     )
     for more, message in (
         (["few-shots"], "did you mean 'few-shot'"),
-        (["few-shot", "--shots", "99"], "has 9 training images, 99 were asked for"),
+        (["few-shot", "--shots", "99"], "has 9 training images, got 99"),
         (["few-shot", "--shots", "x"], "--shots must be an integer >= 1"),
         (["few-shot", "--shots", "2,all"], "--shots must be integers >= 1 in a protocol, got '2,all'"),
         (["few-shot", "--seeds", 0], "--seeds must be >= 1"),

@@ -24,7 +24,6 @@ from vptm.data.sources import load_data
 from vptm.data.transforms import transforms
 from vptm.messages import error_line, one_line, one_of
 from vptm.methods.provp import (
-    FeatureReformation,
     clip_projection,
     is_clip_tower,
     ridge_projection,
@@ -36,6 +35,7 @@ from vptm.models.prompted_model import PromptedModel
 from vptm.settings import EVALUATION_BATCH, ProtocolSettings
 from vptm.training.evaluate import evaluate
 from vptm.training.fit import fit
+from vptm.training.reformation import FeatureReformation
 from vptm.training.sources import device_of
 from vptm.weights.files import read_safetensors
 

@@ -101,7 +101,7 @@ def fit(
         protoverb_weight: of `vptm.training.losses.protoverb_loss` of a batch, added to its cross-entropy (and to the
             reported train loss); needs the prototypical verbalizer. `vptm.fit_prototypes` trains by it alone, later.
         reformation: lambda of ProVP-Ref's contrast with the features of the frozen model, see
-            `vptm.methods.provp.FeatureReformation`, added to the cross-entropy; 1 in the published code.
+            `vptm.training.reformation.FeatureReformation`, added to the cross-entropy; 1 in the published code.
         reformation_temperature: of that contrast.
         cache_frozen: compute the frozen features of an image once; for training without augmentation.
         prompt_weight_decay: of prompts, None for none.

@@ -10,12 +10,12 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.nn import functional as F
 
-from vptm.methods.provp import FeatureReformation
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import unwrapped
 from vptm.settings import TrainSettings
 from vptm.training.losses import protoverb_loss
 from vptm.training.precision import compiled
+from vptm.training.reformation import FeatureReformation
 from vptm.training.schedules import decay_groups, make_schedule
 
 _FIRST_SCALE = 1024.0  # of fp16 losses; a mean over a batch needs less than torch's 65536, which costs the first steps
