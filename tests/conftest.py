@@ -57,6 +57,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def benches_of_their_own():
+    """Bench runs that tests start are no part of a parallel suite, where pytest-benchmark would time nothing."""
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
+
+
 @pytest.fixture
 def against_baseline():
     """Asserts that compiled kernels lost nothing against the committed baseline; other changes are printed at the end.

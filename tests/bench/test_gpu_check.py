@@ -339,6 +339,7 @@ def test_wheels_are_installed_for_the_run_alone(tmp_path, monkeypatch):
     assert subprocess.run(found, capture_output=True, cwd=tmp_path).returncode
 
 
+@pytest.mark.slow
 def test_every_stage_is_rehearsed_to_its_end(tmp_path):
     """The whole of the first part and what the second has beside it, with packed kernels, joins, report and README."""
     pytest.importorskip("triton")
