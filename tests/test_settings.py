@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -32,9 +32,13 @@ def test_keywords_are_the_settings(takes: Any, group: type[settings.SettingsGrou
     """A default that differs would make the command train another model than the same words in Python."""
     keywords = {p.name: p for p in inspect.signature(takes).parameters.values() if p.kind is p.KEYWORD_ONLY}
     assert keywords.keys() - others == set(settings.names(group))
-    required = {"epochs", "lr", "patch_values"}
+    required, types = (
+        {"epochs", "lr", "patch_values"},
+        get_type_hints(takes.__init__ if inspect.isclass(takes) else takes),
+    )
     for name, default in {name: group.__dataclass_fields__[name].default for name in settings.names(group)}.items():
         assert name in required or keywords[name].default == default, name
+        assert name == "patch_values" or types[name] == get_type_hints(group)[name], name
 
 
 @pytest.mark.parametrize("kind", settings.MODEL_SETTINGS)

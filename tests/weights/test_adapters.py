@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -431,7 +432,8 @@ def test_what_could_never_be_loaded_is_not_written(backbone: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("unfrozen", [False, True])
 def test_adapters_of_schema_1_still_load(backbone: Path, tmp_path: Path, unfrozen: bool) -> None:
-    """Before, a fine-tuned adapter had the hash of the backbone it started from, and no list of what was trained."""
+    """Before, a fine-tuned adapter had the hash of the backbone it started from, no list of what was trained, and a
+    place of the prompts, which changes nothing: it is not warned of, as its user cannot help it."""
     model = trained(backbone)
     start = model.weight_hash()
     if unfrozen:
@@ -442,8 +444,11 @@ def test_adapters_of_schema_1_still_load(backbone: Path, tmp_path: Path, unfroze
     config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
     del config["trained"], config["backbone"]["dtype"]
     config["backbone"] |= {"weight_hash": start, "unfrozen": unfrozen}
+    config["model"]["prompt_location"] = "end"
     (tmp_path / "a" / CONFIG_FILE).write_text(json.dumps(config | {"schema_version": 1}))
-    loaded = load_adapter(tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        loaded = load_adapter(tmp_path / "a")
     assert torch.equal(loaded(IMAGES), model(IMAGES))
     assert loaded.learned_state_dict().keys() == model.learned_state_dict().keys() and loaded._frozen != unfrozen
     config["backbone"]["weight_hash"] = "sha256:0"

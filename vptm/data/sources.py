@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
@@ -23,10 +23,11 @@ from vptm.data.division import check_classes, stratified_split
 from vptm.data.folders import SPLIT_NAMES, read_folder
 from vptm.data.pictures import BACKGROUND, check_picture_options, read_image, to_8_bit
 from vptm.messages import error_line, hint, one_line, one_of
+from vptm.settings import OnBadImage
 from vptm.weights.files import one_line_errors
 
 SOURCES = ("builtin", "fashion-mnist", "digits", "mnist5k", "stamps")
-ON_BAD_IMAGE = ("error", "skip")
+ON_BAD_IMAGE = get_args(OnBadImage)
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",

@@ -18,13 +18,20 @@ from vptm.frozen.parts import BiasedAttention, biased_attention, block_forward
 from vptm.frozen.rows import AttentionFunction
 from vptm.messages import one_of
 from vptm.models.position_bias import extended_index, parse_extra_bias
-from vptm.models.prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
-from vptm.settings import PROMPT_LOCATION
+from vptm.models.prompted_model import PromptedModel
+from vptm.settings import (
+    PROMPT_LOCATION,
+    BEiTReadout,
+    BEiTSettings,
+    Implementation,
+    MaskMode,
+    PromptMode,
+    TokenActivation,
+    VerbalizerName,
+)
 from vptm.weights.backbones import LoadReport, load_backbone
 
 PROMPT_LOCATIONS = ("after_cls", "after_mask", "before_mask", "end")
-READOUTS = ("mask", "cls", "mean")
-MASK_MODES = ("insert", "replace")
 MASKED_MODELLING_WEIGHTS = (
     "masked-modelling weights such as beitv2_base_patch16_224_pt1k.pth "
     "or the Hugging Face id microsoft/beit-base-patch16-224-pt22k"
@@ -88,66 +95,38 @@ class PromptedBEiT(PromptedModel):
         num_classes: int,
         *,
         prompt_length: int = 10,
-        prompt_mode: str = "shallow",
+        prompt_mode: PromptMode = "shallow",
         prompt_location: str | None = None,
         prompt_dropout: float = 0.0,
         progressive_alpha: float | Sequence[float] = 0.01,
         prompt_options: Mapping[str, Any] | None = None,
-        readout: str = "mask",
-        mask_mode: str = "insert",
+        readout: BEiTReadout = "mask",
+        mask_mode: MaskMode = "insert",
         train_mask_token: bool = False,
         train_lm_head: bool = False,
-        verbalizer: str = "prototypical",
+        verbalizer: VerbalizerName = "prototypical",
         prototype_dim: int | None = 128,
-        token_activation: str = "logits",
+        token_activation: TokenActivation = "logits",
         projection_bias: bool = False,
         temperature: float | None = None,
         extra_bias: str = "zero",
         vocab_size: int = 8192,
         img_size: int | tuple[int, int] | None = None,
         pretrained: bool = False,
-        impl: str = "auto",
+        impl: Implementation = "auto",
     ) -> None:
+        settings = BEiTSettings.of(locals())
         super().__init__()
         if prompt_location is not None:
             one_of("prompt_location", prompt_location, PROMPT_LOCATIONS)
             warnings.warn(PROMPT_LOCATION, DeprecationWarning, stacklevel=2)
-        one_of("readout", readout, READOUTS)
-        one_of("mask_mode", mask_mode, MASK_MODES)
-        one_of("verbalizer", verbalizer, VERBALIZERS)
-        one_of("impl", impl, IMPLEMENTATIONS)
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
             raise ValueError(f"vocab_size must be an integer >= 1, got {vocab_size!r}")
-        for argument, flag in (("train_mask_token", train_mask_token), ("train_lm_head", train_lm_head)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{argument} must be True or False, got {flag!r}")
         if train_mask_token and readout != "mask":
             raise ValueError(f"train_mask_token=True needs readout='mask', got readout={readout!r}")
         if train_lm_head and token_activation == "hidden":
             raise ValueError("train_lm_head=True needs a token_activation that reads the token head, got 'hidden'")
-        self.config = {
-            "num_classes": num_classes,
-            "prompt_length": prompt_length,
-            "prompt_mode": prompt_mode,
-            "prompt_dropout": prompt_dropout,
-            "progressive_alpha": (
-                list(progressive_alpha) if isinstance(progressive_alpha, list | tuple) else progressive_alpha
-            ),
-            "prompt_options": None if prompt_options is None else dict(prompt_options),
-            "readout": readout,
-            "mask_mode": mask_mode,
-            "train_mask_token": train_mask_token,
-            "train_lm_head": train_lm_head,
-            "verbalizer": verbalizer,
-            "prototype_dim": prototype_dim,
-            "token_activation": token_activation,
-            "projection_bias": projection_bias,
-            "temperature": temperature,
-            "extra_bias": extra_bias,
-            "vocab_size": vocab_size,
-            "img_size": list(img_size) if isinstance(img_size, tuple) else img_size,
-            "pretrained": pretrained,
-        }
+        self.config = {"num_classes": num_classes, **settings.config()}
         self.num_classes = num_classes
         self.readout = readout
         self.mask_mode = mask_mode

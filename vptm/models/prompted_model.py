@@ -21,12 +21,11 @@ from vptm.frozen.rows import PromptedRows
 from vptm.frozen.sharing import unshare_storage
 from vptm.messages import one_of
 from vptm.models.config import LabelledOutput, ModelConfig
-from vptm.models.prompts import PROMPT_OPTIONS, PromptBank
+from vptm.models.prompts import PromptBank
 from vptm.models.verbalizers import ClassEmbeddings, LinearVerbalizer, PrototypicalVerbalizer
+from vptm.settings import PromptSettings, names
 from vptm.weights.files import weight_hash
 
-IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
-VERBALIZERS = ("prototypical", "linear", "class_embeddings")
 Verbalizer = PrototypicalVerbalizer | LinearVerbalizer | ClassEmbeddings
 
 
@@ -81,7 +80,7 @@ class PromptedModel(PromptedRows):
         """The prompts that `config` describes, for this backbone."""
         config, options = self.config, dict(self.config["prompt_options"] or {})
         for name in options:
-            one_of("prompt_options", name, PROMPT_OPTIONS)
+            one_of("prompt_options", name, names(PromptSettings))
         bank = PromptBank(
             len(self.backbone.blocks),
             config["prompt_length"],

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from vptm.frozen.rows import AttentionFunction
 from vptm.frozen.sharing import shared_twin
-from vptm.messages import error_line, hint, one_of
-from vptm.models.prompted_model import IMPLEMENTATIONS, VERBALIZERS, PromptedModel
+from vptm.messages import error_line, hint
+from vptm.models.prompted_model import PromptedModel
+from vptm.settings import Implementation, PromptMode, TokenActivation, VerbalizerName, ViTReadout, ViTSettings
 from vptm.weights.architecture import check_size, pair
 from vptm.weights.backbones import probe
 from vptm.weights.files import check_values
 
-READOUTS = ("cls", "mean", "mean_with_prompts")
 BLOCKS = ("Block", "ResPostBlock", "ParallelScalingBlock", "DiffParallelScalingBlock", "ParallelThingsBlock")
 
 
@@ -78,48 +78,26 @@ class PromptedViT(PromptedModel):
         num_classes: int,
         *,
         prompt_length: int = 10,
-        prompt_mode: str = "deep",
+        prompt_mode: PromptMode = "deep",
         prompt_dropout: float = 0.0,
         progressive_alpha: float | Sequence[float] = 0.01,
         prompt_options: Mapping[str, Any] | None = None,
-        readout: str = "cls",
+        readout: ViTReadout = "cls",
         train_lm_head: bool = False,
-        verbalizer: str = "linear",
+        verbalizer: VerbalizerName = "linear",
         prototype_dim: int | None = 128,
-        token_activation: str = "hidden",
+        token_activation: TokenActivation = "hidden",
         projection_bias: bool = False,
         temperature: float | None = None,
         img_size: int | tuple[int, int] | None = None,
         pretrained: bool = False,
-        impl: str = "auto",
+        impl: Implementation = "auto",
     ) -> None:
+        settings = ViTSettings.of(locals())
         super().__init__()
-        one_of("readout", readout, READOUTS)
-        one_of("verbalizer", verbalizer, VERBALIZERS)
-        one_of("impl", impl, IMPLEMENTATIONS)
-        if not isinstance(train_lm_head, bool):
-            raise TypeError(f"train_lm_head must be True or False, got {train_lm_head!r}")
         if train_lm_head and token_activation == "hidden":
             raise ValueError("train_lm_head=True needs a token_activation that reads the classifier, got 'hidden'")
-        self.config = {
-            "num_classes": num_classes,
-            "prompt_length": prompt_length,
-            "prompt_mode": prompt_mode,
-            "prompt_dropout": prompt_dropout,
-            "progressive_alpha": (
-                list(progressive_alpha) if isinstance(progressive_alpha, list | tuple) else progressive_alpha
-            ),
-            "prompt_options": None if prompt_options is None else dict(prompt_options),
-            "readout": readout,
-            "train_lm_head": train_lm_head,
-            "verbalizer": verbalizer,
-            "prototype_dim": prototype_dim,
-            "token_activation": token_activation,
-            "projection_bias": projection_bias,
-            "temperature": temperature,
-            "img_size": list(img_size) if isinstance(img_size, tuple) else img_size,
-            "pretrained": pretrained,
-        }
+        self.config = {"num_classes": num_classes, **settings.config()}
         self.num_classes = num_classes
         self.readout = readout
         self.impl = impl

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from einops import repeat
@@ -11,12 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vptm.messages import number, one_of
-
-PROMPT_MODES = ("shallow", "deep", "progressive")
-PLACEMENTS = ("prepend", "add")
-AFTER_PROMPTS = ("carry", "drop")
-DROPOUT_PER = ("sample", "batch")
-PROMPT_OPTIONS = ("blocks", "after", "shared", "prompt_dim", "placement", "dropout_per", "patch_values")
+from vptm.settings import AfterPrompts, DropoutPer, Placement, PromptMode, PromptSettings
 
 
 class PromptBank(nn.Module):
@@ -70,22 +66,20 @@ class PromptBank(nn.Module):
         length: int,
         dim: int,
         *,
-        mode: str = "shallow",
+        mode: PromptMode = "shallow",
         patch_values: int,
         dropout: float = 0.0,
         alpha: float | Sequence[float] = 0.01,
         blocks: int | None = None,
-        after: str = "carry",
+        after: AfterPrompts = "carry",
         shared: bool = False,
         prompt_dim: int | None = None,
-        placement: str = "prepend",
-        dropout_per: str = "sample",
+        placement: Placement = "prepend",
+        dropout_per: DropoutPer = "sample",
     ) -> None:
         super().__init__()
-        one_of("prompt_mode", mode, PROMPT_MODES)
-        one_of("after", after, AFTER_PROMPTS)
-        one_of("placement", placement, PLACEMENTS)
-        one_of("dropout_per", dropout_per, DROPOUT_PER)
+        one_of("prompt_mode", mode, get_args(PromptMode))
+        PromptSettings.of(locals())  # checks what stands there
         if isinstance(length, bool) or not isinstance(length, int) or length < 0:
             raise ValueError(f"prompt_length must be an integer >= 0, got {length!r}")
         if not 0.0 <= number("prompt_dropout", dropout) < 1.0:
@@ -94,8 +88,6 @@ class PromptBank(nn.Module):
             isinstance(prompt_dim, bool) or not isinstance(prompt_dim, int) or prompt_dim < 1
         ):
             raise ValueError(f"prompt_dim must be an integer >= 1 or None, got {prompt_dim!r}")
-        if not isinstance(shared, bool):
-            raise TypeError(f"shared must be True or False, got {shared!r}")
         if blocks is not None and (
             isinstance(blocks, bool) or not isinstance(blocks, int) or not 1 <= abs(blocks) <= depth
         ):
@@ -106,8 +98,8 @@ class PromptBank(nn.Module):
             raise ValueError("placement='add' needs prompt_mode 'shallow' or 'deep', got 'progressive'")
         if after == "drop" and (blocks is None or blocks < 0):
             raise ValueError(f"after='drop' needs blocks > 0, the blocks that have prompts, got {blocks!r}")
-        self.mode = mode
-        self.placement = placement
+        self.mode: str = mode
+        self.placement: str = placement
         self.length = length if placement == "prepend" else 0
         self.dropout = dropout
         self.dropout_per = dropout_per

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from vptm.frozen.parts import is_plain_linear
 from vptm.frozen.rows import PreparedHead, PromptedRows
 from vptm.messages import number, one_of
 from vptm.models.support import support_rows
+from vptm.settings import TokenActivation
 from vptm_kernels import fold_head, prototype_cosine
 
-TOKEN_ACTIVATIONS = ("hidden", "logits", "softmax", "log_softmax")
+TOKEN_ACTIVATIONS = get_args(TokenActivation)
 _ROWS_AT_ONCE = 256
 
 

@@ -17,7 +17,7 @@ from vptm.data.labels import check_labels
 from vptm.data.split_list import SplitList
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import unwrapped
-from vptm.settings import Precision, TrainSettings
+from vptm.settings import Precision, Schedule, TrainSettings
 from vptm.training.checks import check_data, check_loaders, check_model, check_settings
 from vptm.training.evaluate import ask
 from vptm.training.precision import dtype_of, float32_products, in_type, resolve_precision, slow_note
@@ -52,7 +52,7 @@ def fit(
     lr: float,
     weight_decay: float = 0.0,
     optimizer: str = "adamw",
-    schedule: str = "cosine",
+    schedule: Schedule = "cosine",
     warmup_epochs: int = 0,
     label_smoothing: float = 0.0,
     protoverb_weight: float = 0.0,

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from vptm.messages import number, one_of
+from vptm.settings import Schedule
 
 if TYPE_CHECKING:
     from vptm.models.prompted_model import PromptedModel
 
-SCHEDULES = ("cosine", "tanh", "none", "vpt", "spt", "provp")
+SCHEDULES = get_args(Schedule)
 _SPT_FLOOR, _PROVP_START = 1e-8, 1e-5
 
 
