@@ -11,6 +11,17 @@ import torch
 DOCS = Path(__file__).parent.parent / "docs"
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_serving_examples_run() -> None:
+    """A user copies them first."""
+    names: dict[str, object] = {}
+    found = blocks("serving.md")
+    assert len(found) == 1
+    for block in found:
+        exec(block, names)
+    assert names["scores"].shape == (3, 10)  # type: ignore[attr-defined]
+
+
 def blocks(file: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (DOCS / file).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "TaskBank": "serving.task_bank",
+    "predict": "serving.predict",
     "PromptedBEiT": "models.prompted_beit",
     "PromptedViT": "models.prompted_vit",
     "check": "inspection.check",
@@ -40,6 +42,7 @@ __all__ = [
     "PromptedBEiT",
     "PromptedViT",
     "PrototypicalVerbalizer",
+    "TaskBank",
     "__version__",
     "check",
     "evaluate",
@@ -52,6 +55,7 @@ __all__ = [
     "load_backbone",
     "load_data",
     "open_model",
+    "predict",
     "save_adapter",
     "set_class_embeddings",
     "transforms",
@@ -73,6 +77,8 @@ if TYPE_CHECKING:
     from vptm.models.prompts import PromptBank
     from vptm.models.saving import save_adapter
     from vptm.models.verbalizers import LinearVerbalizer, PrototypicalVerbalizer
+    from vptm.serving.predict import predict
+    from vptm.serving.task_bank import TaskBank
     from vptm.training.evaluate import evaluate
     from vptm.training.fit import fit
     from vptm.weights.backbones import load_backbone

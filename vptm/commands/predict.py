@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import sys
+import time
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import IO, TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from vptm.commands.options import Backbone, Compile, Device, Impl, OnBadImage, PrecisionOption, Run
 from vptm.settings import EVALUATION_BATCH
-from vptm.terminal import say
+from vptm.terminal import progress_bar, say
+
+if TYPE_CHECKING:
+    from vptm.models.prompted_model import PromptedModel
+    from vptm.serving.predict import Prediction, Unreadable
+    from vptm.serving.task_bank import TaskBank
+
+Format = Literal["csv", "jsonl"]
+
+_SHOWN = 20  # unreadable pictures that are named at the end
+_NEXT_LINE = 30.0  # seconds without a word, where there is no terminal to draw a bar on
 
 
 def predict(
     run: Run,
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    images: Annotated[
+        list[str], typer.Argument(help="Image files, folders of them, patterns in quotes, or - for a list on stdin.")
+    ],
+    adapter: Annotated[
+        list[Path] | None, typer.Option(help="A further run or adapter folder on the same backbone; may be repeated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File of the rows; stdout by default.", show_default=False)] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="By default csv, or what --out ends in.", metavar="[csv|jsonl]", show_default=False
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the rows of --out.")] = False,
+    top: Annotated[int, typer.Option(help="Labels of a picture in top5.")] = 5,
     on_bad_image: OnBadImage = "error",
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = EVALUATION_BATCH,
     source: Backbone = None,
@@ -28,33 +54,153 @@ def predict(
 ) -> None:
     """Name what pictures show.
 
-    CSV on stdout with the columns path, label, score, top5: score is the softmax probability of the label; top5 is a
-    JSON list of [label, score] pairs, best first.
+    Rows with path, label, score and top5, written as they are made: score is the softmax probability of the label; top5
+    is a JSON list of [label, score] pairs, best first. With --adapter every picture has a row of each, and a column
+    task says whose, by the folder's name. Pictures that cannot be read are named at the end, and make the command fail
+    unless --on-bad-image skip. After a kill, the same command with --resume leaves out what --out has.
 
     \b
     Example:
       vptm predict runs/builtin-1 shoe.png wardrobe/ > names.csv
+      find photos -name '*.jpg' | vptm predict runs/photos - --out names.jsonl --resume
     """
+    from vptm.data.pictures import BadImageError
+    from vptm.messages import one_of
     from vptm.models.opening import load_adapter
-    from vptm.training.predict import picture_files, predict
+    from vptm.serving.predict import picture_files, predictions
+    from vptm.serving.task_bank import TaskBank
+    from vptm.settings import RunSettings, choices
+    from vptm.training.precision import dtype_of, resolve_precision
     from vptm.training.sources import device_of
 
+    one_of("--on-bad-image", on_bad_image, choices(RunSettings, "on_bad_image"))
+    by_name = "jsonl" if out is not None and out.suffix in (".jsonl", ".ndjson") else "csv"
+    one_of("--format", form or by_name, ("csv", "jsonl"))
+    chosen: Format = "jsonl" if (form or by_name) == "jsonl" else "csv"
+    if resume and out is None:
+        raise ValueError("--resume needs --out, the file to continue")
+    if out is not None and out.exists() and not resume:
+        raise ValueError(f"--out must be a new file, {out} is there: continue it with --resume, or take another")
+    listed = picture_files([image for image in images if image != "-"], report=say)
+    stdin = (Path(line) for line in map(str.strip, sys.stdin) if line) if "-" in images else iter(())
+    names = _names([run, *(adapter or [])])
     place = device_of(device)
-    files = picture_files(images, report=say)
     model = load_adapter(run, source=source, impl=impl).to(place)
-    found = predict(
-        model,
-        files,
+    tasks: PromptedModel | TaskBank = model
+    if adapter:
+        tasks = TaskBank(model, dtype=dtype_of(resolve_precision(precision, place, training=False)), impl=impl)
+        tasks.add(names[0], model)
+        for name, folder in zip(names[1:], adapter):
+            tasks.add(name, folder)
+    found = predictions(
+        tasks,
+        (missing := _Missing(chain(listed, stdin))),
+        top=top,
         batch_size=batch_size,
-        on_bad_image=on_bad_image,
         precision=precision,
         compile=compile,
-        report=say,
     )
-    # printed at the end: an unreadable image leaves no half of a table behind
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["path", "label", "score", "top5"])
-    for path, top in found:
-        label, score = top[0]
-        pairs = json.dumps([[name, round(value, 6)] for name, value in top], ensure_ascii=False)
-        writer.writerow([str(path), label, f"{score:.6f}", pairs])
+    counted = None if "-" in images else len(listed)
+    bad, written = _write(found, missing, names if adapter else [None], counted, out, chosen)
+    for each in bad[:_SHOWN]:
+        say(f"skipped: {each.reason}")
+    if len(bad) > _SHOWN:
+        say(f"skipped: {len(bad) - _SHOWN} more that cannot be read")
+    if bad and not written:
+        raise BadImageError(f"none of {len(bad)} images could be read; the first: {bad[0].reason}")
+    if bad and on_bad_image == "error":
+        raise BadImageError(
+            f"{len(bad)} images could not be read, {bad[0].path} the first; rows of the others are there"
+        )
+
+
+def _names(folders: list[Path]) -> list[str]:
+    names = [folder.resolve().name for folder in folders]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--adapter folders must differ in name, which their rows have, got {name!r} twice")
+    return names
+
+
+class _Missing:
+    """Those of some files that have no row for every task yet; `had` counts the others."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files = files
+        self.done: set[tuple[str, str | None]] = set()
+        self.names: list[str] | list[None] = [None]
+        self.had = 0
+
+    def __iter__(self) -> Iterator[Path]:
+        for file in self._files:
+            if all((str(file), name) in self.done for name in self.names):
+                self.had += 1
+            else:
+                yield file
+
+
+def _write(
+    found: Iterable[Prediction | Unreadable],
+    missing: _Missing,
+    names: list[str] | list[None],
+    total: int | None,
+    out: Path | None,
+    form: Format,
+) -> tuple[list[Unreadable], int]:
+    """Unreadable pictures, and how many have rows now, earlier ones too."""
+    from vptm.serving.predict import Prediction
+    from vptm.serving.prediction_file import continued, header, row
+
+    several = len(names) > 1
+    stream: IO[str] | None = None
+    missing.names = names
+    if out is not None:
+        stream, missing.done = continued(out, form, several)
+    bad: list[Unreadable] = []
+    pace = _Pace(total)
+    with progress_bar() as bar:
+        task = bar.add_task("predicting", total=total, note="")
+        for each in found:
+            if isinstance(each, Prediction):
+                if stream is None:  # nothing is printed before there is a row
+                    stream = sys.stdout
+                    stream.write(header(several, form))
+                if (str(each.path), each.task) not in missing.done:
+                    stream.write(row(each, form))
+                    stream.flush()
+                pace.now += each.task == names[-1]
+            else:
+                bad.append(each)
+                pace.now += 1
+            pace.had = missing.had
+            if not bar.disable:
+                bar.update(task, completed=pace.had + pace.now, note=pace.note())
+            elif line := pace.line():
+                bar.console.print(line)
+    if out is not None and stream is not None:
+        stream.close()
+    return bad, missing.had + pace.now - len(bad)
+
+
+class _Pace:
+    """How many pictures are done, now and `had` before, how fast, and how long the rest takes."""
+
+    def __init__(self, total: int | None) -> None:
+        self.total = total
+        self.had = self.now = 0
+        self._started = self._spoke = time.perf_counter()
+
+    def note(self) -> str:
+        rate = self.now / max(time.perf_counter() - self._started, 1e-9)
+        if self.total is None or not rate:
+            return f"{rate:.3g} images/s"
+        left = (self.total - self.had - self.now) / rate
+        return f"{rate:.3g} images/s, {timedelta(seconds=round(left))} left"
+
+    def line(self) -> str | None:
+        """What to say without a terminal, twice a minute."""
+        now = time.perf_counter()
+        if now - self._spoke < _NEXT_LINE:
+            return None
+        self._spoke = now
+        return f"{self.had + self.now}{'' if self.total is None else f'/{self.total}'} images, {self.note()}"

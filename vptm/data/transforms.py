@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from PIL import Image
 from timm.data import create_transform
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vptm.data.pictures import BACKGROUND, to_8_bit
@@ -36,7 +36,7 @@ class _Preprocess:
         return pixels
 
 
-def transforms(model: nn.Module, train: bool = False, *, flip: bool = True) -> Callable[[Image.Image], Tensor]:
+def transforms(model: Any, train: bool = False, *, flip: bool = True) -> Callable[[Image.Image], Tensor]:
     """The preprocessing `model.default_cfg` asks for: PIL image of any mode and size -> float tensor (C, H, W).
 
     8 bits without transparency (`vptm.data.pictures.to_8_bit`), grey or RGB by the model's channels, resize, centre
@@ -58,7 +58,7 @@ def transforms(model: nn.Module, train: bool = False, *, flip: bool = True) -> C
         >>> vptm.transforms(model)(Image.new("RGB", (40, 30))).shape
         torch.Size([1, 28, 28])
     """
-    config: dict[str, Any] = model.default_cfg  # type: ignore[assignment]
+    config: Mapping[str, Any] = model.default_cfg
     channels, height, width = config["input_size"]
     modes = {1: "L", 3: "RGB"}
     if channels not in modes:
@@ -82,7 +82,7 @@ def transforms(model: nn.Module, train: bool = False, *, flip: bool = True) -> C
     return _Preprocess(modes[channels], pipeline, flip and small_training, shift, picture_options(model))
 
 
-def picture_options(model: nn.Module) -> dict[str, Any]:
+def picture_options(model: Any) -> dict[str, Any]:
     """`background` and `value_range` of the pictures that `model` was trained on, for `read_image`.
 
     Example:
@@ -90,5 +90,5 @@ def picture_options(model: nn.Module) -> dict[str, Any]:
         >>> picture_options(vptm.PromptedBEiT("builtin", num_classes=10))
         {'background': 'white', 'value_range': None}
     """
-    config: dict[str, Any] = model.default_cfg  # type: ignore[assignment]
+    config: Mapping[str, Any] = model.default_cfg
     return {"background": config.get("background", BACKGROUND), "value_range": config.get("value_range")}

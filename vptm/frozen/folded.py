@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,18 @@ from vptm_kernels import prompted_attention, readout_attention
 from vptm_kernels._runtime.frozen_linear import frozen_linear, runs_onednn
 from vptm_kernels.prompted_attention.bias import align_rows
 
-Prefixes = Sequence["Tensor | None"]
+
+class PooledPrefix(NamedTuple):
+    """Keys and values of the prompts of many tasks, (S, 2C); every image's rows of them, (B, 2) int32 start and
+    length, on the CPU where the host is not to wait; and an upper bound of those lengths."""
+
+    pool: Tensor
+    ranges: Tensor
+    longest: int
+
+
+Prefix = Tensor | PooledPrefix | None
+Prefixes = Sequence[Prefix]
 
 
 class Start(NamedTuple):
@@ -44,6 +55,12 @@ def _bias_values(bias: Tensor, dtype: torch.dtype, triton: bool) -> Tensor:
         return bias.to(dtype)
     half = bias.half()
     return half if torch.equal(half.isinf(), bias.isinf()) else bias.float()
+
+
+def _prompt_arguments(prefix: Prefix) -> dict[str, Any]:
+    if not isinstance(prefix, PooledPrefix):
+        return {"prompt_kv": prefix}
+    return {"prompt_kv": prefix.pool, "prompt_ranges": prefix.ranges, "max_prompt_length": prefix.longest}
 
 
 def _residual(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
@@ -71,6 +88,7 @@ class Folded:
         backbone = model.backbone
         weight = backbone.patch_embed.proj.weight
         self.key = key
+        self.triton = triton
         self.width = (model.num_features,)
         blocks = [fold_block(block, dtype) for block in backbone.blocks]
         # one tensor for all, so that the prompts of all blocks are projected by one product; keys have no bias, and
@@ -80,16 +98,7 @@ class Folded:
         self.prefix_eps = blocks[0].eps_1 if len({block.eps_1 for block in blocks}) == 1 else None
         # a GPU's product takes a bias along, and one launch less is worth more than a pass over fewer bytes
         self.for_gpu = triton or weight.device.type != "cpu"
-        # the kernel reads a token-to-token bias in place and takes prompt columns as zero; SDPA wants all columns
-        self.bias_without_prompts = triton and model.extra_bias.startswith(("zero", "grid"))
-        biases: list[Tensor | None] = []
-        for layer in range(len(blocks)):
-            if layer and model.bias_is_shared:
-                biases.append(biases[0])
-                continue
-            bias = model.position_bias(layer, learned=False)
-            biases.append(None if bias is None else align_rows(_bias_values(bias, dtype, triton)))
-        self._take_biases(biases, model.num_rows - model.prompts.length)
+        self._expand_biases(model, dtype, triton)
         self.patch_embed: nn.Module | None = None
         self.token_head: tuple[Tensor, Tensor | None] | None = None
         if dtype != weight.dtype:  # under autocast: cast once, here
@@ -107,6 +116,18 @@ class Folded:
     def _take_weights(self, blocks: list[FrozenBlock]) -> None:
         self.blocks = [block._replace(qkv_weight=weight) for block, weight in zip(blocks, self.qkv_weights)]
         self.prefix_weights = self.qkv_weights[:, self.qkv_weights.shape[1] // 3 :].mT
+
+    def _expand_biases(self, model: PromptedRows, dtype: torch.dtype, triton: bool, learned: bool = False) -> None:
+        # the kernel reads a token-to-token bias in place and takes prompt columns as zero; SDPA wants all columns
+        self.bias_without_prompts = triton and model.extra_bias.startswith(("zero", "grid"))
+        biases: list[Tensor | None] = []
+        for layer in range(len(self.blocks)):
+            if layer and model.bias_is_shared and not learned:
+                biases.append(biases[0])
+                continue
+            bias = model.position_bias(layer, learned=learned)
+            biases.append(None if bias is None else align_rows(_bias_values(bias, dtype, triton)))
+        self._take_biases(biases, model.num_rows - model.prompts.length)
 
     def _take_biases(self, biases: list[Tensor | None], num_tokens: int) -> None:
         self.num_tokens = num_tokens
@@ -132,6 +153,14 @@ class Folded:
         twin = copy.copy(self)
         twin._take_biases(self.square_biases, self.num_tokens)
         twin.sealed_prefixes = twin.sealed_head = None
+        return twin
+
+    def beside(self, model: PromptedRows, *, learned: bool = False) -> Folded:
+        """The same for another model on this backbone: the same weights, and the position bias of its rows, with
+        `prompt_bias` as it is now where `learned`."""
+        twin = copy.copy(self)
+        twin.sealed_prefixes = twin.sealed_head = None
+        twin._expand_biases(model, self.qkv_weights.dtype, self.triton, learned)
         return twin
 
     def sealed(self, prefixes: Prefixes | None, head: PreparedHead | None) -> Folded:
@@ -203,9 +232,7 @@ class Folded:
             return model.pools_prompts
         return model.prompts.role(layer + 1) in ("mixed", "carried")
 
-    def _run(
-        self, model: PromptedRows, images: Tensor, blocks: int, start: Start | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _run(self, model: PromptedRows, images: Tensor, blocks: int, start: Start | None) -> tuple[Tensor, Prefix]:
         """Rows entering block `blocks`, prompt rows last where they are rows, and the prefix of that block."""
         x = model.embed(images, self.patch_embed) if start is None else start.rows
         qkv = None if start is None else start.qkv
@@ -220,7 +247,7 @@ class Folded:
             straight = all(prefix is not None for prefix in prefixes)
         straight = prompts.placement == "prepend" and (straight or prompts.length == 0)
 
-        def prefix(layer: int) -> Tensor | None:
+        def prefix(layer: int) -> Prefix:
             if prefixes is not None:
                 return prefixes[layer]
             return self._prefix(model, layer, batch) if self._takes_prefix(model, layer) else None
@@ -286,9 +313,7 @@ class Folded:
     def _mlp(self, x: Tensor, block: FrozenBlock) -> Tensor:
         return self._add_linear(x, self._mlp_inner(x, block), block.fc2_weight, block.fc2_bias, block.scale_2)
 
-    def _block(
-        self, model: PromptedRows, x: Tensor, layer: int, prefix: Tensor | None, qkv: Tensor | None = None
-    ) -> Tensor:
+    def _block(self, model: PromptedRows, x: Tensor, layer: int, prefix: Prefix, qkv: Tensor | None = None) -> Tensor:
         return self._mlp(self._attend(model, x, layer, prefix, qkv), self.blocks[layer])
 
     def _learned_bias(self, model: PromptedRows, layer: int, queries: int | None, keys: int | None) -> Tensor:
@@ -296,7 +321,7 @@ class Folded:
         assert bias is not None
         return bias[:, :queries, :keys]
 
-    def _attend(self, model: PromptedRows, x: Tensor, layer: int, prefix: Tensor | None, qkv: Tensor | None) -> Tensor:
+    def _attend(self, model: PromptedRows, x: Tensor, layer: int, prefix: Prefix, qkv: Tensor | None) -> Tensor:
         block, tokens, rows = self.blocks[layer], self.num_tokens, x.shape[1]
         prompt_qkv = fresh = None
         if prefix is None and rows == tokens and model.prompts.role(layer) == "own":
@@ -316,7 +341,13 @@ class Folded:
         if qkv is None or rows > tokens:
             qkv = self._project(x, block)
         mixed = prompted_attention(
-            qkv, prefix, prompt_qkv=prompt_qkv, num_heads=block.heads, bias=bias, scale=1.0, impl=model.impl
+            qkv,
+            **_prompt_arguments(prefix),
+            prompt_qkv=prompt_qkv,
+            num_heads=block.heads,
+            bias=bias,
+            scale=1.0,
+            impl=model.impl,
         )
         if fresh is None:
             return self._add_linear(x, mixed, block.proj_weight, block.proj_bias, block.scale_1)
@@ -328,7 +359,7 @@ class Folded:
         update[:, tokens:] += fresh
         return update
 
-    def _attend_from(self, model: PromptedRows, x: Tensor, layer: int, rows: slice, prefix: Tensor | None) -> Tensor:
+    def _attend_from(self, model: PromptedRows, x: Tensor, layer: int, rows: slice, prefix: Prefix) -> Tensor:
         """Attention and residual of some rows, (B, rows, C); no prompt row attends."""
         block, tokens = self.blocks[layer], self.num_tokens
         if x.shape[1] > tokens:  # prompts that were rows until here
@@ -341,10 +372,12 @@ class Folded:
         else:
             bias = (self.square_biases if prefix is None else self.wide_biases)[layer]
         qkv = self._project(x, block)
-        mixed = prompted_attention(qkv, prefix, num_heads=block.heads, bias=bias, scale=1.0, impl=model.impl)
+        mixed = prompted_attention(
+            qkv, **_prompt_arguments(prefix), num_heads=block.heads, bias=bias, scale=1.0, impl=model.impl
+        )
         return self._add_linear(x[:, rows], mixed[:, rows], block.proj_weight, block.proj_bias, block.scale_1)
 
-    def _mean_block(self, model: PromptedRows, x: Tensor, layer: int, prefix: Tensor | None) -> Tensor:
+    def _mean_block(self, model: PromptedRows, x: Tensor, layer: int, prefix: Prefix) -> Tensor:
         """The last block and the final norm for the rows that are averaged, (B, C).
 
         Without a norm before the mean, fc2 comes after it: `mean(W a_t + b) = W mean(a_t) + b`.
@@ -360,7 +393,7 @@ class Folded:
         inner = self._mlp_inner(x, block).mean(dim=1)
         return norm(_residual(x.mean(dim=1), F.linear(inner, block.fc2_weight, block.fc2_bias), block.scale_2))
 
-    def _last_block(self, model: PromptedRows, x: Tensor, row: int, layer: int, prefix: Tensor | None) -> Tensor:
+    def _last_block(self, model: PromptedRows, x: Tensor, row: int, layer: int, prefix: Prefix) -> Tensor:
         """The block for one query row (B, C), without a key or a value of any token."""
         block, prompts, width = self.blocks[layer], model.prompts, model.num_features
         weight_q, weight_k, weight_v = block.qkv_weight.split(width)
@@ -382,7 +415,7 @@ class Folded:
             weight_v,
             None,  # the value bias is in the next linear
             num_heads=block.heads,
-            prompt_kv=prefix,
+            **_prompt_arguments(prefix),
             bias=bias,
             scale=1.0,
             impl=model.impl,

@@ -143,6 +143,38 @@ def _load(folder: Path, source: Any, impl: str) -> PromptedModel:
         raise FileNotFoundError(
             f"{error}; the adapter was trained on {recorded}: pass the backbone as source="
         ) from error
+    return _completed(folder, model, config, learned, stated_hash)
+
+
+def adapter_on(model: PromptedModel, folder: str | Path) -> PromptedModel:
+    """`load_adapter` on the weights of `model`: its backbone, mask token and token head are shared, not read again.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_adapter`; a model of another class or image size.
+    """
+    with one_line_errors(folder):
+        folder = Path(folder)
+        config = read_adapter_config(folder)
+        learned, stated_hash = read_adapter_tensors(folder)
+        kind = config.get("model_class", "PromptedBEiT")
+        if kind != type(model).__name__:
+            raise ValueError(f"{folder / CONFIG_FILE} must have model_class {type(model).__name__!r}, got {kind!r}")
+        try:
+            own = build(kind, model.loaded(), {**config["model"], "img_size": None, "pretrained": False})
+        except TypeError as error:
+            raise ValueError(f"{folder / CONFIG_FILE} does not fit {kind}: {error}") from None
+        own.config = dict(config["model"])
+        return _completed(folder, own, config, learned, stated_hash)
+
+
+def _completed(
+    folder: Path,
+    model: PromptedModel,
+    config: Mapping[str, Any],
+    learned: Mapping[str, Tensor],
+    stated_hash: str | None,
+) -> PromptedModel:
+    """A model as it was built, with what its adapter holds."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     check_adapter_tensors(folder, config, learned, stated_hash, parameters, model.learned_state_dict().keys())
     check_backbone_hash(config, learned, model._frozen_state(), model.source)

@@ -29,7 +29,7 @@ from vptm.settings import (
     TokenActivation,
     VerbalizerName,
 )
-from vptm.weights.backbones import LoadReport, load_backbone
+from vptm.weights.backbones import LoadedBackbone, LoadReport, load_backbone
 
 PROMPT_LOCATIONS = ("after_cls", "after_mask", "before_mask", "end")
 MASKED_MODELLING_WEIGHTS = (
@@ -91,7 +91,7 @@ class PromptedBEiT(PromptedModel):
 
     def __init__(
         self,
-        source: str | Path | Beit,
+        source: str | Path | Beit | LoadedBackbone,
         num_classes: int,
         *,
         prompt_length: int = 10,
@@ -145,7 +145,7 @@ class PromptedBEiT(PromptedModel):
                     f"expected {MASKED_MODELLING_WEIGHTS}"
                 )
         loaded = load_backbone(source, img_size=img_size, pretrained=pretrained)
-        self.source = None if isinstance(source, Beit) else str(source)
+        self.source = None if isinstance(source, Beit | LoadedBackbone) else str(source)
         self.report: LoadReport = loaded.report
         self.architecture = loaded.report.architecture
         self.default_cfg = loaded.default_cfg
@@ -246,6 +246,10 @@ class PromptedBEiT(PromptedModel):
             if position is not None and self.grid_position is not None:
                 x[:, end] += position[:, 1 + self.grid_position]
         return x
+
+    def loaded(self) -> LoadedBackbone:
+        """What `vptm.load_backbone` gave for this model, as it is now."""
+        return LoadedBackbone(self.backbone, self.mask_token, self.lm_head, True, self.report, self.default_cfg)
 
     def reference_embed(self, images: Tensor) -> Tensor:
         """Rows `[class | patches | mask?]`, concatenated."""

@@ -68,6 +68,10 @@ class PromptedModel(PromptedRows):
         """Row of `forward_features` that is read, None where rows are averaged."""
         raise NotImplementedError
 
+    def loaded(self) -> Any:
+        """The frozen weights of this model, as a source of others that share them."""
+        raise NotImplementedError
+
     def unread_prompts(self) -> str | None:
         """What keeps prompts from being asked for their rows, in words; None where nothing does."""
         prompts = self.prompts
@@ -233,6 +237,13 @@ class PromptedModel(PromptedRows):
         for kind in ("_modules", "_parameters", "_buffers"):
             twin.__dict__[kind] = dict(self.__dict__[kind])
         twin._encoder = encoder
+        return twin
+
+    def with_parts(self, **parts: Any) -> PromptedModel:
+        """A model with `parts` in place of its own of those names, that shares every other; its encoder is its own."""
+        twin = self._twin(FrozenEncoder())
+        for name, part in parts.items():
+            setattr(twin, name, part)
         return twin
 
     def without_prompts(self) -> PromptedModel:

@@ -137,6 +137,10 @@ class PromptedViT(PromptedModel):
         patches = (patch_embed or backbone.patch_embed)(images)
         return backbone.norm_pre(backbone._pos_embed(patches))
 
+    def loaded(self) -> VisionTransformer:
+        """The backbone of this model, as a source of others."""
+        return self.backbone
+
     def reference_embed(self, images: Tensor) -> Tensor:
         """The same rows by timm's code alone."""
         backbone = self.backbone

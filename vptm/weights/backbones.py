@@ -10,6 +10,7 @@ BEiT: Bao et al. 2022, https://arxiv.org/abs/2106.08254. BEiT v2: Peng et al. 20
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
@@ -133,7 +134,10 @@ class LoadedBackbone:
 
 
 def load_backbone(
-    source: str | os.PathLike[str] | Beit, *, img_size: int | tuple[int, int] | None = None, pretrained: bool = False
+    source: str | os.PathLike[str] | Beit | LoadedBackbone,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    pretrained: bool = False,
 ) -> LoadedBackbone:
     """Read BEiT weights of any common origin into timm's `Beit`, with mask token and visual-token head where present.
 
@@ -144,7 +148,8 @@ def load_backbone(
         `.safetensors` file (vptm's own, or plain weights under any of those names);
       - a folder with `config.json` and weights, as Hugging Face's `save_pretrained` writes, or the hub id of one;
       - a `timm.models.beit.Beit` instance, which stays as it is: the backbone is another module on the same storage, in
-        eval mode and without a classifier.
+        eval mode and without a classifier;
+      - what this function gave: another module on the same storage, with the same mask token and token head.
     img_size: pixels, int or (height, width), multiples of the patch; position tables are resized by timm's rule
       (`timm.layers.resize_rel_pos_bias_table`, `resample_abs_pos_embed`). None keeps the source's size.
       A source that does not state its window (no config, no index buffer) is taken to be square where its position
@@ -169,7 +174,14 @@ def load_backbone(
         return _load(source, size, pretrained)
 
 
-def _load(source: str | os.PathLike[str] | Beit, size: tuple[int, int] | None, pretrained: bool) -> LoadedBackbone:
+def _load(
+    source: str | os.PathLike[str] | Beit | LoadedBackbone, size: tuple[int, int] | None, pretrained: bool
+) -> LoadedBackbone:
+    if isinstance(source, LoadedBackbone):
+        own = source.backbone.patch_embed.img_size
+        if size is not None and size != tuple(own):
+            raise ValueError(f"img_size must be None or {tuple(own)} for a loaded backbone, got {size}")
+        return replace(source, backbone=shared_twin(source.backbone), lm_head=copy.deepcopy(source.lm_head))
     if isinstance(source, nn.Module):
         if not isinstance(source, Beit):
             raise TypeError(f"PromptedBEiT runs timm's Beit class, the given module is a {type(source).__name__}")

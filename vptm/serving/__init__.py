@@ -1,0 +1,1 @@
+"""Many tasks on one frozen backbone: a bank of what was learned, and a server of its answers."""
