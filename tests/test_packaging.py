@@ -58,7 +58,7 @@ def test_every_requirement_is_used() -> None:
 
 def test_the_version_has_one_home() -> None:
     """The others are copies that nobody can compute: a citation and the change log."""
-    assert 'version = { attr = "vptm.__version__" }' in PYPROJECT
+    assert 'version = { attr = "vptm.version.__version__" }' in PYPROJECT
     assert f"\nversion: {vptm.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest is not None and newest[1] == vptm.__version__

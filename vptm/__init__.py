@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from vptm.version import __version__
 
 _HOME = {
     "TaskBank": "serving.task_bank",

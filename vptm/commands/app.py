@@ -80,7 +80,7 @@ def _exit_code(error: Exception) -> int:
 
 def _version(shown: bool) -> None:
     if shown:
-        from vptm import __version__
+        from vptm.version import __version__
 
         print(f"vptm {__version__}")
         raise typer.Exit

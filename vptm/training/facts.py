@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vptm import __version__
+from vptm.version import __version__
 
 
 def peak_memory(device: torch.device) -> int:

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from vptm import __version__
 from vptm.messages import listed, one_line
+from vptm.version import __version__
 from vptm.weights.files import (
     WriteError,
     check_values,
