@@ -50,6 +50,7 @@ def test_options_name_every_setting_and_come_back(kind: str) -> None:
     assert changed.items() <= flat.items() and RunSettings.from_options(flat, kind) == run
     assert run.model_settings.prompt_options == {"blocks": -1}, "only what is no default is kept with the adapter"
     assert type(run.model_settings) is settings.MODEL_SETTINGS[kind]
+    assert RunSettings() == RunSettings.from_options({}, "beit")
     assert train_options().keys() - flat.keys() <= {"mask_mode", "train_mask_token", "extra_bias"}
 
 

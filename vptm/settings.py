@@ -344,7 +344,9 @@ class RunSettings(PictureSettings):
     workers: Annotated[int, Help("Processes that read images.")] = 0
     model_settings: Annotated[ModelSettings, NO_OPTION] = field(default_factory=lambda: BEiTSettings(pretrained=True))
     train_settings: Annotated[TrainSettings, NO_OPTION] = field(
-        default_factory=lambda: TrainSettings(epochs=40, lr=2e-3, weight_decay=0.1, precision="auto")
+        default_factory=lambda: TrainSettings(
+            **{name: option.default for name, option in TrainSettings.options_of().items()}
+        )
     )
 
     def __post_init__(self) -> None:

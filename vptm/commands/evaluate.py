@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
-from vptm.commands.options import Backbone, Compile, Device, Impl, OnBadImage, PrecisionOption, Run, Workers
-from vptm.settings import EVALUATION_BATCH
+from vptm.commands.options import Backbone, Compile, Device, Impl, OnBadImage, PrecisionOption, Run, Workers, choice
+from vptm.settings import EVALUATION_BATCH, Split
 from vptm.terminal import print_columns, say
 
 
@@ -17,7 +17,7 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="Other data, as in `vptm train`; the run's own by default.", show_default=False)
     ] = None,
-    split: Annotated[str, typer.Option(help="Images to count.", metavar="[test|val|train]")] = "test",
+    split: Annotated[str, choice(get_args(Split), "Images to count.")] = "test",
     include_trained: Annotated[
         bool, typer.Option("--include-trained", help="Also count images that the run was trained on or chosen by.")
     ] = False,

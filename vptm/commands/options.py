@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -14,15 +14,22 @@ from vptm.settings import Option, option_name, train_options
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+def choice(words: Sequence[str], text: str, *spelt: str, show_default: bool | str = True) -> Any:
+    """typer's description of an option that is one of some words: help and completion know them, and whatever takes
+    the option checks them."""
+
+    def completed(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    metavar = f"[{'|'.join(words)}]"
+    return typer.Option(*spelt, help=text, metavar=metavar, autocompletion=completed, show_default=show_default)
+
+
 def _info(option: Option) -> Any:
-    """typer's description of an option; its choices are known to help and to completion, and are checked with the
-    settings."""
-    more: dict[str, Any] = {}
-    if option.choices:
-        more["metavar"] = f"[{'|'.join(option.choices)}]"
-        more["autocompletion"] = lambda incomplete: [one for one in option.choices if one.startswith(incomplete)]
     spelt = [option_name(option.name)] if option.switch or option.type is not bool else []
-    return typer.Option(*spelt, help=option.help, show_default=option.shown_default(), **more)
+    if option.choices:
+        return choice(option.choices, option.help, *spelt, show_default=option.shown_default())
+    return typer.Option(*spelt, help=option.help, show_default=option.shown_default())
 
 
 def _parameter(option: Option) -> inspect.Parameter:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
-from vptm.commands.options import Device, Impl
+from vptm.commands.options import Device, Impl, choice
+from vptm.settings import PromptMode, Readout
 from vptm.terminal import print_table, say
 
 
 def profile(
     model: Annotated[str, typer.Argument(help="builtin, a checkpoint as --model of `vptm train`, or a timm ViT name.")],
     prompts: Annotated[int, typer.Option(help="Prompts per layer.")] = 10,
-    mode: Annotated[str, typer.Option(help="Where prompts enter.", metavar="[shallow|deep|progressive]")] = "deep",
+    mode: Annotated[str, choice(get_args(PromptMode), "Where prompts enter.")] = "deep",
     readout: Annotated[
         str | None,
-        typer.Option(help="Row that is read; the mask row where the weights have one, else cls.", show_default=False),
+        choice(
+            get_args(Readout),
+            "Row that is read; the mask row where the weights have one, else cls.",
+            show_default=False,
+        ),
     ] = None,
     img_size: Annotated[
         int | None, typer.Option(help="Pixels; the source's own where not given.", show_default=False)
