@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,17 @@ def test_inference_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for block in found:
         exec(block, names)
     assert names["logits"].shape == (8, 10)  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The Trainer's runs where accelerate is installed, which it needs."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    found = blocks("training.md")
+    assert len(found) == 3
+    for block in found:
+        if "transformers" not in block or find_spec("accelerate") is not None:
+            exec(block, names)
+    assert (tmp_path / "run" / "adapter_config.json").is_file() and float(names["loss"]) > 0  # type: ignore[arg-type]
+    assert find_spec("accelerate") is None or (tmp_path / "clothing" / "adapter_config.json").is_file()

@@ -252,6 +252,10 @@ class TrainSettings(SettingsGroup):
         ),
     ] = None
     compile: Annotated[bool, Help("Compile the model; the first steps then take long.", switch=True)] = False
+    accumulate: Annotated[int, Help("Parts that a batch is computed in, one after the other, to save memory.")] = 1
+    clip_norm: Annotated[float | None, Help("Longest gradient of a step, longer ones are scaled; any by default.")] = (
+        None
+    )
     seed: Annotated[int, Help("Of initialisation, drawn shots, order and augmentation.")] = 0
 
 

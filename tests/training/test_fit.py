@@ -120,6 +120,38 @@ def test_train_loss_is_smoothed_and_contrasted(backbone: Path) -> None:
     assert both == pytest.approx(smoothed + 2 * contrast.item(), rel=1e-5)
 
 
+def test_parts_of_a_batch_add_up_to_it(backbone: Path) -> None:
+    """Also those of the last batch, 2 of 12 pictures, which has fewer pictures than parts."""
+    histories, learned = [], []
+    for parts in (1, 2, 5):
+        model = make_model(backbone, temperature=0.5).double()
+        data, _ = cast_loaders(model, torch.float64)
+        train = DataLoader(data.dataset, batch_size=10)
+        options: dict[str, Any] = {"epochs": 3, "lr": 0.01, "progress": False, "optimizer": "sgd"}
+        row = fit(model, train, accumulate=parts, **options).history[-1]
+        histories.append((row["train_loss"], row["train_accuracy"]))
+        learned.append(torch.cat([tensor.flatten() for tensor in model.learned_state_dict().values()]))
+    for history, values in zip(histories[1:], learned[1:]):
+        assert history == pytest.approx(histories[0], rel=1e-12)
+        assert (values - learned[0]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_gradient_is_clipped(backbone: Path, dtype: torch.dtype) -> None:
+    """One step of plain gradient descent then moves everything that is learned by lr times the longest gradient."""
+    moved = []
+    for clip in (None, 1e-2):
+        model = make_model(backbone).to(dtype)
+        train = DataLoader(cast_loaders(model, dtype)[0].dataset, batch_size=12)
+        before = {name: tensor.double().clone() for name, tensor in model.learned_state_dict().items()}
+        options: dict[str, Any] = {"epochs": 1, "lr": 0.5, "schedule": "none", "progress": False}
+        fit(model, train, optimizer="momentum", clip_norm=clip, **options)
+        after = model.learned_state_dict()
+        moved.append(sum(float((after[name].double() - old).square().sum()) for name, old in before.items()) ** 0.5)
+    assert moved[0] > 0.02, "the gradient was short anyway"
+    assert moved[1] == pytest.approx(0.005, rel=1e-3 if dtype == torch.float32 else 0.3)
+
+
 def test_protoverb_losses_train_everything(backbone: Path) -> None:
     """The contrast reaches prompts, projection and prototypes, and falls."""
     model = make_model(backbone)
@@ -432,6 +464,10 @@ def test_folders_that_cannot_hold_a_run_are_refused_before_training(backbone: Pa
         ({"lr": math.nan}, ValueError, "lr must be finite and > 0, got nan"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay must be finite and >= 0"),
         ({"label_smoothing": 1.0}, ValueError, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"accumulate": 0}, ValueError, "accumulate must be >= 1, got 0"),
+        ({"accumulate": 2}, ValueError, "accumulate must divide the batch of 5 images, got 2"),
+        ({"accumulate": 5, "protoverb_weight": 1.0}, ValueError, "accumulate must be 1 with protoverb_weight, which"),
+        ({"clip_norm": 0.0}, ValueError, "clip_norm must be finite and > 0, or None, got 0.0"),
         ({"protoverb_weight": -1.0}, ValueError, "protoverb_weight must be finite and >= 0, got -1.0"),
         ({"schedule": "cosin"}, ValueError, "schedule must be one of .*, did you mean 'cosine'"),
         ({"optimizer": "adamww"}, ValueError, "optimizer must be .*, did you mean 'adamw'"),

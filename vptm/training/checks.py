@@ -18,17 +18,19 @@ from vptm.settings import TrainSettings
 from vptm.training.seeding import generators_kept
 
 
-def check_loaders(train: Any, val: Any) -> None:
-    """TypeError unless both are DataLoaders; `val` may be None."""
+def check_loaders(train: Any, val: Any, settings: TrainSettings) -> None:
+    """TypeError unless both are DataLoaders, `val` may be None; ValueError where batches do not divide into parts."""
     for name, loader in (("train", train), ("val", val)):
         if not isinstance(loader, DataLoader) and not (name == "val" and loader is None):
             raise TypeError(f"{name} must be a torch DataLoader, got {type(loader).__name__}")
+    if (train.batch_size or settings.accumulate) % settings.accumulate:
+        raise ValueError(f"accumulate must divide the batch of {train.batch_size} images, got {settings.accumulate}")
 
 
 def check_settings(settings: TrainSettings) -> None:
     """ValueError or TypeError naming the first setting of `fit` that is out of range."""
     epochs, warmup_epochs, lr = settings.epochs, settings.warmup_epochs, settings.lr
-    for name, value in (("epochs", epochs), ("warmup_epochs", warmup_epochs)):
+    for name, value in (("epochs", epochs), ("warmup_epochs", warmup_epochs), ("accumulate", settings.accumulate)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an integer, got {value!r}")
     if epochs < 1:
@@ -43,6 +45,13 @@ def check_settings(settings: TrainSettings) -> None:
             raise ValueError(f"{name} must be finite and >= 0, got {weight!r}")
     if not 0 <= settings.label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {settings.label_smoothing}")
+    if settings.accumulate < 1:
+        raise ValueError(f"accumulate must be >= 1, got {settings.accumulate}")
+    if settings.accumulate > 1 and (settings.protoverb_weight or settings.reformation):
+        name = "protoverb_weight" if settings.protoverb_weight else "reformation"
+        raise ValueError(f"accumulate must be 1 with {name}, which compares the images of a batch with each other")
+    if settings.clip_norm is not None and not 0 < number("clip_norm", settings.clip_norm) < float("inf"):
+        raise ValueError(f"clip_norm must be finite and > 0, or None, got {settings.clip_norm!r}")
     if settings.compile and settings.reformation:
         raise ValueError("compile must be False with reformation, whose frozen features are kept between steps")
     known, optimizer = [str(name) for name in list_optimizers()], settings.optimizer

@@ -71,6 +71,8 @@ def fit(
     images: SplitList | None = None,
     precision: Precision | None = None,
     compile: bool = False,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
 ) -> FitResult:
     """Train what `model` leaves unfrozen by cross-entropy and keep the epoch that is best on `val`.
 
@@ -123,6 +125,9 @@ def fit(
             compute capability 8.0 for tf32 and bf16; fp16 is trained on GPUs only.
         compile: `torch.compile` the step's forward, without graph breaks, once for all batch sizes
             (and once more for a batch of one image).
+        accumulate: parts that every batch is computed in, one after the other, for a part of the memory: gradients add
+            up to those of the whole batch. It divides the batch size.
+        clip_norm: longest gradient of a step over all that is learned; longer ones are scaled to it. None takes any.
 
     Returns:
         A `FitResult`; after Ctrl-C it has `interrupted=True` and the run folder is complete and can be resumed. A
@@ -142,8 +147,8 @@ def fit(
         1
     """
     settings = TrainSettings.of(locals())
-    check_loaders(train, val)
     check_settings(settings)
+    check_loaders(train, val, settings)
     inner = unwrapped(model)
     place = next(inner.parameters()).device if device is None else torch.device(device)
     kind = resolve_precision(settings.precision, place, training=True)

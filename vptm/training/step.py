@@ -46,15 +46,21 @@ class MasterWeights:
         """What the optimiser steps for `parameter`."""
         return self.copies.get(parameter, parameter)
 
-    def step(self, loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
-        """Gradients of `loss`, a step of the optimiser, and its outcome in the model."""
-        optimiser.zero_grad(set_to_none=True)
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`."""
         self.scaler.scale(loss).backward()
+
+    def step(self, optimiser: torch.optim.Optimizer, clip_norm: float | None) -> None:
+        """A step of the optimiser by the gradients added up, at most `clip_norm` long, and its outcome in the model."""
         for parameter, copy in self.copies.items():
             copy.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
+        if clip_norm is not None:
+            self.scaler.unscale_(optimiser)
+            torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip_norm)
         self.scaler.step(optimiser)
         self.scaler.update()
+        optimiser.zero_grad(set_to_none=True)
         self._round()
 
     @torch.no_grad()
@@ -149,12 +155,20 @@ class TrainStep:
         (B, K) before it, both detached."""
         if self._schedule is not None:
             self._schedule.step_update(number)
-        scores, contrast = self._scores_and_contrast(images, labels)
-        loss = F.cross_entropy(scores, labels, label_smoothing=self.settings.label_smoothing)
-        if contrast is not None:
-            loss = loss + contrast
-        self.masters.step(loss, self.optimiser)
-        return loss.detach(), scores.detach()
+        losses, every = [], []
+        parts = self.settings.accumulate
+        for some, theirs in zip(images.chunk(parts), labels.chunk(parts)):
+            scores, contrast = self._scores_and_contrast(some, theirs)
+            loss = F.cross_entropy(scores, theirs, label_smoothing=self.settings.label_smoothing)
+            if contrast is not None:
+                loss = loss + contrast
+            if parts > 1:  # parts of a short batch differ in size
+                loss = loss * (len(theirs) / len(labels))
+            self.masters.backward(loss)
+            losses.append(loss.detach())
+            every.append(scores.detach())
+        self.masters.step(self.optimiser, self.settings.clip_norm)
+        return (sum(losses[1:], losses[0]), torch.cat(every)) if parts > 1 else (losses[0], every[0])
 
     def _scores_and_contrast(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         weight, model = self.settings.protoverb_weight, self.model
