@@ -248,8 +248,7 @@ def _attend_rows(
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Attend and store the rows from `first` on."""
-    offs_m = first + tl.arange(0, BLOCK_M)
-    row = tl.minimum(offs_m, rows - 1)
+    row = tl.minimum(first + tl.arange(0, BLOCK_M), rows - 1)
     offs_d = tl.arange(0, DP)
     if PROMPT_QUERIES:
         q = load_rows(mixed_rows(row, tokens, prompts, 0, 0, N, N, P, stride_n, stride_p, True, ALIGNED, INDEX), D, DP)
@@ -280,15 +279,18 @@ def _attend_rows(
             PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ALIGNED, INDEX, SCALE, FACTOR, ACC, PRECISION, STAGES,
         )
 
-    stored = offs_m < rows
     out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
-    out_row = out_ptr + (b * rows + offs_m) * (H * D) + h * D
-    keep = stored[:, None]
+    # Offsets and masks depend on the thread alone, and masks on the offsets: row numbers would be held in registers from
+    # the loads of queries on, and spill where 128 rows take all of them.
+    at = (b * rows + first) * (H * D) + h * D
+    i = tl.arange(0, BLOCK_M)
+    offset = i[:, None] * (H * D) + offs_d[None, :]
+    keep = offset < tl.minimum(rows - first, BLOCK_M) * (H * D)
     if D != DP:
         keep = keep & (offs_d < D)[None, :]
-    tl.store(out_row[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=keep)
+    tl.store(out_ptr + at + offset, out.to(out_ptr.dtype.element_ty), mask=keep)
     if WITH_LSE:
-        tl.store(lse_ptr + (b * H + h) * rows + offs_m, (m + tl.log2(l)) * LN2, mask=stored)
+        tl.store(lse_ptr + ((b * H + h) * rows + first) + i, (m + tl.log2(l)) * LN2, mask=i < rows - first)
 
 
 @triton.jit
