@@ -280,8 +280,8 @@ def _attend_rows(
         )
 
     out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
-    # Offsets and masks depend on the thread alone, and masks on the offsets: row numbers would be held in registers from
-    # the loads of queries on, and spill where 128 rows take all of them.
+    # Offsets and masks depend on the thread alone, and masks on the offsets: row numbers would be held in registers
+    # from the loads of queries on, and spill where 128 rows take all of them.
     at = (b * rows + first) * (H * D) + h * D
     i = tl.arange(0, BLOCK_M)
     offset = i[:, None] * (H * D) + offs_d[None, :]

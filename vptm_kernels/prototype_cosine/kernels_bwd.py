@@ -25,7 +25,10 @@ def _reader_grad_kernel(hidden, weight, bias, grad, saved, out,
                         B, C, V, D, stride_h, stride_w,
                         ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
                         BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out (D, V) = gᵀ a, a block of dims and tokens per program, over all rows."""
+    """out (D, V) = gᵀ a, a block of dims and tokens per program, over all rows.
+
+    hidden (B, C), weight (V, C), bias (V,), grad (B, D), saved (2, B): log-sum-exp first.
+    """
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_D, BLOCK_V), ACC)
@@ -52,7 +55,11 @@ def _hidden_grad_kernel(hidden, weight, bias, reader, grad, saved, subtract, twi
                         FOR_HIDDEN: tl.constexpr, FOR_BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
                         BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
                         BLOCK_O: tl.constexpr):
-    """part (S, B, C) = dt @ weight over a split's tokens; bias_part (row blocks, V) = sum of dt over a block's rows."""
+    """part (S, B, C) = dt @ weight over a split's tokens; bias_part (row blocks, V) = sum of dt over a block's rows.
+
+    hidden (B, C), weight (V, C), bias (V,), reader (D, V), grad (B, D), saved (2, B): log-sum-exp first; subtract and
+    twice (B,).
+    """
     per_split = per_split // BLOCK_V * BLOCK_V  # says that it is a multiple; tl.multiple_of of an argument does nothing
     split = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)

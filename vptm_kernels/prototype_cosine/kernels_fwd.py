@@ -50,7 +50,8 @@ def _readout_kernel(hidden, weight, bias, reader, part, seen_part, statistics,
                     ACTIVATION: tl.constexpr, SQUARES: tl.constexpr, HAS_BIAS: tl.constexpr,
                     ACC: tl.constexpr, PRECISION: tl.constexpr,
                     BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
-    """part (S, B, D), seen_part (S, D), statistics (S, 4, B): m, l, s1, s2."""
+    """hidden (B, C), weight (V, C), bias (V,), reader (D, V) -> by splits, part (S, B, D), seen_part (S, D) and
+    statistics (S, 4, B): m, l, s1, s2."""
     per_split = per_split // BLOCK_V * BLOCK_V  # says that it is a multiple; tl.multiple_of of an argument does nothing
     split = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -116,7 +117,8 @@ def _combine_kernel(part, seen_part, statistics, out, squared, saved,
                     B, V, D, per_split, S,
                     ACTIVATION: tl.constexpr, SQUARES: tl.constexpr, ACC: tl.constexpr,
                     BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out (B, D), squared (B,) and saved (2, B): log-sum-exp and the sum of a. BLOCK_S splits are added at a time."""
+    """part (S, B, D), seen_part (S, D), statistics (S, 4, B) -> out (B, D), squared (B,) and saved (2, B): log-sum-exp
+    and the sum of a. BLOCK_S splits are added at a time."""
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     splits = tl.arange(0, BLOCK_S)
@@ -181,7 +183,10 @@ def _combine_kernel(part, seen_part, statistics, out, squared, saved,
 @triton.jit
 def _task_linear_kernel(hidden, weight, bias, task_ids, out, T, C, D, stride_h, stride_t, stride_w, stride_b,
                         ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out[i] = weight[task_ids[i]] @ hidden[i] + bias[task_ids[i]], one row and block of D per program."""
+    """out[i] = weight[task_ids[i]] @ hidden[i] + bias[task_ids[i]], one row and block of D per program.
+
+    hidden (B, C), weight (T, D, C), bias (T, D), task_ids (B,) -> out (B, D).
+    """
     row = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     task = tl.minimum(tl.maximum(tl.load(task_ids + row), 0), T - 1).to(tl.int64)
@@ -200,6 +205,7 @@ def _task_linear_kernel(hidden, weight, bias, task_ids, out, T, C, D, stride_h, 
 def _cosine_kernel(embedding, prototypes, out, B, K, D, stride_c, eps,
                    ACC: tl.constexpr, PRECISION: tl.constexpr,
                    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """embedding (B, D), prototypes (K, D) -> out (B, K)."""
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     classes = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     embedding_rows = embedding + tl.minimum(rows, B - 1).to(tl.int64) * D
@@ -222,7 +228,10 @@ def _cosine_kernel(embedding, prototypes, out, B, K, D, stride_c, eps,
 @triton.jit
 def _task_cosine_kernel(embedding, prototypes, task_ids, offsets, out, T, D, widest, stride_c, eps,
                         ACC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One row per program, against the classes of its own task; -inf beyond them."""
+    """One row per program, against the classes of its own task; -inf beyond them.
+
+    embedding (B, D), prototypes (all classes, D), task_ids (B,), offsets (T + 1,) -> out (B, widest).
+    """
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     task = tl.minimum(tl.maximum(tl.load(task_ids + row), 0), T - 1)

@@ -34,9 +34,11 @@ def _grad_kernel(
     CENTRE: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dw_ptr: sums of one split each (splits, B, H, C). ds_ptr: gradient of the bias per image (B, H, columns). If only
-    prompts are learned one program per image is launched, and computes delta. ALIGNED: strides of w and g are multiples
-    of 16, which Triton does not look at."""
+    """x (B, N, C), w (B, H, C), prompts (B, H, P) scaled scores, bias (H, N or N + P); g (B, H, C), gp (B, H, P) and gm
+    (B, H), gradients of mixed, of the prompts' weights and of the tokens' mass; mixed (B, H, C), lse (B, H), moments
+    (2, B, N) -> dx (B, N, C), dw (splits, B, H, C): sums of one split each, dprompts (B, H, P), ds (B, H, columns):
+    gradient of the bias per image. If only prompts are learned one program per image is launched, and computes delta.
+    ALIGNED: strides of w and g are multiples of 16, which Triton does not look at."""
     if ALIGNED:
         # tl.multiple_of says nothing about an argument
         stride_wb, stride_wh = stride_wb // 16 * 16, stride_wh // 16 * 16

@@ -70,8 +70,9 @@ def _split_kernel(
     EPS: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """part_ptr (B, splits, H, C) weighted sums; statistics_ptr (B, splits, 2, H) maximum and sum. ALIGNED: strides of w
-    are multiples of 16, which Triton does not look at."""
+    """x (B, N, C), w (B, H, C), bias (H, N) -> part (B, splits, H, C) weighted sums, statistics (B, splits, 2, H)
+    maximum and sum, moments (2, B, N) mean and 1/std. ALIGNED: strides of w are multiples of 16, which Triton does not
+    look at."""
     if ALIGNED:
         # tl.multiple_of says nothing about an argument
         stride_wb, stride_wh = stride_wb // 16 * 16, stride_wh // 16 * 16
@@ -144,7 +145,9 @@ def _merge_kernel(
     C: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
     HAS_PROMPTS: tl.constexpr, PROMPT_BIAS: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr,
 ):
-    """lse_ptr (B, H): log-sum-exp in base 2, -inf where nothing is attended to."""
+    """part (B, splits, H, C), statistics (B, splits, 2, H), prompts (B, H, P) scaled scores, bias (H, N + P) -> mixed
+    (B, H, C), weights (B, H, P) of prompts, mass (B, H) of tokens, lse (B, H): log-sum-exp in base 2, -inf where
+    nothing is attended to."""
     b = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     h = tl.arange(0, HP)

@@ -23,13 +23,15 @@ def _rows(base, r, inner, stride_outer, stride_inner, c):
     return base + (outer * stride_outer + (r % inner).to(tl.int64) * stride_inner)[:, None] + c[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # a smaller last batch compiles nothing
 def _forward_kernel(
     x_ptr, update_ptr, gamma_ptr, scale_ptr, weight_ptr, bias_ptr, new_ptr, normed_ptr, moments_ptr,
     rows, inner, stride_xo, stride_xi, stride_uo, stride_ui, rows_per_scale,
     C: tl.constexpr, CP: tl.constexpr, BLOCK_R: tl.constexpr, GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
 ):
+    """x and update (outer, inner, C); gamma, weight and bias (C,); scale (rows / rows_per_scale,) -> new and normed
+    (rows, C), moments (2, rows): mean and 1/std."""
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.arange(0, CP)
     inside = (c < C)[None, :]
@@ -59,7 +61,7 @@ def _forward_kernel(
     tl.store(normed_ptr + at, y.to(normed_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks"])  # a smaller last batch compiles nothing
 def _backward_kernel(
     grad_new_ptr, grad_normed_ptr, new_ptr, update_ptr, gamma_ptr, scale_ptr, weight_ptr, moments_ptr,
     dx_ptr, dupdate_ptr, sums_ptr,
@@ -68,7 +70,9 @@ def _backward_kernel(
     GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr, WEIGHT: tl.constexpr, OF_X: tl.constexpr, OF_UPDATE: tl.constexpr,
     OF_GAMMA: tl.constexpr, OF_WEIGHT: tl.constexpr, OF_BIAS: tl.constexpr, ACC: tl.constexpr,
 ):
-    """sums_ptr (programs, 3, C): of gamma, norm_weight and norm_bias, those that are asked for."""
+    """grad_new, grad_normed and new (rows, C), update (outer, inner, C), gamma and weight (C,), scale (rows /
+    rows_per_scale,), moments (2, rows) -> dx and dupdate (rows, C), sums (programs, 3, C): of gamma, norm_weight and
+    norm_bias, those that are asked for."""
     pid = tl.program_id(0)
     c = tl.arange(0, CP)
     inside = (c < C)[None, :]
