@@ -427,6 +427,8 @@ def intercept(target: str, case: str, spills_only: bool = False) -> Iterator[lis
         touched.append(self)
         compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
         bound = dict(zip(self.arg_names, args)) | kwargs
+        for group in [value for value in bound.values() if hasattr(value, "_asdict")]:
+            bound |= group._asdict()
         constants = {name: value for name, value in bound.items() if isinstance(value, (bool, int, float, str))}
         metadata = compiled.metadata
         report = Report(

@@ -24,19 +24,23 @@ import triton.language as tl
 from .kernels_common import (
     LOG2E,
     TABLE,
+    Rows,
     bias_rows,
-    full_block,
     gathered_bias,
     key_terms,
+    keys_of,
     load_block,
     load_ids,
     load_rows,
     mixed_rows,
+    prompt_block,
     prompt_range,
+    query_rows,
     query_terms,
     scores,
     table_index,
     tail_block,
+    token_block,
 )
 
 
@@ -50,134 +54,113 @@ def _load_lse(lse_ptr, row, valid):
 
 
 @triton.jit
-def _row_delta(do, out_row, dlse_ptr, row, D: tl.constexpr, DP: tl.constexpr, HAS_DLSE: tl.constexpr,
-               ACC: tl.constexpr):
-    delta = tl.sum(do.to(ACC) * load_rows(out_row, D, DP).to(ACC), 1)
+def _row_delta(do, out_row, dlse_ptr, row, LAYOUT: tl.constexpr, HAS_DLSE: tl.constexpr, ACC: tl.constexpr):
+    delta = tl.sum(do.to(ACC) * load_rows(out_row, LAYOUT).to(ACC), 1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + row)
     return delta
 
 
 @triton.jit
-def _delta_kernel(out_ptr, do_ptr, dlse_ptr, delta_ptr, rows, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-                  BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr, ACC: tl.constexpr):
+def _delta_kernel(out_ptr, do_ptr, dlse_ptr, delta_ptr, rows, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr,
+                  HAS_DLSE: tl.constexpr, ACC: tl.constexpr):
+    """out and do (B, rows, H*D), dlse (B, H, rows) -> delta (B, H, rows)."""
+    H: tl.constexpr = LAYOUT.H
+    D: tl.constexpr = LAYOUT.D
     row_blocks = tl.cdiv(rows, BLOCK_M)
     pid = tl.program_id(0)
     bh = (pid // row_blocks).to(tl.int64)
     i = (pid % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.minimum(i, rows - 1)
     out_rows = ((bh // H) * rows + row) * (H * D) + (bh % H) * D
-    do = load_rows(do_ptr + out_rows, D, DP)
-    delta = _row_delta(do, out_ptr + out_rows, dlse_ptr + bh * rows, row, D, DP, HAS_DLSE, ACC)
+    do = load_rows(do_ptr + out_rows, LAYOUT)
+    delta = _row_delta(do, out_ptr + out_rows, dlse_ptr + bh * rows, row, LAYOUT, HAS_DLSE, ACC)
     tl.store(delta_ptr + bh * rows + i, delta, mask=i < rows)
 
 
 @triton.jit
-def _query_step(dq, q, do, lse, delta, k, v, bias, valid, SCALE: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr,
-                MASK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    s = scores(q, k, bias, SCALE, BIAS, ACC, PRECISION)
-    p = tl.exp2(s * FACTOR - lse[:, None])
+def _query_step(dq, q, do, lse, delta, k, v, bias, valid, HAS_BIAS: tl.constexpr, MASK: tl.constexpr,
+                MATH: tl.constexpr):
+    s = scores(q, k, bias, HAS_BIAS, MATH)
+    p = tl.exp2(s * MATH.FACTOR - lse[:, None])
     if MASK:
         p = tl.where(valid[None, :], p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+    dp = tl.dot(do, tl.trans(v), input_precision=MATH.PRECISION, out_dtype=MATH.ACC)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=MATH.PRECISION, out_dtype=MATH.ACC)
 
 
 @triton.jit
-def _query_grads(
-    dq, q, do, lse, delta, row, tokens, prompts, source, N, P, prompt_column,
-    stride_n: tl.constexpr, stride_p: tl.constexpr, stride_tn: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_1: tl.constexpr, TAIL_2: tl.constexpr, TOKEN_BLOCKS: tl.constexpr,
-    PROMPT_BLOCKS: tl.constexpr, HAS_PROMPTS: tl.constexpr, POOL: tl.constexpr, PROMPT_QUERIES: tl.constexpr,
-    BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    ALIGNED: tl.constexpr, INDEX: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):
+def _query_grads(dq, q, do, lse, delta, row, queries, bias_head, ids_ptr, prompt_column, LAYOUT: tl.constexpr,
+                 KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr,
+                 STAGES: tl.constexpr):
     """dq plus ds @ k over all keys of one image; rows from N on are prompts."""
-    keys = tokens + H * D
-    prompt_keys = prompts
-    if PROMPT_QUERIES:
-        prompt_keys = prompts + H * D
-    has_bias = row < N
-    bias_row = row
-    if BIAS:
-        bias_row = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX)
+    BLOCK_N: tl.constexpr = KEYS.BLOCK_N
+    keys = keys_of(queries, LAYOUT)
+    bias = bias_rows(bias_head, ids_ptr, row, queries.N, prompt_column, BIAS, WINDOW, LAYOUT.INDEX)
     every = tl.arange(0, BLOCK_N) >= 0
 
     full_tokens = 0
-    if TOKEN_BLOCKS > 0:
-        full_tokens = (N // BLOCK_N) * BLOCK_N
+    if KEYS.TOKEN_BLOCKS > 0:
+        full_tokens = (keys.N // BLOCK_N) * BLOCK_N
         tl.assume(full_tokens > 0)
         for first in tl.range(0, full_tokens, BLOCK_N, num_stages=STAGES):
             first = tl.multiple_of(first, BLOCK_N)
-            k, v, bias = full_block(keys, first, source, bias_row, first, has_bias, N, stride_n, H, D, DP, BLOCK_N,
-                                    BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX, ACC)
-            dq = _query_step(dq, q, do, lse, delta, k, v, bias, every, SCALE, FACTOR, BIAS, False, ACC, PRECISION)
+            k, v, x = token_block(first, keys, bias, LAYOUT, KEYS, BIAS, WINDOW, MATH.ACC)
+            dq = _query_step(dq, q, do, lse, delta, k, v, x, every, BIAS.KIND, False, MATH)
 
     full_prompts = 0
-    if PROMPT_BLOCKS > 0:
-        full_prompts = (P // BLOCK_N) * BLOCK_N
-        if not POOL:
+    if KEYS.PROMPT_BLOCKS > 0:
+        full_prompts = (keys.P // BLOCK_N) * BLOCK_N
+        if not LAYOUT.POOL:
             tl.assume(full_prompts > 0)
         for first in tl.range(0, full_prompts, BLOCK_N, num_stages=STAGES):
             first = tl.multiple_of(first, BLOCK_N)
-            k, v, bias = full_block(prompt_keys, first, source, bias_row, prompt_column + first, has_bias, N, stride_p,
-                                    H, D, DP, BLOCK_N, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX, ACC)
-            dq = _query_step(dq, q, do, lse, delta, k, v, bias, every, SCALE, FACTOR, PROMPT_BIAS, False, ACC,
-                             PRECISION)
+            k, v, x = prompt_block(first, keys, bias, LAYOUT, KEYS, BIAS, WINDOW, MATH.ACC)
+            dq = _query_step(dq, q, do, lse, delta, k, v, x, every, BIAS.PROMPT_COLUMNS, False, MATH)
 
-    for i in tl.static_range((TAIL_1 > 0) + (TAIL_2 > 0)):
+    for i in tl.static_range((KEYS.TAIL_1 > 0) + (KEYS.TAIL_2 > 0)):
         if i == 0:
-            t = tl.arange(0, TAIL_1)
+            t = tl.arange(0, KEYS.TAIL_1)
         else:
-            t = TAIL_1 + tl.arange(0, TAIL_2)
-        k, v, bias, valid = tail_block(
-            t, keys, prompt_keys, full_tokens, full_prompts, source, bias_row, has_bias, N, P, prompt_column,
-            stride_n, stride_p, H, D, DP, HAS_PROMPTS, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH,
-            ALIGNED, INDEX, ACC,
-        )
-        dq = _query_step(dq, q, do, lse, delta, k, v, bias, valid, SCALE, FACTOR, BIAS, True, ACC, PRECISION)
+            t = KEYS.TAIL_1 + tl.arange(0, KEYS.TAIL_2)
+        k, v, x, valid = tail_block(t, keys, full_tokens, full_prompts, bias, LAYOUT, BIAS, WINDOW, MATH.ACC)
+        dq = _query_step(dq, q, do, lse, delta, k, v, x, valid, BIAS.KIND, True, MATH)
     return dq
 
 
 @triton.jit(do_not_specialize=["B", "images"])  # a smaller last batch compiles nothing
 def _query_grad_kernel(
     qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, grad_ptr,
-    B, N, P, pool_size, prompt_column, images,
-    stride_b, stride_pb, stride_th, stride_n: tl.constexpr, stride_p: tl.constexpr, stride_tn: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_1: tl.constexpr, TAIL_2: tl.constexpr,
-    TOKEN_BLOCKS: tl.constexpr, PROMPT_BLOCKS: tl.constexpr, HAS_PROMPTS: tl.constexpr, POOL: tl.constexpr,
-    PROMPT_QUERIES: tl.constexpr, OF_PROMPTS: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr,
-    PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    HAS_DLSE: tl.constexpr, ALIGNED: tl.constexpr,
-    INDEX: tl.constexpr, QUERY_SCALE: tl.constexpr, SCALE: tl.constexpr, GRAD_SCALE: tl.constexpr,
-    FACTOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    B, N, P, pool_size, prompt_column, images, stride_b, stride_pb, stride_th,
+    LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr,
+    BLOCK_M: tl.constexpr, STAGES: tl.constexpr, OF_PROMPTS: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):
-    """grad_ptr: query section of dqkv (B, N, 3*H*D); with OF_PROMPTS that of the partial sums (chunks, P, 3*H*D)."""
+    """Inputs as in _forward_kernel; out and do (B, rows, H*D), lse and dlse (B, H, rows) -> delta (B, H, rows) and
+    grad, the query section of dqkv (B, N, 3*H*D), or with OF_PROMPTS that of the partial sums (chunks, P, 3*H*D)."""
+    H: tl.constexpr = LAYOUT.H
+    D: tl.constexpr = LAYOUT.D
     rows = N
-    if PROMPT_QUERIES:
+    if LAYOUT.PROMPT_QUERIES:
         rows = N + P
-    own_rows = N
+    grad_rows = N
     if OF_PROMPTS:
-        own_rows = P
-    row_blocks = tl.cdiv(own_rows, BLOCK_M)
+        grad_rows = P
+    row_blocks = tl.cdiv(grad_rows, BLOCK_M)
     pid = tl.program_id(0)
     outer = pid // row_blocks
     h = outer % H
     chunk = (outer // H).to(tl.int64)
     offs_m = (pid % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    own_row = tl.minimum(offs_m, own_rows - 1)
-    stored = offs_m < own_rows
-    row = own_row
+    grad_row = tl.minimum(offs_m, grad_rows - 1)
+    stored = offs_m < grad_rows
+    row = grad_row
     if OF_PROMPTS:
-        row = N + own_row
-    source = qkv_ptr
-    if BIAS:
-        source = (bias_ptr + h.to(tl.int64) * stride_th, ids_ptr)
-    dq = tl.zeros((BLOCK_M, DP), ACC)
+        row = N + grad_row
+    bias_head = qkv_ptr
+    if BIAS.KIND:
+        bias_head = bias_ptr + h.to(tl.int64) * stride_th
+    dq = tl.zeros((BLOCK_M, LAYOUT.DP), MATH.ACC)
 
     first_image = chunk
     last_image = chunk + 1
@@ -188,84 +171,76 @@ def _query_grad_kernel(
         tokens = qkv_ptr + b * stride_b + h * D
         prompts = qkv_ptr
         length = P
-        if HAS_PROMPTS:
+        if LAYOUT.HAS_PROMPTS:
             prompts = prompt_ptr + b * stride_pb + h * D
-            if POOL:
+            if LAYOUT.POOL:
                 start, length = prompt_range(ranges_ptr, b, pool_size, P)
-                prompts += start.to(tl.int64) * stride_p
+                prompts += start.to(tl.int64) * LAYOUT.STRIDE_P
         if OF_PROMPTS:
-            q = load_rows(prompts + own_row.to(INDEX) * stride_p, D, DP)
+            q = load_rows(prompts + grad_row.to(LAYOUT.INDEX) * LAYOUT.STRIDE_P, LAYOUT)
         else:
-            q = load_rows(tokens + own_row.to(INDEX) * stride_n, D, DP)
-        if QUERY_SCALE != 1.0:
-            q = q * QUERY_SCALE
+            q = load_rows(tokens + grad_row.to(LAYOUT.INDEX) * LAYOUT.STRIDE_N, LAYOUT)
+        if MATH.QUERY_SCALE != 1.0:
+            q = q * MATH.QUERY_SCALE
         out_rows = (b * rows + row) * (H * D) + h * D
-        do = load_rows(do_ptr + out_rows, D, DP)
+        do = load_rows(do_ptr + out_rows, LAYOUT)
         at = (b * H + h) * rows
-        delta = _row_delta(do, out_ptr + out_rows, dlse_ptr + at, row, D, DP, HAS_DLSE, ACC)
+        delta = _row_delta(do, out_ptr + out_rows, dlse_ptr + at, row, LAYOUT, HAS_DLSE, MATH.ACC)
         tl.store(delta_ptr + at + row, delta, mask=stored)
         lse = _load_lse(lse_ptr + at, row, stored)
-        dq = _query_grads(
-            dq, q, do, lse, delta, row, tokens, prompts, source, N, length, prompt_column, stride_n, stride_p,
-            stride_tn, H, D, DP, BLOCK_N, TAIL_1, TAIL_2, TOKEN_BLOCKS, PROMPT_BLOCKS, HAS_PROMPTS, POOL,
-            PROMPT_QUERIES, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ALIGNED, INDEX, SCALE, FACTOR,
-            ACC, PRECISION,
-            STAGES,
-        )
+        queries = Rows(tokens, prompts, N, length)
+        dq = _query_grads(dq, q, do, lse, delta, row, queries, bias_head, ids_ptr, prompt_column, LAYOUT, KEYS, BIAS,
+                          WINDOW, MATH, STAGES)
 
-    offs_d = tl.arange(0, DP)
+    offs_d = tl.arange(0, LAYOUT.DP)
     keep = stored[:, None]
-    if D != DP:
+    if D != LAYOUT.DP:
         keep = keep & (offs_d < D)[None, :]
-    grad_row = grad_ptr + (chunk * own_rows + offs_m) * (3 * H * D) + h * D
-    tl.store(grad_row[:, None] + offs_d[None, :], (dq * GRAD_SCALE).to(grad_ptr.dtype.element_ty), mask=keep)
+    at_grad = grad_ptr + (chunk * grad_rows + offs_m) * (3 * H * D) + h * D
+    tl.store(at_grad[:, None] + offs_d[None, :], (dq * MATH.GRAD_SCALE).to(grad_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["B", "images"])  # a smaller last batch compiles nothing
 def _key_grad_kernel(
     qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, grad_ptr,
-    B, N, P, pool_size, prompt_column, images, stride_grad,
-    stride_b, stride_pb, stride_th, stride_n: tl.constexpr, stride_p: tl.constexpr, stride_tn: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_PROMPTS: tl.constexpr, POOL: tl.constexpr, PROMPT_QUERIES: tl.constexpr, OF_PROMPTS: tl.constexpr,
-    BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    HAS_DLSE: tl.constexpr, FUSE_DELTA: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr,
-    QUERY_SCALE: tl.constexpr, SCALE: tl.constexpr, GRAD_SCALE: tl.constexpr, FACTOR: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    B, N, P, pool_size, prompt_column, images, stride_grad, stride_b, stride_pb, stride_th,
+    LAYOUT: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OF_PROMPTS: tl.constexpr, HAS_DLSE: tl.constexpr,
+    FUSE_DELTA: tl.constexpr,
 ):
-    """grad_ptr: the key section of dqkv; with OF_PROMPTS that of the partial sums (chunks, P, stride_grad).
+    """Inputs as in _query_grad_kernel, with delta (B, H, rows) -> grad, the key section of dqkv (B, N, 3*H*D), or with
+    OF_PROMPTS that of the partial sums (chunks, P, stride_grad); values follow keys.
 
-    Scores are computed transposed, (keys, rows),
-    so that p and ds multiply from the left as they are. FUSE_DELTA computes
-    delta from out instead of loading it, for when no other kernel has stored it.
+    Scores are (rows, keys), and p and ds are transposed where they multiply from the left. FUSE_DELTA computes delta
+    from out instead of loading it, for when no other kernel has stored it.
     """
+    H: tl.constexpr = LAYOUT.H
+    D: tl.constexpr = LAYOUT.D
     rows = N
-    if PROMPT_QUERIES:
+    if LAYOUT.PROMPT_QUERIES:
         rows = N + P
-    own_keys = N
+    grad_keys = N
     if OF_PROMPTS:
-        own_keys = P
-    key_blocks = tl.cdiv(own_keys, BLOCK_N)
+        grad_keys = P
+    key_blocks = tl.cdiv(grad_keys, BLOCK_N)
     pid = tl.program_id(0)
     outer = pid // key_blocks
     h = outer % H
     chunk = (outer // H).to(tl.int64)
     offs_n = (pid % key_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    HAS_BIAS: tl.constexpr = PROMPT_BIAS if OF_PROMPTS else BIAS
-    source = qkv_ptr
+    HAS_BIAS: tl.constexpr = BIAS.PROMPT_COLUMNS if OF_PROMPTS else BIAS.KIND
+    bias_head = qkv_ptr
     keys = offs_n
-    if BIAS:
-        head_bias = bias_ptr + h.to(tl.int64) * stride_th
+    if BIAS.KIND:
+        bias_head = bias_ptr + h.to(tl.int64) * stride_th
         if OF_PROMPTS:
-            head_bias += prompt_column
-        source = (head_bias, ids_ptr)
-        if BIAS == TABLE:
-            keys = key_terms(load_ids(ids_ptr, offs_n, N, HAS_IDS), HEIGHT, WIDTH)
+            bias_head += prompt_column
+        if BIAS.KIND == TABLE:
+            keys = key_terms(load_ids(ids_ptr, offs_n, N, WINDOW), WINDOW)
     # The tile's columns are padded to 16, so this mask is constant over 16 and the load stays wide.
-    inside = offs_n < tl.cdiv(own_keys, 16) * 16
-    dk = tl.zeros((BLOCK_N, DP), ACC)
-    dv = tl.zeros((BLOCK_N, DP), ACC)
+    inside = offs_n < tl.cdiv(grad_keys, 16) * 16
+    dk = tl.zeros((BLOCK_N, LAYOUT.DP), MATH.ACC)
+    dv = tl.zeros((BLOCK_N, LAYOUT.DP), MATH.ACC)
 
     first_image = chunk
     last_image = chunk + 1
@@ -276,79 +251,75 @@ def _key_grad_kernel(
         tokens = qkv_ptr + b * stride_b + h * D
         prompts = qkv_ptr
         last_prompt = P - 1
-        if HAS_PROMPTS:
+        if LAYOUT.HAS_PROMPTS:
             prompts = prompt_ptr + b * stride_pb + h * D
-            if POOL:
+            if LAYOUT.POOL:
                 start, _ = prompt_range(ranges_ptr, b, pool_size, P)
-                prompts += start.to(tl.int64) * stride_p
+                prompts += start.to(tl.int64) * LAYOUT.STRIDE_P
                 # Rows past the range are computed from what stands there and not used; past the pool nothing is read.
                 last_prompt = tl.minimum(P, pool_size - start) - 1
         if OF_PROMPTS:
-            key_ptr = prompts + tl.minimum(offs_n, last_prompt).to(INDEX) * stride_p
-            if PROMPT_QUERIES:
+            key_ptr = prompts + tl.minimum(offs_n, last_prompt).to(LAYOUT.INDEX) * LAYOUT.STRIDE_P
+            if LAYOUT.PROMPT_QUERIES:
                 key_ptr += H * D
         else:
-            key_ptr = tokens + H * D + tl.minimum(offs_n, N - 1).to(INDEX) * stride_n
-        k = load_rows(key_ptr, D, DP)
-        v = load_rows(key_ptr + H * D, D, DP)
-        if QUERY_SCALE != 1.0:
-            k = k * QUERY_SCALE
+            key_ptr = tokens + H * D + tl.minimum(offs_n, N - 1).to(LAYOUT.INDEX) * LAYOUT.STRIDE_N
+        k = load_rows(key_ptr, LAYOUT)
+        v = load_rows(key_ptr + H * D, LAYOUT)
+        if MATH.QUERY_SCALE != 1.0:
+            k = k * MATH.QUERY_SCALE
+        queries = Rows(tokens, prompts, N, P)
         for first in tl.range(0, rows, BLOCK_M, num_stages=STAGES):
             i = first + tl.arange(0, BLOCK_M)
             row = tl.minimum(i, rows - 1)
-            if PROMPT_QUERIES:
-                q_ptr = mixed_rows(row, tokens, prompts, 0, 0, N, N, P, stride_n, stride_p, True, ALIGNED, INDEX)
-                q = load_rows(q_ptr, D, DP)
-            else:
-                q = load_block(tokens, row.to(INDEX) * stride_n, D, DP)
+            q = query_rows(row, queries, LAYOUT)
             image = b * rows * (H * D) + h * D
-            out_row = row.to(INDEX) * (H * D)
-            do = load_block(do_ptr + image, out_row, D, DP)
+            out_row = row.to(LAYOUT.INDEX) * (H * D)
+            do = load_block(do_ptr + image, out_row, LAYOUT)
             at = (b * H + h) * rows
             lse = _load_lse(lse_ptr + at, row, i < rows)
             if FUSE_DELTA:
-                delta = _row_delta(do, out_ptr + image + out_row, dlse_ptr + at, row, D, DP, HAS_DLSE, ACC)
+                delta = _row_delta(do, out_ptr + image + out_row, dlse_ptr + at, row, LAYOUT, HAS_DLSE, MATH.ACC)
             else:
                 delta = tl.load(delta_ptr + at + row)
-            bias = 0.0
+            x = 0.0
             if HAS_BIAS:
-                at_bias = bias_rows(source, row, N, stride_tn, BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, INDEX)
-                if BIAS == TABLE:
-                    bias = gathered_bias(source, at_bias, keys, HEIGHT, WIDTH, ACC)
+                bias = bias_rows(bias_head, ids_ptr, row, N, prompt_column, BIAS, WINDOW, LAYOUT.INDEX)
+                if BIAS.KIND == TABLE:
+                    x = gathered_bias(bias, keys, WINDOW, MATH.ACC)
                 else:
-                    bias = tl.load(at_bias[:, None] + offs_n[None, :], mask=inside[None, :], other=0.0).to(ACC)
-                    if PARTIAL_BIAS:
-                        bias = tl.where((row < N)[:, None], bias, 0.0)
-            s = scores(q, k, bias, SCALE, HAS_BIAS, ACC, PRECISION)
-            p = tl.exp2(s * FACTOR - lse[:, None])
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION, out_dtype=ACC)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+                    x = tl.load(bias.rows[:, None] + offs_n[None, :], mask=inside[None, :], other=0.0).to(MATH.ACC)
+                    if BIAS.PARTIAL:
+                        x = tl.where(bias.live[:, None], x, 0.0)
+            s = scores(q, k, x, HAS_BIAS, MATH)
+            p = tl.exp2(s * MATH.FACTOR - lse[:, None])
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=MATH.PRECISION, out_dtype=MATH.ACC)
+            dp = tl.dot(do, tl.trans(v), input_precision=MATH.PRECISION, out_dtype=MATH.ACC)
             ds = p * (dp - delta[:, None])
-            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION, out_dtype=ACC)
+            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=MATH.PRECISION, out_dtype=MATH.ACC)
 
-    offs_d = tl.arange(0, DP)
-    keep = (offs_n < own_keys)[:, None]
-    if D != DP:
+    offs_d = tl.arange(0, LAYOUT.DP)
+    keep = (offs_n < grad_keys)[:, None]
+    if D != LAYOUT.DP:
         keep = keep & (offs_d < D)[None, :]
-    at_grad = grad_ptr + ((chunk * own_keys + offs_n) * stride_grad + h * D)[:, None] + offs_d[None, :]
-    tl.store(at_grad, (dk * GRAD_SCALE).to(grad_ptr.dtype.element_ty), mask=keep)
+    at_grad = grad_ptr + ((chunk * grad_keys + offs_n) * stride_grad + h * D)[:, None] + offs_d[None, :]
+    tl.store(at_grad, (dk * MATH.GRAD_SCALE).to(grad_ptr.dtype.element_ty), mask=keep)
     tl.store(at_grad + H * D, dv.to(grad_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["B", "images"])  # a smaller last batch compiles nothing
 def _bias_grad_kernel(
     qkv_ptr, prompt_ptr, bias_ptr, ids_ptr, do_ptr, lse_ptr, delta_ptr, grad_ptr,
-    B, N, P, prompt_column, images, first_head, heads, grad_rows, grad_columns,
-    stride_b, stride_pb, stride_th, stride_n: tl.constexpr, stride_p: tl.constexpr, stride_tn: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PROMPT_QUERIES: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    ALIGNED: tl.constexpr, INDEX: tl.constexpr, QUERY_SCALE: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    B, N, P, prompt_column, images, first_head, heads, grad_rows, grad_columns, stride_b, stride_pb, stride_th,
+    LAYOUT: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """grad_ptr: partial sums (chunks, heads, grad_rows, grad_columns) in the rows and columns of the caller's bias."""
+    """Inputs as in _key_grad_kernel -> grad, partial sums (chunks, heads, grad_rows, grad_columns) in the rows and
+    columns of the caller's bias."""
+    H: tl.constexpr = LAYOUT.H
+    D: tl.constexpr = LAYOUT.D
     rows = N
-    if PROMPT_QUERIES:
+    if LAYOUT.PROMPT_QUERIES:
         rows = N + P
     row_blocks = tl.cdiv(grad_rows, BLOCK_M)
     column_blocks = tl.cdiv(grad_columns, BLOCK_N)
@@ -361,45 +332,39 @@ def _bias_grad_kernel(
     chunk = (outer // heads).to(tl.int64)
     row = tl.minimum(offs_m, grad_rows - 1)
     column = tl.minimum(offs_n, grad_columns - 1)
-    source = (bias_ptr + h.to(tl.int64) * stride_th, ids_ptr)
-    bias_row = bias_rows(source, row, N, stride_tn, BIAS, False, HAS_IDS, HEIGHT, WIDTH, INDEX)
-    if BIAS == TABLE:
-        keys = key_terms(load_ids(ids_ptr, offs_n, N, HAS_IDS), HEIGHT, WIDTH)
-        bias = gathered_bias(source, bias_row, keys, HEIGHT, WIDTH, ACC)
-    elif PROMPT_BIAS:
+    bias_head = bias_ptr + h.to(tl.int64) * stride_th
+    bias = bias_rows(bias_head, ids_ptr, row, N, prompt_column, BIAS, WINDOW, LAYOUT.INDEX)
+    if BIAS.KIND == TABLE:
+        x = gathered_bias(bias, key_terms(load_ids(ids_ptr, offs_n, N, WINDOW), WINDOW), WINDOW, MATH.ACC)
+    elif BIAS.PROMPT_COLUMNS:
         bias_column = tl.where(column < N, column, column - N + prompt_column)
-        bias = tl.load(bias_row[:, None] + bias_column[None, :]).to(ACC)
+        x = tl.load(bias.rows[:, None] + bias_column[None, :]).to(MATH.ACC)
     else:
         # The tile's columns are padded to 16, so this mask is constant over 16 and the load stays wide.
         inside = offs_n < tl.cdiv(grad_columns, 16) * 16
-        bias = tl.load(bias_row[:, None] + offs_n[None, :], mask=inside[None, :], other=0.0).to(ACC)
+        x = tl.load(bias.rows[:, None] + offs_n[None, :], mask=inside[None, :], other=0.0).to(MATH.ACC)
 
-    total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    total = tl.zeros((BLOCK_M, BLOCK_N), MATH.ACC)
     first_image = chunk * images
     for b in tl.range(first_image, tl.minimum(first_image + images, B), num_stages=STAGES):
         tokens = qkv_ptr + b * stride_b + h * D
         prompts = qkv_ptr
-        prompt_keys = qkv_ptr
-        if PROMPT_QUERIES or PROMPT_BIAS:
+        if LAYOUT.PROMPT_QUERIES or BIAS.PROMPT_COLUMNS:
             prompts = prompt_ptr + b * stride_pb + h * D
-            prompt_keys = prompts
-            if PROMPT_QUERIES:
-                prompt_keys = prompts + H * D
-        q_ptr = mixed_rows(row, tokens, prompts, 0, 0, N, N, P, stride_n, stride_p, PROMPT_QUERIES, ALIGNED, INDEX)
-        key_ptr = mixed_rows(column, tokens + H * D, prompt_keys, 0, 0, N, N, P, stride_n, stride_p, PROMPT_BIAS,
-                             ALIGNED, INDEX)
-        q = load_rows(q_ptr, D, DP)
-        k = load_rows(key_ptr, D, DP)
-        v = load_rows(key_ptr + H * D, D, DP)
-        do = load_rows(do_ptr + (b * rows + row) * (H * D) + h * D, D, DP)
+        queries = Rows(tokens, prompts, N, P)
+        q = load_rows(mixed_rows(row, queries, 0, 0, N, LAYOUT, LAYOUT.PROMPT_QUERIES), LAYOUT)
+        key_ptr = mixed_rows(column, keys_of(queries, LAYOUT), 0, 0, N, LAYOUT, BIAS.PROMPT_COLUMNS)
+        k = load_rows(key_ptr, LAYOUT)
+        v = load_rows(key_ptr + H * D, LAYOUT)
+        do = load_rows(do_ptr + (b * rows + row) * (H * D) + h * D, LAYOUT)
         at = (b * H + h) * rows
         lse = _load_lse(lse_ptr + at, row, offs_m < grad_rows)
         delta = tl.load(delta_ptr + at + row)
-        if QUERY_SCALE != 1.0:
-            q = q * QUERY_SCALE
-        s = scores(q, k, bias, SCALE, True, ACC, PRECISION)
-        p = tl.exp2(s * FACTOR - lse[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+        if MATH.QUERY_SCALE != 1.0:
+            q = q * MATH.QUERY_SCALE
+        s = scores(q, k, x, True, MATH)
+        p = tl.exp2(s * MATH.FACTOR - lse[:, None])
+        dp = tl.dot(do, tl.trans(v), input_precision=MATH.PRECISION, out_dtype=MATH.ACC)
         total += p * (dp - delta[:, None])
 
     grad_row = (chunk * heads + h - first_head) * grad_rows + offs_m
@@ -408,25 +373,20 @@ def _bias_grad_kernel(
 
 
 @triton.jit
-def _table_grad_kernel(
-    dbias_ptr, ids_ptr, grad_ptr, first_head, N, R,
-    H: tl.constexpr, HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):
-    """grad_ptr (R, H): every program looks for its rows of the table among all pairs, in order, for one head.
-
-    dbias_ptr (heads, N, N) holds heads from first_head on.
-    """
+def _table_grad_kernel(dbias_ptr, ids_ptr, grad_ptr, first_head, N, R, H: tl.constexpr, WINDOW: tl.constexpr,
+                       ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """dbias (heads, N, N) of heads from first_head on, ids (N,) -> their columns of grad (R, H): every program looks
+    for its rows of the table among all pairs, in order, for one head."""
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     h = tl.program_id(1)
     total = tl.zeros((BLOCK_R,), ACC)
     for first_row in range(0, N, BLOCK_M):
         i = first_row + tl.arange(0, BLOCK_M)
-        query, query_class = query_terms(load_ids(ids_ptr, i, N, HAS_IDS), HEIGHT, WIDTH)
+        query, query_class = query_terms(load_ids(ids_ptr, i, N, WINDOW), WINDOW)
         for first_column in range(0, N, BLOCK_N):
             j = first_column + tl.arange(0, BLOCK_N)
-            key, key_class = key_terms(load_ids(ids_ptr, j, N, HAS_IDS), HEIGHT, WIDTH)
-            index = table_index(query[:, None], query_class[:, None], key[None, :], key_class[None, :], HEIGHT, WIDTH)
+            key, key_class = key_terms(load_ids(ids_ptr, j, N, WINDOW), WINDOW)
+            index = table_index(query[:, None], query_class[:, None], key[None, :], key_class[None, :], WINDOW)
             at = dbias_ptr + (h.to(tl.int64) * N + i[:, None]) * N + j[None, :]
             x = tl.load(at, mask=index < R, other=0.0)
             found = index[:, :, None] == r[None, None, :]
@@ -439,7 +399,8 @@ def _pool_grad_kernel(
     partial_ptr, ranges_ptr, grad_ptr, B, max_length, pool_size, columns,
     ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """grad_ptr (pool_size, columns): sums of the rows of partial (B, max_length, columns) that stand for a pool row."""
+    """partial (B, max_length, columns), ranges (B, 2) -> grad (pool_size, columns): sums of the rows that stand for a
+    row of the pool."""
     s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_S, BLOCK_C), ACC)

@@ -1,91 +1,189 @@
-"""What the forward and backward kernels share: where rows, biases and scores of a block come from."""
+"""What the forward and backward kernels share: where rows, biases and scores of a block come from.
+
+Constants reach kernels in groups, as `tl.constexpr` named tuples; so do the pointers of one image inside kernels.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Values of BIAS besides 0, none: a dense tile per head, or the table of relative positions itself.
+# Values of Bias.KIND besides 0, none: a dense tile per head, or the table of relative positions itself.
 TILE = tl.constexpr(1)
 TABLE = tl.constexpr(2)
+
+
+class Layout(NamedTuple):
+    """How rows of tokens and prompts lie, in elements."""
+
+    H: int
+    D: int
+    DP: int  # D rounded up to a power of two
+    STRIDE_N: int  # from one token to the next
+    STRIDE_P: int  # from one prompt to the next
+    ALIGNED: bool  # every row of every head starts on a multiple of 16 bytes
+    INDEX: tl.dtype  # of offsets inside one image
+    HAS_PROMPTS: bool
+    POOL: bool  # prompts are ranges of a pool, whose lengths only the device knows
+    PROMPT_QUERIES: bool
+
+
+class KeyBlocks(NamedTuple):
+    """How a kernel that walks over keys splits them: full blocks, then one or two narrow ones (0 for none).
+
+    Numbers of full blocks are those where they are unrolled; loops ask only whether there are any.
+    """
+
+    BLOCK_N: int
+    TAIL_1: int
+    TAIL_2: int
+    TOKEN_BLOCKS: int
+    PROMPT_BLOCKS: int
+
+
+class Bias(NamedTuple):
+    """What is added to scores: a tile (H, rows, columns) on aligned rows, or a table (H, R + 1) of positions."""
+
+    KIND: int
+    PROMPT_COLUMNS: bool
+    PARTIAL: bool  # rows from N on are prompts and have no bias
+    STRIDE: int  # from one row of a tile to the next
+
+
+class Window(NamedTuple):
+    """The window of patches that a table's rows are differences of."""
+
+    HEIGHT: int
+    WIDTH: int
+    HAS_IDS: bool  # places of tokens are given; else token i stands at place i
+
+
+class Arithmetic(NamedTuple):
+    """Scores are (q * QUERY_SCALE) @ k^T * SCALE + bias; FACTOR takes them to base 2."""
+
+    QUERY_SCALE: float
+    SCALE: float
+    FACTOR: float
+    GRAD_SCALE: float
+    ACC: tl.dtype
+    PRECISION: str
+
+
+class Rows(NamedTuple):
+    """Rows of one image and head: pointers to the first of its tokens and of its prompts, and how many there are."""
+
+    tokens: Any
+    prompts: Any
+    N: Any
+    P: Any
+
+
+class BiasRows(NamedTuple):
+    """The bias of a block of query rows: pointer to the head's tile or table, ids of tokens, the rows (pointers into
+    the tile, or terms of the table's index), which of them have a bias, and where columns of prompts start."""
+
+    head: Any
+    ids: Any
+    rows: Any
+    live: Any
+    prompt_column: Any
 
 
 # Argument lists stand in rows, in the order in which they are passed.
 # fmt: off
 @triton.jit
-def load_rows(row_ptr, D: tl.constexpr, DP: tl.constexpr):
+def load_rows(row_ptr, LAYOUT: tl.constexpr):
     """(rows, DP) of rows of D elements, zeros beyond D."""
-    d = tl.arange(0, DP)
-    if D == DP:
+    d = tl.arange(0, LAYOUT.DP)
+    if LAYOUT.D == LAYOUT.DP:
         x = tl.load(row_ptr[:, None] + d[None, :])
     else:
-        x = tl.load(row_ptr[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
+        x = tl.load(row_ptr[:, None] + d[None, :], mask=(d < LAYOUT.D)[None, :], other=0.0)
     return x
 
 
 @triton.jit
-def load_block(base, offset, D: tl.constexpr, DP: tl.constexpr):
+def load_block(base, offset, LAYOUT: tl.constexpr):
     """load_rows(base + offset), cheaper: row and channel are one integer before they meet the pointer."""
-    d = tl.arange(0, DP)
-    if D == DP:
+    d = tl.arange(0, LAYOUT.DP)
+    if LAYOUT.D == LAYOUT.DP:
         x = tl.load(base + (offset[:, None] + d[None, :]))
     else:
-        x = tl.load(base + (offset[:, None] + d[None, :]), mask=(d < D)[None, :], other=0.0)
+        x = tl.load(base + (offset[:, None] + d[None, :]), mask=(d < LAYOUT.D)[None, :], other=0.0)
     return x
 
 
 @triton.jit
-def mixed_rows(t, tokens, prompts, first_token, first_prompt, left, N, P, stride_n: tl.constexpr,
-               stride_p: tl.constexpr,
-               HAS_PROMPTS: tl.constexpr, ALIGNED: tl.constexpr, INDEX: tl.constexpr):
+def mixed_rows(t, of, first_token, first_prompt, left, LAYOUT: tl.constexpr, WITH_PROMPTS: tl.constexpr):
     """`left` token rows from `first_token` on, then to prompt rows from `first_prompt` on; t counts both."""
-    ptr = tokens + tl.minimum(first_token + t, N - 1).to(INDEX) * stride_n
-    if HAS_PROMPTS:
-        prompt = tl.maximum(tl.minimum(first_prompt + tl.maximum(t - left, 0), P - 1), 0)
-        ptr = tl.where(t < left, ptr, prompts + prompt.to(INDEX) * stride_p)
-        if ALIGNED:
+    ptr = of.tokens + tl.minimum(first_token + t, of.N - 1).to(LAYOUT.INDEX) * LAYOUT.STRIDE_N
+    if WITH_PROMPTS:
+        prompt = tl.maximum(tl.minimum(first_prompt + tl.maximum(t - left, 0), of.P - 1), 0)
+        ptr = tl.where(t < left, ptr, of.prompts + prompt.to(LAYOUT.INDEX) * LAYOUT.STRIDE_P)
+        if LAYOUT.ALIGNED:
             # A choice of two pointers forgets what is known about both: without this, reads are 2 bytes wide.
             ptr = tl.multiple_of(ptr, 16)
     return ptr
 
 
 @triton.jit
-def query_terms(ids, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def query_rows(row, of, LAYOUT: tl.constexpr):
+    """(rows, DP) of queries; those from N on are prompts."""
+    if LAYOUT.PROMPT_QUERIES:
+        q = load_rows(mixed_rows(row, of, 0, 0, of.N, LAYOUT, True), LAYOUT)
+    else:
+        q = load_block(of.tokens, row.to(LAYOUT.INDEX) * LAYOUT.STRIDE_N, LAYOUT)
+    return q
+
+
+@triton.jit
+def keys_of(queries, LAYOUT: tl.constexpr):
+    """Keys follow queries by H*D elements where there are any, and values follow keys by as many."""
+    prompts = queries.prompts
+    if LAYOUT.PROMPT_QUERIES:
+        prompts = prompts + LAYOUT.H * LAYOUT.D
+    return Rows(queries.tokens + LAYOUT.H * LAYOUT.D, prompts, queries.N, queries.P)
+
+
+@triton.jit
+def query_terms(ids, WINDOW: tl.constexpr):
     """What table_index needs of queries: a term of the index for patches, and one for everything else."""
-    PLACES: tl.constexpr = HEIGHT * WIDTH
-    CENTRE: tl.constexpr = ((2 * HEIGHT - 1) * (2 * WIDTH - 1) - 1) // 2
+    PLACES: tl.constexpr = WINDOW.HEIGHT * WINDOW.WIDTH
+    CENTRE: tl.constexpr = ((2 * WINDOW.HEIGHT - 1) * (2 * WINDOW.WIDTH - 1) - 1) // 2
     patch = (ids > 0) & (ids <= PLACES)
     place = ids - 1
-    offset = tl.where(patch, place + (place // WIDTH) * (WIDTH - 1) + CENTRE, 1 << 24)
+    offset = tl.where(patch, place + (place // WINDOW.WIDTH) * (WINDOW.WIDTH - 1) + CENTRE, 1 << 24)
     return offset, tl.where(patch, 0, tl.where(ids == 0, 1, 8))
 
 
 @triton.jit
-def key_terms(ids, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    PLACES: tl.constexpr = HEIGHT * WIDTH
-    R: tl.constexpr = (2 * HEIGHT - 1) * (2 * WIDTH - 1) + 3
+def key_terms(ids, WINDOW: tl.constexpr):
+    PLACES: tl.constexpr = WINDOW.HEIGHT * WINDOW.WIDTH
+    R: tl.constexpr = (2 * WINDOW.HEIGHT - 1) * (2 * WINDOW.WIDTH - 1) + 3
     patch = (ids > 0) & (ids <= PLACES)
     place = ids - 1
-    offset = tl.where(patch, place + (place // WIDTH) * (WIDTH - 1), -(1 << 24))
+    offset = tl.where(patch, place + (place // WINDOW.WIDTH) * (WINDOW.WIDTH - 1), -(1 << 24))
     return offset, tl.where(patch, R - 4, tl.where(ids == 0, R - 2, R + 4))
 
 
 @triton.jit
-def table_index(query_offset, query_class, key_offset, key_class, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def table_index(query_offset, query_class, key_offset, key_class, WINDOW: tl.constexpr):
     """Row of the table for a pair, R where either has no position.
 
     Rows up to R - 4 are differences of patches; classes add up to R - 3 (class token to patch), R - 2, R - 1 or more.
     """
-    R: tl.constexpr = (2 * HEIGHT - 1) * (2 * WIDTH - 1) + 3
+    R: tl.constexpr = (2 * WINDOW.HEIGHT - 1) * (2 * WINDOW.WIDTH - 1) + 3
     index = query_offset - key_offset
     return tl.where(index > R - 4, tl.minimum(query_class + key_class, R), index)
 
 
 @triton.jit
-def load_ids(ids_ptr, i, N, HAS_IDS: tl.constexpr):
-    if HAS_IDS:
+def load_ids(ids_ptr, i, N, WINDOW: tl.constexpr):
+    if WINDOW.HAS_IDS:
         ids = tl.load(ids_ptr + i, mask=i < N, other=-1)
     else:
         ids = tl.where(i < N, i, -1)
@@ -93,62 +191,56 @@ def load_ids(ids_ptr, i, N, HAS_IDS: tl.constexpr):
 
 
 @triton.jit
-def bias_rows(source, row, N, stride_tn: tl.constexpr, BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr,
-              HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INDEX: tl.constexpr):
-    """What block_bias must know of query rows: pointers into the tile, or terms of the table's index.
-
-    PARTIAL_BIAS: rows from N on are prompts and have no bias.
-    """
-    if BIAS == TABLE:
-        rows = query_terms(load_ids(source[1], row, N, HAS_IDS), HEIGHT, WIDTH)
-    else:
-        if PARTIAL_BIAS:
+def bias_rows(head, ids_ptr, row, N, prompt_column, BIAS: tl.constexpr, WINDOW: tl.constexpr, INDEX: tl.constexpr):
+    """BiasRows of query rows; those from N on are prompts."""
+    live = row < N
+    rows = row
+    if BIAS.KIND == TABLE:
+        rows = query_terms(load_ids(ids_ptr, row, N, WINDOW), WINDOW)
+    elif BIAS.KIND:
+        if BIAS.PARTIAL:
             row = tl.minimum(row, N - 1)
-        rows = source[0] + row.to(INDEX) * stride_tn
-    return rows
+        rows = head + row.to(INDEX) * BIAS.STRIDE
+    return BiasRows(head, ids_ptr, rows, live, prompt_column)
 
 
 @triton.jit
-def gathered_bias(source, rows, keys, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
-    """Bias of all pairs of query_terms `rows` and key_terms `keys`; row R of the table is zero."""
-    index = table_index(rows[0][:, None], rows[1][:, None], keys[0][None, :], keys[1][None, :], HEIGHT, WIDTH)
-    return tl.load(source[0] + index).to(ACC)
+def gathered_bias(bias, keys, WINDOW: tl.constexpr, ACC: tl.constexpr):
+    """Bias of all pairs of query_terms `bias.rows` and key_terms `keys`; row R of the table is zero."""
+    index = table_index(bias.rows[0][:, None], bias.rows[1][:, None], keys[0][None, :], keys[1][None, :], WINDOW)
+    return tl.load(bias.head + index).to(ACC)
 
 
 @triton.jit
-def block_bias(source, rows, column, has_bias, N, BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr,
-               HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
-    if BIAS == TABLE:
-        bias = gathered_bias(source, rows, key_terms(load_ids(source[1], column, N, HAS_IDS), HEIGHT, WIDTH), HEIGHT,
-                             WIDTH, ACC)
+def block_bias(bias, column, N, BIAS: tl.constexpr, WINDOW: tl.constexpr, ACC: tl.constexpr):
+    if BIAS.KIND == TABLE:
+        x = gathered_bias(bias, key_terms(load_ids(bias.ids, column, N, WINDOW), WINDOW), WINDOW, ACC)
     else:
-        bias = tl.load(rows[:, None] + column[None, :]).to(ACC)
-        if PARTIAL_BIAS:
-            bias = tl.where(has_bias[:, None], bias, 0.0)
-    return bias
+        x = tl.load(bias.rows[:, None] + column[None, :]).to(ACC)
+        if BIAS.PARTIAL:
+            x = tl.where(bias.live[:, None], x, 0.0)
+    return x
 
 
 @triton.jit
-def tail_bias(source, t, rows, has_bias, full_tokens, full_prompts, left, total, prompt_column, N, BIAS: tl.constexpr,
-              PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr,
-              WIDTH: tl.constexpr, ACC: tl.constexpr):
+def tail_bias(bias, t, full_tokens, full_prompts, left, total, N, BIAS: tl.constexpr, WINDOW: tl.constexpr,
+              ACC: tl.constexpr):
     """Bias of the mixed block: `left` token columns, then prompt columns up to `total`."""
-    if BIAS == TABLE:
-        bias = gathered_bias(source, rows, key_terms(load_ids(source[1], full_tokens + t, N, HAS_IDS), HEIGHT, WIDTH),
-                             HEIGHT, WIDTH, ACC)
+    if BIAS.KIND == TABLE:
+        x = gathered_bias(bias, key_terms(load_ids(bias.ids, full_tokens + t, N, WINDOW), WINDOW), WINDOW, ACC)
     else:
         # The tile's rows are padded to 16 columns, so this mask is constant over 16 and the load stays wide.
         padded = tl.cdiv(left, 16) * 16
-        bias = tl.load(rows[:, None] + (full_tokens + t)[None, :], mask=(t < padded)[None, :], other=0.0)
+        x = tl.load(bias.rows[:, None] + (full_tokens + t)[None, :], mask=(t < padded)[None, :], other=0.0)
         # Chosen before it is converted: half the registers while the load is under way.
-        bias = tl.where((t < left)[None, :], bias, tl.zeros_like(bias)).to(ACC)
-        if PROMPT_BIAS:
-            column = prompt_column + full_prompts + t - left
-            bias += tl.load(rows[:, None] + column[None, :], mask=((t >= left) & (t < total))[None, :],
-                            other=0.0).to(ACC)
-        if PARTIAL_BIAS:
-            bias = tl.where(has_bias[:, None], bias, 0.0)
-    return bias
+        x = tl.where((t < left)[None, :], x, tl.zeros_like(x)).to(ACC)
+        if BIAS.PROMPT_COLUMNS:
+            column = bias.prompt_column + full_prompts + t - left
+            x += tl.load(bias.rows[:, None] + column[None, :], mask=((t >= left) & (t < total))[None, :],
+                         other=0.0).to(ACC)
+        if BIAS.PARTIAL:
+            x = tl.where(bias.live[:, None], x, 0.0)
+    return x
 
 
 @triton.jit
@@ -162,79 +254,77 @@ def prompt_range(ranges_ptr, b, pool_size, max_length):
 
 
 @triton.jit
-def scores(q, k, bias, SCALE: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def scores(q, k, bias, HAS_BIAS: tl.constexpr, MATH: tl.constexpr):
     """q @ k^T * SCALE + bias."""
-    if BIAS and SCALE == 1.0:
+    if HAS_BIAS and MATH.SCALE == 1.0:
         # The product starts from the bias, which saves an addition per score.
-        s = tl.dot(q, tl.trans(k), bias, input_precision=PRECISION, out_dtype=ACC)
+        s = tl.dot(q, tl.trans(k), bias, input_precision=MATH.PRECISION, out_dtype=MATH.ACC)
     else:
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
-        if BIAS:
-            s = s * SCALE + bias
-        elif SCALE != 1.0:
-            s = s * SCALE
+        s = tl.dot(q, tl.trans(k), input_precision=MATH.PRECISION, out_dtype=MATH.ACC)
+        if HAS_BIAS:
+            s = s * MATH.SCALE + bias
+        elif MATH.SCALE != 1.0:
+            s = s * MATH.SCALE
     return s
 
 
 @triton.jit
-def full_keys(keys, first, stride: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-              BLOCK_N: tl.constexpr, INDEX: tl.constexpr):
+def full_keys(keys, first, STRIDE: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr):
     """k and v of the whole block of keys from row `first` on."""
     # A scalar pointer per block, and offsets that no loop changes.
-    base = keys + tl.cast(first, tl.int64) * stride
-    offset = tl.arange(0, BLOCK_N).to(INDEX) * stride
-    return load_block(base, offset, D, DP), load_block(base + H * D, offset, D, DP)
+    base = keys + tl.cast(first, tl.int64) * STRIDE
+    offset = tl.arange(0, BLOCK_N).to(LAYOUT.INDEX) * STRIDE
+    return load_block(base, offset, LAYOUT), load_block(base + LAYOUT.H * LAYOUT.D, offset, LAYOUT)
 
 
 @triton.jit
-def full_block(keys, first, source, bias_row, column, has_bias, N, stride: tl.constexpr, H: tl.constexpr,
-               D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
-               PARTIAL_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-               INDEX: tl.constexpr, ACC: tl.constexpr):
-    """full_keys and their bias, which stands from `column` on."""
-    k, v = full_keys(keys, first, stride, H, D, DP, BLOCK_N, INDEX)
-    bias = 0.0
-    if BIAS:
-        j = column + tl.arange(0, BLOCK_N)
-        bias = block_bias(source, bias_row, j, has_bias, N, BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ACC)
-    return k, v, bias
+def token_block(first, keys, bias, LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
+                ACC: tl.constexpr):
+    """k, v and bias of the whole block of tokens from `first` on."""
+    k, v = full_keys(keys.tokens, first, LAYOUT.STRIDE_N, LAYOUT, KEYS.BLOCK_N)
+    x = 0.0
+    if BIAS.KIND:
+        x = block_bias(bias, first + tl.arange(0, KEYS.BLOCK_N), keys.N, BIAS, WINDOW, ACC)
+    return k, v, x
 
 
 @triton.jit
-def tail_keys(t, keys, prompt_keys, full_tokens, full_prompts, N, P, stride_n: tl.constexpr, stride_p: tl.constexpr,
-              H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HAS_PROMPTS: tl.constexpr, ALIGNED: tl.constexpr,
-              INDEX: tl.constexpr):
+def prompt_block(first, keys, bias, LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
+                 ACC: tl.constexpr):
+    """k, v and bias of the whole block of prompts from `first` on."""
+    k, v = full_keys(keys.prompts, first, LAYOUT.STRIDE_P, LAYOUT, KEYS.BLOCK_N)
+    x = 0.0
+    if BIAS.PROMPT_COLUMNS:
+        x = block_bias(bias, bias.prompt_column + first + tl.arange(0, KEYS.BLOCK_N), keys.N, BIAS, WINDOW, ACC)
+    return k, v, x
+
+
+@triton.jit
+def tail_keys(t, keys, full_tokens, full_prompts, LAYOUT: tl.constexpr):
     """k and v of keys t of what full blocks leave: tokens first, then prompts."""
-    key_ptr = mixed_rows(t, keys, prompt_keys, full_tokens, full_prompts, N - full_tokens, N, P, stride_n, stride_p,
-                         HAS_PROMPTS, ALIGNED, INDEX)
-    return load_rows(key_ptr, D, DP), load_rows(key_ptr + H * D, D, DP)
+    left = keys.N - full_tokens
+    key_ptr = mixed_rows(t, keys, full_tokens, full_prompts, left, LAYOUT, LAYOUT.HAS_PROMPTS)
+    return load_rows(key_ptr, LAYOUT), load_rows(key_ptr + LAYOUT.H * LAYOUT.D, LAYOUT)
 
 
 @triton.jit
-def tail_scores(t, full_tokens, full_prompts, source, bias_row, has_bias, N, P, prompt_column,
-                HAS_PROMPTS: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr,
-                HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
+def tail_scores(t, keys, full_tokens, full_prompts, bias, LAYOUT: tl.constexpr, BIAS: tl.constexpr,
+                WINDOW: tl.constexpr, ACC: tl.constexpr):
     """Bias and validity of the keys of tail_keys."""
-    left = N - full_tokens
+    left = keys.N - full_tokens
     total = left
-    if HAS_PROMPTS:
-        total = left + P - full_prompts
-    bias = 0.0
-    if BIAS:
-        bias = tail_bias(source, t, bias_row, has_bias, full_tokens, full_prompts, left, total, prompt_column, N, BIAS,
-                         PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ACC)
-    return bias, t < total
+    if LAYOUT.HAS_PROMPTS:
+        total = left + keys.P - full_prompts
+    x = 0.0
+    if BIAS.KIND:
+        x = tail_bias(bias, t, full_tokens, full_prompts, left, total, keys.N, BIAS, WINDOW, ACC)
+    return x, t < total
 
 
 @triton.jit
-def tail_block(t, keys, prompt_keys, full_tokens, full_prompts, source, bias_row, has_bias, N, P, prompt_column,
-               stride_n: tl.constexpr, stride_p: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-               HAS_PROMPTS: tl.constexpr, BIAS: tl.constexpr, PROMPT_BIAS: tl.constexpr, PARTIAL_BIAS: tl.constexpr,
-               HAS_IDS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
-               INDEX: tl.constexpr, ACC: tl.constexpr):
+def tail_block(t, keys, full_tokens, full_prompts, bias, LAYOUT: tl.constexpr, BIAS: tl.constexpr,
+               WINDOW: tl.constexpr, ACC: tl.constexpr):
     """k, v, bias and validity of keys t of what full blocks leave: tokens first, then prompts."""
-    k, v = tail_keys(t, keys, prompt_keys, full_tokens, full_prompts, N, P, stride_n, stride_p, H, D, DP, HAS_PROMPTS,
-                     ALIGNED, INDEX)
-    bias, valid = tail_scores(t, full_tokens, full_prompts, source, bias_row, has_bias, N, P, prompt_column,
-                              HAS_PROMPTS, BIAS, PROMPT_BIAS, PARTIAL_BIAS, HAS_IDS, HEIGHT, WIDTH, ACC)
-    return k, v, bias, valid
+    k, v = tail_keys(t, keys, full_tokens, full_prompts, LAYOUT)
+    x, valid = tail_scores(t, keys, full_tokens, full_prompts, bias, LAYOUT, BIAS, WINDOW, ACC)
+    return k, v, x, valid

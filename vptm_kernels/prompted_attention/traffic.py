@@ -35,10 +35,10 @@ class _Sizes:
         self.rows = tokens + (a["P"] if a["PROMPT_QUERIES"] else 0)
         self.row = a["D"] * a["qkv_ptr"].element_size()
         self.lse = a["lse_ptr"].element_size()
-        self.entry = a["bias_ptr"].element_size() if a["BIAS"] else 0
+        self.entry = a["bias_ptr"].element_size() if a["KIND"] else 0
         # A gathered table is read once per pair, of tokens only.
-        self.padded = tokens if a["BIAS"] == TABLE.value else _cdiv(tokens, 16) * 16
-        self.extra = a["P"] if a["PROMPT_BIAS"] else 0
+        self.padded = tokens if a["KIND"] == TABLE.value else _cdiv(tokens, 16) * 16
+        self.extra = a["P"] if a["PROMPT_COLUMNS"] else 0
         self.images_and_heads = self.batch * self.heads
 
     def bias(self, images: int) -> int:
@@ -62,36 +62,36 @@ def _forward(a: Arguments) -> Traffic:
 
 def _query_grad(a: Arguments) -> Traffic:
     s = _Sizes(a)
-    own = s.prompts if a["OF_PROMPTS"] else s.tokens
-    of_rows = s.images_and_heads * own * (2 * s.row + 2 * s.lse + (s.lse if a["HAS_DLSE"] else 0))
+    rows = s.prompts if a["OF_PROMPTS"] else s.tokens
+    of_rows = s.images_and_heads * rows * (2 * s.row + 2 * s.lse + (s.lse if a["HAS_DLSE"] else 0))
     chunks = a["grad_ptr"].shape[0]
-    grad = chunks * s.heads * own * a["D"] * a["grad_ptr"].element_size()
+    grad = chunks * s.heads * rows * a["D"] * a["grad_ptr"].element_size()
     keys = s.images_and_heads * (s.tokens + s.prompts) * 2 * s.row
-    bias = s.bias(1) * own // s.rows
-    blocks = _cdiv(own, a["BLOCK_M"])
+    bias = s.bias(1) * rows // s.rows
+    blocks = _cdiv(rows, a["BLOCK_M"])
     memory = s.images_and_heads * s.tokens * (2 if a["OF_PROMPTS"] else 3) * s.row + s.prompt_bytes(a)
-    cache = blocks * keys + s.images_and_heads * own * s.row + bias * s.batch + of_rows + grad
+    cache = blocks * keys + s.images_and_heads * rows * s.row + bias * s.batch + of_rows + grad
     return Traffic(cache, memory + bias + of_rows + grad)
 
 
 def _key_grad(a: Arguments) -> Traffic:
     s = _Sizes(a)
-    own = s.prompts if a["OF_PROMPTS"] else s.tokens
-    blocks = _cdiv(own, a["BLOCK_N"])
+    keys = s.prompts if a["OF_PROMPTS"] else s.tokens
+    blocks = _cdiv(keys, a["BLOCK_N"])
     of_rows = s.row + s.lse + (s.row if a["FUSE_DELTA"] else s.lse)
     of_rows += s.lse if a["FUSE_DELTA"] and a["HAS_DLSE"] else 0
     columns = s.extra if a["OF_PROMPTS"] else s.padded
     bias = s.heads * s.rows * columns * s.entry
     chunks = a["grad_ptr"].shape[0]
-    grad = chunks * s.heads * own * 2 * a["D"] * a["grad_ptr"].element_size()
+    grad = chunks * s.heads * keys * 2 * a["D"] * a["grad_ptr"].element_size()
     rows = s.images_and_heads * s.rows * (s.row + of_rows)
-    cache = blocks * rows + bias * s.batch + s.images_and_heads * own * 2 * s.row + grad
+    cache = blocks * rows + bias * s.batch + s.images_and_heads * keys * 2 * s.row + grad
     # Queries of prompts are shared by the images, and so are their keys unless every image has its own.
     queries = s.images_and_heads * s.tokens * s.row + (s.heads * s.prompts * s.row if a["PROMPT_QUERIES"] else 0)
-    keys = s.prompt_bytes(a) if a["OF_PROMPTS"] else s.images_and_heads * own * 2 * s.row
+    key_bytes = s.prompt_bytes(a) if a["OF_PROMPTS"] else s.images_and_heads * keys * 2 * s.row
     if a["OF_PROMPTS"] and a["PROMPT_QUERIES"]:
-        keys = keys * 2 // 3
-    return Traffic(cache, queries + s.images_and_heads * s.rows * of_rows + bias + keys + grad)
+        key_bytes = key_bytes * 2 // 3
+    return Traffic(cache, queries + s.images_and_heads * s.rows * of_rows + bias + key_bytes + grad)
 
 
 def _bias_grad(a: Arguments) -> Traffic:

@@ -28,6 +28,7 @@ from .configs import (
     heads_per_table_grad,
     images_per_program,
     key_grad_config,
+    next_power_of_2,
     query_grad_config,
     table_grad_blocks,
     tails,
@@ -40,7 +41,7 @@ from .kernels_bwd import (
     _query_grad_kernel,
     _table_grad_kernel,
 )
-from .kernels_common import LOG2E, TABLE, TILE
+from .kernels_common import LOG2E, TABLE, TILE, Arithmetic, Bias, KeyBlocks, Layout, Window
 from .kernels_fwd import _expand_table_kernel, _forward_kernel
 
 _TRITON_DTYPES = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
@@ -117,7 +118,7 @@ def plan_of(
     return plan
 
 
-class _Bias(NamedTuple):
+class _BiasForm(NamedTuple):
     """The bias as kernels read it, and how the one that is given becomes it.
 
     A tile (H, rows, columns) on aligned rows, token columns first, prompt columns from a multiple of 16 on; or a table
@@ -136,15 +137,15 @@ class _Bias(NamedTuple):
     window: tuple[int, int] = (0, 0)
 
 
-def _fresh(kind: int, origin: str, shape: tuple[int, ...], dtype: torch.dtype, **more: Any) -> _Bias:
+def _fresh(kind: int, origin: str, shape: tuple[int, ...], dtype: torch.dtype, **more: Any) -> _BiasForm:
     """A bias in memory of its own."""
     rows = math.prod(shape[2:]) if kind == TILE.value else 0
-    return _Bias(kind, origin, shape, dtype, math.prod(shape[1:]), rows, **more)
+    return _BiasForm(kind, origin, shape, dtype, math.prod(shape[1:]), rows, **more)
 
 
-def _bias_form(bias: Tensor | None, window: Sequence[int], qkv: Tensor, heads: int) -> _Bias:
+def _bias_form(bias: Tensor | None, window: Sequence[int], qkv: Tensor, heads: int) -> _BiasForm:
     if bias is None:
-        return _Bias()
+        return _BiasForm()
     tokens, dtype = qkv.shape[1], qkv.dtype
     width = _round_up(tokens, ROW_ALIGNMENT)
     if window:
@@ -161,7 +162,7 @@ def _bias_form(bias: Tensor | None, window: Sequence[int], qkv: Tensor, heads: i
     extra = columns - tokens
     if extra == 0 and not narrowed and _has_aligned_rows(bias, width):
         strides = bias.stride()
-        return _Bias(TILE.value, "in place", (heads, rows, width), bias.dtype, strides[0], strides[1])
+        return _BiasForm(TILE.value, "in place", (heads, rows, width), bias.dtype, strides[0], strides[1])
     return _fresh(
         TILE.value,
         "copied",
@@ -192,8 +193,8 @@ def _only_shifts_exponents(scale: float) -> bool:
     return 2**-4 <= scale <= 1 and math.frexp(scale)[0] == 0.5
 
 
-def _scales(scale: float, biased: bool) -> dict[str, float]:
-    query_scale, factor = 1.0, LOG2E.value
+def _arithmetic(scale: float, biased: bool, accumulator: torch.dtype, precision: str) -> Arithmetic:
+    grad_scale, query_scale, factor = scale, 1.0, LOG2E.value
     if biased and _only_shifts_exponents(scale):
         # Queries take the scale, and the product of queries and keys starts from the bias.
         query_scale, scale = scale, 1.0
@@ -201,7 +202,7 @@ def _scales(scale: float, biased: bool) -> dict[str, float]:
         # The scale joins the factor of the exponent. A negative one would turn the maximum into a minimum, and zero
         # would make NaN of masked scores.
         scale, factor = 1.0, factor * scale
-    return {"QUERY_SCALE": query_scale, "SCALE": scale, "FACTOR": factor}
+    return Arithmetic(query_scale, scale, factor, grad_scale, _TRITON_DTYPES[accumulator], precision)
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -229,12 +230,12 @@ def _zeros(t: Tensor | None) -> Tensor | None:
 def _blocks(config: Config | ForwardConfig, arch: str) -> dict[str, int]:
     return {
         "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
         "STAGES": config.num_stages,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         **({"maxnreg": config.max_registers} if config.max_registers else {}),
         **compiler_options(arch),
+        "enable_fp_fusion": True,
     }
 
 
@@ -291,43 +292,39 @@ class Plan:
         gathered = self.bias.kind == TABLE.value
         reach = max(self.tokens * stride_n, (0 if prompts is None else prompts.shape[-2]) * stride_p)
         far = _needs_int64(max(reach, self.rows * self.bias.row_stride))
+        self.layout = Layout(
+            H=self.heads,
+            D=self.head_dim,
+            DP=next_power_of_2(self.head_dim),
+            STRIDE_N=stride_n,
+            STRIDE_P=stride_p,
+            ALIGNED=all(step % 16 == 0 for step in steps),
+            INDEX=triton.language.int64 if far else triton.language.int32,
+            HAS_PROMPTS=self.prompts > 0,
+            POOL=self.pooled,
+            PROMPT_QUERIES=self.prompt_queries,
+        )
         self.constants: dict[str, Any] = {
-            "H": self.heads,
-            "D": self.head_dim,
-            "DP": triton.next_power_of_2(self.head_dim),
-            "HAS_PROMPTS": self.prompts > 0,
-            "POOL": self.pooled,
-            "PROMPT_QUERIES": self.prompt_queries,
-            "BIAS": self.bias.kind,
-            "PROMPT_BIAS": self.bias.prompt_columns,
-            "PARTIAL_BIAS": self.bias.kind > 0 and self.prompt_queries and not self.bias.prompt_rows,
-            "HAS_IDS": gathered and token_ids is not None,
-            "HEIGHT": self.bias.window[0],
-            "WIDTH": self.bias.window[1],
-            "ALIGNED": all(step % 16 == 0 for step in steps),
-            "INDEX": triton.language.int64 if far else triton.language.int32,
-            "stride_n": stride_n,
-            "stride_p": stride_p,
-            "stride_tn": self.bias.row_stride,
-            **_scales(scale, self.bias.kind > 0),
-            "ACC": _TRITON_DTYPES[self.accumulator],
-            "PRECISION": dot_precision(qkv.dtype, self.arch),
-            "enable_fp_fusion": True,
+            "LAYOUT": self.layout,
+            "BIAS": Bias(
+                KIND=self.bias.kind,
+                PROMPT_COLUMNS=self.bias.prompt_columns,
+                PARTIAL=self.bias.kind > 0 and self.prompt_queries and not self.bias.prompt_rows,
+                STRIDE=self.bias.row_stride,
+            ),
+            "WINDOW": Window(*self.bias.window, gathered and token_ids is not None),
+            "MATH": _arithmetic(scale, self.bias.kind > 0, self.accumulator, dot_precision(qkv.dtype, self.arch)),
         }
         self.empty = self.batch == 0 or self.rows == 0
         self._forwards = None if self.empty else self._forward_launches()
         self._expand = self._expand_launch(bias, token_ids) if self.bias.origin == "expanded" else None
         self._backwards: dict[Hashable, _Backward] = {}
 
-    def key_parts(self, block_n: int, unrolled: bool = False) -> dict[str, Any]:
-        """How kernels that walk over keys split them into full blocks and tails.
-
-        Numbers of blocks are constants where they are unrolled; loops only need to know whether there are any.
-        """
+    def key_blocks(self, block_n: int, unrolled: bool = False) -> KeyBlocks:
         tail_1, tail_2 = tails(self.tokens, self.prompts, block_n, pooled=self.pooled)
         blocks = self.tokens // block_n, self.prompts // block_n
         token_blocks, prompt_blocks = blocks if unrolled else (min(1, n) for n in blocks)
-        return {"TAIL_1": tail_1, "TAIL_2": tail_2, "TOKEN_BLOCKS": token_blocks, "PROMPT_BLOCKS": prompt_blocks}
+        return KeyBlocks(block_n, tail_1, tail_2, token_blocks, prompt_blocks)
 
     def _forward_launches(self) -> tuple[Launch, Launch]:
         """Without lse and with it."""
@@ -336,7 +333,7 @@ class Plan:
             self.tokens,
             self.tokens + self.prompts,
             8 * self.bias.dtype.itemsize if self.bias.kind else 0,
-            self.constants["QUERY_SCALE"] != 1,
+            self.constants["MATH"].QUERY_SCALE != 1,
             self.pooled,
             self.prompt_queries,
             gathered=self.bias.kind == TABLE.value,
@@ -350,8 +347,8 @@ class Plan:
             "KEYS_RESIDENT": config.keys_resident,
             "SCORES_RESIDENT": config.scores_resident,
             "HEADS_FIRST": config.heads_first,
+            "KEYS": self.key_blocks(config.block_n, config.keys_resident or config.scores_resident),
             **self.constants,
-            **self.key_parts(config.block_n, config.keys_resident or config.scores_resident),
             **_blocks(config, self.arch),
         }
         without, with_lse = (
@@ -368,9 +365,7 @@ class Plan:
             (triton.cdiv(tokens, block_m), triton.cdiv(columns, block_n), heads),
             (tokens, columns, *table.stride()),
             {
-                "HAS_IDS": token_ids is not None,
-                "HEIGHT": self.window[0],
-                "WIDTH": self.window[1],
+                "WINDOW": Window(*self.window, token_ids is not None),
                 "BLOCK_M": block_m,
                 "BLOCK_N": block_n,
                 "num_warps": 4,
@@ -539,8 +534,8 @@ class _Backward:
 
     def _delta_launch(self, has_dlse: bool) -> Launch:
         plan, block = self.plan, 16 if self.plan.interpreted else 64
-        constants = {name: plan.constants[name] for name in ("H", "D", "DP", "ACC")}
-        constants |= {"HAS_DLSE": has_dlse, "BLOCK_M": block, "num_warps": 4}
+        acc = plan.constants["MATH"].ACC
+        constants = {"LAYOUT": plan.layout, "BLOCK_M": block, "HAS_DLSE": has_dlse, "ACC": acc, "num_warps": 4}
         grid = (triton.cdiv(plan.rows, block) * plan.batch * plan.heads,)
         return Launch(_delta_kernel, grid, (plan.rows,), constants)
 
@@ -561,9 +556,8 @@ class _Backward:
         constants = {
             "OF_PROMPTS": of_prompts,
             "HAS_DLSE": has_dlse,
-            "GRAD_SCALE": plan.scale,
+            "KEYS": plan.key_blocks(config.block_n),
             **plan.constants,
-            **plan.key_parts(config.block_n),
             **_blocks(config, plan.arch),
         }
         grid = (triton.cdiv(rows, config.block_m) * chunks * plan.heads,)
@@ -585,7 +579,7 @@ class _Backward:
             "OF_PROMPTS": of_prompts,
             "HAS_DLSE": has_dlse,
             "FUSE_DELTA": of_prompts and self.fuse_delta,
-            "GRAD_SCALE": plan.scale,
+            "BLOCK_N": config.block_n,
             **plan.constants,
             **_blocks(config, plan.arch),
         }
@@ -610,7 +604,7 @@ class _Backward:
         plan = self.plan
         grid = (triton.cdiv(plan.pool_size, 16), triton.cdiv(columns, 64))
         sizes = (plan.batch, plan.prompts, plan.pool_size, columns)
-        constants = {"ACC": plan.constants["ACC"], "BLOCK_S": 16, "BLOCK_C": 64, "num_warps": 4}
+        constants = {"ACC": plan.constants["MATH"].ACC, "BLOCK_S": 16, "BLOCK_C": 64, "num_warps": 4}
         return Launch(_pool_grad_kernel, grid, sizes, constants)
 
     def _sum_prompts(self, partial: Tensor, prompts: Tensor, ranges: Tensor | None) -> Tensor:
@@ -644,14 +638,13 @@ class _Backward:
         blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
         images = images_per_program(plan.batch, heads * blocks)
         chunks = triton.cdiv(plan.batch, images)
-        names = ["H", "D", "DP", "PROMPT_QUERIES", "BIAS", "PROMPT_BIAS", "HAS_IDS", "HEIGHT", "WIDTH", "ALIGNED"]
-        names += ["INDEX", "stride_n", "stride_p", "stride_tn", "QUERY_SCALE", "SCALE", "FACTOR", "ACC", "PRECISION"]
-        names += ["enable_fp_fusion"]
         scalars = (
             *(plan.batch, plan.tokens, plan.prompts, plan.bias.prompt_column, images, first_head, heads, rows, columns),
             *(*plan.image_strides, plan.bias.head_stride),
         )
-        constants = {name: plan.constants[name] for name in names} | _blocks(config, plan.arch)
+        constants = plan.constants | {"BLOCK_N": config.block_n} | _blocks(config, plan.arch)
+        # rows without a bias are not among those of its gradient
+        constants["BIAS"] = constants["BIAS"]._replace(PARTIAL=False)
         return (chunks, heads, rows, columns), Launch(_bias_grad_kernel, (blocks * chunks * heads,), scalars, constants)
 
     def _table_launch(self, rows: int, first_head: int, heads: int, has_ids: bool) -> Launch:
@@ -660,10 +653,8 @@ class _Backward:
         block_m, block_n, block_r = table_grad_blocks(plan.arch, interpreted=plan.interpreted)
         constants = {
             "H": plan.heads,
-            "HAS_IDS": has_ids,
-            "HEIGHT": plan.window[0],
-            "WIDTH": plan.window[1],
-            "ACC": plan.constants["ACC"],
+            "WINDOW": Window(*plan.window, has_ids),
+            "ACC": plan.constants["MATH"].ACC,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
             "BLOCK_R": block_r,
