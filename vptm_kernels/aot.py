@@ -173,11 +173,20 @@ def waves(programs: int, blocks_per_sm: int, target: str) -> tuple[float, float]
     return times, times / math.ceil(times)
 
 
+def without_groups(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, those in groups (named tuples) beside the others."""
+    flat: dict[str, Any] = {}
+    for name, value in arguments.items():
+        flat |= value._asdict() if hasattr(value, "_asdict") else {name: value}
+    return flat
+
+
 def traffic(kernel: Any, arguments: dict[str, Any]) -> Traffic:
     """By the formula that the op's `traffic.KERNELS` has for the kernel; else every tensor it takes once, which holds
     for kernels that read nothing twice."""
     package = kernel.__module__.rpartition(".")[0]
     known = package and importlib.util.find_spec(f"{package}.traffic") is not None
+    arguments = without_groups(arguments)
     formulas = importlib.import_module(f"{package}.traffic").KERNELS if known else {}
     if kernel.__name__ in formulas:
         return Traffic(*formulas[kernel.__name__](arguments))
@@ -426,9 +435,7 @@ def intercept(target: str, case: str, spills_only: bool = False) -> Iterator[lis
         self.device_caches.clear()
         touched.append(self)
         compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        bound = dict(zip(self.arg_names, args)) | kwargs
-        for group in [value for value in bound.values() if hasattr(value, "_asdict")]:
-            bound |= group._asdict()
+        bound = without_groups(dict(zip(self.arg_names, args)) | kwargs)
         constants = {name: value for name, value in bound.items() if isinstance(value, (bool, int, float, str))}
         metadata = compiled.metadata
         report = Report(
