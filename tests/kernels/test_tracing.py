@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vptm_kernels import prompted_attention
 from vptm_kernels._runtime.plans import Plans, forget_plans, place, signature
-from vptm_kernels._runtime.tracing import autocasting, nothing_traces
+from vptm_kernels._runtime.private_torch import autocasting
+from vptm_kernels._runtime.tracing import nothing_traces
 from vptm_kernels._runtime.triton_support import has_triton
 
 

@@ -20,16 +20,16 @@ from vptm.frozen.parts import sdpa
 from vptm.frozen.reference import reference_features
 from vptm.inspection.figures import new_figure, write_png
 from vptm.models.prompted_model import PromptedModel
+from vptm_kernels._runtime.private_torch import cpu_attention
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 PATHS = ("vptm", "concatenation")
 
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-if _CPU_ATTENTION not in flop_registry:  # torch before 2.15 counts nothing for it
+if cpu_attention is not None and cpu_attention not in flop_registry:  # torch before 2.15 counts nothing for it
 
-    @register_flop_formula(_CPU_ATTENTION)
+    @register_flop_formula(cpu_attention)
     def _cpu_attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))
 

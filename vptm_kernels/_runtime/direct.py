@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def direct(
@@ -24,3 +25,13 @@ def direct(
         "Direct", (torch.autograd.Function,), {"forward": staticmethod(run), "backward": staticmethod(backward)}
     )
     return function.apply
+
+
+def refuse_second_derivative(op: str, *backwards: Any) -> None:
+    """Have the registered backward ops of the public function `op` say that they have no derivative."""
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(f"{op} is not differentiable twice: do not pass create_graph=True through it")
+
+    for backward in backwards:
+        backward.register_autograd(refuse)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from .private_torch import differentiates_forward, onednn_linear
 from .tracing import nothing_traces
 
 # Below so many weights (768 x 128 is a tie) the call itself costs more than the product gains.
@@ -45,13 +45,13 @@ def multiplies_bfloat16() -> bool:
 
 def _recorded(x: Tensor) -> bool:
     """Whether a derivative, backward or forward, or a trace may be taken of what happens to `x`."""
-    return torch.is_grad_enabled() or not nothing_traces(x) or forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or not nothing_traces(x) or differentiates_forward()
 
 
 def runs_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `frozen_linear` sends this product to oneDNN."""
     # its operator has no gradient, and what is traced must not depend on the processor
-    if _recorded(x):
+    if onednn_linear is None or _recorded(x):
         return False
     wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return (
@@ -76,4 +76,6 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     activation, algorithm = ("gelu", "none") if gelu else ("none", "")
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
+    assert onednn_linear is not None
+    out: Tensor = onednn_linear(x, weight, bias, activation, [], algorithm)
+    return out

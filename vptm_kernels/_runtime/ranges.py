@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .private_torch import edits
+
 # {ranges: what they were checked against}, so that a GPU tensor is read back once and not at every call.
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # {ranges on the CPU: (version, device, copy)}, so that all layers of a model use one copy.
@@ -32,7 +34,7 @@ def check_ranges(ranges: Any, batch: int, rows: int, longest: Any, device: torch
         return ranges if ranges.device == device else ranges.to(device)
     if ranges.is_cuda and torch.cuda.is_current_stream_capturing():
         return ranges
-    version = None if ranges.is_inference() else ranges._version
+    version = edits(ranges)
     key = (version, rows, longest)
     if version is None or _checked.get(ranges) != key:
         _check_values(ranges, rows, longest)
@@ -44,7 +46,7 @@ def check_ranges(ranges: Any, batch: int, rows: int, longest: Any, device: torch
         with torch.inference_mode(False):  # a tensor with a version, which is checked once
             copy = ranges.to(device, non_blocking=True)
         _copies[ranges] = kept = (version, device, copy)
-    _checked[kept[2]] = (kept[2]._version, rows, longest)
+    _checked[kept[2]] = (edits(kept[2]), rows, longest)
     return kept[2]
 
 

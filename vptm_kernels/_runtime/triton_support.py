@@ -68,13 +68,16 @@ def missing_for_triton(t: Tensor, head_dim: int | None = None) -> str | None:
     return None
 
 
-def choose(impl: str, t: Tensor, head_dim: int | None = None) -> str:
-    """The implementation to run: "auto" is Triton for GPU tensors it supports; an explicit request never falls back."""
+def choose(impl: str, t: Tensor, head_dim: int | None = None, *, lacking: str | None = None) -> str:
+    """The implementation to run: "auto" is Triton for GPU tensors it supports; an explicit request never falls back.
+
+    lacking: what else an op's kernels need and did not get, in words that fit after "needs"; None where nothing.
+    """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "torch" or (impl == "auto" and not t.is_cuda):
         return "torch"
-    missing = missing_for_triton(t, head_dim)
+    missing = missing_for_triton(t, head_dim) or lacking
     if missing is None:
         return "triton"
     if impl == "triton":

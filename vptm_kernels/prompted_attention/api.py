@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
+from .._runtime.arguments import shape_of, tensor
 from .._runtime.plans import Plans, place, signature
+from .._runtime.private_torch import autocasting
 from .._runtime.ranges import check_ranges
-from .._runtime.tracing import autocasting, nothing_traces
+from .._runtime.tracing import nothing_traces
 from .._runtime.triton_support import choose, device_of, float32_precision
 from .bias import RelativePositionBias, table_rows
 from .ops import direct_attention, prompted_attention_op, run_attention
@@ -139,7 +141,7 @@ def prompted_attention(
                 out, lse = plan.forward(qkv, prompts, table, token_ids, prompt_ranges, return_lse)
         return (out, lse) if return_lse else out
 
-    if not _tensor("qkv", qkv).is_meta and torch.is_autocast_enabled(qkv.device.type):
+    if not tensor("qkv", qkv).is_meta and torch.is_autocast_enabled(qkv.device.type):
         dtype = torch.get_autocast_dtype(qkv.device.type)
         qkv = _autocast(qkv, dtype)
         prompt_kv = None if prompt_kv is None else _autocast(prompt_kv, dtype)
@@ -246,21 +248,11 @@ def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == torch.float64 else t.to(dtype)
 
 
-def _tensor(name: str, value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    return value
-
-
-def _shape(t: Tensor) -> tuple[int, ...]:
-    return tuple(t.shape)
-
-
 def _check_qkv(qkv: Tensor, num_heads: int) -> int:
     if not isinstance(num_heads, int) or num_heads < 1:
         raise ValueError(f"num_heads must be a positive int, got {num_heads!r}")
     if qkv.ndim != 3 or qkv.shape[-1] == 0 or qkv.shape[-1] % (3 * num_heads):
-        raise ValueError(f"qkv must be (B, N, 3*H*D) with H = num_heads = {num_heads}, got {_shape(qkv)}")
+        raise ValueError(f"qkv must be (B, N, 3*H*D) with H = num_heads = {num_heads}, got {shape_of(qkv)}")
     if qkv.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"qkv must be float16, bfloat16, float32 or float64, got {qkv.dtype}")
     if qkv.stride(-1) != 1:
@@ -294,26 +286,26 @@ def _check_prompts(
     if ranges is not None and prompt_kv is None:
         raise ValueError("prompt_ranges must come with prompt_kv, the pool (S, 2*H*D), got prompt_kv = None")
     if prompt_qkv is not None:
-        if _tensor("prompt_qkv", prompt_qkv).ndim != 2 or prompt_qkv.shape[-1] != 3 * width:
-            raise ValueError(f"prompt_qkv must be (P, 3*H*D) = (P, {3 * width}), got {_shape(prompt_qkv)}")
+        if tensor("prompt_qkv", prompt_qkv).ndim != 2 or prompt_qkv.shape[-1] != 3 * width:
+            raise ValueError(f"prompt_qkv must be (P, 3*H*D) = (P, {3 * width}), got {shape_of(prompt_qkv)}")
         _check_like_qkv("prompt_qkv", prompt_qkv, qkv)
         return prompt_qkv
     if prompt_kv is None:
         return None
     shapes = {"(P, 2*H*D)": prompt_kv.ndim == 2} if isinstance(prompt_kv, Tensor) else {}
-    _tensor("prompt_kv", prompt_kv)
+    tensor("prompt_kv", prompt_kv)
     if ranges is None:
         shapes["(B, P, 2*H*D)"] = prompt_kv.ndim == 3 and prompt_kv.shape[0] == batch
     if not any(shapes.values()) or prompt_kv.shape[-1] != 2 * width:
         wanted = " or ".join(shapes)
-        raise ValueError(f"prompt_kv must be {wanted} with B = {batch}, 2*H*D = {2 * width}, got {_shape(prompt_kv)}")
+        raise ValueError(f"prompt_kv must be {wanted} with B = {batch}, 2*H*D = {2 * width}, got {shape_of(prompt_kv)}")
     _check_like_qkv("prompt_kv", prompt_kv, qkv)
     return prompt_kv
 
 
 def _check_ranges(qkv: Tensor, pool: Tensor | None, ranges: Tensor, max_prompt_length: int | None) -> Tensor:
     if qkv.ndim != 3:
-        raise ValueError(f"qkv must be (B, N, 3*H*D), got {_shape(qkv)}")
+        raise ValueError(f"qkv must be (B, N, 3*H*D), got {shape_of(qkv)}")
     rows = pool.shape[0] if isinstance(pool, Tensor) and pool.ndim else 0
     return check_ranges(ranges, qkv.shape[0], rows, max_prompt_length, qkv.device, "qkv")
 
@@ -324,10 +316,10 @@ def _check_table(qkv: Tensor, bias: RelativePositionBias, num_heads: int) -> Non
     if len(window) != 2 or not all(isinstance(side, int) and side > 0 for side in window):
         raise ValueError(f"bias.window must be two positive ints (Hp, Wp), got {window!r}")
     wanted = (table_rows(window), num_heads)
-    if _shape(_tensor("bias.table", table)) != wanted or not table.is_floating_point():
+    if shape_of(tensor("bias.table", table)) != wanted or not table.is_floating_point():
         raise ValueError(
             f"bias.table must be a floating point (R, H) = {wanted} for window {tuple(window)}, "
-            f"got {_shape(table)} {table.dtype}"
+            f"got {shape_of(table)} {table.dtype}"
         )
     if token_ids is None:
         if window[0] * window[1] + 1 != tokens:
@@ -335,8 +327,10 @@ def _check_table(qkv: Tensor, bias: RelativePositionBias, num_heads: int) -> Non
                 f"bias.token_ids must be given unless N = Hp*Wp + 1 = {window[0] * window[1] + 1}, "
                 f"got None with N = {tokens}"
             )
-    elif _shape(_tensor("bias.token_ids", token_ids)) != (tokens,) or token_ids.dtype != torch.int32:
-        raise ValueError(f"bias.token_ids must be (N,) = ({tokens},) int32, got {_shape(token_ids)} {token_ids.dtype}")
+    elif shape_of(tensor("bias.token_ids", token_ids)) != (tokens,) or token_ids.dtype != torch.int32:
+        raise ValueError(
+            f"bias.token_ids must be (N,) = ({tokens},) int32, got {shape_of(token_ids)} {token_ids.dtype}"
+        )
     for name, t in (("bias.table", table), ("bias.token_ids", token_ids)):
         if t is not None and t.device != qkv.device:
             raise ValueError(f"{name} must be on the device of qkv, {qkv.device}, got {t.device}")
@@ -352,9 +346,11 @@ def _check_dense(qkv: Tensor, bias: Tensor, num_heads: int, prompts: int | None,
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a tensor or a RelativePositionBias, got {type(bias).__name__}")
     dense = bias[0] if bias.ndim == 4 and bias.shape[0] == 1 else bias
-    if _shape(dense) not in allowed or not bias.is_floating_point():
+    if shape_of(dense) not in allowed or not bias.is_floating_point():
         wanted = " or ".join(map(str, allowed))
-        raise ValueError(f"bias must be a floating point {wanted} (H, queries, keys), got {_shape(bias)} {bias.dtype}")
+        raise ValueError(
+            f"bias must be a floating point {wanted} (H, queries, keys), got {shape_of(bias)} {bias.dtype}"
+        )
     if bias.device != qkv.device:
         raise ValueError(f"bias must be on the device of qkv, {qkv.device}, got {bias.device}")
     return dense

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .._runtime.sizes import next_power_of_2
+
 # Keys of an image up to which all their scores stay in registers, or all keys and values in shared memory.
 RESIDENT_SCORES = 208
 RESIDENT_KEYS = 256
@@ -39,10 +41,6 @@ class ForwardConfig(NamedTuple):
     scores_resident: bool = False
     keys_resident: bool = False
     heads_first: bool = False
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def tails(tokens: int, prompts: int, block_n: int, *, pooled: bool = False) -> tuple[int, int]:

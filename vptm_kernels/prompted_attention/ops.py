@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._runtime.direct import direct
+from .._runtime.direct import direct, refuse_second_derivative
 from .._runtime.tracing import nothing_traces
 from .._runtime.triton_support import device_of
 from . import torch_impl
@@ -159,12 +159,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return (*grads, *[None] * 9)
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError("prompted_attention is not differentiable twice: do not pass create_graph=True through it")
-
-
 prompted_attention_op.register_autograd(_backward, setup_context=_setup_context)
-prompted_attention_backward_op.register_autograd(_refuse_double_backward)
+refuse_second_derivative("prompted_attention", prompted_attention_backward_op)
 
 direct_attention = direct(run_attention, _setup_context, _backward)
 """`prompted_attention_op` for calls that nothing traces."""

@@ -15,14 +15,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._runtime.frozen_linear import multiplies_bfloat16
+from .._runtime.private_torch import cpu_attention, cpu_attention_backward
+from .._runtime.sizes import accumulator
 from .bias import ROW_ALIGNMENT, expand_table, reduce_to_table
 
 # Backward holds about four score matrices of this many elements at a time.
 _SCORES_PER_SLICE = 1 << 22
-
-# What scaled_dot_product_attention runs on a CPU, called by name because only this form returns lse.
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def forward(
@@ -41,7 +39,7 @@ def forward(
     batch, tokens, width = qkv.shape
     rows = tokens + (prompts.shape[0] if prompt_queries and prompts is not None else 0)
     out = qkv.new_empty(batch, rows if ranges is not None or batch == 0 else 0, width // 3)
-    lse = qkv.new_empty((batch, num_heads, rows) if with_lse else (0,), dtype=_accumulator(qkv.dtype))
+    lse = qkv.new_empty((batch, num_heads, rows) if with_lse else (0,), dtype=accumulator(qkv.dtype))
     dense = _dense(bias, token_ids, window)
     for images, chosen in _lengths(ranges) if ranges is not None else _groups(batch, prompts, None, batch):
         q, k, v = _project(qkv[images], None if prompts is None else prompts[chosen], num_heads, prompt_queries)
@@ -56,8 +54,9 @@ def forward(
                     out[images] = attended
                 continue
         mask = _mask(dense, rows, k.shape[2], _mask_type(q))
-        if with_lse and _has_flash(q):
-            attended, found = _FLASH(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+        if with_lse and cpu_attention is not None and _on_cpu(q):
+            # called by name because only this form of scaled_dot_product_attention returns lse
+            attended, found = cpu_attention(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
             if mask is not None and bool((found == 0).any()):
                 # The kernel gives 0 for rows that are masked as a whole, and for others by chance.
                 found = found.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
@@ -94,7 +93,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     batch, tokens, width = qkv.shape
     heads, head_dim = num_heads, width // (3 * num_heads)
-    exact = _accumulator(qkv.dtype)
+    exact = accumulator(qkv.dtype)
     dense = _dense(bias, token_ids, window)
     dqkv = qkv.new_empty(qkv.shape) if needs[0] else None
     dprompts = torch.zeros(prompts.shape, dtype=exact, device=qkv.device) if needs[1] and prompts is not None else None
@@ -102,17 +101,17 @@ def backward(
     grad_out = grad_out.unflatten(2, (heads, head_dim)).transpose(1, 2)
 
     keys = tokens + (0 if prompts is None else max_prompt_length if ranges is not None else prompts.shape[-2])
-    flash = lse.numel() > 0 and ddense is None and grad_lse is None and _has_flash(grad_out)
+    flash = lse.numel() > 0 and ddense is None and grad_lse is None and cpu_attention is not None and _on_cpu(grad_out)
     slice_size = batch if flash else max(1, _SCORES_PER_SLICE // max(1, heads * keys * keys))
     for images, chosen in _groups(batch, prompts, ranges, slice_size):
         q, k, v = _project(qkv[images], None if prompts is None else prompts[chosen], heads, prompt_queries)
         if q.shape[2] == 0:  # nobody attends
             continue
-        if flash:
+        if flash and cpu_attention_backward is not None:
             mask = _mask(dense, q.shape[2], k.shape[2], _mask_type(q))
             attended = out[images].unflatten(2, (heads, head_dim)).transpose(1, 2)
             shift = lse[images].masked_fill(lse[images] == float("-inf"), 0)
-            dq, dk, dv = _FLASH_BACKWARD(
+            dq, dk, dv = cpu_attention_backward(
                 grad_out[images], q, k, v, attended, shift, 0.0, False, attn_mask=mask, scale=scale
             )
         else:
@@ -145,12 +144,8 @@ def backward(
     return dqkv, None if dprompts is None else dprompts.to(qkv.dtype), dbias
 
 
-def _has_flash(t: Tensor) -> bool:
+def _on_cpu(t: Tensor) -> bool:
     return t.device.type == "cpu" and t.numel() > 0
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _lengths(ranges: Tensor) -> Iterator[tuple[slice | list[int], slice | Tensor]]:
@@ -261,7 +256,7 @@ def _backends(mask: Tensor | None) -> AbstractContextManager[object]:
 
 
 def _scores(q: Tensor, k: Tensor, dense: Tensor | None, scale: float) -> Tensor:
-    exact = _accumulator(q.dtype)
+    exact = accumulator(q.dtype)
     scores = q.to(exact) @ k.to(exact).mT * scale
     if dense is not None:
         scores[:, :, : dense.shape[1], : dense.shape[2]] += dense

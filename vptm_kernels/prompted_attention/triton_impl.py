@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._runtime.launch import Launch
 from .._runtime.plans import Plans, place, signature
+from .._runtime.sizes import accumulator, next_power_of_2
 from .._runtime.triton_support import architecture, dot_precision, float32_precision, interpreting
 from .bias import ROW_ALIGNMENT
 from .configs import (
@@ -28,7 +29,6 @@ from .configs import (
     heads_per_table_grad,
     images_per_program,
     key_grad_config,
-    next_power_of_2,
     query_grad_config,
     table_grad_blocks,
     tails,
@@ -156,7 +156,7 @@ def _bias_form(bias: Tensor | None, window: Sequence[int], qkv: Tensor, heads: i
             return _fresh(TILE.value, "expanded", (heads, tokens, width), tile_dtype)
         # One zero more, for pairs without a position.
         shape = (heads, bias.shape[0] + 1)
-        return _fresh(TABLE.value, "transposed", shape, _accumulator(dtype), window=(window[0], window[1]))
+        return _fresh(TABLE.value, "transposed", shape, accumulator(dtype), window=(window[0], window[1]))
     narrowed = bias.dtype == torch.float64 and dtype != torch.float64
     heads, rows, columns = bias.shape
     extra = columns - tokens
@@ -214,10 +214,6 @@ def _needs_int64(reach: int) -> bool:
     return reach >= 2**31
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _packed(t: Tensor | None) -> Tensor | None:
     """Ids and ranges one after the other, as kernels read them; expanded and transposed ones are copied."""
     return None if t is None else t.contiguous()
@@ -269,7 +265,7 @@ class Plan:
         self.per_image = prompts is not None and prompts.ndim == 3
         self.prompt_queries = prompt_queries and self.prompts > 0
         self.rows = self.tokens + (self.prompts if prompt_queries else 0)  # query rows of one image
-        self.accumulator = _accumulator(qkv.dtype)
+        self.accumulator = accumulator(qkv.dtype)
         self.scale = scale
         self.arch = architecture(qkv.device)
         self.target = (self.arch, 8 * qkv.element_size(), self.head_dim)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._runtime import triton_support
 from .._runtime.plans import Plans, signature
-from .._runtime.tracing import autocasting, nothing_traces
-from .._runtime.triton_support import IMPLEMENTATIONS
-from . import torch_impl
+from .._runtime.private_torch import autocasting
+from .._runtime.sizes import accumulator
+from .._runtime.tracing import nothing_traces
+from .._runtime.triton_support import choose
 from .cosine import cosine, cosine_, task_cosine
-from .folding import FoldedHead, accumulator
+from .folding import FoldedHead
 from .ops import per_task, readout, similarity
 from .plan import KEEP_BYTES, can_fold, room_to_keep
 
@@ -106,13 +106,7 @@ def prototype_cosine(
     >>> projection.grad.shape
     torch.Size([8, 64])
     """
-    # Spelled out: a loop over the arguments takes as long as one of the products below.
     alone = class_offsets is None and task_ids is None and class_ranges is None
-    if alone and token_gram is None and impl != "triton" and not torch.compiler.is_compiling():
-        arguments = (token_weight, token_bias, projection, projection_bias, activation)
-        scores = _plain(hidden, *arguments, prototypes, unit_prototypes, eps, impl)
-        if scores is not None:
-            return scores
     if not isinstance(hidden, Tensor):
         raise TypeError(f"hidden must be a tensor (B, C), got {type(hidden).__name__}")
     device = hidden.device.type
@@ -177,7 +171,8 @@ def prototype_cosine(
             offsets, widest = _check_tasks(hidden, prototypes.shape[0], class_offsets, task_ids, heads)
         elif weight.ndim == 3:
             raise ValueError(f"task_ids must be given with (T, d, C) heads, got None with {tuple(weight.shape)}")
-        impl = _choose(impl, hidden, learned_head)
+        learns = "a frozen token_weight, got one with requires_grad=True" if learned_head else None
+        impl = choose(impl, hidden, lacking=learns)
         eps = max(float(eps), torch.finfo(hidden.dtype).tiny)
         if key is not None:
             _checked.keep(key, (offsets, widest, impl, eps))
@@ -215,7 +210,7 @@ def prototype_cosine(
     if impl == "torch" and class_ids is None:
         scores = _cosine(embedding, prototypes, unit_prototypes, eps)
     elif (
-        class_ids is not None and unit_prototypes and impl == "torch" and _plain_call(embedding, prototypes, class_ids)
+        class_ids is not None and unit_prototypes and impl == "torch" and _unrecorded(embedding, prototypes, class_ids)
     ):
         scores = task_cosine(embedding, prototypes, class_ids, offsets, widest, eps, unit_prototypes)
     else:
@@ -223,7 +218,7 @@ def prototype_cosine(
     return (scores if back is None else scores[back]).to(hidden.dtype)
 
 
-def _plain_call(*tensors: Tensor) -> bool:
+def _unrecorded(*tensors: Tensor) -> bool:
     """Whether nothing traces a call and nothing in it is learned."""
     return nothing_traces(*tensors) and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
@@ -238,64 +233,6 @@ def _signature(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> 
         return None
     asked = unit_prototypes and torch.is_grad_enabled() and prototypes.requires_grad
     return (*map(signature, tensors), options, asked)
-
-
-def _plain(
-    hidden: Tensor,
-    weight: Any,
-    bias: Tensor | None,
-    projection: Tensor | None,
-    projection_bias: Tensor | None,
-    activation: str,
-    prototypes: Tensor,
-    unit_prototypes: bool,
-    eps: float,
-    impl: str,
-) -> Tensor | None:
-    """A few images on a CPU, nothing learned: computed first, as the full checks can take as long as the work.
-
-    What PyTorch's own checks let pass is looked at; None, also after an error of theirs, sends the call to the full
-    checks, which find words for it.
-    """
-    try:
-        dtype = hidden.dtype
-        if dtype not in (torch.float32, torch.float64) or not hidden.is_cpu or not eps > 1e-30:
-            return None
-        if isinstance(weight, FoldedHead):
-            if activation != "logits" or not (bias is projection is projection_bias is None):
-                return None
-            weight, bias = weight
-        elif projection is None or activation not in ACTIVATIONS:
-            return None
-        elif activation == "logits" and hidden.shape[0] >= torch_impl.FEW_ROWS:
-            return None  # streamed
-        elif hidden.shape[0] * weight.shape[0] * hidden.element_size() > KEEP_BYTES:
-            return None
-        if torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (hidden, weight, bias, projection, projection_bias, prototypes)
-        ):
-            return None
-        if (bias is not None and bias.shape != weight.shape[:1]) or impl not in IMPLEMENTATIONS:
-            return None
-        if projection is None:
-            embedding = F.linear(hidden, weight, bias)
-        else:
-            if projection_bias is not None and projection_bias.shape != projection.shape[:1]:
-                return None
-            if projection.shape[1] == 0 or projection.stride(1) != 1:
-                return None
-            tokens = torch_impl.activations(hidden, weight, bias, activation, None)
-            embedding = F.linear(tokens, projection, projection_bias)
-        _, dim = embedding.shape
-        classes, width = prototypes.shape
-        # autocast and a prototype of another type show in the dtypes, empty sums in the sizes
-        if embedding.dtype is not dtype or prototypes.dtype is not dtype or dim != width or 0 in (dim, classes):
-            return None
-        if hidden.shape[1] == 0 or hidden.stride(1) != 1 or weight.stride(1) != 1 or prototypes.stride(1) != 1:
-            return None
-        return cosine_(embedding, prototypes, eps, unit_prototypes)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-        return None
 
 
 def _cosine(embedding: Tensor, prototypes: Tensor, unit_prototypes: bool, eps: float) -> Tensor:
@@ -398,21 +335,6 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, FoldedHead):
         return FoldedHead(_cast(value.weight, dtype), _cast(value.bias, dtype))
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _choose(impl: str, hidden: Tensor, learned_head: bool) -> str:
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
-    if impl == "torch" or (impl == "auto" and not hidden.is_cuda):
-        return "torch"
-    missing = triton_support.missing_for_triton(hidden)
-    if missing is None and learned_head:
-        missing = "a frozen token_weight, got one with requires_grad=True"
-    if missing is None:
-        return "triton"
-    if impl == "triton":
-        raise ValueError(f"impl='triton' needs {missing}")
-    return "torch"
 
 
 def _check(name: str, t: object, hidden: Tensor, shape: tuple[int | None, ...], words: str) -> None:

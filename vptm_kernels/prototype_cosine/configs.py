@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .._runtime.sizes import next_power_of_2
+
 MULTIPROCESSORS = {"sm80": 108, "sm86": 84, "sm89": 142, "sm90": 132, "sm100": 148, "sm120": 188}
 AMD_COMPUTE_UNITS = 304
 
@@ -20,10 +22,6 @@ class Config(NamedTuple):
     dims: int
     num_warps: int
     num_stages: int
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def forward_config(arch: str, dtype_bits: int, dim: int, aligned: bool, log_softmax: bool = False) -> Config:

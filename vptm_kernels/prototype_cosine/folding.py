@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._runtime.sizes import accumulator
+
 
 class FoldedHead(NamedTuple):
     """Token head and projection as one linear map, `embedding = hidden @ weight.T + bias`.
@@ -120,7 +122,3 @@ def token_gram(token_weight: Tensor, token_bias: Tensor | None = None) -> Tensor
     column = token_weight.new_zeros(token_weight.shape[0]) if token_bias is None else token_bias
     augmented = torch.cat([token_weight.double(), column.double()[:, None]], 1)
     return torch.linalg.qr(augmented, mode="r").R.to(accumulator(token_weight.dtype)).contiguous()
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

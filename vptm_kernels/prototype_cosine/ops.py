@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._runtime.direct import direct
+from .._runtime.direct import direct, refuse_second_derivative
+from .._runtime.sizes import accumulator
 from .._runtime.tracing import nothing_traces
 from .._runtime.triton_support import device_of
 from . import cosine, torch_impl
-from .folding import accumulator
 from .plan import choose_plan, multiply_adds
 
 
@@ -367,15 +367,12 @@ def _shortest(
     return recorded if learned else run
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError("prototype_cosine is not differentiable twice: do not pass create_graph=True through it")
-
-
 token_readout_op.register_autograd(_readout_backward, setup_context=_readout_context)
 task_linear_op.register_autograd(_task_linear_backward, setup_context=_task_linear_context)
 prototype_similarity_op.register_autograd(_similarity_backward, setup_context=_similarity_context)
-for _op in (token_readout_backward_op, task_linear_backward_op, prototype_similarity_backward_op):
-    _op.register_autograd(_refuse_double_backward)
+refuse_second_derivative(
+    "prototype_cosine", token_readout_backward_op, task_linear_backward_op, prototype_similarity_backward_op
+)
 
 Shape = tuple[int, ...]
 

@@ -13,16 +13,13 @@ import torch
 from torch import Tensor
 
 from .._runtime.frozen_linear import frozen_linear
-from .folding import accumulator
+from .._runtime.private_torch import activation_gradients
+from .._runtime.sizes import accumulator
 from .plan import choose_plan
 
 # Logits alone are streamed in tiles of 1 MB of float32, inside the cache of one core. Activations need whole rows, and
 # few slices of rows, since every slice reads the token head again: 16 MB of float32.
 _TILE, _ACTIVATIONS = 512, 1 << 22
-_FUSED = {
-    "softmax": torch.ops.aten._softmax_backward_data.default,
-    "log_softmax": torch.ops.aten._log_softmax_backward_data.default,
-}
 # Below so many rows the loop over tiles costs more than the logits are worth.
 FEW_ROWS = 16
 
@@ -168,7 +165,7 @@ def backward(
     dhidden = hidden.new_empty(hidden.shape) if needs[0] else None
     dweight = dbias = dreader = None
     # eager's own fused gradients, where they lose no digits to 16 bits and no norm joins in
-    fused = _FUSED.get(activation) if grad_squared is None and hidden.dtype == grad_out.dtype else None
+    fused = activation_gradients.get(activation) if grad_squared is None and hidden.dtype == grad_out.dtype else None
     reader_sums = reader.sum(1, dtype=grad_out.dtype) if activation == "log_softmax" and fused is None else None
     for rows in _row_slices(hidden.shape[0], tokens, plan):
         h, grad = hidden[rows], grad_out[rows]

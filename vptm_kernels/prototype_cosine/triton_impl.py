@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._runtime.launch import Launch
 from .._runtime.plans import Plans, signature
+from .._runtime.sizes import accumulator
 from .._runtime.triton_support import architecture, dot_precision, float32_precision
 from . import torch_impl
 from .configs import (
@@ -24,7 +25,6 @@ from .configs import (
     task_linear_blocks,
     tokens_per_split,
 )
-from .folding import accumulator
 from .kernels_bwd import _hidden_grad_kernel, _reader_grad_kernel
 from .kernels_fwd import _combine_kernel, _cosine_kernel, _readout_kernel, _task_cosine_kernel, _task_linear_kernel
 

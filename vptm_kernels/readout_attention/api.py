@@ -8,9 +8,11 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from .._runtime.arguments import shape_of
 from .._runtime.plans import Plans, signature
+from .._runtime.private_torch import autocasting
 from .._runtime.ranges import check_ranges
-from .._runtime.tracing import autocasting, nothing_traces
+from .._runtime.tracing import nothing_traces
 from .._runtime.triton_support import choose
 from . import torch_impl
 from .ops import direct_readout, readout_attention_op, run_readout
@@ -128,7 +130,8 @@ def readout_attention(
             scale = head_dim**-0.5
         elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ValueError(f"scale must be a finite number, got {scale!r}")
-        impl = _choose(impl, q, num_heads)
+        many = num_heads > MAX_HEADS
+        impl = choose(impl, q, lacking=f"at most {MAX_HEADS} heads, got {num_heads}" if many else None)
         if x.shape[1] == 0:
             impl = "torch"  # the kernels walk over tokens, and only prompts are left
         if key is not None:
@@ -190,9 +193,9 @@ def _gather(
         found = tuple(pool.shape) if isinstance(pool, Tensor) else type(pool).__name__
         raise ValueError(f"prompt_kv must be a pool (S, 2*H*D) with prompt_ranges, got {found}")
     if not isinstance(x, Tensor) or x.ndim != 3:
-        raise ValueError(f"x must be (B, N, C), got {_shape(x) if isinstance(x, Tensor) else type(x).__name__}")
+        raise ValueError(f"x must be (B, N, C), got {shape_of(x) if isinstance(x, Tensor) else type(x).__name__}")
     if bias is not None and bias.shape[-1] != x.shape[1]:
-        raise ValueError(f"bias must be (H, N) = (H, {x.shape[1]}) with prompt_ranges, got {_shape(bias)}")
+        raise ValueError(f"bias must be (H, N) = (H, {x.shape[1]}) with prompt_ranges, got {shape_of(bias)}")
     ranges = check_ranges(ranges, x.shape[0], pool.shape[0], longest, x.device, "x")
     assert longest is not None
     step = torch.arange(longest, device=ranges.device)
@@ -214,10 +217,6 @@ def _signature(
     return (*map(signature, tensors), num_heads, eps, scale, impl)
 
 
-def _shape(t: Tensor) -> tuple[int, ...]:
-    return tuple(t.shape)
-
-
 def _check(named: dict[str, Tensor], num_heads: int, eps: float) -> int:
     """The head dimension, if the tensors fit each other."""
     x, q = named["x"], named["q"]
@@ -226,10 +225,10 @@ def _check(named: dict[str, Tensor], num_heads: int, eps: float) -> int:
     if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         raise ValueError(f"eps must be a finite non-negative number, got {eps!r}")
     if x.ndim != 3 or x.shape[2] == 0:
-        raise ValueError(f"x must be (B, N, C), got {_shape(x)}")
+        raise ValueError(f"x must be (B, N, C), got {shape_of(x)}")
     batch, tokens, width = x.shape
     if q.ndim != 2 or q.shape[0] != batch or q.shape[1] == 0 or q.shape[1] % num_heads:
-        raise ValueError(f"q must be (B, H*D) with B = {batch}, H = num_heads = {num_heads}, got {_shape(q)}")
+        raise ValueError(f"q must be (B, H*D) with B = {batch}, H = num_heads = {num_heads}, got {shape_of(q)}")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
     if x.dtype not in (q.dtype, torch.float32 if q.element_size() == 2 else q.dtype):
@@ -243,8 +242,8 @@ def _check(named: dict[str, Tensor], num_heads: int, eps: float) -> int:
     for name, t in named.items():
         if t.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
-        if name in shapes and _shape(t) != shapes[name]:
-            raise ValueError(f"{name} must be {shapes[name]}, got {_shape(t)}")
+        if name in shapes and shape_of(t) != shapes[name]:
+            raise ValueError(f"{name} must be {shapes[name]}, got {shape_of(t)}")
         if name in ("k_weight", "v_weight", "v_bias", "prompt_kv") and t.dtype != q.dtype:
             raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {t.dtype}")
         if not t.is_floating_point():
@@ -256,21 +255,12 @@ def _check(named: dict[str, Tensor], num_heads: int, eps: float) -> int:
         if not (prompt_kv.ndim == 2 or per_image) or prompt_kv.shape[-1] != 2 * inner:
             raise ValueError(
                 f"prompt_kv must be (P, 2*H*D) or (B, P, 2*H*D) with B = {batch}, 2*H*D = {2 * inner}, "
-                f"got {_shape(prompt_kv)}"
+                f"got {shape_of(prompt_kv)}"
             )
         prompts = prompt_kv.shape[-2]
     if "bias" in named:
         allowed = [(num_heads, tokens), (num_heads, tokens + prompts)]
-        if _shape(named["bias"]) not in allowed:
+        if shape_of(named["bias"]) not in allowed:
             wanted = " or ".join(map(str, dict.fromkeys(allowed)))
-            raise ValueError(f"bias must be {wanted} (H, N or N+P), got {_shape(named['bias'])}")
+            raise ValueError(f"bias must be {wanted} (H, N or N+P), got {shape_of(named['bias'])}")
     return inner // num_heads
-
-
-def _choose(impl: str, q: Tensor, num_heads: int) -> str:
-    chosen = choose(impl, q)
-    if chosen == "triton" and num_heads > MAX_HEADS:
-        if impl == "triton":
-            raise ValueError(f"impl='triton' needs at most {MAX_HEADS} heads, got {num_heads}")
-        return "torch"
-    return chosen

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .._runtime.sizes import next_power_of_2
+
 
 class Config(NamedTuple):
     """tokens: of one program, which is one split of an image; channels: read at a time."""
@@ -15,10 +17,6 @@ class Config(NamedTuple):
     channels: int
     num_warps: int
     num_stages: int
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def _channels(width: int, at_most: int) -> int:
@@ -39,11 +37,11 @@ def forward_config(arch: str, stream_bits: int, dtype_bits: int, tokens: int, wi
         return Config(16 if tokens < 64 else 64, 16 if width < 64 else 128, 4, 1)
     if dtype_bits >= 32:
         return Config(min(32, max(16, next_power_of_2(tokens))), _channels(width, 32), 4, 1)
-    # 64 channels of float32 spill 8 bytes on sm90.
-    # 64 that are masked spill 64 on sm100 with Triton 3.6.
-    masked = arch == "sm100" and width % 32 != 0
+    # 64 channels of float32 spill 8 bytes on sm90; 64 that are masked up to 592, by version of Triton.
+    masked = width % 32 != 0
     channels = _channels(width, 64 if stream_bits == 16 and not masked else 32)
-    return Config(min(64, max(16, next_power_of_2(tokens))), channels, 4, 2)
+    # 32 that are masked spill on gfx950 in two stages.
+    return Config(min(64, max(16, next_power_of_2(tokens))), channels, 4, 1 if masked and arch == "gfx950" else 2)
 
 
 def backward_config(arch: str, stream_bits: int, dtype_bits: int, tokens: int, width: int) -> Config:

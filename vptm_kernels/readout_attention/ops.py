@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._runtime.direct import direct
+from .._runtime.direct import direct, refuse_second_derivative
+from .._runtime.sizes import accumulator
 from .._runtime.tracing import nothing_traces
 from .._runtime.triton_support import device_of
 from . import torch_impl
@@ -69,7 +70,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, heads, _ = absorbed.shape
     tokens, prompts = x.shape[1], 0 if prompt_scores is None else prompt_scores.shape[2]
-    exact = torch_impl.accumulator(absorbed.dtype)
+    exact = accumulator(absorbed.dtype)
     kept, moments = absorbed.new_empty(0), absorbed.new_empty(0)
     if keep and impl == "torch":
         kept = absorbed.new_empty(batch, heads, tokens + prompts)
@@ -174,12 +175,8 @@ def _backward(ctx: Any, grad_mixed: Tensor, grad_prompt_weights: Tensor, grad_ma
     return (*(grad if needed else None for grad, needed in zip(found, needs)), None, None, None)
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError("readout_attention is not differentiable twice: do not pass create_graph=True through it")
-
-
 readout_attention_op.register_autograd(_backward, setup_context=_setup_context)
-readout_attention_backward_op.register_autograd(_refuse_double_backward)
+refuse_second_derivative("readout_attention", readout_attention_backward_op)
 
 direct_readout = direct(run_readout, _setup_context, _backward)
 """`readout_attention_op` for calls that nothing traces."""

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .._runtime.launch import Launch
 from .._runtime.plans import Plans, signature
+from .._runtime.sizes import accumulator, next_power_of_2
 from .._runtime.triton_support import architecture, dot_precision, float32_precision
-from .configs import Config, backward_config, forward_config, merge_channels, next_power_of_2
+from .configs import Config, backward_config, forward_config, merge_channels
 from .kernels_bwd import _grad_kernel
 from .kernels_fwd import _merge_kernel, _split_kernel
-from .torch_impl import accumulator
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 PROMPT_BLOCK = 16

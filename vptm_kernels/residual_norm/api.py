@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .._runtime.arguments import shape_of
 from .._runtime.triton_support import choose
 from .configs import MAX_WIDTH
 from .ops import residual_norm_op
@@ -67,16 +68,13 @@ def residual_norm(
     optional = {"gamma": gamma, "row_scale": row_scale, "norm_weight": norm_weight, "norm_bias": norm_bias}
     named |= {name: t for name, t in optional.items() if t is not None}
     _check(named, eps)
-    impl = _choose(impl, x)
+    wide = x.shape[-1] > MAX_WIDTH
+    impl = choose(impl, x, lacking=f"at most {MAX_WIDTH} channels, got {x.shape[-1]}" if wide else None)
     learned = (x, update, gamma, norm_weight, norm_bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
     inputs = (x, update, *(None if t is None else t.contiguous() for t in (gamma, row_scale, norm_weight, norm_bias)))
     x_new, normed, _ = residual_norm_op(*inputs, float(eps), keep, impl)
     return x_new, normed
-
-
-def _shape(t: Tensor) -> tuple[int, ...]:
-    return tuple(t.shape)
 
 
 def _check(named: dict[str, Tensor], eps: float) -> None:
@@ -87,11 +85,11 @@ def _check(named: dict[str, Tensor], eps: float) -> None:
     if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         raise ValueError(f"eps must be a finite non-negative number, got {eps!r}")
     if x.ndim < 2 or x.shape[-1] == 0:
-        raise ValueError(f"x must be (..., C) of at least two dimensions, got {_shape(x)}")
+        raise ValueError(f"x must be (..., C) of at least two dimensions, got {shape_of(x)}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if update.shape != x.shape:
-        raise ValueError(f"update must have the shape of x, {_shape(x)}, got {_shape(update)}")
+        raise ValueError(f"update must have the shape of x, {shape_of(x)}, got {shape_of(update)}")
     narrow = (torch.float16, torch.bfloat16) if x.dtype == torch.float32 else ()
     if update.dtype not in (x.dtype, *narrow):
         wider = ", or 16 bits" if narrow else ""
@@ -103,21 +101,12 @@ def _check(named: dict[str, Tensor], eps: float) -> None:
             raise ValueError(f"{name} must be floating point, got {t.dtype}")
         if name in ("x", "update") and t.stride(-1) != 1:
             raise ValueError(f"{name} must have a unit last stride, got strides {tuple(t.stride())}")
-        if name in ("gamma", "norm_weight", "norm_bias") and _shape(t) != (x.shape[-1],):
-            raise ValueError(f"{name} must be (C,) = ({x.shape[-1]},), got {_shape(t)}")
+        if name in ("gamma", "norm_weight", "norm_bias") and shape_of(t) != (x.shape[-1],):
+            raise ValueError(f"{name} must be (C,) = ({x.shape[-1]},), got {shape_of(t)}")
     if "row_scale" in named:
         row_scale = named["row_scale"]
         if not 1 <= row_scale.ndim < x.ndim or row_scale.shape != x.shape[: row_scale.ndim]:
-            leading = " or ".join(str(_shape(x)[:n]) for n in range(1, x.ndim))
-            raise ValueError(f"row_scale must be leading dimensions of x, {leading}, got {_shape(row_scale)}")
+            leading = " or ".join(str(shape_of(x)[:n]) for n in range(1, x.ndim))
+            raise ValueError(f"row_scale must be leading dimensions of x, {leading}, got {shape_of(row_scale)}")
         if row_scale.requires_grad:
             raise ValueError("row_scale must not require a gradient, got one that does")
-
-
-def _choose(impl: str, x: Tensor) -> str:
-    chosen = choose(impl, x)
-    if chosen == "triton" and x.shape[-1] > MAX_WIDTH:
-        if impl == "triton":
-            raise ValueError(f"impl='triton' needs at most {MAX_WIDTH} channels, got {x.shape[-1]}")
-        return "torch"
-    return chosen

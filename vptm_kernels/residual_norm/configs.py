@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+from .._runtime.sizes import next_power_of_2
+
 MAX_WIDTH = 8192  # a program holds whole rows
 _PROGRAMS = 264  # that share the sums of parameter gradients: two for each multiprocessor of a large GPU
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def row_block(arch: str, width: int) -> tuple[int, int]:

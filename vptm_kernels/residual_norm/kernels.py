@@ -79,7 +79,12 @@ def _backward_kernel(
     dgamma = tl.zeros((CP,), ACC)
     dweight = tl.zeros((CP,), ACC)
     dbias = tl.zeros((CP,), ACC)
-    for block in range(pid * blocks, (pid + 1) * blocks):
+    first = pid
+    last = pid + 1
+    if OF_GAMMA or OF_WEIGHT or OF_BIAS:
+        first = pid * blocks
+        last = first + blocks
+    for block in range(first, last):
         r = block * BLOCK_R + tl.arange(0, BLOCK_R)
         live = (r < rows)[:, None] & inside
         at = r.to(tl.int64)[:, None] * C + c[None, :]

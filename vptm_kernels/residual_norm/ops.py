@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .._runtime.direct import refuse_second_derivative
+from .._runtime.sizes import accumulator
 from .._runtime.triton_support import device_of
 from . import torch_impl
 
@@ -52,7 +54,7 @@ def _(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (2, x.numel() // x.shape[-1]) if keep else (0,)
-    moments = x.new_empty(shape, dtype=torch_impl.accumulator(x.dtype))
+    moments = x.new_empty(shape, dtype=accumulator(x.dtype))
     return x.new_empty(x.shape), update.new_empty(x.shape), moments
 
 
@@ -77,7 +79,7 @@ def residual_norm_backward_op(
 
         with device_of(x_new):
             grads = triton_impl.backward(*arguments)
-    exact = torch_impl.accumulator(x_new.dtype)
+    exact = accumulator(x_new.dtype)
     dtypes = (x_new.dtype, update.dtype, exact, exact, exact)
     dx, dupdate, dgamma, dweight, dbias = (
         grad.to(dtype).contiguous() if grad is not None and needed else x_new.new_empty(0, dtype=dtype)
@@ -99,7 +101,7 @@ def _(
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    exact = torch_impl.accumulator(x_new.dtype)
+    exact = accumulator(x_new.dtype)
     width = x_new.shape[-1:]
     shapes = (x_new.shape, x_new.shape, width, width, width)
     dtypes = (x_new.dtype, update.dtype, exact, exact, exact)
@@ -138,12 +140,8 @@ def _backward(ctx: Any, grad_new: Tensor | None, grad_normed: Tensor | None, _: 
     return dx, dupdate, dgamma, None, dweight, dbias, None, None, None
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError("residual_norm is not differentiable twice: do not pass create_graph=True through it")
-
-
 residual_norm_op.register_autograd(_backward, setup_context=_setup_context)
-residual_norm_backward_op.register_autograd(_refuse_double_backward)
+refuse_second_derivative("residual_norm", residual_norm_backward_op)
 
 
 @register_flop_formula([torch.ops.vptm.residual_norm, torch.ops.vptm.residual_norm_backward])

@@ -9,10 +9,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from .._runtime.sizes import accumulator, next_power_of_2
 from .._runtime.triton_support import architecture
-from .configs import blocks_per_program, next_power_of_2, row_block
+from .configs import blocks_per_program, row_block
 from .kernels import _backward_kernel, _forward_kernel
-from .torch_impl import accumulator
 
 
 def _three(t: Tensor) -> Tensor:
