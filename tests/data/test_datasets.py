@@ -350,6 +350,10 @@ def test_few_shot_refuses_more_shots_than_images() -> None:
     count = int((lacking.labels == 3).sum())
     with pytest.raises(ValueError, match=rf"at most {count}, or all: class '3' .* got {count + 1}$"):
         few_shot(lacking, count + 1)
+    with pytest.raises(ValueError, match=f"at most {count}, or all"):
+        few_shot(lacking, 10**30)
+    with pytest.raises(ValueError, match="every class must have a training image for 2 shots, got none of '0'"):
+        few_shot(train.subset([]), 2)
     for wrong in (0, -1, True, 2.0):
         with pytest.raises(ValueError, match="shots must be an integer >= 1"):
             few_shot(train, wrong)  # type: ignore[arg-type]
@@ -499,6 +503,8 @@ def test_sources_that_are_no_folder_or_file_do_not_wait(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "labels.csv")
     with pytest.raises(ValueError, match=r"data must be a folder of class folders or a \.csv file, got"):
         load_data(tmp_path / "labels.csv")
+    with pytest.raises(ValueError, match="data must be a name or a path, got an empty one"):
+        load_data("")  # a variable of a shell that is not set: not the working directory
     with pytest.raises(FileNotFoundError, match="data not found") as refusal:
         load_data("x" * 100_000)
     assert len(str(refusal.value)) < 2000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,12 @@ def test_what_may_be_a_split_and_may_be_a_class_is_refused(tmp_path: Path, layou
 
 def test_a_name_of_several_splits_names_none() -> None:
     assert split_of("train800val200") is None and split_of("strainer") is None
+
+
+def test_names_that_are_no_utf_8_are_read(tmp_path: Path) -> None:
+    """Archives from other systems unpack to such names: fails if one of them stops the division of a whole folder."""
+    root = write_pictures(tmp_path, 4, PAIR)
+    picture = next((root / "left").iterdir())
+    picture.rename(os.fsdecode(os.fsencode(root / "left") + b"/\xff.png"))
+    data = load_data(root)
+    assert sum(len(part) for part in data.parts().values()) == 8 and len(data.train.content_hashes()) == len(data.train)

@@ -180,12 +180,13 @@ def test_files_are_found_by_format_and_the_rest_is_counted(tmp_path: Path) -> No
         (tmp_path / name).write_bytes(b"P1 is no picture")
     (tmp_path / ".hidden.png").write_bytes(encoded("PNG"))
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     left_out: Counter[str] = Counter()
     found = image_files(tmp_path, left_out)
     assert [path.name for path in found] == sorted(names)
-    assert left_out == {".heic": 2, ".txt": 1, "no suffix": 1, "broken link": 1}
-    assert left_out_note(left_out).startswith("left out 5 files that are no images of AVIF, BMP,")
-    assert left_out_note(left_out, shown=1).endswith(": 2 .heic, 3 others")
+    assert left_out == {".heic": 2, ".txt": 1, "no suffix": 1, "broken link": 2}
+    assert left_out_note(left_out).startswith("left out 6 files that are no images of AVIF, BMP,")
+    assert left_out_note(left_out, shown=1).endswith(": 2 broken link, 4 others")
     for path in found:
         assert read_image(path).size == (8, 8)
 

@@ -148,6 +148,9 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"class_names": ["a", "b"]}, "must name every class: 2 class_names for 3 classes"),
         ({"class_names": "ab"}, "must have class_names as a list of strings or null"),
         ({"model": {"num_classes": 3, "depht": 2}}, "does not fit PromptedBEiT: .*depht"),
+        # a few bytes must not take the memory of the machine
+        ({"model": {"num_classes": 3, "prompt_length": 10**9}}, "model.prompt_length asks for 1000000000"),
+        ({"model": {"num_classes": 3, "prototype_dim": 10**9}}, "model.num_classes asks for 3000000000"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(folder: Path, changes: dict[str, Any], message: str) -> None:

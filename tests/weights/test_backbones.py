@@ -890,6 +890,11 @@ REFUSED: dict[str, tuple[Mutation, str]] = {
         lambda s: unilm(shared=False, absolute=True).state_dict(),
         "must have a position table or a config that tells the number of heads, .* got width 24",
     ),
+    "nested": (plus(n=torch.nested.nested_tensor([torch.ones(2)])), r"n must have dense values, got a nested tensor"),
+    "packed floats": (
+        plus(norm__bias=torch.zeros(24, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)),
+        r"norm\.bias must be floating point of 8 bits or more, got torch\.float4",
+    ),
     "empty tensor": (plus(norm__bias=torch.ones(0)), r"norm\.bias must hold values, got shape \(0,\)"),
     "not a tensor": (plus(norm__bias=[1.0]), r"norm\.bias must be a tensor, got a list"),
     "heads that do not divide": (
@@ -1184,7 +1189,7 @@ def test_no_file_can_hang_the_loader_or_claim_memory_it_does_not_hold(tmp_path: 
         os.mkfifo(tmp_path / name)
         with pytest.raises(ValueError, match="must be a file or a folder, got a pipe"):
             load_backbone(tmp_path / name)
-    for source in ("x" * 100_000, "x/" * 50_000, "a\0b", "\udcff.pth"):
+    for source in ("", "x" * 100_000, "x/" * 50_000, "a\0b", "\udcff.pth"):
         with pytest.raises((ValueError, FileNotFoundError)) as refusal:
             load_backbone(source)
         assert len(str(refusal.value)) <= 500

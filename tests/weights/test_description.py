@@ -65,7 +65,7 @@ def test_what_is_left_of_an_adapter_is_told(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "a" / TENSORS_FILE)
     save_file(tensors | {"prompts.weight": torch.full((1, 2, 16), torch.nan)}, tmp_path / "a" / TENSORS_FILE)
     problems = [value for label, value in describe(tmp_path / "a") if label == "problem"]
-    assert len(problems) == 2 and "damaged" in problems[0] and problems[1].endswith("in prompts.weight")
+    assert len(problems) == 2 and "damaged" in problems[0] and problems[1].startswith("prompts.weight must be finite")
     (tmp_path / "a" / CONFIG_FILE).unlink()
     rows = dict(describe(tmp_path / "a"))
     assert rows["problem"].endswith(f"{CONFIG_FILE} is missing") and rows["learned prompts.weight"] == "1x2x16"

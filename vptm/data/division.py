@@ -8,31 +8,44 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from vptm.data.datasets import ImageDataset
+from vptm.messages import one_line
 
 
 def check_classes(part: ImageDataset, name: str) -> None:
+    """Refuse fewer than two classes, and one without an image; `name` is the data's, for messages."""
     if len(part.classes) < 2:
-        raise ValueError(
-            f"{name} must have at least two classes, got only {', '.join(map(repr, part.classes)) or 'none'}"
-        )
+        only = f"only {_named(part.classes[0])}" if part.classes else "none"
+        raise ValueError(f"{name} must have at least two classes, got {only}")
     counts = np.bincount(part.labels, minlength=len(part.classes))
     if not counts.all():
-        raise ValueError(f"{name}: the class {part.classes[int(counts.argmin())]!r} has no readable training image")
+        empty = _named(part.classes[int(counts.argmin())])
+        raise ValueError(f"{name}: the class {empty} has no readable training image")
+
+
+def _named(label: str) -> str:
+    return one_line(repr(label), 200)
 
 
 def _hash_order(seed: int, keys: Sequence[str]) -> np.ndarray:
     """A permutation that depends on the seed and each key alone, on every machine and version."""
-    return np.argsort(np.array([hashlib.sha256(f"{seed}/{key}".encode()).hexdigest() for key in keys]), kind="stable")
+    # names of files may be no UTF-8
+    texts = (f"{seed}/{key}".encode("utf-8", "surrogateescape") for key in keys)
+    return np.argsort(np.array([hashlib.sha256(text).hexdigest() for text in texts]), kind="stable")
 
 
 def stratified_split(whole: ImageDataset, seed: int, shares: Mapping[str, float]) -> dict[str, ImageDataset]:
+    """Parts of every class by `shares`, at least one image each, and the rest as "train"; drawn by `seed` and the keys.
+
+    Raises:
+        ValueError: a class of too few images.
+    """
     chosen: dict[str, list[int]] = {split: [] for split in (*shares, "train")}
     for label, name in enumerate(whole.classes):
         members = np.flatnonzero(whole.labels == label)
         if len(members) <= len(shares):
             raise ValueError(
-                f"class {name!r} has {len(members)} images, at least {len(shares) + 1} are needed to divide it into "
-                f"train, {' and '.join(shares)}"
+                f"class {_named(name)} has {len(members)} images, at least {len(shares) + 1} are needed to divide it "
+                f"into train, {' and '.join(shares)}"
             )
         order = members[_hash_order(seed, [whole.keys[i] for i in members])]
         start = 0
@@ -48,7 +61,7 @@ def few_shot(dataset: ImageDataset, shots: int, *, seed: int = 0) -> ImageDatase
     """A balanced subset with `shots` images of every class; the draws of one seed are nested (4 shots within 8).
 
     Raises:
-        ValueError: a class has fewer images than `shots`.
+        ValueError: a class has fewer images than `shots`; the message names the largest number that works.
 
     Example:
         >>> len(few_shot(vptm.load_data("digits").train, 16))
@@ -57,10 +70,14 @@ def few_shot(dataset: ImageDataset, shots: int, *, seed: int = 0) -> ImageDatase
     if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
         raise ValueError(f"shots must be an integer >= 1, got {shots!r}")
     counts = np.bincount(dataset.labels, minlength=len(dataset.classes))
-    if counts.min(initial=shots) < shots:
-        name, fewest = dataset.classes[int(counts.argmin())], int(counts.min())
-        works = f"at most {fewest}, or all" if fewest else "all"
-        raise ValueError(f"shots must be {works}: class {name!r} has {fewest} training images, got {shots}")
+    fewest = int(counts.min()) if len(counts) else 0
+    name = _named(dataset.classes[int(counts.argmin())]) if len(counts) else "none"
+    if not fewest:
+        raise ValueError(f"every class must have a training image for {shots} shots, got none of {name}")
+    if fewest < shots:
+        raise ValueError(
+            f"shots must be at most {fewest}, or all: class {name} has {fewest} training images, got {shots}"
+        )
     chosen: list[int] = []
     for label in range(len(dataset.classes)):
         members = np.flatnonzero(dataset.labels == label)

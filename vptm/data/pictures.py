@@ -203,9 +203,9 @@ def image_files(folder: Path, left_out: Counter[str] | None = None) -> list[Path
                 path = Path(entry.path)
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(path)
-                elif entry.is_dir():
+                elif path.is_dir():
                     left_out["linked folder"] += 1
-                elif not entry.is_file():
+                elif not path.is_file():  # a link that leads nowhere, or to itself, which the entry would not bear
                     left_out["broken link" if entry.is_symlink() else "special file"] += 1
                 elif is_picture(path):
                     found.append(path)

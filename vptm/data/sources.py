@@ -106,6 +106,8 @@ def load_data(
     one_of("on_bad_image", on_bad_image, ON_BAD_IMAGE)
     if not isinstance(source, (str, Path)):
         raise TypeError(f"data must be a name or a path, got {type(source).__name__}")
+    if not str(source):
+        raise ValueError("data must be a name or a path, got an empty one")
     check_picture_options(background, value_range)
     notes: list[str] = []
     with one_line_errors(one_line(source, 200)):

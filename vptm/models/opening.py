@@ -20,6 +20,7 @@ from vptm.models.prompted_vit import PromptedViT
 from vptm.settings import MODEL_SETTINGS, names
 from vptm.weights.adapters import (
     CONFIG_FILE,
+    TENSORS_FILE,
     check_adapter_tensors,
     check_backbone_hash,
     read_adapter_config,
@@ -127,6 +128,7 @@ def _load(folder: Path, source: Any, impl: str) -> PromptedModel:
     learned, stated_hash = read_adapter_tensors(folder)
     kind = config.get("model_class", "PromptedBEiT")
     one_of(f"model_class in {folder / CONFIG_FILE}", kind, tuple(MODEL_CLASSES))
+    _check_claims(folder, config["model"], learned)
     try:
         if given is None:
             if config["model"].get("pretrained"):
@@ -189,6 +191,24 @@ def _completed(
             f"got {list(model.default_cfg['input_size'])}"
         )
     return model.eval()
+
+
+def _check_claims(folder: Path, config: Mapping[str, Any], learned: Mapping[str, Tensor]) -> None:
+    """Refuse sizes beyond the values that an adapter holds before memory is taken for them."""
+    held = sum(tensor.numel() for tensor in learned.values())
+    options = config.get("prompt_options")
+    widths = {
+        "num_classes": None if config.get("verbalizer") == "linear" else config.get("prototype_dim"),
+        "prompt_length": options.get("prompt_dim") if isinstance(options, dict) else None,
+    }
+    for name, width in widths.items():
+        count = config.get(name)
+        values = (count if type(count) is int else 0) * (width if type(width) is int else 1)
+        if values > held:
+            raise ValueError(
+                f"{folder / CONFIG_FILE} must ask for at most the {held} values that {TENSORS_FILE} holds, "
+                f"model.{name} asks for {values}"
+            )
 
 
 def _refuse_download(name: str) -> None:

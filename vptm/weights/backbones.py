@@ -191,6 +191,8 @@ def _load(
         raise TypeError(f"source must be a path, a name or a timm Beit instance, got {type(source).__name__}")
 
     label = os.fspath(source)
+    if not label:
+        raise ValueError("source must be a path, a name or a timm Beit instance, got an empty name")
     if is_timm_name(source):
         return _from_timm_name(label, size, pretrained)
     checkpoint = read_checkpoint(source)
@@ -327,7 +329,8 @@ def _from_checkpoint(checkpoint: Checkpoint, label: str, size: tuple[int, int] |
     notes = list(facts.notes)
     index = {key: state.pop(key) for key in list(state) if is_index(key)}
     key_bias = {key: state.pop(key) for key in list(state) if key.endswith(".attn.k_bias")}
-    used = [key for key, value in key_bias.items() if value.float().any()]
+    check_values(key_bias, label, backbone=True)
+    used = [key for key, value in key_bias.items() if value.any()]
     if used:
         if not any("relative_position_bias_table" in key or "gamma_" in key for key in state):
             raise ValueError(f"{label}: must be a BEiT, got a plain ViT (it has key biases, BEiT has none)")

@@ -14,11 +14,11 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from vptm.messages import error_line, listed, one_line
+from vptm.messages import error_line, one_line
 from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, read_adapter_config, read_adapter_tensors
 from vptm.weights.backbones import folded_names, is_timm_name, load_backbone, probe, report_of_name
 from vptm.weights.checkpoints import read_checkpoint
-from vptm.weights.files import weight_hash
+from vptm.weights.files import check_values, weight_hash
 from vptm.weights.names import WRAPPERS, canonical_names, is_huggingface, is_index, unwrap
 
 Rows = list[tuple[str, str]]
@@ -160,8 +160,10 @@ def _learned_rows(folder: Path) -> Rows:
     rows.append(("learned values", f"{sum(tensor.numel() for tensor in tensors.values()):,}"))
     if stated_hash != weight_hash(tensors):
         rows.append(("problem", f"{TENSORS_FILE} is damaged: its tensors do not have the hash written with them"))
-    if broken := [name for name, tensor in tensors.items() if not tensor.double().isfinite().all()]:
-        rows.append(("problem", f"NaN or infinite values in {listed(broken)}"))
+    try:
+        check_values(tensors)
+    except ValueError as error:
+        rows.append(("problem", str(error)))
     return rows
 
 

@@ -83,6 +83,10 @@ def one_line_errors(label: object) -> Iterator[None]:
         what = {RecursionError: "nested too deeply", UnicodeError: "text that is not Unicode"}
         why = next((text for kind, text in what.items() if isinstance(error, kind)), "sizes beyond what memory holds")
         raise ValueError(one_line(f"{label}: must be a readable file, got {why}")) from error
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # torch has no class of its own for what a CPU's memory does not hold
+            raise
+        raise ValueError(one_line(f"{label}: must fit into memory, got sizes that do not")) from error
     except (ValueError, TypeError, FileNotFoundError) as error:
         if str(error) == (line := one_line(error)):
             raise
@@ -202,8 +206,10 @@ def check_values(tensors: Mapping[str, Tensor], label: str | None = None, *, bac
             raise ValueError(f"{where}{name} must be floating point, got {tensor.dtype}")
         if backbone and tensor.numel() == 0:
             raise ValueError(f"{where}{name} must hold values, got shape {tuple(tensor.shape)}")
-        # 8-bit floats have no isfinite of their own
-        values = tensor if tensor.dtype == torch.float64 and not backbone else tensor.float()
+        try:  # 8-bit floats have no isfinite of their own
+            values = tensor if tensor.dtype == torch.float64 and not backbone else tensor.float()
+        except RuntimeError:  # packed ones have no values one by one
+            raise ValueError(f"{where}{name} must be floating point of 8 bits or more, got {tensor.dtype}") from None
         if not values.isfinite().all():
             raise ValueError(f"{where}{name} must be finite, got NaN or infinite values")
 

@@ -85,8 +85,9 @@ def unwrap(state: Mapping[str, Any], label: str) -> tuple[dict[str, Tensor], lis
                 raise ValueError(f"{label}: {key} must be a tensor, got a {type(value).__name__}")
             dropped.append(str(key))
             continue
-        if value.is_meta or value.layout is not torch.strided:
-            raise ValueError(f"{label}: {key} must have dense values, got {value.layout} on {value.device.type}")
+        if value.is_meta or value.is_nested or value.layout is not torch.strided:
+            kind = "a nested tensor" if value.is_nested else f"{value.layout} on {value.device.type}"
+            raise ValueError(f"{label}: {key} must have dense values, got {kind}")
         stored = value.untyped_storage().nbytes() // value.element_size()
         if value.numel() > stored:  # a few bytes can claim any shape, and every copy of it takes that much memory
             raise ValueError(f"{label}: {key} must have a value for each of its {value.numel()} places, got {stored}")
