@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from bench import timing
+from vptm.messages import error_line
 from vptm.weights.files import write_atomically
 from vptm_kernels._runtime.plans import forget_plans
 from vptm_kernels._runtime.triton_support import interpreting
@@ -337,7 +338,7 @@ def search(
                 try:
                     other = built(candidate)
                 except Exception as error:  # too much shared memory, a tile the kernel refuses, a compiler's failure
-                    log(f"  {_fields(candidate)}: {timing.reason(error)[:100]}")
+                    log(f"  {_fields(candidate)}: {error_line(error, 100, first=True)}")
                     continue
                 pair = timing.compare({"best": current, "other": other}, "other", check=None, clock=clock, rounds=7)
                 log(f"  {_fields(candidate)}: {pair.speed_up('best'):.3f}x")
@@ -416,8 +417,8 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"PROPOSE {function}{arguments} -> {_fields(best)}: {speed_up:.2f}x ({_fields(table)})")
                 _write(options.json, document)
         except Exception as error:  # one op's failure leaves the others their time
-            document["failed"][f"{call.op}: {call.name}"] = timing.reason(error)
-            print(f"  failed: {timing.reason(error)}", flush=True)
+            document["failed"][f"{call.op}: {call.name}"] = error_line(error, first=True)
+            print(f"  failed: {error_line(error, first=True)}", flush=True)
         _write(options.json, document)
     if not document["proposals"]:
         print("no entry beats the tables")

@@ -32,6 +32,7 @@ from unittest.mock import patch
 import torch
 
 from bench import timing
+from vptm.messages import error_line
 from vptm.weights.files import replacing
 
 ROOT = Path(__file__).parent.parent
@@ -137,7 +138,7 @@ def _tuning(share: slice) -> None:
                     with autotune.answering(module, {setting: candidate}):
                         run()
                 except Exception as error:  # a tile that the compiler refuses is refused there as well
-                    print(f"{call.op} {setting[0]} {candidate}: {timing.reason(error)[:100]}", flush=True)
+                    print(f"{call.op} {setting[0]} {candidate}: {error_line(error, 100, first=True)}", flush=True)
 
 
 def _headlines(share: slice) -> None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 
+from vptm.messages import error_line
 from vptm_kernels.testing import assert_close_to_exact
 
 Run = Callable[[], object]
@@ -344,16 +345,12 @@ Check = Callable[[str, Any], None]
 """(name, what one call returned) -> None; raises AssertionError if that is wrong."""
 
 
-def reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def refusal(name: str, run: Run, check: Check) -> str | None:
     """Why a peer must not be timed: it fails, or what one call returns is wrong; None when it may."""
     try:
         check(name, run())
     except Exception as error:  # a peer may fail in any way
-        return reason(error)
+        return error_line(error, first=True)
     return None
 
 
@@ -403,7 +400,7 @@ def compare(
             if name == ours:
                 raise
             timed.pop(name, None)
-            found.refused[name] = reason(error)
+            found.refused[name] = error_line(error, first=True)
     names = list(timed)
     calls = dict.fromkeys(names, 1)
     if at_least and device != "cuda":
@@ -614,7 +611,7 @@ def report(
                     {implementation: runs[implementation]}, implementation, check=check, device=device, **options
                 )
             except Exception as error:  # a peer may fail in any way
-                why = reason(error)
+                why = error_line(error, first=True)
         if why is not None:
             pytest.skip(f"not timed: {why}")
     assert found is not None
