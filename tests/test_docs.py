@@ -23,6 +23,16 @@ def test_serving_examples_run() -> None:
     assert names["scores"].shape == (3, 10)  # type: ignore[attr-defined]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_export_examples_run() -> None:
+    names: dict[str, object] = {}
+    found = blocks("export.md")
+    assert len(found) == 1
+    for block in found:
+        exec(block, names)
+    assert names["logits"].shape == (5, 3) and names["labels"] == ["shirt", "shoe", "bag"]  # type: ignore[attr-defined]
+
+
 def blocks(file: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (DOCS / file).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 

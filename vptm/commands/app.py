@@ -14,6 +14,7 @@ from vptm.commands.compare import compare
 from vptm.commands.env import env
 from vptm.commands.evaluate import evaluate
 from vptm.commands.explain import explain
+from vptm.commands.export import export
 from vptm.commands.inspect import inspect
 from vptm.commands.map import map_labels
 from vptm.commands.predict import predict
@@ -112,6 +113,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "predict": predict,
     "explain": explain,
+    "export": export,
     "inspect": inspect,
     "profile": profile,
     "env": env,

@@ -1,0 +1,205 @@
+"""Exported models: the same scores where neither vptm nor its kernels are, for any batch size."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from beit_factory import tiny_beit
+from console import Console
+from safetensors import safe_open
+from tiny_models import build, build_vit, images, pictures, relative_error, tiny_vit
+
+from vptm import PromptedBEiT, save_adapter
+from vptm.export import formats
+from vptm.export.formats import export
+from vptm.export.program import export_program
+
+DEEP = {"prompt_mode": "deep"}
+# Prompts as a prefix and as rows, mixed and with a bias that was learned; every way to read and to score.
+CASES = {
+    "deep": DEEP,
+    "shallow, softmax tokens, a patch replaced": {"token_activation": "softmax", "mask_mode": "replace"},
+    "progressive, class row, linear": {"prompt_mode": "progressive", "readout": "cls", "verbalizer": "linear"},
+    "learned bias, mean, token space": DEEP | {"extra_bias": "learned", "readout": "mean", "prototype_dim": None},
+}
+has_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+needs_onnx = pytest.mark.skipif(not has_onnx, reason="onnx, onnxscript and onnxruntime are not installed")
+
+ALONE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("vptm", "vptm_kernels", "timm", "einops"):
+            raise ImportError(name + " is not there")
+sys.meta_path.insert(0, Absent())
+import json, numpy, torch
+said = {"vptm.json": ""}
+program = torch.export.load(sys.argv[1], extra_files=said).module()
+images = numpy.load(sys.argv[2])
+scores = program(torch.from_numpy(images))
+numpy.save(sys.argv[3], scores.detach().numpy())
+print(json.loads(said["vptm.json"])["class_names"])
+"""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_graph_is_plain_and_gives_the_same_scores(case):
+    """For one image and for more than were traced, in no_grad as everyone exports; one case with gradients left on."""
+    model = build(tiny_beit(depth=2), **CASES[case])
+    with torch.set_grad_enabled(case == "deep"):
+        program = export_program(model)
+    assert not [node.target for node in program.graph.nodes if "vptm" in str(node.target)]
+    run = program.module()
+    for batch in (1, 5):
+        x = images(model, batch)
+        with torch.no_grad():
+            assert relative_error(run(x), model(x)) <= 1e-12
+
+
+def test_a_graph_holds_no_weight_twice():
+    """The originals of folded blocks, and a token head that became part of a projection, stay out of the file."""
+    model = build(tiny_beit(dim=32), **DEEP, vocab_size=500)
+    program = export_program(model)
+    held = sum(t.numel() for t in (*program.state_dict.values(), *formats._tensors(program)))
+    blocks = sum(p.numel() for p in model.backbone.blocks.parameters())
+    biases = sum(t.numel() for t in model._runs_on().biases[:1])
+    assert held < 1.1 * blocks + biases + 500 * 6 + 3 * 2 * 3 * 32 * 3 + 2000
+
+
+def test_a_vision_transformer_and_a_backbone_that_does_not_fold():
+    model = build_vit(tiny_vit(depth=2), **DEEP)
+    x = pictures(model, 4)
+    with torch.no_grad():
+        assert relative_error(export_program(model).module()(x), model(x)) <= 1e-12
+    model = build(tiny_beit(depth=1))
+    model.backbone.blocks[0].mlp.fc1 = torch.nn.Sequential(model.backbone.blocks[0].mlp.fc1)
+    with torch.no_grad():
+        assert relative_error(export_program(model).module()(images(model, 3)), model(images(model, 3))) <= 1e-12
+
+
+def test_a_pt2_runs_where_vptm_is_not(tmp_path):
+    """In a process that can import neither vptm, its kernels nor timm: the same labels, and what they are called."""
+    model = build(tiny_beit(depth=1), **DEEP)
+    model.class_names = [f"kind {k}" for k in range(5)]
+    done = export(model, tmp_path / "model.pt2", "pt2")
+    assert done.difference < 1e-10 and done.size == (tmp_path / "model.pt2").stat().st_size
+    x = images(model, 7)
+    np.save(tmp_path / "images.npy", x.numpy())
+    command = [sys.executable, "-c", ALONE, "model.pt2", "images.npy", "scores.npy"]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True).stdout
+    assert json.loads(told) == model.class_names
+    with torch.no_grad():
+        assert relative_error(torch.from_numpy(np.load(tmp_path / "scores.npy")), model(x)) <= 1e-12
+
+
+@needs_onnx
+def test_onnx_runtime_gives_the_same_scores_for_any_batch(tmp_path):
+    """Prompts that run as rows, then as a prefix; an activation of tokens."""
+    import onnxruntime
+
+    options = DEEP | {"prompt_options": {"blocks": 1}, "token_activation": "softmax"}
+    model = build(tiny_beit(depth=2), **options).float()
+    export(model, tmp_path / "model.onnx", "onnx", opset=20)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [node.name for node in session.get_inputs()] == ["images"]
+    assert [node.name for node in session.get_outputs()] == ["logits"]
+    said = session.get_modelmeta().custom_metadata_map
+    assert json.loads(said["vptm.model"])["num_classes"] == 5 and said["vptm.weight_hash"] == model.weight_hash()
+    for batch in (1, 2, 9):
+        x = images(model, batch).float()
+        with torch.no_grad():
+            want = model(x)
+        found = torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
+        assert relative_error(found, want) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_a_compiled_package_gives_the_same_scores(tmp_path):
+    """Small enough to compile in a test; the file is written as a whole under the name that was asked for."""
+    model = build(tiny_beit(depth=1), **DEEP).float()
+    export(model, tmp_path / "model.aoti", "aoti")
+    assert [file.name for file in tmp_path.iterdir()] == ["model.aoti"]
+    run = torch._inductor.aoti_load_package(str(tmp_path / "model.aoti"))
+    for batch in (1, 6):
+        x = images(model, batch).float()
+        with torch.no_grad():
+            assert relative_error(run(x), model(x)) <= 1e-5
+
+
+def test_safetensors_hold_every_weight(tmp_path):
+    model = build()
+    export(model, tmp_path / "model.safetensors", "safetensors")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        said = json.loads(file.metadata()["vptm"])
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert said["weight_hash"] == model.weight_hash()
+    state = model.state_dict()
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_a_file_with_other_scores_is_not_written(tmp_path, monkeypatch):
+    """What was there stays, and nothing else is left, where a graph is wrong or the disk is full."""
+    model, other, path = build(), build(seed=3), tmp_path / "model.pt2"
+    path.write_bytes(b"before")
+    monkeypatch.setattr(formats, "export_program", lambda model: SimpleNamespace(module=lambda: other))
+    with pytest.raises(ValueError, match="the exported scores must be the model's, got a difference of"):
+        export(model, path, "pt2")
+
+    def full(program, file, **_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(formats, "export_program", lambda model: SimpleNamespace(module=lambda: model))
+    monkeypatch.setattr(torch.export, "save", full)
+    with pytest.raises(OSError, match=r"model\.pt2 cannot be written: No space left on device"):
+        export(model, path, "pt2")
+    assert path.read_bytes() == b"before" and [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"to": "tflite"}, "to must be one of pt2, aoti, onnx, safetensors, got 'tflite'"),
+        ({"to": "pt2", "opset": 20}, "opset must be None for 'pt2', got 20"),
+        pytest.param({"to": "onnx", "opset": 3}, "opset must be in 18..", marks=needs_onnx),
+        ({"to": "pt2", "path": "."}, "path must be a file, got the folder ."),
+    ],
+)
+def test_wrong_calls_are_one_clear_line(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        export(**({"model": build(), "path": "model"} | arguments))
+    assert "\n" not in str(error.value)
+
+
+def test_onnx_without_its_packages_says_what_to_install(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else found(name, *rest))
+    with pytest.raises(ModuleNotFoundError, match=r'export to onnx needs onnx: pip install "vptm\[onnx\]"'):
+        export(build(), "model.onnx", "onnx")
+
+
+def test_the_command_says_what_it_wrote(capsys, tmp_path):
+    vptm_command = Console(capsys)
+    save_adapter(PromptedBEiT("builtin", 3), tmp_path / "run")
+    common = ["export", tmp_path / "run", "--out", tmp_path / "model.safetensors"]
+    code, out, _ = vptm_command(*common, "--to", "safetensors")
+    assert (
+        code == 0
+        and out.startswith(f"{tmp_path / 'model.safetensors'}  ")
+        and (tmp_path / "model.safetensors").is_file()
+    )
+    for arguments, message in (
+        (["--to", "tflite"], "to must be one of pt2, aoti, onnx, safetensors, got 'tflite'"),
+        (["--to", "pt2", "--opset", "20"], "opset must be None for 'pt2', got 20"),
+    ):
+        code, line = vptm_command.refused(*common, *arguments)
+        assert code == 2 and message in line

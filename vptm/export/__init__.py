@@ -1,0 +1,1 @@
+"""Prompted models as files that run without vptm."""

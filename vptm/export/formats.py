@@ -1,0 +1,191 @@
+"""Files that give a model's class scores where vptm is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vptm import __version__
+from vptm.export.program import export_program
+from vptm.frozen.modes import eval_mode
+from vptm.messages import one_of
+from vptm.models.prompted_model import PromptedModel
+from vptm.weights.files import WriteError
+
+FORMATS = ("pt2", "aoti", "onnx", "safetensors")
+FACTS = "vptm.json"
+# Below it torch's ONNX exporter has no translation of its own and converts versions, not always.
+_OLDEST_OPSET = 18
+# A protobuf file may not be larger; weights then stand beside it.
+_LARGEST_PROTOBUF = 1_900_000_000
+
+
+class Exported(NamedTuple):
+    """A file that was written, how many bytes it and what stands beside it have, and the largest difference of its
+    scores from the model's over a batch, None where nothing here can run it."""
+
+    path: Path
+    size: int
+    difference: float | None
+
+
+def export(model: PromptedModel, path: str | Path, to: str, *, opset: int | None = None) -> Exported:
+    """Write `model` as it is now to a file that runs without vptm.
+
+    - "pt2": `torch.export.load(path).module()(images)`, with torch alone. What the model is stands in the extra file
+      "vptm.json".
+    - "aoti": `torch._inductor.aoti_load_package(path)(images)`, compiled for the device and the processor of the model;
+      needs a C++ compiler here, and torch alone there.
+    - "onnx": any ONNX runtime; `pip install "vptm[onnx]"` to write it. What the model is stands in its metadata.
+    - "safetensors": all weights of the model, backbone too, under their `state_dict` names, and in the metadata how to
+      build it; a file of weights, which runs nothing.
+
+    All but the last take `images`, (B, channels, height, width) in the model's dtype and normalised as
+    `vptm.transforms` does, for any B >= 1, and give `logits`, (B, K).
+
+    Args:
+        model: a prompted model; it is in eval mode meanwhile.
+        path: of the file, which is replaced as a whole, or not at all.
+        to: "pt2", "aoti", "onnx" or "safetensors".
+        opset: of ONNX; by default torch's.
+
+    Raises:
+        ValueError: another format or opset, or a file whose scores would not be the model's.
+        ModuleNotFoundError: what writes the format is not installed.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> model = vptm.PromptedBEiT("builtin", num_classes=10, prompt_mode="deep")
+        >>> export(model, "clothes.pt2", "pt2").difference < 1e-4
+        True
+        >>> torch.export.load("clothes.pt2").module()(torch.zeros(3, 1, 28, 28)).shape
+        torch.Size([3, 10])
+    """
+    one_of("to", to, FORMATS)
+    if to != "onnx" and opset is not None:
+        raise ValueError(f"opset must be None for {to!r}, got {opset!r}")
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"path must be a file, got the folder {path}")
+    if to == "onnx":
+        _check_opset(opset)
+    with eval_mode(model), torch.no_grad():
+        if to == "safetensors":
+            return Exported(path, _placed(path, lambda file: _save_weights(model, file)), None)
+        program = export_program(model)
+        difference = _difference(program.module(), model)
+        said = facts(model)
+        if to == "pt2":
+            size = _placed(path, lambda file: _save_program(program, file, said))
+        elif to == "aoti":
+            size = _placed(path, lambda file: _compile(program, file, said))
+        else:
+            size = _placed(path, lambda file: _save_onnx(program, file, said, opset))
+    return Exported(path, size, difference)
+
+
+def facts(model: PromptedModel) -> dict[str, str]:
+    """What a file says of its model: strings, those that are not words as JSON."""
+    weight = model.backbone.patch_embed.proj.weight
+    config = model.default_cfg
+    names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "background", "value_range")
+    return {
+        "vptm_version": __version__,
+        "model_class": type(model).__name__,
+        "model": json.dumps(model.config),
+        "architecture": json.dumps(model.architecture, default=str),
+        "weight_hash": model.weight_hash(),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "class_names": json.dumps(model.class_names),
+        "preprocessing": json.dumps({name: config[name] for name in names if name in config}, default=str),
+    }
+
+
+def _difference(run: Callable[[Tensor], Tensor], model: PromptedModel) -> float:
+    """Largest difference of the scores of `run` from the model's, over a batch of another size than was traced."""
+    weight = model.backbone.patch_embed.proj.weight
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, *model.default_cfg["input_size"], generator=generator).to(weight)
+    found, want = run(images).double(), model(images).double()
+    difference = float((found - want).abs().max())
+    # what one forward pass may lose in this dtype, and a wrong graph would not stay below
+    allowed = 1e3 * torch.finfo(weight.dtype).eps * max(1.0, float(want.abs().max()))
+    if not difference <= allowed:
+        raise ValueError(f"the exported scores must be the model's, got a difference of {difference:.3g}")
+    return difference
+
+
+def _placed(path: Path, write: Callable[[Path], None]) -> int:
+    """Let `write` fill a folder beside `path`, and move what it made into place; bytes of it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            write(Path(folder, path.name))
+            made = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)  # `path` itself comes last
+            size = sum(file.stat().st_size for file in made)
+            for file in made:
+                os.replace(file, path.parent / file.name)
+    except OSError as error:
+        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
+    return size
+
+
+def _save_program(program: torch.export.ExportedProgram, file: Path, said: Mapping[str, str]) -> None:
+    with file.open("wb") as stream:  # a path would have to end in .pt2
+        torch.export.save(program, stream, extra_files={FACTS: json.dumps(dict(said), indent=2)})
+
+
+def _compile(program: torch.export.ExportedProgram, file: Path, said: Mapping[str, str]) -> None:
+    if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
+        raise ModuleNotFoundError("export to aoti needs a C++ compiler, found none: install g++ or set CXX")
+    made = torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(file.with_name("package.pt2")),
+        inductor_configs={"aot_inductor.metadata": dict(said)},
+    )
+    os.replace(made, file)
+
+
+def _check_opset(opset: int | None) -> None:
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f'export to onnx needs {" and ".join(missing)}: pip install "vptm[onnx]"')
+    if opset is None:
+        return
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if isinstance(opset, bool) or not isinstance(opset, int) or not _OLDEST_OPSET <= opset <= newest:
+        raise ValueError(f"opset must be in {_OLDEST_OPSET}..{newest}, got {opset!r}")
+
+
+def _save_onnx(program: torch.export.ExportedProgram, file: Path, said: Mapping[str, str], opset: int | None) -> None:
+    exported = torch.onnx.export(
+        program, dynamo=True, input_names=["images"], output_names=["logits"], opset_version=opset, verbose=False
+    )
+    if exported is None:
+        raise ValueError("torch.onnx.export made nothing")
+    exported.model.metadata_props.update({f"vptm.{name}": value for name, value in said.items()})
+    weights = sum(value.nbytes for value in (*program.state_dict.values(), *_tensors(program)))
+    exported.save(file, external_data=weights > _LARGEST_PROTOBUF)
+
+
+def _tensors(program: torch.export.ExportedProgram) -> list[Tensor]:
+    return [value for value in program.constants.values() if isinstance(value, Tensor)]
+
+
+def _save_weights(model: PromptedModel, file: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    # one entry: safetensors writes several in random order, and equal models are to be equal files
+    save_file(tensors, file, metadata={"vptm": json.dumps(facts(model), sort_keys=True)})
