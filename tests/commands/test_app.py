@@ -605,8 +605,12 @@ def refusals(material: Path, tmp: Path) -> dict[str, tuple[list[Any], int, str]]
     return {
         "missing folder": (["--data", tmp / "nowhere"], 2, "data not found"),
         "empty folder": (["--data", tmp / "empty"], 2, "got nothing"),
-        "one class": (["--data", tmp / "single"], 2, "at least two classes, found only 'only'"),
-        "too few images": (["--shots", 9], 2, "class 'left' has 7 training images, 9 were asked for"),
+        "one class": (["--data", tmp / "single"], 2, "at least two classes, got only 'only'"),
+        "too few images": (
+            ["--shots", 9],
+            2,
+            "shots must be at most 7, or all: class 'left' has 7 training images, got 9",
+        ),
         "label file": (["--data", tmp / "labels.csv"], 2, "row 2: image not found"),
         "unreadable image": (["--data", tmp / "damaged", "--shots", "all"], 1, "left/3.png"),
         "data name": (["--data", "digit"], 2, "did you mean 'digits'"),

@@ -191,7 +191,7 @@ def test_what_no_run_could_use_is_refused_before_the_first(
         (
             "linear",
             {"shots": "999"},
-            "^shots: class 'left' has 7 training images, 999 were asked for: at most 7 can be, or all$",
+            "^shots must be at most 7, or all: class 'left' has 7 training images, got 999$",
         ),
         ("linear", {"shots": "few"}, "shots must be an integer >= 1 or all, got 'few'"),
         ("linear", {"data": "nosuch"}, "^data must be one of .*got 'nosuch'"),

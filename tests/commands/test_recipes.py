@@ -196,6 +196,9 @@ def test_vision_transformers_by_name(vptm: Console, material: Path, monkeypatch:
     assert code == 0 and "test accuracy" in out, err
     settings = json.loads(Path("deit/run.json").read_text())["settings"]
     assert (settings["prompt_mode"], settings["readout"], settings["verbalizer"]) == ("deep", "cls", "linear")
+    assert "deit_tiny_patch16_224 is a ViT: deep prompts, read-out cls, verbalizer linear" in err
+    code, again, _ = vptm("train", "--resume", "--out", "deit")
+    assert code == 0 and again == out, "a finished run that is resumed is read again"
 
 
 def test_an_option_that_changes_nothing_is_taken_with_one_line(vptm: Console, material: Path) -> None:

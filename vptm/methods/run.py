@@ -24,7 +24,7 @@ from vptm.methods.spt import init_prompts
 from vptm.models.opening import open_model
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import save_adapter
-from vptm.settings import EVALUATION_BATCH, RunSettings, parse_shots
+from vptm.settings import EVALUATION_BATCH, BEiTSettings, RunSettings, parse_shots
 from vptm.training.evaluate import evaluate
 from vptm.training.evaluate_run import asking_for_moved_data
 from vptm.training.facts import peak_memory
@@ -101,6 +101,10 @@ def train_run(
     model = open_model(settings.model, len(data.classes), **settings.model_settings.keywords())
     model.class_names = data.classes
     model.default_cfg |= settings.reading()  # kept with the adapter, so that other pictures are read in the same way
+    chosen = settings.model_settings
+    if type(chosen) is not BEiTSettings:
+        how = f"{chosen.prompt_mode} prompts, read-out {chosen.readout}, verbalizer {chosen.verbalizer}"
+        report(f"{settings.model} is {chosen.whom}: {how}")
     if settings.model == "builtin" and data.name not in ("builtin", "fashion-mnist"):
         report(f"the built-in model is {DEMONSTRATION}")
     if settings.finetune:
