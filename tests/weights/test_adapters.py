@@ -325,7 +325,7 @@ def test_whatever_was_changed_comes_back_and_what_trains_still_trains(
 
 def test_random_weights_are_stored_as_no_source_has_them(tmp_path: Path) -> None:
     """A timm name without its weights is drawn anew by every construction."""
-    model = PromptedViT("vit_tiny_patch16_224", 3, prompt_length=2, img_size=32).eval()
+    model = PromptedViT("test_vit", 3, prompt_length=2, img_size=32).eval()
     images = torch.randn(2, 3, 32, 32)
     drawn = torch.get_rng_state()
     save_adapter(model, tmp_path / "a")
