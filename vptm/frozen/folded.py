@@ -115,7 +115,11 @@ class Folded:
 
     def _take_weights(self, blocks: list[FrozenBlock]) -> None:
         self.blocks = [block._replace(qkv_weight=weight) for block, weight in zip(blocks, self.qkv_weights)]
-        self.prefix_weights = self.qkv_weights[:, self.qkv_weights.shape[1] // 3 :].mT
+        width = self.qkv_weights.shape[1] // 3
+        self.prefix_weights = self.qkv_weights[:, width:].mT
+        # of the block that runs for one row
+        self.read_weights = self.blocks[-1].qkv_weight.split(width)
+        self.read_query_bias = self.blocks[-1].qkv_bias[:width]
 
     def _expand_biases(self, model: PromptedRows, dtype: torch.dtype, triton: bool, learned: bool = False) -> None:
         # the kernel reads a token-to-token bias in place and takes prompt columns as zero; SDPA wants all columns
@@ -140,7 +144,8 @@ class Folded:
     def __getstate__(self) -> dict[str, object]:
         """Without views, which a pickle would write as often as there are any."""
         blocks = [block._replace(qkv_weight=torch.empty(0)) for block in self.blocks]
-        views: dict[str, object] = {"prefix_weights": None, "square_biases": [], "wide_biases": []}
+        views: dict[str, object] = {"prefix_weights": None, "read_weights": (), "read_query_bias": None}
+        views |= {"square_biases": [], "wide_biases": []}
         return self.__dict__ | views | {"blocks": blocks}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -395,10 +400,10 @@ class Folded:
 
     def _last_block(self, model: PromptedRows, x: Tensor, row: int, layer: int, prefix: Prefix) -> Tensor:
         """The block for one query row (B, C), without a key or a value of any token."""
-        block, prompts, width = self.blocks[layer], model.prompts, model.num_features
-        weight_q, weight_k, weight_v = block.qkv_weight.split(width)
+        block, prompts = self.blocks[layer], model.prompts
+        weight_q, weight_k, weight_v = self.read_weights
         row_in = x[:, row]
-        query = F.linear(self._normalise(row_in, block.eps_1), weight_q, block.qkv_bias[:width])
+        query = F.linear(self._normalise(row_in, block.eps_1), weight_q, self.read_query_bias)
         if prefix is None and x.shape[1] == self.num_tokens and prompts.role(layer) == "own":
             # a row of its own for every image, as dropout draws it, is cheaper as one more token than projected
             x = torch.cat([x, prompts.rows(layer, x.shape[0]).to(x.dtype)], dim=1)
