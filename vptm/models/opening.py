@@ -162,11 +162,11 @@ def adapter_on(model: PromptedModel, folder: str | Path) -> PromptedModel:
         if kind != type(model).__name__:
             raise ValueError(f"{folder / CONFIG_FILE} must have model_class {type(model).__name__!r}, got {kind!r}")
         try:
-            own = build(kind, model.loaded(), {**config["model"], "img_size": None, "pretrained": False})
+            found = build(kind, model.loaded(), {**config["model"], "img_size": None, "pretrained": False})
         except TypeError as error:
             raise ValueError(f"{folder / CONFIG_FILE} does not fit {kind}: {error}") from None
-        own.config = dict(config["model"])
-        return _completed(folder, own, config, learned, stated_hash)
+        found.config |= {name: config["model"][name] for name in ("img_size", "pretrained") if name in config["model"]}
+        return _completed(folder, found, config, learned, stated_hash)
 
 
 def _completed(
