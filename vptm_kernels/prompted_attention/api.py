@@ -14,9 +14,9 @@ from .._runtime.plans import Plans, place, signature
 from .._runtime.private_torch import autocasting
 from .._runtime.ranges import check_ranges
 from .._runtime.tracing import nothing_traces
-from .._runtime.triton_support import choose, device_of, float32_precision
+from .._runtime.triton_support import choose, float32_precision
 from .bias import RelativePositionBias, table_rows
-from .ops import direct_attention, prompted_attention_op, run_attention
+from .ops import direct_attention, planned_attention, prompted_attention_op, run_attention, run_plan
 
 if TYPE_CHECKING:
     from .triton_impl import Plan
@@ -135,10 +135,9 @@ def prompted_attention(
             _check_ranges(qkv, prompts, prompt_ranges, max_prompt_length)
         table, _, token_ids = _parts(bias)
         if torch.is_grad_enabled() and _learned(qkv, prompts, table):
-            out, lse = direct_attention(qkv, prompts, table, token_ids, prompt_ranges, *plan.options, True, "triton")
+            out, lse = planned_attention(qkv, prompts, table, token_ids, prompt_ranges, plan, True)
         else:
-            with device_of(qkv):
-                out, lse = plan.forward(qkv, prompts, table, token_ids, prompt_ranges, return_lse)
+            out, lse = run_plan(qkv, prompts, table, token_ids, prompt_ranges, plan, return_lse)
         return (out, lse) if return_lse else out
 
     if not tensor("qkv", qkv).is_meta and torch.is_autocast_enabled(qkv.device.type):

@@ -7,7 +7,7 @@ or prompt_qkv when `prompt_queries`. Outputs not asked for are empty tensors, be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from .._runtime.direct import direct, refuse_second_derivative
 from .._runtime.tracing import nothing_traces
 from .._runtime.triton_support import device_of
 from . import torch_impl
+
+if TYPE_CHECKING:
+    from .triton_impl import Plan
 
 
 @torch.library.custom_op("vptm::prompted_attention", mutates_args=())
@@ -156,7 +159,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         run = _run_backward if plain else prompted_attention_backward_op
         found = run(*inputs, *ctx.options, needs, ctx.impl)
         grads = [grad if needed else None for grad, needed in zip(found, needs)]
-    return (*grads, *[None] * 9)
+    return (*grads, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
 prompted_attention_op.register_autograd(_backward, setup_context=_setup_context)
@@ -164,6 +167,29 @@ refuse_second_derivative("prompted_attention", prompted_attention_backward_op)
 
 direct_attention = direct(run_attention, _setup_context, _backward)
 """`prompted_attention_op` for calls that nothing traces."""
+
+
+def run_plan(
+    qkv: Tensor,
+    prompts: Tensor | None,
+    bias: Tensor | None,
+    token_ids: Tensor | None,
+    ranges: Tensor | None,
+    plan: Plan,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`run_attention` by Triton, for a call whose plan is known."""
+    with device_of(qkv):
+        return plan.forward(qkv, prompts, bias, token_ids, ranges, with_lse)
+
+
+def _setup_plan_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, plan, with_lse = inputs
+    _setup_context(ctx, (*tensors, *plan.options, with_lse, "triton"), output)
+
+
+planned_attention = direct(run_plan, _setup_plan_context, _backward)
+"""`direct_attention` for a call whose plan is known: a plan holds what it was made for."""
 
 Shape = tuple[int, ...]
 

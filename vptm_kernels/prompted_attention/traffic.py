@@ -34,7 +34,7 @@ class _Sizes:
         self.tokens, self.prompts = tokens, a["P"]
         self.rows = tokens + (a["P"] if a["PROMPT_QUERIES"] else 0)
         self.row = a["D"] * a["qkv_ptr"].element_size()
-        self.lse = a["lse_ptr"].element_size()
+        self.lse = 0 if a["lse_ptr"] is None else a["lse_ptr"].element_size()
         self.entry = a["bias_ptr"].element_size() if a["KIND"] else 0
         # A gathered table is read once per pair, of tokens only.
         self.padded = tokens if a["KIND"] == TABLE.value else _cdiv(tokens, 16) * 16

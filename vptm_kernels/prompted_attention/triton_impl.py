@@ -64,7 +64,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     tensors = (qkv, prompts, bias, token_ids, ranges)
     plan = plan_of(*tensors, window, num_heads, prompt_queries, max_prompt_length, scale)
-    return plan.forward(*tensors, with_lse)
+    out, lse = plan.forward(*tensors, with_lse)
+    return out, qkv.new_empty(0, dtype=plan.accumulator) if lse is None else lse
 
 
 def backward(
@@ -376,9 +377,9 @@ class Plan:
         token_ids: Tensor | None,
         ranges: Tensor | None,
         with_lse: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         out = qkv.new_empty((self.batch, self.rows, self.width))
-        lse = qkv.new_empty((self.batch, self.heads, self.rows) if with_lse else (0,), dtype=self.accumulator)
+        lse = qkv.new_empty((self.batch, self.heads, self.rows), dtype=self.accumulator) if with_lse else None
         if self._forwards is not None:
             self._forwards[with_lse](*self.inputs(qkv, prompts, bias, token_ids, ranges), out, lse)
         return out, lse
@@ -521,7 +522,7 @@ class _Backward:
             if self._of_prompts[0] is not None:
                 self._of_prompts[0](*common, partial)
         if self._of_qkv is not None and dqkv is not None:
-            self._of_qkv[1](*common, dqkv[..., width:])
+            self._of_qkv[1](*common, dqkv.narrow(2, width, 2 * width))  # indexing takes twice as long
         if self._of_prompts is not None and partial is not None and prompts is not None:
             self._of_prompts[1](*common, partial[..., width:] if self.plan.prompt_queries else partial)
             dprompts = self._sum_prompts(partial, prompts, ranges)
@@ -607,7 +608,8 @@ class _Backward:
         if self.plan.per_image:
             return partial
         if self._pool is None:
-            return (partial[0] if self.chunks == 1 else partial.sum(0)).to(prompts.dtype)
+            summed = partial.squeeze(0) if self.chunks == 1 else partial.sum(0)
+            return summed if summed.dtype == prompts.dtype else summed.to(prompts.dtype)
         grad = prompts.new_empty(prompts.shape)
         self._pool(partial, ranges, grad)
         return grad
