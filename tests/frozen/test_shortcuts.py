@@ -50,12 +50,13 @@ def every_pair() -> list[dict[str, object]]:
     return found
 
 
+@pytest.mark.parametrize("part", range(4))  # several processes share what takes minutes in the interpreter
 @pytest.mark.parametrize("impl", ["torch", *(["triton"] if importlib.util.find_spec("triton") else [])])
-def test_encoder_equals_reference_for_every_pair_of_options(impl: str) -> None:
+def test_encoder_equals_reference_for_every_pair_of_options(impl: str, part: int) -> None:
     """Mode, read-out, bias mode, shared or per-block bias, LayerScale or none, and prompt count meet in pairs."""
     if impl == "triton" and torch.cuda.is_available():
         pytest.skip("float64 kernels run in Triton's interpreter, on a machine without a GPU")
-    for options in every_pair():
+    for options in every_pair()[part::4]:
         shared, init_values = options["use_shared_rel_pos_bias"], options["init_values"]
         # heads of 16 are the smallest that kernels take
         bias = {"use_shared_rel_pos_bias": shared, "use_rel_pos_bias": not shared}
