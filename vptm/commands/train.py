@@ -54,10 +54,13 @@ def train(
     for warning in caught:
         say(f"vptm: {warning.category.__name__}: {warning.message}")
     from vptm.methods.run import resume_command, train_run
+    from vptm.training.ranks import is_first
 
     run = train_run(
         settings, out, resume=resume, overwrite=overwrite, command=shlex.join(["vptm", *ctx.obj]), report=say
     )
+    if not is_first():  # of several processes
+        return
     if run.stopped is not None:
         say(f"vptm: interrupted {run.stopped}, continue with: {resume_command(run.folder)}")
         raise typer.Exit(1)

@@ -29,6 +29,7 @@ from vptm.training.evaluate import evaluate
 from vptm.training.evaluate_run import asking_for_moved_data
 from vptm.training.facts import peak_memory
 from vptm.training.fit import FitResult, fit
+from vptm.training.ranks import join, local_device
 from vptm.training.run_folder import RUN_FILE, holds_progress, read_run, update_run_file
 from vptm.training.sources import device_of
 from vptm.weights.adapters import read_adapter_config
@@ -92,7 +93,10 @@ def train_run(
         >>> train_run(settings, Path(tempfile.mkdtemp(), "run"), report=lambda line: None).best_epoch
         1
     """
-    place = device_of(settings.device)
+    place = local_device(device_of(settings.device))
+    ranks = join(place)
+    if ranks.index:
+        report = _silent
     with asking_for_moved_data(resume):
         data = load_data(settings.data, on_bad_image=settings.on_bad_image, **settings.reading())
     parts = _parts(settings, data, report)
@@ -110,7 +114,7 @@ def train_run(
     if settings.finetune:
         model.unfreeze()
     loaders = _loaders(settings, data, parts, model, place)
-    folder = _free_folder(data.name) if out is None else out
+    folder = ranks.first(_free_folder(data.name) if out is None else out)
     if not (resume and holds_progress(folder)):
         _start(settings, model, loaders, place)
     listed = SplitList.of(parts)
@@ -137,6 +141,8 @@ def train_run(
         },
         images=listed,
     )
+    if ranks.index:  # the first process writes and tests
+        return TrainedRun(folder, None, result.best_epoch, result.best_val_accuracy)
     if resume:
         update_run_file(folder, settings=settings.options())  # where the data lies now
     run = TrainedRun(folder, None, result.best_epoch, result.best_val_accuracy, None, result.best_val_accuracy)
@@ -239,6 +245,10 @@ def _cost(model: PromptedModel, result: FitResult, images: int, memory: int) -> 
     seconds = sum(row["seconds"] for row in result.history)
     speed = images * len(result.history) / seconds if seconds else None
     return {"trainable_parameters": trained, "images_per_second": speed, "peak_memory": memory}
+
+
+def _silent(line: str) -> None:
+    """What processes other than the first report."""
 
 
 def _free_folder(name: str) -> Path:

@@ -15,6 +15,7 @@ from vptm.messages import hint, number
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.verbalizers import PrototypicalVerbalizer
 from vptm.settings import TrainSettings
+from vptm.training.ranks import Ranks
 from vptm.training.seeding import generators_kept
 
 
@@ -58,6 +59,27 @@ def check_settings(settings: TrainSettings) -> None:
     if optimizer not in known:
         raise ValueError(
             f"optimizer must be one of timm.optim.list_optimizers(), got {optimizer!r}{hint(optimizer, known)}"
+        )
+
+
+def check_together(settings: TrainSettings, train: DataLoader[Any], ranks: Ranks, wrapped: bool) -> None:
+    """ValueError where several processes cannot train as one does."""
+    if ranks.count == 1:
+        return
+    if wrapped:
+        raise ValueError(f"model must be passed itself to {ranks.count} processes, not in a wrapper")
+    if settings.protoverb_weight:
+        raise ValueError(f"protoverb_weight must be 0 in {ranks.count} processes: it compares the images of a batch")
+    size, total = train.batch_size, 0 if isinstance(train.dataset, IterableDataset) else len(train.dataset)  # type: ignore[arg-type]
+    if settings.reformation and size and not train.drop_last and 0 < total % size < ranks.count:
+        raise ValueError(
+            f"reformation needs an image for each of {ranks.count} processes in every batch, the last has "
+            f"{total % size}: use drop_last"
+        )
+    if size and size % (settings.accumulate * ranks.count) and settings.accumulate > 1:
+        raise ValueError(
+            f"accumulate must divide the {size / ranks.count:g} images of a process in a batch, "
+            f"got {settings.accumulate}"
         )
 
 

@@ -14,6 +14,7 @@ from vptm.frozen.modes import eval_mode
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import unwrapped
 from vptm.training.precision import compiled, dtype_of, float32_products, in_type, resolve_precision
+from vptm.training.ranks import Ranks, rank_loader
 
 
 class Answers(NamedTuple):
@@ -110,9 +111,13 @@ def check_loader(loader: Any) -> None:
 
 
 @torch.no_grad()
-def ask(forward: Any, loader: DataLoader[Any], *, dtype: torch.dtype | None = None) -> Answers:
+def ask(
+    forward: Any, loader: DataLoader[Any], *, dtype: torch.dtype | None = None, ranks: Ranks | None = None
+) -> Answers:
     """The answers of a model, or a wrapper of it, in eval mode to every image of `loader`, cast to `dtype` where there
-    is one; see `evaluate`."""
+    is one; see `evaluate`. With `ranks` every process answers for its share, and has the answers of all."""
+    ranks = Ranks() if ranks is None else ranks
+    loader, shares = rank_loader(loader, ranks, "loader")
     model = unwrapped(forward)
     place, classes = next(model.parameters()).device, model.num_classes
     every: list[Tensor] = []
@@ -122,16 +127,22 @@ def ask(forward: Any, loader: DataLoader[Any], *, dtype: torch.dtype | None = No
         # what was compiled runs compiled
         seals = isinstance(model, PromptedModel) and "_orig_mod" not in forward._modules
         runs = model.sealed_twin() if seals else forward
-        for images, labels in loader:
+        for number, (images, labels) in enumerate(loader):
+            if shares is not None:
+                images, labels = (part[: shares.sizes[number][0]] for part in (images, labels))
+                if not len(labels):
+                    continue
             check_labels(labels, classes, of="row")
-            scores = runs(images.to(place, dtype or images.dtype, non_blocking=True)).float().cpu()
+            scores = runs(images.to(place, dtype or images.dtype, non_blocking=True)).double().cpu()
             if scores.shape[1] != classes:
                 raise ValueError(f"model must give a score for each of its {classes} classes, got {scores.shape[1]}")
             labels = labels.cpu().long()
-            total += F.cross_entropy(scores, labels, reduction="sum").double()
+            total += F.cross_entropy(scores, labels, reduction="sum")
             every.append(labels)
             predicted.append(scores.argmax(1))
-    n = sum(map(len, every))
-    if n == 0:
+    none = torch.zeros(0, dtype=torch.int64)
+    found = ranks.gather((torch.cat([none, *every]), torch.cat([none, *predicted]), float(total)))
+    answers, said, losses = zip(*found)
+    if not (n := sum(map(len, answers))):
         raise ValueError("loader must yield at least one image, it is empty")
-    return Answers(torch.cat(every), torch.cat(predicted), float(total) / n)
+    return Answers(torch.cat(answers), torch.cat(said), sum(losses) / n)

@@ -18,10 +18,11 @@ from vptm.data.split_list import SplitList
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import unwrapped
 from vptm.settings import Precision, Schedule, TrainSettings
-from vptm.training.checks import check_data, check_loaders, check_model, check_settings
+from vptm.training.checks import check_data, check_loaders, check_model, check_settings, check_together
 from vptm.training.evaluate import ask
 from vptm.training.precision import dtype_of, float32_products, in_type, resolve_precision, slow_note
 from vptm.training.progress import TrainProgress
+from vptm.training.ranks import RankBatches, join, local_device, rank_loader
 from vptm.training.run_folder import Run, listed_images, run_identity
 from vptm.training.seeding import generators_kept, seed_everything
 from vptm.training.step import TrainStep
@@ -89,6 +90,10 @@ def fit(
     start of every epoch and put back at the end, so a resumed run equals an uninterrupted one bitwise on one machine.
     Loaders with `persistent_workers=True` keep generators of their own and do not have this property.
 
+    In the processes that `torchrun` or `accelerate launch` start, all of which call it, each computes its share of
+    every batch: `train` and `val` are the same in all, with the batches of one process, whose losses they repeat up to
+    rounding. The first process writes the run folder. It needs Accelerate.
+
     Args:
         model: see `vptm.PromptedBEiT`, or one inside `torch.compile`; trained in place.
         train, val: yield (images (B, C, H, W) float, labels (B,) integers in 0..K-1).
@@ -150,7 +155,9 @@ def fit(
     check_settings(settings)
     check_loaders(train, val, settings)
     inner = unwrapped(model)
-    place = next(inner.parameters()).device if device is None else torch.device(device)
+    place = next(inner.parameters()).device if device is None else local_device(torch.device(device))
+    ranks = join(place)
+    check_together(settings, train, ranks, wrapped=model is not inner)
     kind = resolve_precision(settings.precision, place, training=True)
     work = _working_model(model, dtype_of(kind), place, settings)
     check_model(inner, settings)
@@ -160,21 +167,27 @@ def fit(
     # a model that has the type anyway is trained the same without a word
     settings = replace(settings, precision=None if work is model and kind != "tf32" else kind)
     identity = run_identity(inner, settings, train, labels)
-    step = TrainStep(work, inner, settings, dtype=dtype_of(kind), steps=len(train), cache_frozen=cache_frozen)
-    run = Run(inner, step, identity, None if run_dir is None else Path(run_dir))
+    step = TrainStep(
+        work, inner, settings, dtype=dtype_of(kind), steps=len(train), ranks=ranks, cache_frozen=cache_frozen
+    )
+    run = Run(inner, step, identity, None if run_dir is None or ranks.index else Path(run_dir))
     if images is None and run_dir is not None:
         images = listed_images(train, val)
-    run.begin(resume=resume, overwrite=overwrite, images=images, settings=settings, info=info)
+    run.join(ranks, resume=resume, overwrite=overwrite, images=images, settings=settings, info=info)
+    progress = progress and ranks.index == 0
     if progress:
         for line in filter(None, (slow_note(kind, place), _opening(run, step, epochs, len(train)))):
             print(line, file=sys.stderr, flush=True)
+    loader, shares = rank_loader(train, ranks, "train")
     bar = TrainProgress(progress, epochs=epochs, done=run.epoch, steps=len(train))
     interrupted = False
     try:
         with generators_kept(train, val), float32_products(kind), bar:
             for epoch in range(run.epoch + 1, epochs + 1):
                 seed_everything(seed, epoch, train, val)
-                run.finish_epoch(_epoch(step, train, val, epoch, bar))
+                if shares is not None:
+                    loader.generator.manual_seed(torch.initial_seed() + ranks.index)
+                run.finish_epoch(_epoch(step, loader, shares, val, epoch, bar))
                 bar.epoch(run.history[-1])
     except KeyboardInterrupt:
         interrupted = True
@@ -216,12 +229,17 @@ def _opening(run: Run, step: TrainStep, epochs: int, batches: int) -> str:
 
 
 def _epoch(
-    step: TrainStep, train: DataLoader[Any], val: DataLoader[Any] | None, epoch: int, bar: TrainProgress
+    step: TrainStep,
+    train: DataLoader[Any],
+    shares: RankBatches | None,
+    val: DataLoader[Any] | None,
+    epoch: int,
+    bar: TrainProgress,
 ) -> dict[str, Any]:
     """Train one epoch and validate: its row of `metrics.csv`."""
     started = time.perf_counter()
-    train_loss, train_accuracy = _train_epoch(step, train, epoch, bar)
-    answers = None if val is None else ask(step.forward, val, dtype=step.dtype)
+    train_loss, train_accuracy = _train_epoch(step, train, shares, epoch, bar)
+    answers = None if val is None else ask(step.forward, val, dtype=step.dtype, ranks=step.ranks)
     return {
         "epoch": epoch,
         "lr": step.lr,
@@ -233,7 +251,9 @@ def _epoch(
     }
 
 
-def _train_epoch(step: TrainStep, loader: DataLoader[Any], epoch: int, bar: TrainProgress) -> tuple[float, float]:
+def _train_epoch(
+    step: TrainStep, loader: DataLoader[Any], shares: RankBatches | None, epoch: int, bar: TrainProgress
+) -> tuple[float, float]:
     """Mean loss over the images of an epoch, and the share that was right, each before the step on its batch."""
     model = step.model
     place = next(model.parameters()).device
@@ -248,14 +268,15 @@ def _train_epoch(step: TrainStep, loader: DataLoader[Any], epoch: int, bar: Trai
         check_labels(labels, model.num_classes, of="row")
         images = images.to(place, step.dtype or images.dtype, non_blocking=True)
         labels = labels.to(place, non_blocking=True).long()
-        loss, scores = step(images, labels, (epoch - 1) * len(loader) + number - 1)
+        own, every = (len(labels), len(labels)) if shares is None else shares.sizes[number - 1]
+        loss, scores = step(images, labels, (epoch - 1) * len(loader) + number - 1, own / every)
         losses.append(loss)
-        sizes.append(len(labels))
-        correct += (scores.argmax(1) == labels).sum()
-        bar.step(len(labels), waited)
+        sizes.append(every)
+        correct += (scores.argmax(1) == labels)[:own].sum()
+        bar.step(every, waited)
         if len(losses) == _STEPS_PER_CHECK or number == len(loader):
             # one transfer for many steps: reading every loss would stall a GPU
-            values = torch.stack(losses).double().cpu()
+            values = step.ranks.sum(torch.stack(losses).double()).cpu()
             _check_losses(values, step, epoch, first)
             summed += float((values * torch.tensor(sizes, dtype=torch.float64)).sum())
             seen += sum(sizes)
@@ -263,7 +284,7 @@ def _train_epoch(step: TrainStep, loader: DataLoader[Any], epoch: int, bar: Trai
         asked = time.perf_counter()
     if seen == 0:
         raise ValueError("train must yield at least one batch, it is empty")
-    return summed / seen, int(correct) / seen
+    return summed / seen, int(step.ranks.sum(correct)) / seen
 
 
 def _check_losses(losses: Tensor, step: TrainStep, epoch: int, first: int) -> None:

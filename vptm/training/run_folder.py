@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from vptm.data.datasets import ImageDataset
@@ -25,6 +26,7 @@ from vptm.models.saving import frozen_part, save_compared
 from vptm.settings import TrainSettings
 from vptm.training.curves import plot_curves
 from vptm.training.facts import environment
+from vptm.training.ranks import Ranks
 from vptm.training.state import STATE_FILE, read_state, write_state
 from vptm.training.step import TrainStep
 from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, read_adapter_tensors
@@ -109,6 +111,27 @@ class Run:
             where = self.folder / (STATE_FILE if "learned" in state else TENSORS_FILE)
             raise ValueError(f"{where} does not fit the run: {error_line(error, 200)}; use overwrite") from error
 
+    def join(self, ranks: Ranks, **options: Any) -> None:
+        """`begin` in the first process of several, and its outcome or its error in all: each then holds the same run,
+        whose files only the first has."""
+        if ranks.count == 1:
+            self.begin(**options)
+            return
+        outcome: Exception | bytes = b""
+        if ranks.index == 0:
+            try:
+                self.begin(**options)
+                buffer = io.BytesIO()
+                torch.save(self._entries(), buffer)
+                outcome = buffer.getvalue()
+            except (ValueError, OSError) as error:
+                outcome = error
+        outcome = ranks.first(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if ranks.index:
+            self._restore(torch.load(io.BytesIO(outcome), map_location="cpu", weights_only=True))
+
     def finish_epoch(self, row: dict[str, Any]) -> None:
         """Keep and write what an epoch reached."""
         score = None if row["val_accuracy"] is None else (row["val_accuracy"], -row["val_loss"])
@@ -160,28 +183,28 @@ class Run:
         self.epoch, self.best_epoch = state["epoch"], state["best_epoch"]
         self.best_score = None if state["best_score"] is None else tuple(state["best_score"])
         self.best_state, self.history = best, state["history"]
-        if "learned" in state:
+        if "learned" in state and self.folder is not None:
             self._write_files()
 
     def _write(self) -> None:
         if self.folder is None:
             return
-        write_state(
-            self.folder / STATE_FILE,
-            {
-                "identity": self.identity,
-                "epoch": self.epoch,
-                "learned": {name: tensor.cpu() for name, tensor in self.masters.learned().items()},
-                "optimizer": self.optimiser.state_dict(),
-                "scaler": self.masters.scaler.state_dict(),
-                "best": self.best_state,
-                "best_epoch": self.best_epoch,
-                "best_score": None if self.best_score is None else list(self.best_score),
-                "history": self.history,
-            },
-        )
+        write_state(self.folder / STATE_FILE, self._entries())
         self._write_files()
         self._written = self.epoch
+
+    def _entries(self) -> dict[str, Any]:
+        return {
+            "identity": self.identity,
+            "epoch": self.epoch,
+            "learned": {name: tensor.cpu() for name, tensor in self.masters.learned().items()},
+            "optimizer": self.optimiser.state_dict(),
+            "scaler": self.masters.scaler.state_dict(),
+            "best": self.best_state,
+            "best_epoch": self.best_epoch,
+            "best_score": None if self.best_score is None else list(self.best_score),
+            "history": self.history,
+        }
 
     def _write_files(self) -> None:
         assert self.folder is not None

@@ -15,6 +15,7 @@ from vptm.models.saving import unwrapped
 from vptm.settings import TrainSettings
 from vptm.training.losses import protoverb_loss
 from vptm.training.precision import compiled
+from vptm.training.ranks import Ranks
 from vptm.training.reformation import FeatureReformation
 from vptm.training.schedules import decay_groups, make_schedule
 
@@ -27,10 +28,11 @@ class MasterWeights:
     Args:
         model: what is trained.
         given: what it is a copy of in another type, or `model` itself; what is learned starts at its values.
+        ranks: the processes whose gradients are summed.
     """
 
-    def __init__(self, model: PromptedModel, given: PromptedModel) -> None:
-        self.model, self.given = model, given
+    def __init__(self, model: PromptedModel, given: PromptedModel, ranks: Ranks) -> None:
+        self.model, self.given, self.ranks = model, given, ranks
         self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         start = given.learned_state_dict()
         self.copies = {
@@ -55,9 +57,11 @@ class MasterWeights:
         for parameter, copy in self.copies.items():
             copy.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
+        stepped = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+        self.ranks.sum_gradients(stepped)
         if clip_norm is not None:
             self.scaler.unscale_(optimiser)
-            torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip_norm)
+            torch.nn.utils.clip_grad_norm_(stepped, clip_norm)
         self.scaler.step(optimiser)
         self.scaler.update()
         optimiser.zero_grad(set_to_none=True)
@@ -100,6 +104,7 @@ class TrainStep:
         settings: of `vptm.fit`.
         dtype: what images are cast to; None leaves them as they are.
         steps: steps in an epoch.
+        ranks: the processes that train together.
         cache_frozen: keep the frozen features of ProVP-Ref's contrast.
 
     Attributes:
@@ -116,6 +121,7 @@ class TrainStep:
         *,
         dtype: torch.dtype | None,
         steps: int,
+        ranks: Ranks,
         cache_frozen: bool,
     ) -> None:
         self.forward, self.model, self.settings, self.dtype = forward, unwrapped(forward), settings, dtype
@@ -127,7 +133,8 @@ class TrainStep:
         if settings.compile:
             self.forward = compiled(self.model)
             self._hidden = compiled(self.model.forward_hidden)
-        self.masters = MasterWeights(self.model, given)
+        self.ranks = ranks
+        self.masters = MasterWeights(self.model, given, ranks)
         groups = decay_groups(
             self.model, settings.weight_decay, prompts=settings.prompt_weight_decay, head=settings.head_weight_decay
         )
@@ -150,9 +157,10 @@ class TrainStep:
         """Learning rate of the last step."""
         return float(self.optimiser.param_groups[0]["lr"])
 
-    def __call__(self, images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, number: int, share: float = 1.0) -> tuple[Tensor, Tensor]:
         """Step `number` of the run, counted from 0, on images (B, C, H, W) and labels (B,): its loss and the scores
-        (B, K) before it, both detached."""
+        (B, K) before it, both detached. Images that are a `share` of what all processes have give their part of the
+        loss."""
         if self._schedule is not None:
             self._schedule.step_update(number)
         losses, every = [], []
@@ -160,10 +168,10 @@ class TrainStep:
         for some, theirs in zip(images.chunk(parts), labels.chunk(parts)):
             scores, contrast = self._scores_and_contrast(some, theirs)
             loss = F.cross_entropy(scores, theirs, label_smoothing=self.settings.label_smoothing)
-            if contrast is not None:
-                loss = loss + contrast
-            if parts > 1:  # parts of a short batch differ in size
-                loss = loss * (len(theirs) / len(labels))
+            if parts > 1 or self.ranks.count > 1:  # parts of a short batch differ in size
+                loss = loss * (share * len(theirs) / len(labels))
+            if contrast is not None:  # made for gradients that are averaged over processes
+                loss = loss + contrast / self.ranks.count
             self.masters.backward(loss)
             losses.append(loss.detach())
             every.append(scores.detach())
