@@ -58,7 +58,7 @@ def test_training_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     found = blocks("training.md")
-    assert len(found) == 3
+    assert len(found) == 4
     for block in found:
         if "transformers" not in block or find_spec("accelerate") is not None:
             exec(block, names)

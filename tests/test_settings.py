@@ -24,7 +24,7 @@ from vptm.training.fit import fit
         (
             fit,
             settings.TrainSettings,
-            {"cache_frozen", "run_dir", "resume", "overwrite", "device", "progress", "info", "images"},
+            {"cache_frozen", "run_dir", "resume", "overwrite", "device", "progress", "info", "images", "callbacks"},
         ),
     ],
 )

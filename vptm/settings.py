@@ -33,6 +33,7 @@ VerbalizerName = Literal["prototypical", "linear", "class_embeddings"]
 TokenActivation = Literal["hidden", "logits", "softmax", "log_softmax"]
 Schedule = Literal["cosine", "tanh", "none", "vpt", "spt", "provp"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+Logger = Literal["tensorboard"]
 PromptStart = Literal["uniform", "random", "mean", "max", "kmeans"]
 PrototypeStart = Literal["xavier", "class_means"]
 OnBadImage = Literal["error", "skip"]
@@ -46,7 +47,7 @@ PROMPT_LOCATION = (
     "prompt_location is ignored and will be refused: the place of prompts among the rows cannot change what attention "
     "computes"
 )
-FREE_ON_RESUME = frozenset({"device", "impl", "workers"})  # these change nothing of what a run learns
+FREE_ON_RESUME = frozenset({"device", "impl", "log", "workers"})  # these change nothing of what a run learns
 EVALUATION_BATCH = 256  # images per step where nothing is learned
 
 Group = TypeVar("Group", bound="SettingsGroup")
@@ -346,6 +347,9 @@ class RunSettings(PictureSettings):
     ] = "error"
     test: Annotated[bool, Help("Read the test images, once, at the end.")] = True
     workers: Annotated[int, Help("Processes that read images.")] = 0
+    log: Annotated[Logger | None, Help("Also write curves that it shows, in the run folder; nothing by default.")] = (
+        None
+    )
     model_settings: Annotated[ModelSettings, NO_OPTION] = field(default_factory=lambda: BEiTSettings(pretrained=True))
     train_settings: Annotated[TrainSettings, NO_OPTION] = field(
         default_factory=lambda: TrainSettings(

@@ -25,6 +25,7 @@ from vptm.models.opening import open_model
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import save_adapter
 from vptm.settings import EVALUATION_BATCH, BEiTSettings, RunSettings, parse_shots
+from vptm.training.callbacks import TensorBoard, check_log
 from vptm.training.evaluate import evaluate
 from vptm.training.evaluate_run import asking_for_moved_data
 from vptm.training.facts import peak_memory
@@ -93,6 +94,7 @@ def train_run(
         >>> train_run(settings, Path(tempfile.mkdtemp(), "run"), report=lambda line: None).best_epoch
         1
     """
+    check_log(settings.log)
     place = local_device(device_of(settings.device))
     ranks = join(place)
     if ranks.index:
@@ -140,6 +142,7 @@ def train_run(
             },
         },
         images=listed,
+        callbacks=[TensorBoard(folder / settings.log)] if settings.log == "tensorboard" else [],
     )
     if ranks.index:  # the first process writes and tests
         return TrainedRun(folder, None, result.best_epoch, result.best_val_accuracy)

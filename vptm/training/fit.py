@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from vptm.data.split_list import SplitList
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import unwrapped
 from vptm.settings import Precision, Schedule, TrainSettings
+from vptm.training.callbacks import Callback
 from vptm.training.checks import check_data, check_loaders, check_model, check_settings, check_together
 from vptm.training.evaluate import ask
 from vptm.training.precision import dtype_of, float32_products, in_type, resolve_precision, slow_note
@@ -70,6 +71,7 @@ def fit(
     progress: bool = True,
     info: Mapping[str, Any] | None = None,
     images: SplitList | None = None,
+    callbacks: Sequence[Callback] = (),
     precision: Precision | None = None,
     compile: bool = False,
     accumulate: int = 1,
@@ -125,6 +127,7 @@ def fit(
         info: JSON-able facts to add to `run.json`.
         images: what the run is trained, validated and tested on, kept in `split.csv`; a run that is resumed must have
             been started on the same. None lists those of `train` and `val`, where they are `ImageDataset`s.
+        callbacks: told of every step and epoch and of the end, see `vptm.training.callbacks.Callback`.
         precision: what computes: "fp32", "tf32", "bf16", "fp16", or "auto", which is bf16 on a GPU that has it and fp32
             elsewhere; images are cast to it. None computes in the model's own type, which images must have. A GPU needs
             compute capability 8.0 for tf32 and bf16; fp16 is trained on GPUs only.
@@ -178,17 +181,19 @@ def fit(
     if progress:
         for line in filter(None, (slow_note(kind, place), _opening(run, step, epochs, len(train)))):
             print(line, file=sys.stderr, flush=True)
-    loader, shares = rank_loader(train, ranks, "train")
     bar = TrainProgress(progress, epochs=epochs, done=run.epoch, steps=len(train))
+    feed = _Feed(*rank_loader(train, ranks, "train"), bar, [] if ranks.index else list(callbacks))
     interrupted = False
     try:
         with generators_kept(train, val), float32_products(kind), bar:
             for epoch in range(run.epoch + 1, epochs + 1):
                 seed_everything(seed, epoch, train, val)
-                if shares is not None:
-                    loader.generator.manual_seed(torch.initial_seed() + ranks.index)
-                run.finish_epoch(_epoch(step, loader, shares, val, epoch, bar))
+                if feed.shares is not None:
+                    feed.loader.generator.manual_seed(torch.initial_seed() + ranks.index)
+                run.finish_epoch(_epoch(step, feed, val, epoch))
                 bar.epoch(run.history[-1])
+                for callback in feed.told:
+                    callback.epoch(run.history[-1])
     except KeyboardInterrupt:
         interrupted = True
         run.catch_up()
@@ -198,6 +203,8 @@ def fit(
     finally:
         inner.to(place)
     run.end(finished=not interrupted)
+    for callback in feed.told:
+        callback.end(run.history, interrupted=interrupted)
     accuracy = None if run.best_score is None else run.best_score[0]
     return FitResult(run.history, run.best_epoch, accuracy, interrupted, run.folder)
 
@@ -228,17 +235,19 @@ def _opening(run: Run, step: TrainStep, epochs: int, batches: int) -> str:
     )
 
 
-def _epoch(
-    step: TrainStep,
-    train: DataLoader[Any],
-    shares: RankBatches | None,
-    val: DataLoader[Any] | None,
-    epoch: int,
-    bar: TrainProgress,
-) -> dict[str, Any]:
+class _Feed(NamedTuple):
+    """What an epoch is trained on, and who is told of it; `shares` of one of several processes."""
+
+    loader: DataLoader[Any]
+    shares: RankBatches | None
+    bar: TrainProgress
+    told: list[Callback]
+
+
+def _epoch(step: TrainStep, feed: _Feed, val: DataLoader[Any] | None, epoch: int) -> dict[str, Any]:
     """Train one epoch and validate: its row of `metrics.csv`."""
     started = time.perf_counter()
-    train_loss, train_accuracy = _train_epoch(step, train, shares, epoch, bar)
+    train_loss, train_accuracy = _train_epoch(step, feed, epoch)
     answers = None if val is None else ask(step.forward, val, dtype=step.dtype, ranks=step.ranks)
     return {
         "epoch": epoch,
@@ -251,11 +260,9 @@ def _epoch(
     }
 
 
-def _train_epoch(
-    step: TrainStep, loader: DataLoader[Any], shares: RankBatches | None, epoch: int, bar: TrainProgress
-) -> tuple[float, float]:
+def _train_epoch(step: TrainStep, feed: _Feed, epoch: int) -> tuple[float, float]:
     """Mean loss over the images of an epoch, and the share that was right, each before the step on its batch."""
-    model = step.model
+    model, loader, shares = step.model, feed.loader, feed.shares
     place = next(model.parameters()).device
     model.train()
     losses: list[Tensor] = []
@@ -269,11 +276,14 @@ def _train_epoch(
         images = images.to(place, step.dtype or images.dtype, non_blocking=True)
         labels = labels.to(place, non_blocking=True).long()
         own, every = (len(labels), len(labels)) if shares is None else shares.sizes[number - 1]
-        loss, scores = step(images, labels, (epoch - 1) * len(loader) + number - 1, own / every)
+        so_far = (epoch - 1) * len(loader) + number - 1
+        loss, scores = step(images, labels, so_far, own / every)
         losses.append(loss)
         sizes.append(every)
         correct += (scores.argmax(1) == labels)[:own].sum()
-        bar.step(every, waited)
+        feed.bar.step(every, waited)
+        for callback in feed.told:
+            callback.step(so_far, loss, step.lr)
         if len(losses) == _STEPS_PER_CHECK or number == len(loader):
             # one transfer for many steps: reading every loss would stall a GPU
             values = step.ranks.sum(torch.stack(losses).double()).cpu()
