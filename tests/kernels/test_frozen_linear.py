@@ -58,13 +58,43 @@ def test_equals_linear_and_gelu(onednn: bool, shape: tuple[int, ...], dtype: tor
     assert_close_to_exact("frozen_linear", found, exact, textbook(x, weight, bias), factor=2)
 
 
-def test_gradients_are_those_of_linear(onednn: bool) -> None:
-    """oneDNN's operator has no gradient: used where something is recorded, prompts would stop learning."""
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_linear(onednn: bool, calls: list[int], dtype: torch.dtype, gelu: bool) -> None:
+    """oneDNN's operator has no gradient: prompts would stop learning without the one that is given to it."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 4, 7).to(dtype), torch.randn(3, 7).to(dtype), torch.randn(3).to(dtype)
+    upstream = torch.randn(4, 2, 3).to(dtype).transpose(0, 1)  # as attention gives it: rows that are not contiguous
+
+    def gradient(function: Any, cast: torch.dtype) -> torch.Tensor:
+        leaf = x.to(cast).requires_grad_()
+        return torch.autograd.grad(function(leaf, weight.to(cast), bias.to(cast)), leaf, upstream.to(cast))[0]
+
+    def textbook(*tensors: torch.Tensor) -> torch.Tensor:
+        return F.gelu(F.linear(*tensors)) if gelu else F.linear(*tensors)
+
+    found = gradient(lambda *tensors: frozen_linear(*tensors, gelu=gelu), dtype)
+    assert bool(calls) == (onednn and dtype == torch.float32)
+    assert_close_to_exact("gradient", found, gradient(textbook, torch.float64), gradient(textbook, dtype), factor=3)
+
+
+def test_a_gradient_of_the_gradient_is_that_of_linear(onednn: bool) -> None:
+    """A penalty on gradients needs it, and an operator without a gradient would give zeros."""
     torch.manual_seed(0)
     x, weight = torch.randn(4, 7, requires_grad=True), torch.randn(3, 7)
-    (found,) = torch.autograd.grad(frozen_linear(x, weight, gelu=True).sum(), x)
-    (expected,) = torch.autograd.grad(F.gelu(F.linear(x, weight)).sum(), x)
-    assert torch.equal(found, expected)
+    second = []
+    for function in (lambda x: frozen_linear(x, weight, gelu=True), lambda x: F.gelu(F.linear(x, weight))):
+        (first,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(*second)
+    assert bool(second[0].any())
+
+
+def test_a_weight_that_learns_gets_its_gradient(onednn: bool, calls: list[int]) -> None:
+    x, weight, bias = torch.randn(4, 7), torch.randn(3, 7, requires_grad=True), torch.randn(3, requires_grad=True)
+    frozen_linear(x, weight, bias).sum().backward()
+    frozen_linear(x, weight.detach(), bias).sum().backward()
+    assert weight.grad is not None and torch.equal(bias.grad, torch.full((3,), 8.0)) and not calls
 
 
 @torch.no_grad()
@@ -128,6 +158,27 @@ def test_beit_equals_reference(onednn: bool, calls: list[int], mode: str, readou
     model = build(tiny_beit(), prompt_mode=mode, prompt_length=3, readout=readout)
     _equals_reference(model, images(model, 3), precision)
     assert bool(calls) == onednn
+
+
+@pytest.mark.parametrize("mode", ["shallow", "deep"])
+def test_a_training_step_has_the_gradients_of_the_reference(onednn: bool, calls: list[int], mode: str) -> None:
+    """Prompts, token head and prototypes of whole models learn through oneDNN's products."""
+    model = build(tiny_beit(), prompt_mode=mode, prompt_length=3).float().train()
+    eager = copy.deepcopy(model)
+    eager.impl = "reference"
+    exact, batch = copy.deepcopy(eager).double(), images(model, 3)
+
+    def gradients(one: Any, images: torch.Tensor) -> list[torch.Tensor]:
+        return list(
+            torch.autograd.grad(F.cross_entropy(one(images), torch.arange(3)), list(one.trainable_parameters()))
+        )
+
+    found, peers, want = gradients(model, batch.float()), gradients(eager, batch.float()), gradients(exact, batch)
+    assert bool(calls) == onednn
+    for actual, peer, right in zip(found, peers, want):
+        # so small a model is off by an eps or two: which of two orders of summation is nearer is chance
+        limit = 3 * (peer - right).abs().max() + 8 * torch.finfo(torch.float32).eps * right.abs().max().clamp(min=1)
+        assert (actual - right).abs().max() <= limit
 
 
 @pytest.mark.parametrize("act", ["gelu", "quick_gelu", "gelu_tanh"])

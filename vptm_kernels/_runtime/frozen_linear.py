@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,15 +44,15 @@ def multiplies_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def _recorded(x: Tensor) -> bool:
-    """Whether a derivative, backward or forward, or a trace may be taken of what happens to `x`."""
-    return torch.is_grad_enabled() or not nothing_traces(x) or differentiates_forward()
+def _learns(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of what is made of these may be taken."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def runs_onednn(x: Tensor, weight: Tensor) -> bool:
+def runs_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `frozen_linear` sends this product to oneDNN."""
-    # its operator has no gradient, and what is traced must not depend on the processor
-    if onednn_linear is None or _recorded(x):
+    # what is traced must not depend on the processor, and the operator has no forward derivative
+    if onednn_linear is None or not nothing_traces(x) or differentiates_forward() or _learns(weight, bias):
         return False
     wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return (
@@ -65,17 +66,45 @@ def runs_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """`linear(x, weight, bias)`, then the exact (erf) GELU if asked for: x (..., I), weight (O, I), bias (O,)."""
-    if runs_onednn(x, weight):
-        return _onednn(x.to(weight.dtype), weight, bias, gelu)
-    out = F.linear(x, weight, bias)
+    """`linear(x, weight, bias)`, then the exact (erf) GELU if asked for: x (..., I), weight (O, I), bias (O,).
+
+    Gradients of every order reach x. A weight or bias that learns is one that `linear` itself multiplies.
+    """
+    learns = _learns(x)
+    # PyTorch sends bfloat16 to oneDNN itself: only the GELU on the way out would be gained, which training cannot have
+    if runs_onednn(x, weight, bias) and not (learns and weight.dtype == torch.bfloat16):
+        x = x.to(weight.dtype)
+        if not learns:
+            return _onednn(x, weight, bias, gelu)
+        # rows in one dimension: what a Function gives may not be a view, or nobody could add to it in place
+        rows: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+        out = rows.view(*x.shape[:-1], weight.shape[0])
+    else:
+        out = F.linear(x, weight, bias)
     if not gelu:
         return out
-    return F.gelu(out) if _recorded(out) else torch.ops.aten.gelu_.default(out)
+    in_place = not torch.is_grad_enabled() and nothing_traces(out) and not differentiates_forward()
+    return torch.ops.aten.gelu_.default(out) if in_place else F.gelu(out)
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     activation, algorithm = ("gelu", "none") if gelu else ("none", "")
     assert onednn_linear is not None
     out: Tensor = onednn_linear(x, weight, bias, activation, [], algorithm)
     return out
+
+
+class _Linear(torch.autograd.Function):
+    """oneDNN's operator with the gradient of x, which it lacks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (weight,), (grad,) = ctx.saved_tensors, grads
+        # where this gradient is recorded, its own is wanted
+        recorded = torch.is_grad_enabled() or not nothing_traces(grad)
+        return grad @ weight if recorded else _onednn(grad.contiguous(), weight.t(), None), None, None
