@@ -213,7 +213,10 @@ def bench_model_of_12_blocks(benchmark: BenchmarkFixture, mode: str) -> None:
         _report(benchmark, f"{BLOCKS} blocks, {mode}", of_model(mode), seen.compiled)
 
 
-def main(path: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="json to write")
+    path: Path = parser.parse_args().file
     torch.set_num_threads(1)
     document: dict[str, Any] = {"environment": timing.environment(), "load average before": timing.load_average()}
     makes: dict[str, Callable[[], Runs]] = {
@@ -232,6 +235,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="json to write")
-    main(parser.parse_args().file)
+    main()

@@ -6,6 +6,7 @@ of its json.
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import Any
 
@@ -100,6 +101,7 @@ STUDIES = {"builtin": (builtin, accuracy_builtin.plot), "claims": (claims, accur
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m studies.report", description=__doc__).parse_args()
     for name, (table, plot) in STUDIES.items():
         content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         (RESULTS / f"{name}.md").write_text(table(content), encoding="utf-8")

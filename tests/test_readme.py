@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+from console import Console
 
 from bench import peers, plots, report
 
@@ -364,22 +367,39 @@ def test_a_folder_without_a_json_is_refused() -> None:
     assert caught.value.code == 2
 
 
-def test_every_named_test_exists() -> None:
-    """The support table proves each line by a test: a renamed or deleted one fails here."""
-    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
-    table = README[README.index("## What is supported") : README.index("## Limits")]
-    named = re.findall(r"`((?:test_\w+\.py)?(?:::test_\w+)?)`", table)
-    assert len(named) > 5
-    module = ""
-    for entry in named:
-        module, _, function = (entry if entry.startswith("test_") else module + entry).partition("::")
-        assert module in sources, module
-        assert not function or f"def {function}(" in sources[module], entry
+def test_the_first_page_is_one() -> None:
+    assert len(README.splitlines()) <= 130
 
 
 def test_drop_in_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code a user copies from the README works as it stands."""
     example = re.search(r"## Drop-in\n+```python\n(.*?)```", README, re.DOTALL)
-    assert example is not None
+    assert example is not None and len(example[1].strip().splitlines()) <= 12
     monkeypatch.chdir(tmp_path)
     exec(compile(example[1], "README.md", "exec"), {})
+
+
+def test_continuous_integration_finds_the_lines_it_runs() -> None:
+    """It runs the README's own commands; one that was changed there must not drop out."""
+    patterns = re.findall(r"grep -m1 '([^']+)' README\.md", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert len(patterns) == 3
+    for pattern in patterns:
+        assert len(re.findall(pattern, README, re.MULTILINE)) == 1, pattern
+
+
+def test_commands_run_as_they_are_written(vptm: Console, material: Path, tmp_path: Path) -> None:
+    """One after another, with pictures, a file of weights and, to be quick, few epochs in place of the README's."""
+    lines = re.findall(r"^vptm .*", README, re.MULTILINE)
+    assert len(lines) == 5
+    shutil.copytree(material / "pictures", tmp_path / "photos")
+    shutil.copy(next((material / "pictures").rglob("*.png")), tmp_path / "picture.jpg")
+    weights = str(material / "backbone.safetensors")
+    for line in lines:
+        words = shlex.split(re.split(r" +#| > ", line)[0])[1:]
+        words = [weights if word.endswith(".pth") else word for word in words]
+        if words[0] == "compare":
+            words += ["--data", "photos", "--model", weights, "--shots", "2"]
+        if words[0] in ("train", "compare") and "--resume" not in words:
+            words += ["--epochs", "1"]
+        status, _, said = vptm(*words)
+        assert status == 0, f"{line}: {said}"

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vptm import __version__
 from vptm.export.program import export_program
 from vptm.frozen.modes import eval_mode
 from vptm.messages import one_of
 from vptm.models.prompted_model import PromptedModel
+from vptm.version import __version__
 from vptm.weights.files import WriteError
 
 FORMATS = ("pt2", "aoti", "onnx", "safetensors")
