@@ -9,26 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+BELOW = ("frozen", "weights", "data")
 # rooms, and those that each may import from; from the leaves anyone may
 ROOMS = {
-    "commands": {
-        "recipes",
-        "methods",
-        "serving",
-        "export",
-        "inspection",
-        "training",
-        "models",
-        "frozen",
-        "weights",
-        "data",
-    },
-    "methods": {"recipes", "training", "models", "frozen", "weights", "data"},
-    "export": {"models", "frozen", "weights", "data"},
-    "serving": {"training", "models", "frozen", "weights", "data"},
-    "inspection": {"models", "frozen", "weights", "data"},
-    "training": {"models", "frozen", "weights", "data"},
-    "models": {"frozen", "weights", "data"},
+    "commands": {"recipes", "methods", "serving", "export", "inspection", "training", "models", *BELOW},
+    "methods": {"recipes", "training", "models", *BELOW},
+    "export": {"models", *BELOW},
+    "serving": {"training", "models", *BELOW},
+    "inspection": {"models", *BELOW},
+    "training": {"models", *BELOW},
+    "models": set(BELOW),
     "frozen": set(),
     "weights": {"data"},
     "data": set(),
