@@ -12,6 +12,7 @@ import pytest
 from console import Console
 
 from bench import peers, plots, report
+from vptm.recipes.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -398,7 +399,9 @@ def test_commands_run_as_they_are_written(vptm: Console, material: Path, tmp_pat
         words = shlex.split(re.split(r" +#| > ", line)[0])[1:]
         words = [weights if word.endswith(".pth") else word for word in words]
         if words[0] == "compare":
-            words += ["--data", "photos", "--model", weights, "--seeds", "1"]
+            # every run is a process of its own: one is made, of the others the names are looked up
+            assert [read_recipe(name) for name in words[words.index("--methods") + 1].split(",")]
+            words += ["--data", "photos", "--model", weights, "--seeds", "1", "--methods", "vptm"]
         if words[0] in ("train", "compare") and "--resume" not in words:
             words += ["--epochs", "1", "--shots", "2"]
         status, _, said = vptm(*words)
