@@ -76,8 +76,11 @@ def test_only_learned_tensors_are_written(folder: Path, backbone: Path) -> None:
 
 def test_the_config_says_how_to_rebuild_the_model(folder: Path, backbone: Path) -> None:
     config = json.loads((folder / CONFIG_FILE).read_text())
-    assert config["schema_version"] == 2 and config["extra"] == {"epoch": 3}
-    assert config["backbone"]["source"] == str(backbone.resolve())
+    assert config["schema_version"] == 3 and config["extra"] == {"epoch": 3}
+    assert config["backbone"]["source"] == config["base_model_name_or_path"] == backbone.name
+    assert config["peft_type"] == "VPTM" and config["task_type"] == "IMAGE_CLASSIFICATION"
+    assert (folder / config["backbone"]["path"]).resolve() == backbone.resolve()
+    assert str(backbone.parent) not in (folder / CONFIG_FILE).read_text(), "a path of this machine"
     assert config["backbone"]["weight_hash"] == trained(backbone).weight_hash()
     assert config["backbone"]["architecture"]["embed_dim"] == 16 and config["backbone"]["dtype"] == "float32"
     assert config["trained"] == sorted(trained(backbone).learned_state_dict())
@@ -141,7 +144,9 @@ def edit(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 3}, "has schema_version 3, this vptm .* reads up to 2: update vptm"),
+        ({"schema_version": 4}, "has schema_version 4, this vptm .* reads up to 3: update vptm"),
+        ({"peft_type": "LORA"}, "must have peft_type 'VPTM', got 'LORA'"),
+        ({"extras": {}}, "must have no entry 'extras'"),
         ({"schema_version": "1"}, "must have an integer schema_version, got '1'"),
         ({"backbone": None}, "must have an object 'backbone', got None"),
         ({"backbone": {}}, "must have the string backbone.weight_hash"),
@@ -473,7 +478,7 @@ def test_nothing_is_fetched_unless_the_source_is_passed(folder: Path, monkeypatc
     # where a machine says HF_HUB_OFFLINE, the hub's own library refuses before any call
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     config = json.loads((folder / CONFIG_FILE).read_text())
-    hub = config["backbone"] | {"source": "nobody/no-such-beit"}
+    hub = config["backbone"] | {"source": "nobody/no-such-beit", "path": None}
     vit = {"num_classes": 3, "pretrained": True}
     for changes in (
         {"backbone": hub},
@@ -527,3 +532,18 @@ def test_no_value_of_the_config_escapes_as_another_error(folder: Path, value: An
             continue
         if name not in free:
             assert torch.equal(loaded(IMAGES), expected), (section, name)
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_adapters_of_older_schemas_hold_the_whole_path(backbone: Path, folder: Path, schema: int) -> None:
+    """What was written before still loads: 1 without what was trained, both with a path and without the new fields."""
+    want = load_adapter(folder)(IMAGES)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    for name in ("peft_type", "task_type", "base_model_name_or_path"):
+        del config[name]
+    del config["backbone"]["path"]
+    config["backbone"]["source"] = str(backbone.resolve())
+    if schema == 1:
+        del config["trained"], config["backbone"]["dtype"]
+    (folder / CONFIG_FILE).write_text(json.dumps(config | {"schema_version": schema}))
+    assert torch.equal(load_adapter(folder)(IMAGES), want)

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import timm
-import torch
-from timm.models import get_pretrained_cfg
 from timm.models.beit import Beit
-from torch import Tensor, nn
+from torch import nn
 
 from vptm.messages import hint, one_of
+from vptm.models.loading import load
 from vptm.models.prompted_beit import PromptedBEiT
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.prompted_vit import PromptedViT
 from vptm.settings import MODEL_SETTINGS, names
-from vptm.weights.adapters import (
-    CONFIG_FILE,
-    TENSORS_FILE,
-    check_adapter_tensors,
-    check_backbone_hash,
-    read_adapter_config,
-    read_adapter_tensors,
-)
+from vptm.weights.adapters import CONFIG_FILE, read_adapter_config
 from vptm.weights.backbones import is_timm_name
-from vptm.weights.checkpoints import local_files_only
 from vptm.weights.files import one_line_errors
 
 _CLASSES: dict[str, type[PromptedModel]] = {"beit": PromptedBEiT, "classifier_beit": PromptedBEiT, "vit": PromptedViT}
@@ -86,15 +75,6 @@ def kind_of(source: Any, readout: str | None = None) -> str:
     return "classifier_beit" if is_bare and readout != "mask" else "beit"
 
 
-def build(kind: str, source: Any, config: Mapping[str, Any], impl: str = "auto") -> PromptedModel:
-    """A model of the class that `kind` names in `MODEL_CLASSES`, from `source` and a model's `config`."""
-    # adapters of older versions name it, and it has no effect
-    config = {name: value for name, value in config.items() if name != "prompt_location"}
-    size = config.get("img_size")
-    size = tuple(size) if isinstance(size, list) else size
-    return MODEL_CLASSES[kind](source, **{**config, "img_size": size}, impl=impl)
-
-
 def load_adapter(folder: str | Path, *, source: Any = None, impl: str = "auto") -> PromptedModel:
     """Rebuild the model an adapter was trained on and load what was learned.
 
@@ -115,121 +95,8 @@ def load_adapter(folder: str | Path, *, source: Any = None, impl: str = "auto") 
         ValueError: damaged files, a newer schema, other backbone weights, or tensors that do not fit.
     """
     with one_line_errors(folder):
-        return _load(Path(folder), source, impl)
-
-
-def _load(folder: Path, source: Any, impl: str) -> PromptedModel:
-    config = read_adapter_config(folder)
-    recorded, given = config["backbone"].get("source"), source
-    if source is None:
-        if recorded is None:
-            raise ValueError(f"{folder} was trained on a model object, not a file: pass the backbone as source=")
-        source = recorded
-    learned, stated_hash = read_adapter_tensors(folder)
-    kind = config.get("model_class", "PromptedBEiT")
-    one_of(f"model_class in {folder / CONFIG_FILE}", kind, tuple(MODEL_CLASSES))
-    _check_claims(folder, config["model"], learned)
-    try:
-        if given is None:
-            if config["model"].get("pretrained"):
-                _refuse_download(source)
-            with local_files_only():
-                model = build(kind, source, config["model"], impl)
-        else:
-            model = build(kind, source, config["model"], impl)
-    except TypeError as error:
-        raise ValueError(f"{folder / CONFIG_FILE} does not fit {kind}: {error}") from None
-    except (FileNotFoundError, ValueError) as error:
-        if not isinstance(error, FileNotFoundError) and not (given is None and isinstance(error.__cause__, OSError)):
-            raise
-        raise FileNotFoundError(
-            f"{error}; the adapter was trained on {recorded}: pass the backbone as source="
-        ) from error
-    return _completed(folder, model, config, learned, stated_hash)
-
-
-def adapter_on(model: PromptedModel, folder: str | Path) -> PromptedModel:
-    """`load_adapter` on the weights of `model`: its backbone, mask token and token head are shared, not read again.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_adapter`; a model of another class or image size.
-    """
-    with one_line_errors(folder):
-        folder = Path(folder)
         config = read_adapter_config(folder)
-        learned, stated_hash = read_adapter_tensors(folder)
         kind = config.get("model_class", "PromptedBEiT")
-        if kind != type(model).__name__:
-            raise ValueError(f"{folder / CONFIG_FILE} must have model_class {type(model).__name__!r}, got {kind!r}")
-        try:
-            found = build(kind, model.loaded(), {**config["model"], "img_size": None, "pretrained": False})
-        except TypeError as error:
-            raise ValueError(f"{folder / CONFIG_FILE} does not fit {kind}: {error}") from None
-        found.config |= {name: config["model"][name] for name in ("img_size", "pretrained") if name in config["model"]}
-        return _completed(folder, found, config, learned, stated_hash)
-
-
-def _completed(
-    folder: Path,
-    model: PromptedModel,
-    config: Mapping[str, Any],
-    learned: Mapping[str, Tensor],
-    stated_hash: str | None,
-) -> PromptedModel:
-    """A model as it was built, with what its adapter holds."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    check_adapter_tensors(folder, config, learned, stated_hash, parameters, model.learned_state_dict().keys())
-    check_backbone_hash(config, learned, model._frozen_state(), model.source)
-    _fill(model, learned, config)
-    model.class_names = config.get("class_names")
-    size = model.default_cfg["input_size"]
-    for name, value in (config.get("preprocessing") or {}).items():
-        model.default_cfg[name] = tuple(value) if isinstance(value, list) else value
-    if tuple(model.default_cfg["input_size"]) != tuple(size):
-        raise ValueError(
-            f"{folder / CONFIG_FILE} must have preprocessing.input_size {list(size)}, the model's, "
-            f"got {list(model.default_cfg['input_size'])}"
-        )
-    return model.eval()
-
-
-def _check_claims(folder: Path, config: Mapping[str, Any], learned: Mapping[str, Tensor]) -> None:
-    """Refuse sizes beyond the values that an adapter holds before memory is taken for them."""
-    held = sum(tensor.numel() for tensor in learned.values())
-    options = config.get("prompt_options")
-    widths = {
-        "num_classes": None if config.get("verbalizer") == "linear" else config.get("prototype_dim"),
-        "prompt_length": options.get("prompt_dim") if isinstance(options, dict) else None,
-    }
-    for name, width in widths.items():
-        count = config.get(name)
-        values = (count if type(count) is int else 0) * (width if type(width) is int else 1)
-        if values > held:
-            raise ValueError(
-                f"{folder / CONFIG_FILE} must ask for at most the {held} values that {TENSORS_FILE} holds, "
-                f"model.{name} asks for {values}"
-            )
-
-
-def _refuse_download(name: str) -> None:
-    """timm fetches weights that are not on the hub by their address, whatever the hub's cache says."""
-    cfg = get_pretrained_cfg(name) if timm.is_model(name) else None
-    if cfg is None or cfg.hf_hub_id or not isinstance(cfg.url, str) or not cfg.url:
-        return
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(cfg.url).path).name)
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}: its weights are not in {path.parent}")
-
-
-def _fill(model: PromptedModel, learned: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Copy what the adapter holds into `model`, and let require a gradient what did when it was saved."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    trained = learned if config["schema_version"] == 1 else config["trained"]
-    every = {name for name in parameters if name.startswith("backbone.")}
-    if config["backbone"].get("unfrozen") and (config["schema_version"] > 1 or every <= learned.keys()):
-        model.unfreeze()
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in learned)
-    model.load_learned_state_dict(learned)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+        one_of(f"model_class in {Path(folder) / CONFIG_FILE}", kind, tuple(MODEL_CLASSES))
+        model: PromptedModel = load(MODEL_CLASSES[kind], Path(folder), config, source, impl)
+        return model

@@ -87,6 +87,7 @@ class PromptedBEiT(PromptedModel):
         torch.Size([2, 10])
     """
 
+    saved_as = "PromptedBEiT"
     bias_index: Tensor
 
     def __init__(

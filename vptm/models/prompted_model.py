@@ -20,7 +20,7 @@ from vptm.frozen.reference import reference_features
 from vptm.frozen.sharing import unshare_storage
 from vptm.messages import one_of
 from vptm.models.config import LabelledOutput, ModelConfig
-from vptm.models.learned import LearnedParts
+from vptm.models.pretrained import Pretrained
 from vptm.models.prompts import PromptBank
 from vptm.models.verbalizers import ClassEmbeddings, LinearVerbalizer, PrototypicalVerbalizer
 from vptm.settings import PromptSettings, names
@@ -28,7 +28,7 @@ from vptm.settings import PromptSettings, names
 Verbalizer = PrototypicalVerbalizer | LinearVerbalizer | ClassEmbeddings
 
 
-class PromptedModel(LearnedParts):
+class PromptedModel(Pretrained):
     """A frozen transformer with learned prompts and a verbalizer; `PromptedBEiT` and `PromptedViT` say what rows it
     has.
 

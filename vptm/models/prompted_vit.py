@@ -72,6 +72,8 @@ class PromptedViT(PromptedModel):
         torch.Size([2, 10])
     """
 
+    saved_as = "PromptedViT"
+
     def __init__(
         self,
         source: str | VisionTransformer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +13,67 @@ import torch
 from torch import Tensor, nn
 
 from vptm.messages import listed, one_line
-from vptm.models.opening import MODEL_CLASSES, build
-from vptm.models.prompted_model import PromptedModel
+from vptm.models.learned import LearnedParts
+from vptm.models.verbalizers import folded_verbalizer
 from vptm.weights.adapters import PREPROCESSING, write_adapter
 from vptm.weights.checkpoints import local_files_only
 from vptm.weights.files import weight_hash
 
 
-def save_adapter(model: PromptedModel, folder: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
+class Saved(LearnedParts):
+    """What a model has that is saved as an adapter.
+
+    saved_as: the name of the class that loads it; that of a subclass would be lost.
+    """
+
+    saved_as = ""
+    default_cfg: dict[str, Any]
+    architecture: dict[str, Any]
+    source: str | None
+    class_names: list[str] | None
+    _frozen: bool
+
+    def unfreeze(self) -> Any:
+        """Make the backbone trainable too."""
+        raise NotImplementedError
+
+    def with_parts(self, **parts: Any) -> Any:
+        """A model with other parts of those names."""
+        raise NotImplementedError
+
+    def _make_prompts(self) -> Any:
+        raise NotImplementedError
+
+    def _make_verbalizer(self, num_classes: int) -> Any:
+        raise NotImplementedError
+
+
+def build(kind: type[Saved], source: Any, config: Mapping[str, Any], impl: str = "auto") -> Any:
+    """A model of a class from `source` and another model's `config`."""
+    # adapters of older versions name it, and it has no effect
+    config = {name: value for name, value in config.items() if name != "prompt_location"}
+    size = config.get("img_size")
+    size = tuple(size) if isinstance(size, list) else size
+    return kind(source, **{**config, "img_size": size}, impl=impl)
+
+
+def deployed(model: Saved) -> Any:
+    """`model` with its token head and projection, or linear verbalizer, as one map of the hidden state: the same scores
+    from V / C times fewer numbers, which only the hidden state's own training can change.
+
+    Raises:
+        ValueError: a verbalizer where that is not exact.
+    """
+    verbalizer = folded_verbalizer(model.verbalizer, model.lm_head)
+    twin = model.with_parts(verbalizer=verbalizer.to(model.prompts.weight))
+    changes = {"token_activation": "hidden", "train_lm_head": False}
+    if "projection_bias" in model.config and model.config["verbalizer"] == "prototypical":
+        changes["projection_bias"] = True
+    twin.config = type(model.config)(model.config | changes)
+    return twin
+
+
+def save_adapter(model: Saved, folder: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
     """Write what `model` has that its source does not, and how to rebuild it.
 
     That is its `learned_state_dict()` and every frozen tensor that differs from the source's, which is read once more
@@ -44,8 +98,8 @@ def save_adapter(model: PromptedModel, folder: str | Path, *, extra: Mapping[str
         10
     """
     model = unwrapped(model)
-    if type(model) not in MODEL_CLASSES.values():
-        raise TypeError(f"model must be a {' or a '.join(MODEL_CLASSES)}, got {type(model).__name__}")
+    if not isinstance(model, Saved) or type(model).saved_as != type(model).__name__:
+        raise TypeError(f"model must be a PromptedBEiT or a PromptedViT, got {type(model).__name__}")
     save_compared(model, folder, frozen_part(model), extra)
 
 
@@ -62,17 +116,24 @@ class FrozenPart(NamedTuple):
 
 
 def save_compared(
-    model: PromptedModel, folder: str | Path, frozen: FrozenPart, extra: Mapping[str, Any] | None = None
+    model: Saved,
+    folder: str | Path,
+    frozen: FrozenPart,
+    extra: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """`save_adapter` of a model whose frozen part was compared before, and has not changed since."""
     model.check_finite()
-    source = model.source
+    source, path = model.source, None
     if source is not None and source != "builtin" and not timm.is_model(source) and Path(source).exists():
-        source = str(Path(source).resolve())  # found again from any working directory
+        # its name, and where it is from the adapter: no path of this machine, and found again while both stay or move
+        path = Path(os.path.relpath(Path(source).resolve(), Path(folder).resolve())).as_posix()
+        source = Path(source).name
     config = {
         "model_class": type(model).__name__,
         "backbone": {
             "source": source,
+            "path": path,
             "architecture": dict(model.architecture),
             "weight_hash": frozen.weight_hash,
             "dtype": frozen.dtype,
@@ -84,10 +145,11 @@ def save_compared(
         "preprocessing": {name: model.default_cfg[name] for name in PREPROCESSING if name in model.default_cfg},
         "extra": dict(extra or {}),
     }
-    write_adapter(folder, config, model.learned_state_dict() | frozen.changed)
+    tensors = model.learned_state_dict() | frozen.changed
+    write_adapter(folder, config, {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()})
 
 
-def frozen_part(model: PromptedModel) -> FrozenPart:
+def frozen_part(model: Saved) -> FrozenPart:
     """Compare the frozen tensors of `model` with those that its source gives, by building it once more.
 
     Where there is no source, or it is not there any more, nothing can be compared: then the hash is all there is.
@@ -131,19 +193,19 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
-def _built_again(model: PromptedModel) -> PromptedModel | None:
+def _built_again(model: Saved) -> Saved | None:
     """A model made as `model` was, None where its source is not there; no random number is used up."""
     if model.source is None:
         return None
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), local_files_only():
         warnings.simplefilter("ignore")
         try:
-            return build(type(model).__name__, model.source, model.config)
+            return build(type(model), model.source, model.config)
         except (OSError, ValueError):
             return None
 
 
-def _made_here(model: PromptedModel) -> dict[str, Tensor]:
+def _made_here(model: Saved) -> dict[str, Tensor]:
     """Prompts and verbalizer as the config makes them, with no source."""
     with torch.random.fork_rng(devices=[]):
         parts = {"prompts": model._make_prompts(), "verbalizer": model._make_verbalizer(model.config["num_classes"])}

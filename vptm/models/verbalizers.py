@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -213,6 +213,52 @@ class PrototypicalVerbalizer(nn.Module):
     ) -> Tensor:
         """Class scores (B, K) = cosine / temperature; arguments as in `cosine`."""
         return self.cosine(hidden, lm_head, impl, token_head, prepared) / self.temperature
+
+
+def folded_verbalizer(verbalizer: Any, lm_head: nn.Linear | None) -> PrototypicalVerbalizer | LinearVerbalizer:
+    """The verbalizer of the hidden state that scores as one of token logits does through `lm_head`.
+
+    Raises:
+        ValueError: another activation or verbalizer, no projection, or parts that are no plain linears: no map of the
+            hidden state alone is the same then.
+    """
+    activation = getattr(verbalizer, "token_activation", None)
+    linear = getattr(verbalizer, "projection" if type(verbalizer) is PrototypicalVerbalizer else "head", None)
+    plain = type(verbalizer) in (PrototypicalVerbalizer, LinearVerbalizer)
+    if not plain or activation != "logits" or not is_plain_linear(linear) or not is_plain_linear(lm_head):
+        raise ValueError(
+            "folding needs a verbalizer that reads token logits through a plain linear, got "
+            f"{type(verbalizer).__name__} of {activation!r}"
+        )
+    assert linear is not None and lm_head is not None
+    with torch.no_grad():
+        head = fold_head(lm_head.weight, lm_head.bias, linear.weight, linear.bias)
+    width = lm_head.in_features
+    made: PrototypicalVerbalizer | LinearVerbalizer
+    if isinstance(verbalizer, LinearVerbalizer):
+        made = LinearVerbalizer(width, linear.out_features)
+        target = made.head
+    else:
+        classes, dim = verbalizer.prototypes.shape
+        made = PrototypicalVerbalizer(
+            width,
+            classes,
+            prototype_dim=dim,
+            token_activation="hidden",
+            projection_bias=True,
+            temperature=None if isinstance(verbalizer.log_temperature, nn.Parameter) else 1.0,
+        )
+        made.to(head.weight.dtype)
+        with torch.no_grad():
+            made.prototypes.copy_(verbalizer.prototypes)
+            made.log_temperature.copy_(verbalizer.log_temperature)
+        assert made.projection is not None
+        target = made.projection
+    target.to(head.weight.dtype)
+    with torch.no_grad():
+        target.weight.copy_(head.weight)
+        target.bias.copy_(head.bias)
+    return made.to(head.weight.device)
 
 
 class ClassEmbeddings(nn.Module):

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from vptm.frozen.folded import Folded, PooledPrefix
 from vptm.messages import hint, one_of
-from vptm.models.opening import adapter_on, open_model
+from vptm.models.loading import load_on
+from vptm.models.opening import open_model
 from vptm.models.prompted_model import PromptedModel
 from vptm.serving.batch_prompts import BatchPrompts, schedule
 from vptm.serving.pool import Pool
@@ -202,7 +203,7 @@ class TaskBank:
             raise ValueError(f"name must be a string that is not empty, got {name!r}")
         if name in self._snapshot.tasks:
             raise ValueError(f"name must not be in use, got {name!r}: remove it first")
-        given = adapter if isinstance(adapter, PromptedModel) else adapter_on(self._source, adapter)
+        given = adapter if isinstance(adapter, PromptedModel) else load_on(self._source, adapter)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             model = self._own(name, given)
             task, wanted = self._task(model)

@@ -29,8 +29,13 @@ from vptm.weights.files import (
 )
 from vptm.weights.preprocessing import preprocessing_error
 
-SCHEMA_VERSION = 2  # 1 had no "trained", and its hash left out what the constructor makes trainable and no more
+# 1 had no "trained", and its hash left out what the constructor makes trainable and no more; 2 had no "peft_type",
+# "task_type" and "base_model_name_or_path", and the whole path of a file in backbone.source
+SCHEMA_VERSION = 3
+PEFT_TYPE, TASK_TYPE = "VPTM", "IMAGE_CLASSIFICATION"
 TENSORS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+_STATED = ("schema_version", "peft_type", "task_type", "base_model_name_or_path", "vptm_version")
+_ENTRIES = {*_STATED, "model_class", "backbone", "model", "trained", "class_names", "preprocessing", "extra"}
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "background", "value_range")
 
 
@@ -51,7 +56,14 @@ def write_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mappin
     # copies: tensors that share memory cannot be written
     tensors = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     check_values(tensors)
-    stated = {"schema_version": SCHEMA_VERSION, "vptm_version": __version__, **config}
+    stated = {
+        "schema_version": SCHEMA_VERSION,
+        "peft_type": PEFT_TYPE,
+        "task_type": TASK_TYPE,
+        "base_model_name_or_path": config["backbone"]["source"],
+        "vptm_version": __version__,
+        **config,
+    }
     text = json.dumps(stated, indent=2, allow_nan=False) + "\n"
     if wrong := _config_error(json.loads(text)):
         raise ValueError(one_line(f"model must be one that an adapter can hold: {wrong}"))
@@ -104,6 +116,14 @@ def _config_error(config: dict[str, Any]) -> str | None:
         return "must have the string backbone.weight_hash"
     if not isinstance(backbone.get("source"), str | None):
         return f"must have backbone.source as a string or null, got {backbone['source']!r}"
+    if config["schema_version"] > 2:
+        if config.get("peft_type") != PEFT_TYPE:
+            return f"must have peft_type {PEFT_TYPE!r}, got {config.get('peft_type')!r}"
+        if unknown := sorted(config.keys() - _ENTRIES):
+            return f"must have no entry {unknown[0]!r}"
+        path = backbone.get("path")
+        if path is not None and (not isinstance(path, str) or os.path.isabs(path)):
+            return f"must have backbone.path as a relative path or null, got {path!r}"
     if not isinstance(backbone.get("unfrozen", False), bool):
         return f"must have backbone.unfrozen as true or false, got {backbone['unfrozen']!r}"
     if config["schema_version"] > 1:
