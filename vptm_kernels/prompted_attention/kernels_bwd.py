@@ -160,7 +160,8 @@ def _query_grad_kernel(
     bias_head = qkv_ptr
     if BIAS.KIND:
         bias_head = bias_ptr + h.to(tl.int64) * stride_th
-    dq = tl.zeros((BLOCK_M, LAYOUT.DP), MATH.ACC)
+    DP: tl.constexpr = LAYOUT.DP  # Triton 3.6 takes no field of a group in a shape
+    dq = tl.zeros((BLOCK_M, DP), MATH.ACC)
 
     first_image = chunk
     last_image = chunk + 1
@@ -239,8 +240,9 @@ def _key_grad_kernel(
             keys = key_terms(load_ids(ids_ptr, offs_n, N, WINDOW), WINDOW)
     # The tile's columns are padded to 16, so this mask is constant over 16 and the load stays wide.
     inside = offs_n < tl.cdiv(grad_keys, 16) * 16
-    dk = tl.zeros((BLOCK_N, LAYOUT.DP), MATH.ACC)
-    dv = tl.zeros((BLOCK_N, LAYOUT.DP), MATH.ACC)
+    DP: tl.constexpr = LAYOUT.DP  # Triton 3.6 takes no field of a group in a shape
+    dk = tl.zeros((BLOCK_N, DP), MATH.ACC)
+    dv = tl.zeros((BLOCK_N, DP), MATH.ACC)
 
     first_image = chunk
     last_image = chunk + 1

@@ -195,13 +195,16 @@ def bias_rows(head, ids_ptr, row, N, prompt_column, BIAS: tl.constexpr, WINDOW: 
     """BiasRows of query rows; those from N on are prompts."""
     live = row < N
     rows = row
+    ids = head  # Triton 3.6 returns no None
+    if WINDOW.HAS_IDS:
+        ids = ids_ptr
     if BIAS.KIND == TABLE:
         rows = query_terms(load_ids(ids_ptr, row, N, WINDOW), WINDOW)
     elif BIAS.KIND:
         if BIAS.PARTIAL:
             row = tl.minimum(row, N - 1)
         rows = head + row.to(INDEX) * BIAS.STRIDE
-    return BiasRows(head, ids_ptr, rows, live, prompt_column)
+    return BiasRows(head, ids, rows, live, prompt_column)
 
 
 @triton.jit

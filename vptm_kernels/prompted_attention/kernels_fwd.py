@@ -75,7 +75,8 @@ def _attend_streaming(q, keys, bias, LAYOUT: tl.constexpr, KEYS: tl.constexpr, B
     # Finite, so that a row masked so far has a maximum to subtract, and below every score that is not a mask.
     m = tl.full((BLOCK_M,), -1e30, MATH.ACC)
     l = tl.zeros((BLOCK_M,), MATH.ACC)
-    acc = tl.zeros((BLOCK_M, LAYOUT.DP), MATH.ACC)
+    DP: tl.constexpr = LAYOUT.DP  # Triton 3.6 takes no field of a group in a shape
+    acc = tl.zeros((BLOCK_M, DP), MATH.ACC)
     every = tl.arange(0, BLOCK_N) >= 0
 
     full_tokens = 0
@@ -164,7 +165,8 @@ def _attend_unrolled(q, keys, resident_k, resident_v, bias, LAYOUT: tl.constexpr
     # Finite for rows that are masked as a whole.
     m = tl.full((BLOCK_M,), -1e30, MATH.ACC)
     l = tl.zeros((BLOCK_M,), MATH.ACC)
-    acc = tl.zeros((BLOCK_M, LAYOUT.DP), MATH.ACC)
+    DP: tl.constexpr = LAYOUT.DP  # Triton 3.6 takes no field of a group in a shape
+    acc = tl.zeros((BLOCK_M, DP), MATH.ACC)
     s = ()
     values = ()
     for i in tl.static_range(PARTS):
@@ -210,7 +212,7 @@ def _attend_rows(first, queries, keys, resident_k, resident_v, bias_ptr, ids_ptr
     if MATH.QUERY_SCALE != 1.0 and not KEYS_RESIDENT and not SCORES_RESIDENT:
         q = q * MATH.QUERY_SCALE
 
-    head = bias_ptr
+    head = queries.tokens
     if BIAS.KIND:
         head = bias_ptr + h.to(tl.int64) * stride_th
     bias = bias_rows(head, ids_ptr, row, queries.N, prompt_column, BIAS, WINDOW, LAYOUT.INDEX)
