@@ -67,6 +67,16 @@ def test_what_cannot_be_scored_is_named(
         model(**given)
 
 
+def test_no_parameter_that_is_trained_stays_without_a_gradient(model: PromptedBEiT) -> None:
+    """DistributedDataParallel waits for the gradient of each, also of prompts that have no value."""
+    for prompts in (0, 2):
+        linear = PromptedBEiT(
+            str(model.source), 3, prompt_length=prompts, readout="cls", verbalizer="linear", token_activation="hidden"
+        )
+        linear(images(2), labels=torch.tensor([0, 1])).loss.backward()
+        assert all(parameter.grad is not None for parameter in linear.trainable_parameters())
+
+
 def test_a_config_is_a_mapping_with_attributes(model: PromptedBEiT) -> None:
     """The adapter keeps the mapping, so what a trainer sets on the object must not reach it."""
     config = copy.deepcopy(model.config)

@@ -529,7 +529,7 @@ def test_labels_of_a_stream_are_checked_batch_by_batch(backbone: Path) -> None:
 
 def test_empty_or_unlabelled_data_is_refused(backbone: Path) -> None:
     model = make_model(backbone)
-    with pytest.raises(ValueError, match="train must hold at least one image"):
+    with pytest.raises(ValueError, match="train must hold at least one batch: 0 images in batches of 1"):
         fit(model, DataLoader(TensorDataset(torch.zeros(0, 1, 12, 12), torch.zeros(0).long())), epochs=1, lr=0.1)
     with pytest.raises(ValueError, match=r"train labels must be \(N,\) integers, got shape .* of float32"):
         fit(model, DataLoader(TensorDataset(torch.zeros(2, 1, 12, 12), torch.zeros(2))), epochs=1, lr=0.1)
@@ -537,6 +537,85 @@ def test_empty_or_unlabelled_data_is_refused(backbone: Path) -> None:
         fit(model, [], epochs=1, lr=0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must have trainable parameters"):
         fit(model.requires_grad_(False), loaders(model)[0], epochs=1, lr=0.1)
+
+
+class Dicts(Unlabelled):
+    def __getitem__(self, index: int) -> Any:
+        image, label = super().__getitem__(index)
+        return {"pixel_values": image, "labels": label}
+
+
+class Triples(Unlabelled):
+    def __getitem__(self, index: int) -> Any:
+        return (*super().__getitem__(index), index)
+
+
+def test_mappings_and_items_with_an_index_are_read(backbone: Path) -> None:
+    labels = [0, 1, 2, 0, 1]
+    rows, scores = [], []
+    for kind in (Unlabelled, Dicts, Triples):
+        loader = DataLoader(kind(labels), batch_size=2)
+        model = make_model(backbone)
+        rows.append(fit(model, loader, loader, epochs=1, lr=0.1, progress=False).history[0])
+        scores.append(evaluate(model, loader))
+    assert [{**row, "seconds": 0} for row in rows] == [{**rows[0], "seconds": 0}] * 3 and scores == [scores[0]] * 3
+    bad = DataLoader(Dicts([0, 1, 3]))
+    with pytest.raises(ValueError, match=r"train labels must be in 0\.\.2, got 3 for image 2"):
+        fit(make_model(backbone), bad, epochs=1, lr=0.1)
+
+
+def test_labels_may_be_shares_of_classes(backbone: Path) -> None:
+    """As MixUp makes them; the loss is that of the shares, and accuracy counts the largest."""
+    model = make_model(backbone)
+    images, labels = next(iter(DataLoader(pictures(6).with_transform(transforms(model)), batch_size=6)))
+    shares = torch.nn.functional.one_hot(labels, 3) * 0.7 + 0.1
+
+    def collate(items: Any) -> Any:
+        chosen = [int(index) for _, index in items]
+        return torch.stack([image for image, _ in items]), shares[chosen]
+
+    data = TensorDataset(images, torch.arange(6))
+    data.labels = labels.numpy()  # type: ignore[attr-defined]
+    row = fit(model, DataLoader(data, batch_size=6, collate_fn=collate), epochs=1, lr=1e-30, progress=False).history[0]
+    with torch.no_grad():
+        scores = model(images)
+    assert row["train_loss"] == pytest.approx(torch.nn.functional.cross_entropy(scores, shares).item(), rel=1e-5)
+    assert row["train_accuracy"] == (scores.argmax(1) == labels).double().mean().item()
+
+
+def test_what_no_batch_can_be_made_of_touches_no_folder(backbone: Path, tmp_path: Path) -> None:
+    """Raw errors of torch, timm and Python, some of them after a good run was replaced."""
+
+    class Endless(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter([(torch.zeros(1, 12, 12), 0)])
+
+    images = TensorDataset(torch.zeros(9, 1, 12, 12), torch.arange(9) % 3)
+    model = make_model(backbone)
+
+    def shares(items: Any) -> Any:
+        return torch.stack([image for image, _ in items]), torch.full((len(items), 5), 0.2)
+
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (DataLoader(Endless()), TypeError, "train must have a length, for the learning rate: give Endless a __len__"),
+        (DataLoader(images, batch_size=32, drop_last=True), ValueError, "one batch: 9 images in batches of 32"),
+        (
+            DataLoader(pictures(6), batch_size=3),
+            TypeError,
+            "train must give tensors that its collate_fn can batch: .*PIL",
+        ),
+        (DataLoader(TensorDataset(torch.zeros(9, 1, 12, 12))), TypeError, r"must yield .* got list of Tensor$"),
+        (DataLoader(images, collate_fn=lambda items: {"x": 1}), TypeError, "got a mapping with x$"),
+        (DataLoader(images, collate_fn=shares), ValueError, r"integers or \(B, 3\) shares, got \(1, 5\)"),
+    ]
+    soft = DataLoader(images, collate_fn=lambda items: (items[0][0][None], torch.full((1, 3), 1 / 3)))
+    for options in ({"train": soft, "protoverb_weight": 1.0}, {"train": DataLoader(images), "val": soft}):
+        with pytest.raises(ValueError, match=r"labels must be integers for validation and ProtoVerb's losses, got sh"):
+            fit(model, epochs=1, lr=0.1, run_dir=tmp_path / "r", **options)  # type: ignore[arg-type]
+    for loader, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            fit(model, loader, epochs=1, lr=0.1, run_dir=tmp_path / "r")
+        assert not (tmp_path / "r").exists(), message
 
 
 def test_labels_are_counted_as_items_give_them(backbone: Path, tmp_path: Path) -> None:

@@ -111,7 +111,9 @@ class PromptBank(nn.Module):
         width = prompt_dim or dim
         bound = math.sqrt(6.0 / (patch_values + width))
         rows = 1 if shared else count
-        self.weight = nn.Parameter(torch.empty(rows, length, width).uniform_(-bound, bound))
+        values = torch.empty(rows, length, width).uniform_(-bound, bound)
+        # without a value there is nothing to learn, and DistributedDataParallel would wait for its gradient
+        self.weight = nn.Parameter(values, requires_grad=length > 0)
         self.projection = None
         if prompt_dim is not None:
             self.projection = nn.Linear(prompt_dim, dim)

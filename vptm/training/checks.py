@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from vptm.data.datasets import ImageDataset
 from vptm.data.labels import check_labels, dataset_labels
-from vptm.messages import hint, number
+from vptm.messages import error_line, hint, number
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.verbalizers import PrototypicalVerbalizer
 from vptm.settings import TrainSettings
+from vptm.training.batches import images_and_labels
 from vptm.training.ranks import Ranks
 from vptm.training.seeding import generators_kept
 
@@ -24,6 +25,10 @@ def check_loaders(train: Any, val: Any, settings: TrainSettings) -> None:
     for name, loader in (("train", train), ("val", val)):
         if not isinstance(loader, DataLoader) and not (name == "val" and loader is None):
             raise TypeError(f"{name} must be a torch DataLoader, got {type(loader).__name__}")
+    if _steps(train) == 0:
+        raise ValueError(
+            f"train must hold at least one batch: {len(train.dataset)} images in batches of {train.batch_size}"
+        )
     if (train.batch_size or settings.accumulate) % settings.accumulate:
         raise ValueError(f"accumulate must divide the batch of {train.batch_size} images, got {settings.accumulate}")
 
@@ -62,6 +67,15 @@ def check_settings(settings: TrainSettings) -> None:
         )
 
 
+def _steps(train: DataLoader[Any]) -> int:
+    try:
+        return len(train)
+    except TypeError:
+        raise TypeError(
+            f"train must have a length, for the learning rate: give {type(train.dataset).__name__} a __len__"
+        ) from None
+
+
 def check_together(settings: TrainSettings, train: DataLoader[Any], ranks: Ranks, wrapped: bool) -> None:
     """ValueError where several processes cannot train as one does."""
     if ranks.count == 1:
@@ -92,7 +106,9 @@ def check_model(model: PromptedModel, settings: TrainSettings) -> None:
     model.check_finite()
 
 
-def check_data(model: PromptedModel, loader: DataLoader[Any], name: str, *, cast: bool) -> np.ndarray | None:
+def check_data(
+    model: PromptedModel, loader: DataLoader[Any], name: str, *, cast: bool, shares: bool
+) -> np.ndarray | None:
     """Refuse images the model does not take and labels outside 0..K-1. Streams are seen when they are read.
 
     Args:
@@ -100,26 +116,34 @@ def check_data(model: PromptedModel, loader: DataLoader[Any], name: str, *, cast
         loader: its data set is looked at.
         name: what messages call it.
         cast: whether images are cast to the type that computes; else they must have the model's.
+        shares: whether labels may be shares of the classes.
 
     Returns:
         The labels (N,) int64 of the loader's data set; None of a stream. A data set that does not carry them is read
         once.
     """
-    return _labels(loader, model.num_classes, name, _first_label(model, loader, cast))
+    return _labels(loader, model.num_classes, name, _first_label(model, loader, name, cast, shares))
 
 
-def _first_label(model: PromptedModel, loader: DataLoader[Any], cast: bool) -> Any:
-    """The first item's label, after a look at its image; None of a stream."""
+def _first_label(model: PromptedModel, loader: DataLoader[Any], name: str, cast: bool, shares: bool) -> Any:
+    """The first item's label, after a look at the batch that is made of it; None of a stream."""
     dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset) or len(dataset) == 0:
         return None
     with generators_kept(loader, None):  # reading an image may draw augmentation
         item = dataset[0]
-    if isinstance(item[0], Tensor):
+        try:
+            batch = item if loader.batch_size is None and loader.batch_sampler is None else loader.collate_fn([item])
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise TypeError(f"{name} must give tensors that its collate_fn can batch: {error_line(error)}") from error
+    images, labels = images_and_labels(batch, name)
+    if loader.batch_sampler is not None:
         weight = model.prompts.weight
-        images = item[0][None].to(weight.device)
+        images = images.to(weight.device)
         model.check_images(images.to(weight.dtype) if cast and images.is_floating_point() else images)
-    return item[1]
+        if labels.ndim == 2 and are_shares(labels, model.num_classes) and not shares:
+            raise ValueError(f"{name} labels must be integers for validation and ProtoVerb's losses, got shares")
+    return images_and_labels(item, name, tensors=False)[1]
 
 
 def _labels(loader: DataLoader[Any], classes: int, name: str, first: Any) -> np.ndarray | None:
@@ -142,10 +166,26 @@ def _read_labels(dataset: Any, name: str) -> np.ndarray:
     """The label of every item, which decodes every image."""
     labels = []
     for index in range(len(dataset)):
-        label = np.asarray(dataset[index][1])
+        label = np.asarray(images_and_labels(dataset[index], name, tensors=False)[1])
         if label.ndim or label.dtype.kind not in "iub":
             raise ValueError(
                 f"{name} labels must be (N,) integers, got shape {label.shape} of {label.dtype} at index {index}"
             )
         labels.append(int(label))
     return np.array(labels, dtype=np.int64)
+
+
+def are_shares(labels: Tensor, classes: int) -> bool:
+    """Whether labels of a batch are shares (B, K) of the classes, and not integers (B,) in 0..K-1.
+
+    Raises:
+        ValueError: they are neither.
+    """
+    if labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] == classes:
+        return True
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise ValueError(
+            f"labels must be (B,) integers or (B, {classes}) shares, got {tuple(labels.shape)} of {labels.dtype}"
+        )
+    check_labels(labels, classes, of="row")
+    return False

@@ -13,6 +13,7 @@ from vptm.data.labels import check_labels
 from vptm.frozen.modes import eval_mode
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import unwrapped
+from vptm.training.batches import images_and_labels
 from vptm.training.precision import compiled, dtype_of, float32_products, in_type, resolve_precision
 from vptm.training.ranks import Ranks, rank_loader
 
@@ -45,7 +46,7 @@ def evaluate(
 
     Args:
         model: gives (B, K) scores.
-        loader: yields (images, labels); labels in 0..K-1.
+        loader: yields (images, labels), labels in 0..K-1, or a mapping with `pixel_values` and `labels`.
         device: where to run; None stays on the model's device.
         confusion: also return the counts (K, K), row = label, column = prediction.
         precision: "fp32", "tf32", "bf16", "fp16" or "auto", see `vptm.fit`: a copy of the model in that type answers,
@@ -127,7 +128,10 @@ def ask(
         # what was compiled runs compiled
         seals = isinstance(model, PromptedModel) and "_orig_mod" not in forward._modules
         runs = model.sealed_twin() if seals else forward
-        for number, (images, labels) in enumerate(loader):
+        for number, batch in enumerate(loader):
+            images, labels = images_and_labels(batch)
+            if labels.ndim != 1 or labels.is_floating_point():
+                raise ValueError(f"labels must be (B,) integers, got {tuple(labels.shape)} of {labels.dtype}")
             if shares is not None:
                 images, labels = (part[: shares.sizes[number][0]] for part in (images, labels))
                 if not len(labels):

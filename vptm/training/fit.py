@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vptm.data.labels import check_labels
 from vptm.data.split_list import SplitList
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.saving import unwrapped
 from vptm.settings import Precision, Schedule, TrainSettings
+from vptm.training.batches import images_and_labels
 from vptm.training.callbacks import Callback
-from vptm.training.checks import check_data, check_loaders, check_model, check_settings, check_together
+from vptm.training.checks import are_shares, check_data, check_loaders, check_model, check_settings, check_together
 from vptm.training.evaluate import ask
 from vptm.training.precision import dtype_of, float32_products, in_type, resolve_precision, slow_note
 from vptm.training.progress import TrainProgress
@@ -98,7 +98,9 @@ def fit(
 
     Args:
         model: see `vptm.PromptedBEiT`, or one inside `torch.compile`; trained in place.
-        train, val: yield (images (B, C, H, W) float, labels (B,) integers in 0..K-1).
+        train, val: yield (images (B, C, H, W) float, labels (B,) integers in 0..K-1), and anything after them, or a
+            mapping with `pixel_values` and `labels`. Labels of `train` may be shares (B, K) of the classes, as MixUp
+            and CutMix make them.
         epochs: number of passes over `train`.
         lr: peak learning rate.
         weight_decay: for matrices; vectors and `no_weight_decay()` have none.
@@ -164,9 +166,9 @@ def fit(
     kind = resolve_precision(settings.precision, place, training=True)
     work = _working_model(model, dtype_of(kind), place, settings)
     check_model(inner, settings)
-    labels = check_data(inner, train, "train", cast=kind is not None)
+    labels = check_data(inner, train, "train", cast=kind is not None, shares=not settings.protoverb_weight)
     if val is not None:
-        check_data(inner, val, "val", cast=kind is not None)
+        check_data(inner, val, "val", cast=kind is not None, shares=False)
     # a model that has the type anyway is trained the same without a word
     settings = replace(settings, precision=None if work is model and kind != "tf32" else kind)
     identity = run_identity(inner, settings, train, labels)
@@ -270,17 +272,18 @@ def _train_epoch(step: TrainStep, feed: _Feed, epoch: int) -> tuple[float, float
     correct = torch.zeros((), dtype=torch.int64, device=place)
     summed, seen, first = 0.0, 0, 1
     asked = time.perf_counter()
-    for number, (images, labels) in enumerate(loader, 1):
+    for number, batch in enumerate(loader, 1):
         waited = time.perf_counter() - asked
-        check_labels(labels, model.num_classes, of="row")
+        images, labels = images_and_labels(batch, "train")
+        shared = are_shares(labels, model.num_classes)
         images = images.to(place, step.dtype or images.dtype, non_blocking=True)
-        labels = labels.to(place, non_blocking=True).long()
+        labels = labels.to(place, torch.float32 if shared else torch.int64, non_blocking=True)
         own, every = (len(labels), len(labels)) if shares is None else shares.sizes[number - 1]
         so_far = (epoch - 1) * len(loader) + number - 1
         loss, scores = step(images, labels, so_far, own / every)
         losses.append(loss)
         sizes.append(every)
-        correct += (scores.argmax(1) == labels)[:own].sum()
+        correct += (scores.argmax(1) == (labels.argmax(1) if shared else labels))[:own].sum()
         feed.bar.step(every, waited)
         for callback in feed.told:
             callback.step(so_far, loss, step.lr)

@@ -167,6 +167,8 @@ class TrainStep:
         parts = self.settings.accumulate
         for some, theirs in zip(images.chunk(parts), labels.chunk(parts)):
             scores, contrast = self._scores_and_contrast(some, theirs)
+            if theirs.is_floating_point():
+                theirs = theirs.to(scores.dtype)
             loss = F.cross_entropy(scores, theirs, label_smoothing=self.settings.label_smoothing)
             if parts > 1 or self.ranks.count > 1:  # parts of a short batch differ in size
                 loss = loss * (share * len(theirs) / len(labels))
