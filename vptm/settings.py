@@ -270,8 +270,9 @@ class CommandSettings(SettingsGroup):
 
     def _at_least(self, lowest: int, *found: str) -> None:
         for name in found:
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{self._label(name)} must be >= {lowest}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"{self._label(name)} must be >= {lowest}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -346,7 +347,9 @@ class RunSettings(PictureSettings):
         OnBadImage, Help("Broken image files among those that are read: stop and name the file, or report and go on.")
     ] = "error"
     test: Annotated[bool, Help("Read the test images, once, at the end.")] = True
-    workers: Annotated[int, Help("Processes that read images.")] = 0
+    workers: Annotated[
+        int | None, Help("Processes that read images; by default up to 8 where a GPU computes, else none.")
+    ] = None
     log: Annotated[Logger | None, Help("Also write curves that it shows, in the run folder; nothing by default.")] = (
         None
     )

@@ -24,7 +24,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with the confusion matrix.")] = False,
     on_bad_image: OnBadImage = "error",
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = EVALUATION_BATCH,
-    workers: Workers = 0,
+    workers: Workers = None,
     source: Backbone = None,
     device: Device = "auto",
     impl: Impl = "auto",

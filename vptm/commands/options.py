@@ -67,7 +67,7 @@ PrecisionOption = Annotated[str, _info(_SHARED["precision"])]
 Compile = Annotated[bool, _info(_SHARED["compile"])]
 Impl = Annotated[str, _info(_SHARED["impl"])]
 BatchSize = Annotated[int, _info(_SHARED["batch_size"])]
-Workers = Annotated[int, _info(_SHARED["workers"])]
+Workers = Annotated[int | None, _info(_SHARED["workers"])]
 Backbone = Annotated[
     str | None, typer.Option(help="Backbone weights, where they moved since training.", show_default=False)
 ]

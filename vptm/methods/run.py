@@ -32,7 +32,7 @@ from vptm.training.facts import peak_memory
 from vptm.training.fit import FitResult, fit
 from vptm.training.ranks import join, local_device
 from vptm.training.run_folder import RUN_FILE, holds_progress, read_run, update_run_file
-from vptm.training.sources import device_of
+from vptm.training.sources import device_of, loader_of
 from vptm.weights.adapters import read_adapter_config
 from vptm.weights.files import WriteError
 
@@ -193,8 +193,7 @@ def _loaders(
     changed = transforms(model, train=True, flip=flip) if settings.augment else prepare
 
     def loader(part: ImageDataset, batch_size: int = EVALUATION_BATCH, shuffle: bool = False) -> DataLoader[Any]:
-        pinned = place.type == "cuda"
-        return DataLoader(part, batch_size, shuffle=shuffle, num_workers=settings.workers, pin_memory=pinned)
+        return loader_of(part, batch_size, settings.workers, place, shuffle=shuffle)
 
     found = {split: loader(part.with_transform(prepare)) for split, part in parts.items() if split != "train"}
     train = loader(parts["train"].with_transform(changed), settings.batch_size, shuffle=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from torch.utils.data import DataLoader
 
 from vptm.data.datasets import ImageDataset
 from vptm.data.sources import load_data
@@ -21,7 +20,7 @@ from vptm.models.prompted_model import PromptedModel
 from vptm.settings import EVALUATION_BATCH, Split
 from vptm.training.evaluate import evaluate
 from vptm.training.run_folder import recorded_data
-from vptm.training.sources import device_of, located
+from vptm.training.sources import device_of, loader_of, located
 
 SPLITS = get_args(Split)
 
@@ -47,7 +46,7 @@ def evaluate_run(
     confusion: bool = False,
     on_bad_image: str = "error",
     batch_size: int = EVALUATION_BATCH,
-    workers: int = 0,
+    workers: int | None = None,
     source: str | None = None,
     device: str = "auto",
     impl: str = "auto",
@@ -104,9 +103,7 @@ def evaluate_run(
         part, left_out = _without_trained(part, listed, split if same else None, include_trained, report)
     elif not same:
         report(f"{run} keeps no list of its images: whether it was trained on some of these is not known")
-    loader = DataLoader(
-        _with_labels_of(model, part), batch_size=batch_size, num_workers=workers, pin_memory=place.type == "cuda"
-    )
+    loader = loader_of(_with_labels_of(model, part), batch_size, workers, place)
     scores = evaluate(model, loader, device=place, confusion=confusion, precision=precision, compile=compile)
     names = model.class_names or [str(k) for k in range(model.num_classes)]
     return RunEvaluation(split, loaded.name, names, left_out, scores)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from vptm.data.sources import SOURCES
 from vptm.weights.backbones import is_timm_name
+
+_MOST_WORKERS = 8
 
 
 def located(option: str, source: str) -> str:
@@ -47,3 +51,22 @@ def device_of(name: str) -> torch.device:
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name} was asked for, torch sees {torch.cuda.device_count()} GPUs")
     return place
+
+
+def loader_of(
+    part: Dataset[Any], batch_size: int, workers: int | None, place: torch.device, *, shuffle: bool = False
+) -> DataLoader[Any]:
+    """Batches of images as --workers says they are read: in processes of their own, and into pinned memory, where a GPU
+    computes; by default in one process for a batch, a processor or eight, whichever are fewest."""
+    gpu = place.type == "cuda"
+    if workers is None:
+        batches = -(-len(part) // batch_size)  # type: ignore[arg-type]
+        workers = min(_MOST_WORKERS, _processors(), batches) if gpu else 0
+    return DataLoader(part, batch_size, shuffle=shuffle, num_workers=workers, pin_memory=gpu)
+
+
+def _processors() -> int:
+    """Those this process may use, where the system says so."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
