@@ -69,7 +69,7 @@ def test_help_imports_neither_torch_nor_numpy() -> None:
     assert "VPTM_DEBUG" in done.stdout and "train" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "explain", "export", "inspect", "env"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "explain", "export", "serve", "inspect", "env"])
 def test_every_command_shows_an_example(vptm: Console, command: str) -> None:
     code, out, _ = vptm(command, "--help")
     assert code == 0 and "Example" in out and f"vptm {command}" in out

@@ -20,6 +20,7 @@ from vptm.commands.map import map_labels
 from vptm.commands.predict import predict
 from vptm.commands.profile import profile
 from vptm.commands.protocol import protocol
+from vptm.commands.serve import serve
 from vptm.commands.train import train
 from vptm.terminal import say
 
@@ -114,6 +115,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict,
     "explain": explain,
     "export": export,
+    "serve": serve,
     "inspect": inspect,
     "profile": profile,
     "env": env,

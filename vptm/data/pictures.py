@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections import Counter
@@ -48,13 +49,48 @@ def read_image(
     try:
         if not path.is_file() and path.exists():
             raise ValueError("it is no regular file")  # opening a FIFO or a device would wait for ever
-        with Image.open(path, formats=_formats()) as image:
-            image.load()
-            return _shown(ImageOps.exif_transpose(image), _stated_depth(image), background, value_range)
+        return _decoded(path, background, value_range, None)
     except FileNotFoundError:
         raise FileNotFoundError(f"image not found: {path}") from None
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
         raise BadImageError(f"cannot read image {one_line(path, 1000)}: {error_line(error)}") from error
+
+
+def read_upload(
+    content: bytes,
+    *,
+    background: str | None = BACKGROUND,
+    value_range: tuple[float, float] | None = None,
+    most_pixels: int | None = None,
+) -> Image.Image:
+    """`read_image` of what somebody sent.
+
+    Args:
+        content: of a file.
+        background, value_range: see `to_8_bit`.
+        most_pixels: larger pictures are refused before they are decoded.
+
+    Raises:
+        BadImageError: as `read_image`, or too many pixels.
+    """
+    check_picture_options(background, value_range)
+    try:
+        return _decoded(io.BytesIO(content), background, value_range, most_pixels)
+    except Exception as error:  # Pillow's decoders raise many kinds on broken files
+        raise BadImageError(f"cannot read image: {error_line(error)}") from error
+
+
+def _decoded(
+    source: Path | io.BytesIO,
+    background: str | None,
+    value_range: tuple[float, float] | None,
+    most_pixels: int | None,
+) -> Image.Image:
+    with Image.open(source, formats=_formats()) as image:
+        if most_pixels is not None and image.width * image.height > most_pixels:
+            raise ValueError(f"it has {image.width} x {image.height} pixels, at most {most_pixels} are read")
+        image.load()
+        return _shown(ImageOps.exif_transpose(image), _stated_depth(image), background, value_range)
 
 
 def to_8_bit(

@@ -1,0 +1,53 @@
+"""`vptm serve`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vptm.commands.options import Backbone, Device, Impl
+from vptm.terminal import say
+
+
+def serve(
+    folder: Annotated[Path, typer.Argument(help="Run or adapter folder, or a folder of them on one backbone.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    batch_size: Annotated[int, typer.Option(help="Images of a batch, at most.")] = 32,
+    patience: Annotated[float, typer.Option(help="Seconds that the first of a batch waits for others.")] = 0.002,
+    most_waiting: Annotated[int, typer.Option(help="Requests that may wait; more are answered 503 at once.")] = 256,
+    most_bytes: Annotated[int, typer.Option(help="Bytes of a picture.")] = 20_000_000,
+    most_pixels: Annotated[int, typer.Option(help="Pixels of a picture.")] = 50_000_000,
+    source: Backbone = None,
+    device: Device = "auto",
+    impl: Impl = "auto",
+) -> None:
+    """Answer over HTTP: post a picture, get labels; and a page to drop pictures on.
+
+    Needs `pip install "vptm[serve]"`. Requests that arrive together share a batch, whatever their tasks. There is no
+    login: put it behind what has one, and keep the address to this machine otherwise.
+
+    \b
+    Example:
+      vptm serve runs/builtin-1
+      curl --data-binary @shoe.png http://127.0.0.1:8000/predict
+    """
+    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f'vptm serve needs {" and ".join(missing)}: pip install "vptm[serve]"')
+    import uvicorn
+
+    from vptm.serving.server import Limits, Server, open_tasks, task_folders
+    from vptm.training.sources import device_of
+
+    limits = Limits(batch_size, patience, most_waiting, most_bytes, most_pixels)
+    bank, models = open_tasks(task_folders(folder), source=source, device=device_of(device), impl=impl)
+    server = Server(bank, models, limits)
+    say(f"{len(bank)} tasks: {', '.join(bank.names[:10])}{' ...' if len(bank) > 10 else ''}")
+    try:
+        uvicorn.run(server.app, host=host, port=port, log_level="warning", access_log=False)
+    finally:
+        server.close()

@@ -1,0 +1,278 @@
+"""Answers over HTTP: post a picture, get labels; many tasks by name on one backbone."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from vptm.data.pictures import BadImageError, read_upload
+from vptm.data.transforms import picture_options, transforms
+from vptm.inspection.explain import inspect_tokens
+from vptm.messages import hint
+from vptm.models.loading import load_on
+from vptm.models.opening import load_adapter
+from vptm.models.prompted_beit import PromptedBEiT
+from vptm.models.prompted_model import PromptedModel
+from vptm.serving.batching import Batcher, Overloaded
+from vptm.serving.task_bank import TaskBank
+from vptm.weights.adapters import CONFIG_FILE
+
+PAGE = Path(__file__).with_name("page.html")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes on.
+
+    batch_size: most images of a batch. patience: seconds that the first of a batch waits for others. most_waiting:
+    requests that are read or wait; one more is answered 503 at once. most_bytes, most_pixels: of a picture. top: labels
+    of an answer.
+    """
+
+    batch_size: int = 32
+    patience: float = 0.002
+    most_waiting: int = 256
+    most_bytes: int = 20_000_000
+    most_pixels: int = 50_000_000
+    top: int = 5
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("most_waiting", 1), ("most_bytes", 1), ("most_pixels", 1), ("top", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        if not 0 <= self.patience <= 10:
+            raise ValueError(f"patience must be seconds in [0, 10], got {self.patience!r}")
+
+
+def task_folders(folder: str | Path) -> dict[str, Path]:
+    """The adapters of a folder by their names: the folder itself, or those in it.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir() or (folder / CONFIG_FILE).is_file():
+        return {folder.resolve().name: folder}
+    found = {each.name: each for each in sorted(folder.iterdir()) if (each / CONFIG_FILE).is_file()}
+    if not found:
+        raise FileNotFoundError(f"{folder} must be an adapter or a folder of them, none has {CONFIG_FILE}")
+    return found
+
+
+def open_tasks(
+    folders: Mapping[str, Path], *, source: Any = None, device: str | torch.device = "cpu", impl: str = "auto"
+) -> tuple[TaskBank, dict[str, PromptedModel]]:
+    """A bank of adapters on one backbone, and the models that say where they look, on the same weights."""
+    first = load_adapter(next(iter(folders.values())), source=source, impl=impl).to(device)
+    bank = TaskBank(first, impl=impl)
+    models: dict[str, PromptedModel] = {}
+    for name, folder in folders.items():
+        models[name] = first if not models else load_on(first, folder)
+        bank.add(name, models[name])
+    return bank, models
+
+
+class Server:
+    """The application, and what it counts; `close` ends its thread.
+
+    Args:
+        bank: tasks, which may change while the server runs.
+        models: of the tasks whose read-out row is shown on the page.
+        limits: of requests.
+
+    Attributes:
+        app: for any ASGI server. GET /: a page. GET /tasks, /health, /metrics. POST /predict, /predict/TASK: a picture
+            as the body gives `{"task", "labels": [{"label", "score"}, ...]}`; without TASK where there is one alone.
+            POST /look/TASK gives what the read-out row attends to as well.
+    """
+
+    def __init__(
+        self, bank: TaskBank, models: Mapping[str, PromptedModel] | None = None, limits: Limits | None = None
+    ) -> None:
+        self.bank, self.models, self.limits = bank, dict(models or {}), limits or Limits()
+        self.batcher = Batcher(
+            bank.predict,
+            batch_size=self.limits.batch_size,
+            patience=self.limits.patience,
+            most_waiting=self.limits.most_waiting,
+        )
+        self.answers: Counter[int] = Counter()
+        self.seconds = 0.0
+        self.reading = 0
+        self._look = threading.Lock()
+        self.app = Starlette(
+            routes=[
+                Route("/", self._page),
+                Route("/tasks", self._tasks),
+                Route("/health", self._health),
+                Route("/metrics", self._metrics),
+                Route("/predict", self._predict, methods=["POST"]),
+                Route("/predict/{task}", self._predict, methods=["POST"]),
+                Route("/look/{task}", self._look_at, methods=["POST"]),
+            ],
+            exception_handlers={HTTPException: self._refused},
+        )
+
+    def close(self) -> None:
+        """Answer what waits, and end."""
+        self.batcher.close()
+
+    async def _refused(self, _: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        self.answers[error.status_code] += 1
+        return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+
+    async def _page(self, _: Request) -> Response:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+    async def _tasks(self, _: Request) -> Response:
+        infos = {name: self.bank.info(name) for name in self.bank.names}
+        return JSONResponse(
+            {
+                name: {"classes": info.class_names or info.num_classes, "looks": name in self.models}
+                for name, info in infos.items()
+            }
+        )
+
+    async def _health(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok", "tasks": len(self.bank), "waiting": self.batcher.waiting})
+
+    async def _metrics(self, _: Request) -> Response:
+        lines = [f'vptm_requests_total{{status="{status}"}} {n}' for status, n in sorted(self.answers.items())]
+        lines += [
+            f"vptm_request_seconds_total {self.seconds:.6f}",
+            f"vptm_images_total {self.batcher.images}",
+            f"vptm_batches_total {self.batcher.batches}",
+            f"vptm_waiting {self.reading + self.batcher.waiting}",
+            f"vptm_tasks {len(self.bank)}",
+            f"vptm_task_bytes {self.bank.memory}",
+        ]
+        return PlainTextResponse("\n".join(lines) + "\n")
+
+    def _task(self, request: Request) -> str:
+        task: str | None = request.path_params.get("task")
+        if task is None:
+            if len(self.bank) != 1:
+                raise HTTPException(404, f"name one of {len(self.bank)} tasks: POST /predict/TASK")
+            return self.bank.names[0]
+        if task not in self.bank:
+            raise HTTPException(404, f"no task {task[:100]!r}{hint(task[:100], self.bank.names[:1000])}")
+        return task
+
+    async def _body(self, request: Request) -> bytes:
+        """What was sent, up to the limit: no more is read."""
+        most = self.limits.most_bytes
+        stated = request.headers.get("content-length")
+        if stated is not None and stated.isdigit() and int(stated) > most:
+            raise HTTPException(413, f"a picture may have {most} bytes, got {stated}")
+        content = bytearray()
+        try:
+            async for chunk in request.stream():
+                content += chunk
+                if len(content) > most:
+                    raise HTTPException(413, f"a picture may have {most} bytes, got more")
+        except ClientDisconnect:
+            raise HTTPException(400, "the picture did not arrive") from None
+        if not content:
+            raise HTTPException(400, "the body must be a picture, got nothing")
+        return bytes(content)
+
+    def _opened(self, content: bytes, task: str) -> Image.Image:
+        try:
+            options = picture_options(self.bank.info(task))
+            return read_upload(content, **options, most_pixels=self.limits.most_pixels)
+        except BadImageError as error:
+            raise HTTPException(415, str(error)) from None
+        except ValueError:  # removed meanwhile
+            raise HTTPException(404, f"no task {task!r}") from None
+
+    def _prepared(self, content: bytes, task: str) -> torch.Tensor:
+        picture = self._opened(content, task)
+        return transforms(self.bank.info(task))(picture).to(self.bank.device, self.bank.dtype)
+
+    def _enter(self) -> None:
+        """One more request is read; refused at once where too many are."""
+        if self.reading + self.batcher.waiting >= self.limits.most_waiting:
+            waiting = self.reading + self.batcher.waiting
+            raise HTTPException(503, f"{waiting} requests wait, try again later", {"Retry-After": "1"})
+        self.reading += 1
+
+    async def _predict(self, request: Request) -> Response:
+        started = time.perf_counter()
+        task = self._task(request)
+        self._enter()
+        try:
+            image = await run_in_threadpool(self._prepared, await self._body(request), task)
+            try:
+                answer = self.batcher.ask(image, task)
+            except Overloaded as error:
+                raise HTTPException(503, str(error), {"Retry-After": "1"}) from None
+        finally:
+            self.reading -= 1
+        try:
+            scores = await asyncio.wrap_future(answer)
+        except ValueError as error:  # the task was removed while this waited
+            raise HTTPException(404, str(error)) from None
+        labels = self._labels(task, scores)
+        self.seconds += time.perf_counter() - started
+        self.answers[200] += 1
+        return JSONResponse({"task": task, "labels": labels})
+
+    def _labels(self, task: str, scores: torch.Tensor) -> list[dict[str, Any]]:
+        info = self.bank.info(task)
+        names = info.class_names or [str(k) for k in range(info.num_classes)]
+        shares = scores[: info.num_classes].float().softmax(0)
+        best = shares.topk(min(self.limits.top, info.num_classes))
+        return [
+            {"label": names[k], "score": round(value, 6)}
+            for k, value in zip(best.indices.tolist(), best.values.tolist())
+        ]
+
+    async def _look_at(self, request: Request) -> Response:
+        task = self._task(request)
+        model = self.models.get(task)
+        if not isinstance(model, PromptedBEiT):
+            raise HTTPException(404, f"task {task!r} does not show where it looks")
+        self._enter()
+        try:
+            picture = await run_in_threadpool(self._opened, await self._body(request), task)
+            found = await run_in_threadpool(self._looked, model, picture)
+        finally:
+            self.reading -= 1
+        self.answers[200] += 1
+        return Response(json.dumps({"task": task} | found), media_type="application/json")
+
+    def _looked(self, model: PromptedBEiT, picture: Image.Image) -> dict[str, Any]:
+        with self._look:  # the mode of a model changes while it is looked at
+            report = inspect_tokens(model, picture, top=self.limits.top)
+        attention = report.attention.float().mean(0)
+        pixels = (report.picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+        shown = io.BytesIO()
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(shown, "PNG")
+        return {
+            "labels": [{"label": each.name, "score": round(each.probability, 6)} for each in report.classes],
+            "row": report.row,
+            "attention": (attention / attention.max().clamp(min=1e-12)).tolist(),
+            "shares": report.shares,
+            "picture": "data:image/png;base64," + base64.b64encode(shown.getvalue()).decode(),
+        }
