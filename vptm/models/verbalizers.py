@@ -169,7 +169,7 @@ class PrototypicalVerbalizer(nn.Module):
     def _is_plain(self, lm_head: nn.Linear | None) -> bool:
         """Whether token head and projection are linears whose weights may be read past them, and nobody's `embed` or
         `compare` would have to run."""
-        if type(self) is not PrototypicalVerbalizer or not {"embed", "compare"}.isdisjoint(self.__dict__):
+        if type(self) is not PrototypicalVerbalizer or "embed" in self.__dict__ or "compare" in self.__dict__:
             return False
         return is_plain_linear(lm_head) and (self.projection is None or is_plain_linear(self.projection))
 
