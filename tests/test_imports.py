@@ -15,7 +15,7 @@ ROOMS = {
     "commands": {"recipes", "methods", "serving", "export", "inspection", "training", "models", *BELOW},
     "methods": {"recipes", "training", "models", *BELOW},
     "export": {"models", *BELOW},
-    "serving": {"training", "models", *BELOW},
+    "serving": {"inspection", "training", "models", *BELOW},
     "inspection": {"models", *BELOW},
     "training": {"models", *BELOW},
     "models": set(BELOW),
