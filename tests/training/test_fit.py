@@ -226,12 +226,12 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def uninterrupted(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three epochs with dropout."""
-    run(make_model(backbone, prompt_dropout=0.3), folder := tmp_path_factory.mktemp("runs") / "whole", epochs=3)
+    """A run of two epochs with dropout."""
+    run(make_model(backbone, prompt_dropout=0.3), folder := tmp_path_factory.mktemp("runs") / "whole", epochs=2)
     return folder
 
 
-@pytest.mark.parametrize("death", range(1, 18))
+@pytest.mark.parametrize("death", range(1, 17))
 def test_a_kill_at_any_write_resumes_bitwise(
     backbone: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: int
 ) -> None:
@@ -249,17 +249,17 @@ def test_a_kill_at_any_write_resumes_bitwise(
     with monkeypatch.context() as patch:
         patch.setattr(vptm.weights.files.os, "replace", mortal)
         try:
-            run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=3)
+            run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=2)
         except Killed:
             pass
         else:
-            assert death > 11, "a run of three epochs must write at least run.json, and state and metrics four times"
+            assert death > 13, "a run must write what says what it is, and state and metrics of every epoch"
     if not (tmp_path / "killed" / RUN_FILE).exists():
         with pytest.raises(ValueError, match="nothing to resume"):
-            run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=3, resume=True)
-        run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=3)
+            run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=2, resume=True)
+        run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=2)
     else:
-        run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=3, resume=True)
+        run(make_model(backbone, prompt_dropout=0.3), tmp_path / "killed", epochs=2, resume=True)
     assert_same_run(uninterrupted, tmp_path / "killed")
 
 
@@ -750,7 +750,7 @@ def test_16_bit_models_learn_like_float32(backbone: Path, dtype: torch.dtype) ->
     for kind in (dtype, torch.float32):
         model = make_model(backbone, **LEARNS).to(kind)
         train, val = cast_loaders(model, kind)
-        result = fit(model, train, val, epochs=30, lr=0.02, progress=False)
+        result = fit(model, train, val, epochs=20, lr=0.02, progress=False)
         assert result.best_val_accuracy == 1.0
         assert {parameter.dtype for parameter in model.parameters()} == {kind}
         losses.append(result.history[-1]["train_loss"])
@@ -821,7 +821,7 @@ def test_no_entry_of_the_state_can_be_missing_or_wrong(backbone: Path, tmp_path:
 
     every = list(places(good))
     assert len(every) > 90
-    chosen = [place for place in every if len(place) == 1] + random.Random(0).sample(every, 24)
+    chosen = [place for place in every if len(place) == 1] + random.Random(0).sample(every, 12)
     for number, place in enumerate(chosen):
         state = copy.deepcopy(good)
         parent = state
