@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,11 @@ from vptm.frozen.modes import eval_mode
 from vptm.messages import one_of
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import PromptStart
+from vptm.terminal import progress_bar
 from vptm.training.seeding import generators_kept, seed_everything
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 INIT_METHODS = get_args(PromptStart)[1:]  # the first is the one without images
 _IMAGES_PER_STEP = 8  # tokens of 12 layers of ViT-B for 8 images are 58 MB
@@ -144,7 +148,7 @@ def init_prompts(
             f"tokens of {count} images"
         )
     generator = np.random.default_rng(seed)
-    with generators_kept(loader, None), eval_mode(model), _Bar(progress) as bar:
+    with generators_kept(loader, None), eval_mode(model), progress_bar(progress) as bar:
         seed_everything(seed, 0, loader, None)
         if method == "kmeans":
             prompts, forwarded = _centres(model, loader, generator.permutation(size)[:count], seed, bar)
@@ -169,7 +173,7 @@ def _sampled(
     windows: list[slice] | None,
     method: str,
     generator: np.random.Generator,
-    bar: _Bar,
+    bar: Progress,
 ) -> tuple[Tensor, int]:
     """Rows (layers, P, C) chosen before anything is computed, and the number of images they named."""
     layers, length = _layers(model), model.prompts.length
@@ -179,7 +183,7 @@ def _sampled(
     named = np.unique(pairs // per_image)
     prompts = torch.empty_like(model.prompts.weight)
     position = 0
-    for batch in bar.track(_batches(model, loader, drawn[named]), len(named)):
+    for batch in _tracked(_batches(model, loader, drawn[named]), bar, len(named)):
         tokens = layer_tokens(model, batch, layers)
         place = {int(draw): row for row, draw in enumerate(named[position : position + len(batch)])}
         for layer, chosen in enumerate(pairs):
@@ -196,7 +200,7 @@ def _sampled(
 
 
 def _centres(
-    model: PromptedModel, loader: DataLoader[Any], drawn: np.ndarray, seed: int, bar: _Bar
+    model: PromptedModel, loader: DataLoader[Any], drawn: np.ndarray, seed: int, bar: Progress
 ) -> tuple[Tensor, int]:
     """Cluster centres (layers, P, C) of the tokens of each layer, one pass over the images."""
     from sklearn.cluster import MiniBatchKMeans
@@ -207,7 +211,7 @@ def _centres(
     ]
     weight = model.prompts.weight
     smallest = -(-length // model.num_patches)  # the first batch must hold a token for every centre
-    for batch in bar.track(_batches(model, loader, drawn, max(_IMAGES_PER_STEP, smallest)), len(drawn)):
+    for batch in _tracked(_batches(model, loader, drawn, max(_IMAGES_PER_STEP, smallest)), bar, len(drawn)):
         for cluster, tokens in zip(clusters, layer_tokens(model, batch, layers)):
             rows = tokens.flatten(0, 1).float()
             if not bool(rows.isfinite().all()):
@@ -233,25 +237,9 @@ def _batches(
         yield images
 
 
-class _Bar:
-    """Images forwarded, on stderr."""
-
-    def __init__(self, shown: bool) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(stderr=True)
-        self.progress = Progress(console=console, transient=True, disable=not (shown and console.is_terminal))
-
-    def __enter__(self) -> _Bar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def track(self, batches: Iterator[Tensor], total: int) -> Iterator[Tensor]:
-        task = self.progress.add_task("starting prompts from tokens", total=total)
-        for batch in batches:
-            yield batch
-            self.progress.advance(task, len(batch))
+def _tracked(batches: Iterator[Tensor], bar: Progress, total: int) -> Iterator[Tensor]:
+    """`batches`, with the images forwarded on `bar`."""
+    task = bar.add_task("starting prompts from tokens", total=total, note="")
+    for batch in batches:
+        yield batch
+        bar.advance(task, len(batch))
