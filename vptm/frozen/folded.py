@@ -27,6 +27,8 @@ from vptm.frozen.rows import PreparedHead, PromptedRows
 from vptm_kernels import prompted_attention, readout_attention
 from vptm_kernels._runtime.frozen_linear import frozen_linear, runs_onednn
 from vptm_kernels.prompted_attention.bias import align_rows
+from vptm_kernels.residual_norm import residual_norm
+from vptm_kernels.residual_norm.configs import one_pass_is_worth_it
 
 
 class PooledPrefix(NamedTuple):
@@ -306,7 +308,10 @@ class Folded:
         return torch.addmm(out, inner.reshape(-1, inner.shape[-1]), weight.t(), out=out).view(x.shape)
 
     def _mlp_inner(self, x: Tensor, block: FrozenBlock) -> Tensor:
-        x, act = self._normalise(x, block.eps_2), block.activation
+        return self._activated(self._normalise(x, block.eps_2), block)
+
+    def _activated(self, x: Tensor, block: FrozenBlock) -> Tensor:
+        act = block.activation
         exact_gelu = type(act) is nn.GELU and act.approximate == "none"
         if self.for_gpu:
             x = F.linear(x, block.fc1_weight, block.fc1_bias)
@@ -319,7 +324,16 @@ class Folded:
         return self._add_linear(x, self._mlp_inner(x, block), block.fc2_weight, block.fc2_bias, block.scale_2)
 
     def _block(self, model: PromptedRows, x: Tensor, layer: int, prefix: Prefix, qkv: Tensor | None = None) -> Tensor:
-        return self._mlp(self._attend(model, x, layer, prefix, qkv), self.blocks[layer])
+        block = self.blocks[layer]
+        mixed, fresh = self._mix(model, x, layer, prefix, qkv)
+        # what is compiled fuses them by itself
+        if fresh is None and self.triton and one_pass_is_worth_it(x.numel()) and not torch.compiler.is_compiling():
+            update = F.linear(mixed, block.proj_weight, block.proj_bias)
+            x, normed = residual_norm(x, update, gamma=block.scale_1, eps=block.eps_2, impl="triton")
+            return _residual(
+                x, F.linear(self._activated(normed, block), block.fc2_weight, block.fc2_bias), block.scale_2
+            )
+        return self._mlp(self._join(x, mixed, fresh, block), block)
 
     def _learned_bias(self, model: PromptedRows, layer: int, queries: int | None, keys: int | None) -> Tensor:
         bias = model.position_bias(layer)
@@ -327,6 +341,12 @@ class Folded:
         return bias[:, :queries, :keys]
 
     def _attend(self, model: PromptedRows, x: Tensor, layer: int, prefix: Prefix, qkv: Tensor | None) -> Tensor:
+        return self._join(x, *self._mix(model, x, layer, prefix, qkv), self.blocks[layer])
+
+    def _mix(
+        self, model: PromptedRows, x: Tensor, layer: int, prefix: Prefix, qkv: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What attention gives, and the prompt rows among it that are not among `x`."""
         block, tokens, rows = self.blocks[layer], self.num_tokens, x.shape[1]
         prompt_qkv = fresh = None
         if prefix is None and rows == tokens and model.prompts.role(layer) == "own":
@@ -354,8 +374,13 @@ class Folded:
             scale=1.0,
             impl=model.impl,
         )
+        return mixed, fresh
+
+    def _join(self, x: Tensor, mixed: Tensor, fresh: Tensor | None, block: FrozenBlock) -> Tensor:
+        """Rows after attention: its projection added to them."""
         if fresh is None:
             return self._add_linear(x, mixed, block.proj_weight, block.proj_bias, block.scale_1)
+        tokens = self.num_tokens
         update = F.linear(mixed, block.proj_weight, block.proj_bias)
         if block.scale_1 is not None:
             update = update * block.scale_1
