@@ -86,6 +86,27 @@ def test_division_does_not_depend_on_where_the_folder_lies(tmp_path: Path) -> No
     assert one.test.keys == two.test.keys and one.train.keys == two.train.keys
 
 
+def test_few_pictures_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept is what the files give, in every epoch; what is too large is not read to the end for nothing."""
+    data = load_data(write_pictures(tmp_path, 4)).train
+    files = [np.asarray(image) for image, _ in data]
+    reads: list[int] = []
+    read = ImageDataset.image
+    monkeypatch.setattr(ImageDataset, "image", lambda self, index: reads.append(index) or read(self, index))
+    size = sum(pixels.nbytes for pixels in files)
+    kept = data.in_memory(size)
+    assert len(reads) == len(data) and kept.keys == data.keys and kept.classes == data.classes
+    for path in tmp_path.rglob("*.png"):
+        path.unlink()
+    again = [np.asarray(image) for image, _ in kept.subset(range(len(kept)))]
+    assert all(np.array_equal(a, b) for a, b in zip(files, again, strict=True))
+    reads.clear()
+    write_pictures(tmp_path, 4)
+    assert data.in_memory(size // 2) is data and len(reads) == 1
+    builtin = load_data("builtin").train
+    assert builtin.in_memory(10) is builtin
+
+
 def test_without_holdout_an_undivided_folder_is_all_test(tmp_path: Path) -> None:
     data = load_data(write_pictures(tmp_path, 2), holdout=False)
     assert (

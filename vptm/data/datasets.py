@@ -21,7 +21,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     """Images with labels; item i is `(transform(PIL image), label)`, or the PIL image itself without a transform.
 
     Args:
-        images: file paths, or (N, H, W) / (N, H, W, 3) uint8.
+        images: file paths or (H, W) / (H, W, 3) uint8, or (N, H, W) / (N, H, W, 3) uint8.
         labels: (N,) integers, indices into `classes`.
         classes: label names.
         keys: N stable names (relative paths or row numbers); splits and few-shot draws depend on them alone.
@@ -31,7 +31,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
     def __init__(
         self,
-        images: Sequence[Path] | np.ndarray,
+        images: Sequence[Path | np.ndarray] | np.ndarray,
         labels: np.ndarray,
         classes: Sequence[str],
         *,
@@ -79,6 +79,25 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     def read_as(self, background: str | None, value_range: tuple[float, float] | None) -> ImageDataset:
         """The same images, whose files are read as `vptm.data.pictures.to_8_bit` says."""
         return self._with(background=background, value_range=value_range)
+
+    def in_memory(self, most: int) -> ImageDataset:
+        """The same images, decoded once and kept, where that takes at most `most` bytes; else this data set.
+
+        Raises:
+            BadImageError: a file cannot be decoded.
+        """
+        if isinstance(self.images, np.ndarray):
+            return self
+        kept: list[np.ndarray] = []
+        held = 0
+        for index in range(len(self)):
+            image = self.image(index)
+            kept.append(np.asarray(image))
+            held += kept[-1].nbytes
+            # judged by those so far: a set that is too large is not decoded up to the limit first
+            if held * len(self) > most * len(kept) or image.mode not in ("L", "RGB"):
+                return self
+        return self._with(images=kept)
 
     def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> ImageDataset:
         """The same images under another transform."""

@@ -37,6 +37,7 @@ from vptm.weights.adapters import read_adapter_config
 from vptm.weights.files import WriteError
 
 DEMONSTRATION = "built for 28x28 grey clothing pictures, a demonstration"
+_MOST_DECODED = 2**29  # bytes of a split
 _LONGEST = 2000  # characters of a note, two paths of a file system among them
 
 
@@ -195,6 +196,8 @@ def _loaders(
     def loader(part: ImageDataset, batch_size: int = EVALUATION_BATCH, shuffle: bool = False) -> DataLoader[Any]:
         return loader_of(part, batch_size, settings.workers, place, shuffle=shuffle)
 
+    # what is read in every epoch is decoded once, where it is few
+    parts = {split: part if split == "test" else part.in_memory(_MOST_DECODED) for split, part in parts.items()}
     found = {split: loader(part.with_transform(prepare)) for split, part in parts.items() if split != "train"}
     train = loader(parts["train"].with_transform(changed), settings.batch_size, shuffle=True)
     return {"train": train, "support": loader(parts["train"].with_transform(prepare)), **found}
