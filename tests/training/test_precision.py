@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +106,28 @@ def test_auto_is_what_the_gpu_has(
             ):
                 resolve_precision(name, torch.device("cuda"), training=True)
     assert resolve_precision("auto", torch.device("cpu"), training=True) == "fp32"
+
+
+@pytest.mark.parametrize("way", ["function", "property"])
+def test_tf32_is_set_for_the_run_and_put_back(way: str) -> None:
+    """In a process of its own, where a GPU is pretended: what torch reads of one setting depends on how it was set."""
+    code = f"""
+import torch
+from vptm.training.precision import float32_products
+torch.cuda.is_available = lambda: True
+matmul = torch.backends.cuda.matmul
+for before in ("ieee", "tf32"):
+    if {way!r} == "property":
+        matmul.fp32_precision = before
+    else:
+        torch.set_float32_matmul_precision("highest" if before == "ieee" else "high")
+    for precision, inside in (("tf32", "tf32"), ("fp32", "ieee"), ("bf16", before), (None, before)):
+        with float32_products(precision):
+            assert matmul.fp32_precision == inside, (precision, matmul.fp32_precision)
+        assert matmul.fp32_precision == before, (precision, matmul.fp32_precision)
+"""
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path})
 
 
 def test_bf16_says_where_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:

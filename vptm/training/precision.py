@@ -69,8 +69,18 @@ def float32_products(precision: Precision | None) -> Iterator[None]:
     if precision not in ("fp32", "tf32") or not torch.cuda.is_available():
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    exact, matmul = precision == "fp32", torch.backends.cuda.matmul
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by the property instead, which this function then no longer reads
+        wanted, was = "ieee" if exact else "tf32", matmul.fp32_precision
+        matmul.fp32_precision = wanted
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = was
+        return
+    torch.set_float32_matmul_precision("highest" if exact else "high")
     try:
         yield
     finally:
