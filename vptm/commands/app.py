@@ -94,7 +94,8 @@ def _vptm(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
     ] = False,
 ) -> None:
-    """Visual prompt learning as masked visual token modelling: teach a frozen BEiT new labels from a few images.
+    """Visual prompt learning as masked visual token modelling: teach a frozen vision transformer
+    new labels from a few images.
 
     \b
     vptm train                                     learn ten kinds of clothing on the built-in model

@@ -28,8 +28,8 @@ def explain(
 ) -> None:
     """Show why a picture gets its label.
 
-    Prints the visual tokens predicted for it, the nearest prototypes, and how much attention the mask row pays to
-    patches, prompts, class row and itself; draws that attention over the picture.
+    Prints the visual tokens predicted for it, the nearest prototypes, and how much attention the row that is
+    read pays to patches, prompts, class row and itself; draws that attention over the picture.
 
     \b
     Example:

@@ -36,7 +36,7 @@ class FrozenEncoder:
       or `freeze_for_inference`, into one `Folded` for each type they are computed in (two under a change of autocast).
       A `Folded` never changes; threads that run at once share it.
     - Every forward looks whether the backbone is what it was: objects, in-place edits, modes, hooks, patched methods
-      (`vptm.frozen.fold.Watch`). Where it is not, constants are made again.
+      (`vptm.frozen.watch.Watch`). Where it is not, constants are made again.
     - Nothing learned is kept between calls, so every way of changing it is followed: fused optimisers, `.data` and
       aliases too. A model sealed by `freeze_for_inference` is the exception. Where no gradient is recorded and nothing
       traces, it keeps projected prompts and the folded head, made again after an edit that PyTorch counts, or by

@@ -65,7 +65,7 @@ class PromptedBEiT(PromptedModel):
         mask_mode: "insert" an extra mask row, or "replace" the patch at the centre (at (y, x) with
             `extra_bias="grid:y,x"`).
         train_mask_token, train_lm_head: also learn the mask token or the token head.
-        verbalizer: "prototypical" or "linear".
+        verbalizer: "prototypical", "linear", or "class_embeddings", which `vptm.set_class_embeddings` fills.
         prototype_dim: d of the prototypes, None for no projection.
         token_activation: what the verbalizer reads: "hidden", "logits", "softmax" or "log_softmax".
         projection_bias: bias in the prototype projection.

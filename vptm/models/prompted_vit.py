@@ -52,7 +52,7 @@ class PromptedViT(PromptedModel):
             norms stay where it has them: timm's MAE models norm every row and then average, VPT averages first, through
             a norm that its checkpoint lacks and that it keeps at the identity; for that pass a model made with
             `global_pool="avg"`.
-        verbalizer: "linear" or "prototypical".
+        verbalizer: "linear", "prototypical", or "class_embeddings", which `vptm.set_class_embeddings` fills.
         prototype_dim, projection_bias, temperature: see `vptm.PrototypicalVerbalizer`.
         token_activation: what the verbalizer reads: "hidden", or "logits", "softmax" or "log_softmax" of the source's
             own classifier, kept frozen as `lm_head`.

@@ -88,8 +88,8 @@ class TaskBank:
     from changes nothing here. Deep prompts are held as the keys and values they become, in one pool in which each task
     takes as many rows as it has prompts; token head and projection are held as one map, prototypes as unit rows. Tasks
     whose prompts run as rows (shallow, progressive) share a batch with those that have as many and use them alike;
-    what fits neither form (prompts with a bias of their own, prompts added to patches, a mask token that learned) runs
-    task by task, on the same frozen weights.
+    what fits neither form (prompts with a bias of their own, added to patches, or averaged by the read-out; a mask
+    token that learned) runs task by task, on the same frozen weights.
 
     Any number of threads may call any method at any time: a prediction reads the bank as it was when it began.
 

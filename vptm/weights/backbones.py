@@ -111,7 +111,7 @@ class LoadReport:
             ("mean / std", f"{_numbers(self.mean)} / {_numbers(self.std)}"),
             ("dropped", folded_names(self.dropped)),
             ("missing", folded_names(self.missing)),
-            ("resized", _resizefolded_names(self.resized)),
+            ("resized", _resized_names(self.resized)),
         ]
         lines += [("note", note) for note in self.notes]
         return [(label, one_line(value, _LONGEST_ROW)) for label, value in lines]  # names and notes are the file's own
@@ -453,7 +453,7 @@ def folded_names(names: Iterable[str]) -> str:
     return ", ".join(f"{key} ({count})" if count > 1 else key for key, count in folded.items()) or "nothing"
 
 
-def _resizefolded_names(resized: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+def _resized_names(resized: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
     shapes = {}
     for name, (old, new) in resized.items():
         shapes[re.sub(r"\.\d+\.", ".*.", name)] = f"{old} to {new}"
