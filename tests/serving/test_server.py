@@ -120,6 +120,12 @@ def test_pages_for_machines(served: tuple[Any, int]) -> None:
     assert int(counted["vptm_images_total"]) == server.batcher.images
     status, looked = ask(port, "/look/clothes", picture())
     assert status == 200 and len(looked["attention"]) == 4 and max(map(max, looked["attention"])) == 1
+    clothes, shoes = server.models["clothes"], server.models["shoes"]
+    assert clothes.lm_head is shoes.lm_head and not list(clothes._encoder.constants()), (
+        "a task must not hold a backbone"
+    )
+    storages = [model.backbone.blocks[0].attn.qkv.weight.data_ptr() for model in (clothes, shoes)]
+    assert storages[0] == storages[1]
     assert looked["row"] == "mask" and sum(looked["shares"].values()) == pytest.approx(1, abs=1e-3)
 
 

@@ -129,7 +129,15 @@ def load_on(model: Any, folder: str | Path) -> Any:
         except TypeError as error:
             raise ValueError(f"{folder / CONFIG_FILE} does not fit {kind}: {error}") from None
         own.config |= {name: config["model"][name] for name in ("img_size", "pretrained") if name in config["model"]}
-        return completed(folder, own, config, learned, stated_hash)
+        found = completed(folder, own, config, learned, stated_hash)
+        if found.lm_head is not None and not any(name.startswith("lm_head.") for name in learned):
+            found.lm_head = model.lm_head  # equal, as the hash says, and the largest part that is not on shared storage
+        place = model.backbone.patch_embed.proj.weight.device
+        found.prompts.to(place)
+        found.verbalizer.to(place)
+        if found.prompt_bias is not None:
+            found.prompt_bias.data = found.prompt_bias.data.to(place)
+        return found
 
 
 def completed(

@@ -82,12 +82,14 @@ def task_folders(folder: str | Path) -> dict[str, Path]:
 def open_tasks(
     folders: Mapping[str, Path], *, source: Any = None, device: str | torch.device = "cpu", impl: str = "auto"
 ) -> tuple[TaskBank, dict[str, PromptedModel]]:
-    """A bank of adapters on one backbone, and the models that say where they look, on the same weights."""
+    """A bank of adapters on one backbone, and the models that say where they look, on the same weights: they run on the
+    path that holds no constants, as each would have its own."""
     first = load_adapter(next(iter(folders.values())), source=source, impl=impl).to(device)
     bank = TaskBank(first, impl=impl)
     models: dict[str, PromptedModel] = {}
     for name, folder in folders.items():
-        models[name] = first if not models else load_on(first, folder)
+        models[name] = load_on(first, folder)
+        models[name].impl = "reference"
         bank.add(name, models[name])
     return bank, models
 
