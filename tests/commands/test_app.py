@@ -398,7 +398,7 @@ def test_a_folder_may_have_the_name_of_a_model(vptm: Console, material: Path, tm
     assert json.loads((tmp_path / "r" / "run.json").read_text())["settings"]["data"] == str(tmp_path / "resnet18")
 
 
-def test_a_damaged_run_file_is_one_line(vptm: Console, run: Path, tmp_path: Path) -> None:
+def test_a_damaged_run_file_is_one_line(vptm: Console, run: Path, material: Path, tmp_path: Path) -> None:
     for file in run.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     for text, reason in (
@@ -407,7 +407,7 @@ def test_a_damaged_run_file_is_one_line(vptm: Console, run: Path, tmp_path: Path
         ('{"settings": {"data": 3}}', "must record its data as text, got 3"),
     ):
         (tmp_path / "run.json").write_text(text)
-        code, line = vptm.refused("evaluate", tmp_path)
+        code, line = vptm.refused("evaluate", tmp_path, "--source", material / "backbone.safetensors")
         assert code == 2 and reason in line and len(line) < 1000
 
 
