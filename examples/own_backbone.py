@@ -1,6 +1,6 @@
 """A backbone of your own, any timm VisionTransformer or Beit: prompts are learned and the module is left as it was.
 
-The one here is small and random. `timm.create_model("vit_base_patch16_dinov3", pretrained=True)` is used alike.
+The one here is small and random. `timm.create_model("vit_base_patch14_dinov2", pretrained=True)` is used alike.
 """
 
 import torch

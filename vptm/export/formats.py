@@ -30,8 +30,8 @@ _LARGEST_PROTOBUF = 1_900_000_000
 
 
 class Exported(NamedTuple):
-    """A file that was written, how many bytes it and what stands beside it have, and the largest difference of its
-    scores from the model's over a batch, None where nothing here can run it."""
+    """A file that was written, how many bytes it and what stands beside it have, and the largest difference from the
+    model's scores of those that the graph in it gives in PyTorch over a batch, None of weights alone."""
 
     path: Path
     size: int
@@ -59,7 +59,7 @@ def export(model: PromptedModel, path: str | Path, to: str, *, opset: int | None
         opset: of ONNX; by default torch's.
 
     Raises:
-        ValueError: another format or opset, or a file whose scores would not be the model's.
+        ValueError: another format or opset, or a graph whose scores are not the model's; nothing is written then.
         ModuleNotFoundError: what writes the format is not installed.
         OSError: the file cannot be written.
 
