@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from itertools import islice
 
 _LONGEST = 500
+WITH_PATHS = 2000
+"""Characters of a line that may hold two paths of a file system."""
 
 
 def one_of(argument: str, value: object, allowed: Sequence[str]) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _LONGEST_CELL = 100_000
+SECONDS_PER_LINE = 30.0
+"""How long work is silent where there is no terminal to draw a bar on."""
 
 
 def say(line: str) -> None:

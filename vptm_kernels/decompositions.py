@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ._runtime.sizes import accumulator
 from .prompted_attention.bias import expand_table
+from .prototype_cosine.activations import activate
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -100,11 +101,7 @@ def _token_readout(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     exact = accumulator(hidden.dtype)
-    tokens = F.linear(hidden, token_weight, token_bias)
-    if activation == "softmax":
-        tokens = tokens.softmax(-1)
-    elif activation == "log_softmax":
-        tokens = tokens.log_softmax(-1)
+    tokens = activate(F.linear(hidden, token_weight, token_bias), activation)
     squared = tokens.to(exact).square().sum(1) if squares else tokens.new_empty(0, dtype=exact)
     out = F.linear(tokens, reader).to(exact)
     return out, squared, hidden.new_empty(0, dtype=exact), hidden.new_empty(0)

@@ -96,6 +96,7 @@ def test_few_pictures_are_decoded_once(tmp_path: Path, monkeypatch: pytest.Monke
     size = sum(pixels.nbytes for pixels in files)
     kept = data.in_memory(size)
     assert len(reads) == len(data) and kept.keys == data.keys and kept.classes == data.classes
+    assert kept.content_hashes() == data.content_hashes(), "a run that is resumed knows its images by these"
     for path in tmp_path.rglob("*.png"):
         path.unlink()
     again = [np.asarray(image) for image, _ in kept.subset(range(len(kept)))]

@@ -182,8 +182,13 @@ def test_wrong_calls_are_one_clear_line(arguments, message):
 
 def test_onnx_without_its_packages_says_what_to_install(monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else found(name, *rest))
-    with pytest.raises(ModuleNotFoundError, match=r'export to onnx needs onnx: pip install "vptm\[onnx\]"'):
+    missing = ("onnx", "onnxscript")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in missing else found(name, *rest)
+    )
+    with pytest.raises(
+        ModuleNotFoundError, match=r'export to onnx needs onnx and onnxscript: pip install "vptm\[onnx\]"'
+    ):
         export(build(), "model.onnx", "onnx")
 
 

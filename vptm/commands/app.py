@@ -24,8 +24,6 @@ from vptm.commands.serve import serve
 from vptm.commands.train import train
 from vptm.terminal import say
 
-_LONGEST = 2000  # characters of an error, two paths of a file system among them
-
 app = typer.Typer(
     name="vptm",
     no_args_is_help=True,
@@ -41,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: list[str]) -> int:
-    from vptm.messages import error_line, one_line
+    from vptm.messages import WITH_PATHS, error_line, one_line
 
     debug = os.environ.get("VPTM_DEBUG") == "1"
     # OpenMP threads that spin while they wait make small models ten times slower where other work shares the cores
@@ -63,11 +61,11 @@ def _run(arguments: list[str]) -> int:
         if hasattr(error, "format_message"):  # a usage error: its class moved between versions of typer
             if message := error.format_message():
                 is_help = type(error).__name__ == "NoArgsIsHelpError"
-                say(f"vptm: {message if is_help else one_line(message, _LONGEST)}")
+                say(f"vptm: {message if is_help else one_line(message, WITH_PATHS)}")
             return int(getattr(error, "exit_code", 2))
         if debug:
             raise
-        say(f"vptm: {error_line(error, _LONGEST)}")
+        say(f"vptm: {error_line(error, WITH_PATHS)}")
         return _exit_code(error)
 
 

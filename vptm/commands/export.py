@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
-from vptm.commands.options import Backbone, Run
-
-_FORMATS = ["pt2", "aoti", "onnx", "safetensors"]
+from vptm.commands.options import Backbone, Run, choice
+from vptm.settings import ExportFormat
 
 
 def export(
     run: Run,
-    to: Annotated[
-        str,
-        typer.Option(
-            help="What is written.",
-            metavar=f"[{'|'.join(_FORMATS)}]",
-            autocompletion=lambda incomplete: [name for name in _FORMATS if name.startswith(incomplete)],
-        ),
-    ],
+    to: Annotated[str, choice(get_args(ExportFormat), "What is written.")],
     out: Annotated[Path, typer.Option(help="The file; it is replaced.")],
     opset: Annotated[int | None, typer.Option(help="Of ONNX; torch's own by default.", show_default=False)] = None,
     source: Backbone = None,

@@ -8,23 +8,20 @@ from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Literal
+from typing import IO, TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from vptm.commands.options import Backbone, Compile, Device, Impl, OnBadImage, PrecisionOption, Run
-from vptm.settings import EVALUATION_BATCH
-from vptm.terminal import progress_bar, say
+from vptm.commands.options import Backbone, Compile, Device, Impl, OnBadImage, PrecisionOption, Run, choice
+from vptm.settings import EVALUATION_BATCH, RowFormat
+from vptm.terminal import SECONDS_PER_LINE, progress_bar, say
 
 if TYPE_CHECKING:
     from vptm.models.prompted_model import PromptedModel
     from vptm.serving.predict import Prediction, Unreadable
     from vptm.serving.task_bank import TaskBank
 
-Format = Literal["csv", "jsonl"]
-
 _SHOWN = 20  # unreadable pictures that are named at the end
-_NEXT_LINE = 30.0  # seconds without a word, where there is no terminal to draw a bar on
 
 
 def predict(
@@ -38,9 +35,7 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="File of the rows; stdout by default.", show_default=False)] = None,
     form: Annotated[
         str | None,
-        typer.Option(
-            "--format", help="By default csv, or what --out ends in.", metavar="[csv|jsonl]", show_default=False
-        ),
+        choice(get_args(RowFormat), "By default csv, or what --out ends in.", "--format", show_default=False),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the rows of --out.")] = False,
     top: Annotated[int, typer.Option(help="Labels of a picture in top5.")] = 5,
@@ -76,7 +71,7 @@ def predict(
     one_of("--on-bad-image", on_bad_image, choices(RunSettings, "on_bad_image"))
     by_name = "jsonl" if out is not None and out.suffix in (".jsonl", ".ndjson") else "csv"
     one_of("--format", form or by_name, ("csv", "jsonl"))
-    chosen: Format = "jsonl" if (form or by_name) == "jsonl" else "csv"
+    chosen: RowFormat = "jsonl" if (form or by_name) == "jsonl" else "csv"
     if resume and out is None:
         raise ValueError("--resume needs --out, the file to continue")
     if out is not None and out.exists() and not resume:
@@ -145,7 +140,7 @@ def _write(
     names: list[str] | list[None],
     total: int | None,
     out: Path | None,
-    form: Format,
+    form: RowFormat,
 ) -> tuple[list[Unreadable], int]:
     """Unreadable pictures, and how many have rows now, earlier ones too."""
     from vptm.serving.predict import Prediction
@@ -200,7 +195,7 @@ class _Pace:
     def line(self) -> str | None:
         """What to say without a terminal, twice a minute."""
         now = time.perf_counter()
-        if now - self._spoke < _NEXT_LINE:
+        if now - self._spoke < SECONDS_PER_LINE:
             return None
         self._spoke = now
         return f"{self.had + self.now}{'' if self.total is None else f'/{self.total}'} images, {self.note()}"

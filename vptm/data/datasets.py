@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,6 +15,13 @@ from torch.utils.data import Dataset
 
 from vptm.data.labels import check_labels
 from vptm.data.pictures import BACKGROUND, BadImageError, read_image
+
+
+class Decoded(NamedTuple):
+    """What is kept of a file: its pixels (H, W) or (H, W, 3) uint8, and where it lies."""
+
+    file: Path
+    pixels: np.ndarray
 
 
 class ImageDataset(Dataset[tuple[Any, int]]):
@@ -31,7 +38,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
     def __init__(
         self,
-        images: Sequence[Path | np.ndarray] | np.ndarray,
+        images: Sequence[Path | np.ndarray | Decoded] | np.ndarray,
         labels: np.ndarray,
         classes: Sequence[str],
         *,
@@ -58,6 +65,8 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     def image(self, index: int) -> Image.Image:
         """The untransformed image; raises `BadImageError` where its file cannot be decoded."""
         item = self.images[index]
+        if isinstance(item, Decoded):
+            return Image.fromarray(item.pixels)
         if isinstance(item, np.ndarray):
             return Image.fromarray(item)
         return read_image(item, background=self.background, value_range=self.value_range)
@@ -88,12 +97,13 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         """
         if isinstance(self.images, np.ndarray):
             return self
-        kept: list[np.ndarray] = []
+        kept: list[np.ndarray | Decoded] = []
         held = 0
         for index in range(len(self)):
-            image = self.image(index)
-            kept.append(np.asarray(image))
-            held += kept[-1].nbytes
+            item, image = self.images[index], self.image(index)
+            pixels = np.asarray(image)
+            kept.append(Decoded(Path(item), pixels) if isinstance(item, Path | str) else item)
+            held += pixels.nbytes
             # judged by those so far: a set that is too large is not decoded up to the limit first
             if held * len(self) > most * len(kept) or image.mode not in ("L", "RGB"):
                 return self
@@ -122,10 +132,11 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         Raises:
             FileNotFoundError: a file that is gone.
         """
-        if isinstance(self.images, np.ndarray):
-            return [hashlib.sha256(f"{item.shape}".encode() + item.tobytes()).hexdigest() for item in self.images]
 
-        def digest(path: Path) -> str:
+        def digest(item: Path | np.ndarray | Decoded) -> str:
+            if isinstance(item, np.ndarray):
+                return hashlib.sha256(f"{item.shape}".encode() + item.tobytes()).hexdigest()
+            path = item.file if isinstance(item, Decoded) else item
             try:
                 return hashlib.sha256(Path(path).read_bytes()).hexdigest()
             except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,3 +54,13 @@ def dataset_labels(dataset: Any) -> np.ndarray | None:
             transform = getattr(dataset, "target_transform", None)
             return labels if transform is None else np.array([int(transform(int(label))) for label in labels])
     return None
+
+
+def class_labels(names: Sequence[str] | None, classes: int) -> list[str]:
+    """What classes are called: their names, or their numbers where nobody named them.
+
+    Example:
+        >>> class_labels(None, 2)
+        ['0', '1']
+    """
+    return list(names) if names else [str(k) for k in range(classes)]

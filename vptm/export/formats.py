@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from vptm.export.program import export_program
 from vptm.frozen.modes import eval_mode
 from vptm.messages import one_of
 from vptm.models.prompted_model import PromptedModel
+from vptm.settings import ExportFormat
 from vptm.version import __version__
 from vptm.weights.files import WriteError
 
-FORMATS = ("pt2", "aoti", "onnx", "safetensors")
+FORMATS = get_args(ExportFormat)
 FACTS = "vptm.json"
 # Below it torch's ONNX exporter has no translation of its own and converts versions, not always.
 _OLDEST_OPSET = 18

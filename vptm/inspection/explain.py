@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vptm.data.labels import class_labels
 from vptm.data.pictures import read_image
 from vptm.data.transforms import picture_options, transforms
 from vptm.frozen.modes import eval_mode
@@ -111,7 +112,7 @@ def inspect_tokens(
             found = model.lm_head(hidden)[0].softmax(-1).topk(min(top, model.lm_head.out_features))
             tokens = list(zip(found.indices.tolist(), found.values.tolist()))
         weights = readout_attention_weights(model, pixels, layer)[0]
-    names = model.class_names or [str(k) for k in range(model.num_classes)]
+    names = class_labels(model.class_names, model.num_classes)
     best = probabilities.topk(min(top, len(names))).indices.tolist()
     rows, columns = model.backbone.patch_embed.grid_size
     end = 1 + model.num_patches

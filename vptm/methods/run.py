@@ -18,7 +18,7 @@ from vptm.data.sources import load_data
 from vptm.data.split_list import SplitList
 from vptm.data.transforms import transforms
 from vptm.data.usage import class_lines, dark_line, refuse_unreadable
-from vptm.messages import one_line
+from vptm.messages import WITH_PATHS, one_line
 from vptm.methods.protoverb import fit_prototypes
 from vptm.methods.spt import init_prompts
 from vptm.models.opening import open_model
@@ -38,7 +38,6 @@ from vptm.weights.files import WriteError
 
 DEMONSTRATION = "built for 28x28 grey clothing pictures, a demonstration"
 _MOST_DECODED = 2**29  # bytes of a split
-_LONGEST = 2000  # characters of a note, two paths of a file system among them
 
 
 @dataclass
@@ -166,7 +165,7 @@ def train_run(
 def _parts(settings: RunSettings, data: ImageData, report: Callable[[str], None]) -> dict[str, ImageDataset]:
     """The images that are used, by split."""
     for note in data.notes:
-        report(one_line(f"{data.name}: {note}", _LONGEST))
+        report(one_line(f"{data.name}: {note}", WITH_PATHS))
     shots, seed = parse_shots(settings.shots), settings.train_settings.seed
     train = data.train if shots is None else few_shot(data.train, shots, seed=seed)
     found = {"train": train, "val": data.val, "test": data.test if settings.test else None}

@@ -23,9 +23,7 @@ from vptm.weights.adapters import (
     read_adapter_tensors,
 )
 from vptm.weights.checkpoints import local_files_only
-from vptm.weights.files import one_line_errors
-
-_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+from vptm.weights.files import SUFFIXES, one_line_errors
 
 
 def load(kind: type[Saved], folder: Path, config: Mapping[str, Any], source: Any = None, impl: str = "auto") -> Any:
@@ -84,7 +82,7 @@ def _weight_files(source: Any) -> Iterator[Path]:
         return
     place = Path(source)
     if place.is_dir() and not (place / "config.json").exists():
-        yield from sorted(file for file in place.iterdir() if file.suffix in _WEIGHTS)
+        yield from sorted(file for file in place.iterdir() if file.suffix in SUFFIXES)
 
 
 def _of_the_same_hash(
@@ -120,7 +118,7 @@ def load_on(model: Any, folder: str | Path) -> Any:
         folder = Path(folder)
         config = read_adapter_config(folder)
         learned, stated_hash = read_adapter_tensors(folder)
-        kind = config.get("model_class", "PromptedBEiT")
+        kind = config["model_class"]
         if kind != type(model).__name__:
             raise ValueError(f"{folder / CONFIG_FILE} must have model_class {type(model).__name__!r}, got {kind!r}")
         check_claims(folder, config["model"], learned)

@@ -96,7 +96,7 @@ def load_adapter(folder: str | Path, *, source: Any = None, impl: str = "auto") 
     """
     with one_line_errors(folder):
         config = read_adapter_config(folder)
-        kind = config.get("model_class", "PromptedBEiT")
+        kind = config["model_class"]
         one_of(f"model_class in {Path(folder) / CONFIG_FILE}", kind, tuple(MODEL_CLASSES))
         model: PromptedModel = load(MODEL_CLASSES[kind], Path(folder), config, source, impl)
         return model

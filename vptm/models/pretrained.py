@@ -99,7 +99,7 @@ class Pretrained(Saved):
             folder = Path(str(fetched))
         with one_line_errors(folder):
             config = read_adapter_config(folder)
-            kind = config.get("model_class", "PromptedBEiT")
+            kind = config["model_class"]
             if kind != cls.__name__:
                 raise ValueError(f"{folder / CONFIG_FILE} is of a {kind}: use vptm.{kind}.from_pretrained")
             model: Kind = load(cls, folder, config, backbone, impl)
@@ -136,7 +136,7 @@ def card(config: Mapping[str, Any]) -> str:
     """
     backbone, model, extra = config["backbone"], config["model"], config.get("extra") or {}
     names = config.get("class_names")
-    kind = config.get("model_class", "PromptedBEiT")
+    kind = config["model_class"]
     facts = {
         "method": ", ".join(f"{name} {model[name]}" for name in _METHOD if name in model),
         "classes": ", ".join(names) if names else model["num_classes"],

@@ -17,6 +17,7 @@ from vptm.messages import number, one_of
 from vptm.models.support import support_rows
 from vptm.settings import TokenActivation
 from vptm_kernels import fold_head, prototype_cosine
+from vptm_kernels.prototype_cosine.activations import activate
 
 TOKEN_ACTIVATIONS = get_args(TokenActivation)
 _ROWS_AT_ONCE = 256
@@ -37,12 +38,7 @@ def read_tokens(hidden: Tensor, lm_head: nn.Linear | None, token_activation: str
         return hidden
     if lm_head is None:
         raise ValueError(f"token_activation={token_activation!r} needs a token head (lm_head), this model has none")
-    logits = lm_head(hidden)
-    if token_activation == "softmax":
-        return logits.softmax(dim=-1)
-    if token_activation == "log_softmax":
-        return logits.log_softmax(dim=-1)
-    return logits
+    return activate(lm_head(hidden), token_activation)
 
 
 def _check_sizes(in_features: int, num_classes: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vptm.data.labels import class_labels
 from vptm.data.pictures import BadImageError, image_files, left_out_note, read_image, to_8_bit
 from vptm.data.transforms import picture_options, transforms
 from vptm.messages import one_of
@@ -257,7 +258,7 @@ def _predicted(
         pixels = torch.stack([images[name] for _, images in readable])
         with torch.inference_mode():
             scores = run(name, pixels).float().softmax(1).cpu()
-        labels = task.class_names or [str(k) for k in range(task.num_classes)]
+        labels = class_labels(task.class_names, task.num_classes)
         best = scores.topk(min(top, len(labels)))
         answers[name] = [
             [(labels[k], value) for k, value in zip(indices, values)]

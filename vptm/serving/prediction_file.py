@@ -6,13 +6,13 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from vptm.messages import one_line
 from vptm.serving.predict import Prediction
+from vptm.settings import RowFormat
 from vptm.weights.files import WriteError
 
-Format = Literal["csv", "jsonl"]
 _COLUMNS = ("path", "label", "score", "top5")
 
 
@@ -21,7 +21,7 @@ def columns(several: bool) -> tuple[str, ...]:
     return ("path", "task", *_COLUMNS[1:]) if several else _COLUMNS
 
 
-def row(prediction: Prediction, form: Format) -> str:
+def row(prediction: Prediction, form: RowFormat) -> str:
     """One line: score is the softmax probability of the label, top5 a list of [label, score] pairs, best first."""
     label, score = prediction.top[0]
     pairs = [[name, round(value, 6)] for name, value in prediction.top]
@@ -33,7 +33,7 @@ def row(prediction: Prediction, form: Format) -> str:
     return _csv(cells)
 
 
-def header(several: bool, form: Format) -> str:
+def header(several: bool, form: RowFormat) -> str:
     """What stands before the first row."""
     return _csv(columns(several)) if form == "csv" else ""
 
@@ -44,7 +44,7 @@ def _csv(cells: Any) -> str:
     return line.getvalue()
 
 
-def continued(path: Path, form: Format, several: bool) -> tuple[IO[str], set[tuple[str, str | None]]]:
+def continued(path: Path, form: RowFormat, several: bool) -> tuple[IO[str], set[tuple[str, str | None]]]:
     """`path` opened at the end of its last whole row, and the (path, task) that its rows have; a file that is not there
     is begun.
 
@@ -82,7 +82,7 @@ def continued(path: Path, form: Format, several: bool) -> tuple[IO[str], set[tup
     return text, done
 
 
-def _key(path: Path, line: bytes, form: Format, several: bool) -> tuple[str, str | None]:
+def _key(path: Path, line: bytes, form: RowFormat, several: bool) -> tuple[str, str | None]:
     try:
         text = line.decode()
         if form == "jsonl":

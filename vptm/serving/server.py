@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from vptm.data.labels import class_labels
 from vptm.data.pictures import BadImageError, read_upload
 from vptm.data.transforms import picture_options, transforms
 from vptm.inspection.explain import inspect_tokens
@@ -242,7 +243,7 @@ class Server:
 
     def _labels(self, task: str, scores: torch.Tensor) -> list[dict[str, Any]]:
         info = self.bank.info(task)
-        names = info.class_names or [str(k) for k in range(info.num_classes)]
+        names = class_labels(info.class_names, info.num_classes)
         shares = scores[: info.num_classes].float().softmax(0)
         best = shares.topk(min(self.limits.top, info.num_classes))
         return [

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import numpy as np
 
 from vptm.data.datasets import ImageDataset
+from vptm.data.labels import class_labels
 from vptm.data.sources import load_data
 from vptm.data.split_list import SplitList
 from vptm.data.transforms import picture_options, transforms
@@ -105,7 +106,7 @@ def evaluate_run(
         report(f"{run} keeps no list of its images: whether it was trained on some of these is not known")
     loader = loader_of(_with_labels_of(model, part), batch_size, workers, place)
     scores = evaluate(model, loader, device=place, confusion=confusion, precision=precision, compile=compile)
-    names = model.class_names or [str(k) for k in range(model.num_classes)]
+    names = class_labels(model.class_names, model.num_classes)
     return RunEvaluation(split, loaded.name, names, left_out, scores)
 
 

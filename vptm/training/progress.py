@@ -6,9 +6,9 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from vptm.terminal import progress_bar
+from vptm.terminal import SECONDS_PER_LINE, progress_bar
 
-_FIRST_LINE, _NEXT_LINE = 2.0, 30.0  # seconds without a word, where there is no terminal to draw a bar on
+_FIRST_LINE = 2.0  # seconds without a word, where there is no terminal to draw a bar on
 
 
 class TrainProgress:
@@ -52,7 +52,7 @@ class TrainProgress:
         elif now - self._spoke >= self._patience:
             epoch, step = divmod(self._count - 1, self.steps)
             self._say(f"epoch {self._epoch(epoch + 1)}  step {step + 1}/{self.steps}  {self.note(now - self._started)}")
-            self._patience = _NEXT_LINE
+            self._patience = SECONDS_PER_LINE
 
     def note(self, seconds: float) -> str:
         """Images a second, the share of the time that was waiting for data, and the time left, `seconds` after the

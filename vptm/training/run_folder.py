@@ -30,7 +30,7 @@ from vptm.training.ranks import Ranks
 from vptm.training.state import STATE_FILE, read_state, write_state
 from vptm.training.step import TrainStep
 from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, read_adapter_tensors
-from vptm.weights.files import WriteError, weight_hash, write_atomically
+from vptm.weights.files import WriteError, read_json, weight_hash, write_atomically
 
 METRICS_FILE, CURVES_FILE, RUN_FILE = "metrics.csv", "curves.png", "run.json"
 RUN_FILES = (TENSORS_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, CURVES_FILE, RUN_FILE, SPLIT_FILE)
@@ -342,12 +342,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / RUN_FILE
     if not path.is_file():
         raise ValueError(f"{folder} is not a run folder: it has no {RUN_FILE}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON: {error_line(error)}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}")
+    content = read_json(path)
     for name in ("settings", "result"):
         if not isinstance(content.get(name) or {}, dict):
             raise ValueError(f"{path} must have {name} as an object, got {content[name]!r}")

@@ -103,7 +103,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
             )
         if wrong := _config_error(config):
             raise ValueError(f"{path} {wrong}")
-    return config
+    return {"model_class": "PromptedBEiT"} | config  # the first adapters named no class
 
 
 def _config_error(config: dict[str, Any]) -> str | None:

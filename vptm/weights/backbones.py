@@ -28,7 +28,7 @@ from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from vptm.frozen.sharing import shared_twin
-from vptm.messages import error_line, listed, one_line
+from vptm.messages import WITH_PATHS, error_line, listed, one_line
 from vptm.weights.architecture import (
     architecture_of,
     check_family,
@@ -53,7 +53,6 @@ from vptm.weights.preprocessing import statistics
 
 _UNILM_EPS = 1e-6
 _RANDOM = "random weights: pretrained=True loads timm's"
-_LONGEST_ROW = 2000
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class LoadReport:
             ("resized", _resized_names(self.resized)),
         ]
         lines += [("note", note) for note in self.notes]
-        return [(label, one_line(value, _LONGEST_ROW)) for label, value in lines]  # names and notes are the file's own
+        return [(label, one_line(value, WITH_PATHS)) for label, value in lines]  # names and notes are the file's own
 
 
 @dataclass

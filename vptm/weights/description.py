@@ -14,7 +14,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from vptm.messages import error_line, one_line
+from vptm.messages import WITH_PATHS, error_line, one_line
 from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, read_adapter_config, read_adapter_tensors
 from vptm.weights.backbones import folded_names, is_timm_name, load_backbone, probe, report_of_name
 from vptm.weights.checkpoints import read_checkpoint
@@ -22,7 +22,6 @@ from vptm.weights.files import check_values, weight_hash
 from vptm.weights.names import WRAPPERS, canonical_names, is_huggingface, is_index, unwrap
 
 Rows = list[tuple[str, str]]
-_LONGEST = 2000
 _PARTS = {
     "class token": ("cls_token",),
     "patch embedding": ("patch_embed.proj.weight", "patch_embed.proj.bias"),
@@ -70,7 +69,7 @@ def describe(source: str | os.PathLike[str]) -> Rows:
             if checkpoint is None:
                 raise
             rows = [("source", str(source)), *_tensor_rows(checkpoint.state, str(source)), ("problem", str(error))]
-    return [(one_line(label, 80), one_line(value, _LONGEST)) for label, value in rows]
+    return [(one_line(label, 80), one_line(value, WITH_PATHS)) for label, value in rows]
 
 
 def _timm_rows(name: str) -> Rows:

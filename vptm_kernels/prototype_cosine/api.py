@@ -15,12 +15,12 @@ from .._runtime.private_torch import autocasting
 from .._runtime.sizes import accumulator
 from .._runtime.tracing import nothing_traces
 from .._runtime.triton_support import choose
+from .activations import ACTIVATIONS, activate
 from .cosine import cosine, cosine_, task_cosine
 from .folding import FoldedHead
 from .ops import per_task, readout, similarity
 from .plan import KEEP_BYTES, can_fold, room_to_keep
 
-ACTIVATIONS = ("logits", "softmax", "log_softmax")
 # Class offsets, widest task, implementation and eps of calls that passed the checks, by all that checks ask for. Ids of
 # tasks are checked at every call, for their values.
 _checked: Plans[tuple[list[int], int, str, float]] = Plans()
@@ -296,11 +296,7 @@ def _by_autograd(
 ) -> tuple[Tensor, Tensor]:
     """The "keep" plan as autograd runs it: for one image, whose gradients take 1.6 ms on a CPU, an op of our own would
     spend 0.2 ms in Python."""
-    a = F.linear(hidden, weight, bias)
-    if activation == "softmax":
-        a = a.softmax(-1)
-    elif activation == "log_softmax":
-        a = a.log_softmax(-1)
+    a = activate(F.linear(hidden, weight, bias), activation)
     return a @ reader.mT, a.square().sum(1) if squares else a
 
 

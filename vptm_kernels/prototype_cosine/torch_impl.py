@@ -15,6 +15,7 @@ from torch import Tensor
 from .._runtime.frozen_linear import frozen_linear
 from .._runtime.private_torch import activation_gradients
 from .._runtime.sizes import accumulator
+from .activations import through_activation
 from .plan import choose_plan
 
 # Logits alone are streamed in tiles of 1 MB of float32, inside the cache of one core. Activations need whole rows, and
@@ -188,7 +189,7 @@ def backward(
             if twice is not None:
                 total = a.sum(1, keepdim=True, dtype=grad.dtype) if reader_sums is not None else squared[rows, None]
                 subtract += twice * total
-            da = _through_activation(da, a, activation, subtract, twice)
+            da = through_activation(da, a, activation, subtract, twice)
         if dhidden is not None:
             torch.mm(da, token_weight, out=dhidden[rows])
         if needs[1]:
@@ -201,19 +202,6 @@ def backward(
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
-
-
-def _through_activation(da: Tensor, a: Tensor, activation: str, subtract: Tensor, twice: Tensor | None) -> Tensor:
-    """Gradient of the logits from that of the activations, sums in float32 or better. May overwrite da."""
-    dtype, exact = da.dtype, accumulator(da.dtype)
-    da, a = da.to(exact), a.to(exact)
-    if twice is not None:
-        da.addcmul_(a, twice.expand_as(a))
-    if activation == "softmax":
-        da.sub_(subtract).mul_(a)
-    elif activation == "log_softmax":
-        da.addcmul_(a.exp(), subtract.expand_as(a), value=-1)
-    return da.to(dtype)
 
 
 def activations(

@@ -15,6 +15,7 @@ from .._runtime.plans import Plans, signature
 from .._runtime.sizes import accumulator
 from .._runtime.triton_support import architecture, dot_precision, float32_precision
 from . import torch_impl
+from .activations import ACTIVATIONS
 from .configs import (
     Config,
     channels,
@@ -27,9 +28,6 @@ from .configs import (
 )
 from .kernels_bwd import _hidden_grad_kernel, _reader_grad_kernel
 from .kernels_fwd import _combine_kernel, _cosine_kernel, _readout_kernel, _task_cosine_kernel, _task_linear_kernel
-
-_ACTIVATIONS = {"logits": 0, "softmax": 1, "log_softmax": 2}
-
 
 _readouts: Plans[_Readout] = Plans()
 _backwards: Plans[_Backward] = Plans()
@@ -130,7 +128,7 @@ class _Plan:
         self.arch, self.bits = architecture(hidden.device), 8 * hidden.element_size()
         self.aligned = _aligned(hidden, token_weight, reader)
         self.strides = (hidden.stride(0), token_weight.stride(0), reader.stride(0))
-        self.shared = {"ACTIVATION": _ACTIVATIONS[activation], "ACC": _dtype(hidden)}
+        self.shared = {"ACTIVATION": ACTIVATIONS[activation], "ACC": _dtype(hidden)}
         self.of_bias = {"HAS_BIAS": token_bias is not None, "PRECISION": dot_precision(hidden.dtype, self.arch)}
 
 
