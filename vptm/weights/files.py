@@ -233,7 +233,9 @@ def weight_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _named(path: Path, label: str | None) -> str:
-    return str(path) if label is None else f"{label}: {path.name}"
+    if label is None:
+        return str(path)
+    return label if Path(label).name == path.name else f"{label}: {path.name}"  # a source that is a file is named once
 
 
 def _check_regular(path: Path, must: str) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 Name = TypeVar("Name", str, tuple[str, str])
 
-WRAPPERS = ("model", "module", "state_dict")  # unilm; DeepSpeed; mmsegmentation: they also nest
+# unilm; DeepSpeed; mmsegmentation and Lightning; PyTorch's tutorials; loops by hand: they also nest
+WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "net")
 _TRAINING_STATE = re.compile(
     r"optimizer|lr_scheduler|scheduler|scaler|epoch|iteration|step|args|meta|best_\w+|model_ema"
 )
@@ -57,11 +58,11 @@ _HF_LEAF = tuple(
 def canonical_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a unilm, timm or Hugging Face (transformers 4 or 5 names) BEiT checkpoint under timm's names.
 
-    Unwraps `model`, `module`, `state_dict` and the prefixes `module.`, `backbone.`; joins query, key and value weights
-    into `blocks.i.attn.qkv.weight` with `q_bias` and `v_bias`. Left out: `relative_position_index` buffers, and key
-    biases, to which the softmax is invariant. `mask_token`, `lm_head.*`, `head.*`, `cls_pt_layers.*` and unknown names
-    pass through; dtype and values do not change. Raises ValueError where two keys mean the same parameter or a block
-    lacks its query, key or value.
+    Unwraps `model`, `module`, `state_dict`, `model_state_dict`, `net` and the prefixes `module.`, `model.`,
+    `backbone.`; joins query, key and value weights into `blocks.i.attn.qkv.weight` with `q_bias` and `v_bias`. Left
+    out: `relative_position_index` buffers, and key biases, to which the softmax is invariant. `mask_token`,
+    `lm_head.*`, `head.*`, `cls_pt_layers.*` and unknown names pass through; dtype and values do not change. Raises
+    ValueError where two keys mean the same parameter or a block lacks its query, key or value.
     """
     tensors, _ = unwrap(state, "state dict")
     renamed = canonical_names(tensors, "state dict")
@@ -98,7 +99,8 @@ def unwrap(state: Mapping[str, Any], label: str) -> tuple[dict[str, Tensor], lis
         raise ValueError(f"{label}: must have one {counts.most_common(1)[0][0]}, got two")
     stripped: dict[str, Tensor] = {}
     for key, value in cleaned.items():
-        _add(stripped, key.removeprefix("backbone."), value, label)  # mmsegmentation's
+        bare = key.removeprefix("model.").removeprefix("backbone.")  # Lightning's, mmsegmentation's
+        _add(stripped, bare, value, label)
     return stripped, dropped
 
 
