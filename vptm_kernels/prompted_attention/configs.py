@@ -96,7 +96,7 @@ def forward_config(
     """arch: "sm80", "sm90", ..., "gfx942". keys: tokens and prompts of an image, whose number kernels know unless they
     are pooled. bias_bits: of an element, 0 for no bias. scaled: whether the kernel multiplies queries by the scale.
     gathered: the bias is read from its table; on sm100 with Triton 3.6 four warps spill 8 bytes for queries that come
-    scaled, eight for others.
+    scaled, eight for others. With Triton 3.8 four spill 8 bytes there for heads of 16.
 
     On sm90 128 rows read two thirds of what 64 rows read from the second-level cache, which is what limits the kernel;
     with at most 128 registers a thread two such programs fit a multiprocessor, one otherwise. That takes queries that
@@ -119,7 +119,7 @@ def forward_config(
     if arch == "sm90" and tokens > 64 and bias_bits and not scaled and not prompts_attend:
         return ForwardConfig(128, 64, 8, 1, max_registers=128)
     resident = few and arch == "sm90" and head_dim in (16, 64) and bias_bits <= 16
-    warps = 8 if gathered and not scaled and _tensor_memory(arch) else 4
+    warps = 8 if _tensor_memory(arch) and (head_dim <= 16 or gathered and not scaled) else 4
     return ForwardConfig(64, 64, warps, 1, scores_resident=resident)
 
 
