@@ -103,9 +103,9 @@ def test_attention_is_what_is_replaced():
         return qkv[..., : qkv.shape[-1] // 3]
 
     run = bench._forward(12, 10, 1)
-    original, bench.vptm.frozen.encoder.prompted_attention = bench.vptm.frozen.encoder.prompted_attention, seen
+    original, bench.vptm.frozen.folded.prompted_attention = bench.vptm.frozen.folded.prompted_attention, seen
     try:
         run()
     finally:
-        bench.vptm.frozen.encoder.prompted_attention = original
+        bench.vptm.frozen.folded.prompted_attention = original
     assert len(called) >= 3, "every block before the read-out"

@@ -180,7 +180,7 @@ def test_other_runtimes_compute_what_pytorch_does(runtime, selected):
     """An exporter that lost a part would be fast."""
     for package in peers._NEEDS[runtime][1:]:
         pytest.importorskip(package)
-    selected(timing.Selection("cpu"))
+    selected(timing.Selection("cpu", full=True))
     model, images = torch.nn.Linear(4, 3), torch.randn(2, 4)
     functions = {"prefix": lambda model, images: model(images).relu()}
     run = peers.by_runtimes(functions, model, images)[f"{runtime} prefix"]

@@ -119,7 +119,7 @@ def forward_config(
     if arch == "sm90" and tokens > 64 and bias_bits and not scaled and not prompts_attend:
         return ForwardConfig(128, 64, 8, 1, max_registers=128)
     resident = few and arch == "sm90" and head_dim in (16, 64) and bias_bits <= 16
-    warps = 8 if _tensor_memory(arch) and (head_dim <= 16 or gathered and not scaled) else 4
+    warps = 8 if _tensor_memory(arch) and (head_dim <= 16 or (gathered and not scaled)) else 4
     return ForwardConfig(64, 64, warps, 1, scores_resident=resident)
 
 
