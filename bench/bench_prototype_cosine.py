@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from bench import timing
 from vptm_kernels import fold_head, prototype_cosine
+from vptm_kernels.prototype_cosine.activations import ACTIVATIONS
 from vptm_kernels.prototype_cosine.reference import prototype_cosine_reference
 
 DEVICE, FULL = timing.selection.device, timing.selection.full
 WIDTH, TOKENS, DIM = (24, 60, 8) if timing.selection.tiny else (768, 8192, 128)
-ACTIVATIONS = ("logits", "softmax", "log_softmax")
 BATCHES = (1, 64, 512)
 COMPILED_SIZE = (64, 100)  # images and classes, on a CPU
 # folded, the number of classes decides what is left to do; unfolded, the two ends of it show that it does not

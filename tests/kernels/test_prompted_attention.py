@@ -718,7 +718,7 @@ def test_offsets_of_64_bits_give_the_same_result(prompts, monkeypatch):
     case = AttentionCase(tokens=17, prompts=prompts, bias="dense", dtype=torch.float32)
     results = []
     for wide in (False, True):
-        monkeypatch.setattr(triton_impl, "_needs_int64", lambda reach, wide=wide: wide)
+        monkeypatch.setattr(triton_impl, "needs_int64", lambda reach, wide=wide: wide)
         forget_plans()
         call = case.inputs(DEVICE, requires_grad=True)
         out = prompted_attention(**call, impl="triton")

@@ -377,7 +377,7 @@ def test_offsets_of_64_bits_give_the_same_result(monkeypatch):
 
     results = []
     for wide in (False, True):
-        monkeypatch.setattr(triton_impl, "_needs_int64", lambda reach, wide=wide: wide)
+        monkeypatch.setattr(triton_impl, "needs_int64", lambda reach, wide=wide: wide)
         forget_plans()
         call = Case(dtype=torch.float32).inputs()
         out = readout_attention(**call, impl="triton")

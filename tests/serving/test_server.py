@@ -47,7 +47,8 @@ def running(folder: Path, **limits: Any) -> Iterator[tuple[Any, int]]:
     """A server on a free port of the loopback address, and that port."""
     import uvicorn
 
-    from vptm.serving.server import Limits, Server, open_tasks, task_folders
+    from vptm.serving.limits import Limits
+    from vptm.serving.server import Server, open_tasks, task_folders
 
     server = Server(*open_tasks(task_folders(folder)), Limits(**limits))
     listening = socket.socket()

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from vptm.commands.options import Backbone, Device, Impl
+from vptm.serving.limits import Limits
 from vptm.terminal import say
 
 
@@ -16,11 +17,15 @@ def serve(
     folder: Annotated[Path, typer.Argument(help="Run or adapter folder, or a folder of them on one backbone.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
-    batch_size: Annotated[int, typer.Option(help="Images of a batch, at most.")] = 32,
-    patience: Annotated[float, typer.Option(help="Seconds that the first of a batch waits for others.")] = 0.002,
-    most_waiting: Annotated[int, typer.Option(help="Requests that may wait; more are answered 503 at once.")] = 256,
-    most_bytes: Annotated[int, typer.Option(help="Bytes of a picture.")] = 20_000_000,
-    most_pixels: Annotated[int, typer.Option(help="Pixels of a picture.")] = 50_000_000,
+    batch_size: Annotated[int, typer.Option(help="Images of a batch, at most.")] = Limits.batch_size,
+    patience: Annotated[
+        float, typer.Option(help="Seconds that the first of a batch waits for others.")
+    ] = Limits.patience,
+    most_waiting: Annotated[
+        int, typer.Option(help="Requests that may wait; more are answered 503 at once.")
+    ] = Limits.most_waiting,
+    most_bytes: Annotated[int, typer.Option(help="Bytes of a picture.")] = Limits.most_bytes,
+    most_pixels: Annotated[int, typer.Option(help="Pixels of a picture.")] = Limits.most_pixels,
     source: Backbone = None,
     device: Device = "auto",
     impl: Impl = "auto",
@@ -40,7 +45,7 @@ def serve(
         raise ModuleNotFoundError(f'vptm serve needs {" and ".join(missing)}: pip install "vptm[serve]"')
     import uvicorn
 
-    from vptm.serving.server import Limits, Server, open_tasks, task_folders
+    from vptm.serving.server import Server, open_tasks, task_folders
     from vptm.training.sources import device_of
 
     limits = Limits(batch_size, patience, most_waiting, most_bytes, most_pixels)

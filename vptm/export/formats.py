@@ -20,6 +20,7 @@ from vptm.messages import one_of
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import ExportFormat
 from vptm.version import __version__
+from vptm.weights.adapters import PREPROCESSING
 from vptm.weights.files import WriteError
 
 FORMATS = get_args(ExportFormat)
@@ -98,7 +99,6 @@ def facts(model: PromptedModel) -> dict[str, str]:
     """What a file says of its model: strings, those that are not words as JSON."""
     weight = model.backbone.patch_embed.proj.weight
     config = model.default_cfg
-    names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "background", "value_range")
     return {
         "vptm_version": __version__,
         "model_class": type(model).__name__,
@@ -107,7 +107,7 @@ def facts(model: PromptedModel) -> dict[str, str]:
         "weight_hash": model.weight_hash(),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "class_names": json.dumps(model.class_names),
-        "preprocessing": json.dumps({name: config[name] for name in names if name in config}, default=str),
+        "preprocessing": json.dumps({name: config[name] for name in PREPROCESSING if name in config}, default=str),
     }
 
 

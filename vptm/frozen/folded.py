@@ -308,9 +308,7 @@ class Folded:
         return torch.addmm(out, inner.reshape(-1, inner.shape[-1]), weight.t(), out=out).view(x.shape)
 
     def _mlp_inner(self, x: Tensor, block: FrozenBlock) -> Tensor:
-        return self._activated(self._normalise(x, block.eps_2), block)
-
-    def _activated(self, x: Tensor, block: FrozenBlock) -> Tensor:
+        """First linear and activation of rows that are normalised."""
         act = block.activation
         exact_gelu = type(act) is nn.GELU and act.approximate == "none"
         if self.for_gpu:
@@ -321,7 +319,10 @@ class Folded:
         return act(frozen_linear(x, block.fc1_weight, block.fc1_bias))
 
     def _mlp(self, x: Tensor, block: FrozenBlock) -> Tensor:
-        return self._add_linear(x, self._mlp_inner(x, block), block.fc2_weight, block.fc2_bias, block.scale_2)
+        return self._add_mlp(x, self._normalise(x, block.eps_2), block)
+
+    def _add_mlp(self, x: Tensor, normed: Tensor, block: FrozenBlock) -> Tensor:
+        return self._add_linear(x, self._mlp_inner(normed, block), block.fc2_weight, block.fc2_bias, block.scale_2)
 
     def _block(self, model: PromptedRows, x: Tensor, layer: int, prefix: Prefix, qkv: Tensor | None = None) -> Tensor:
         block = self.blocks[layer]
@@ -330,9 +331,7 @@ class Folded:
         if fresh is None and self.triton and one_pass_is_worth_it(x.numel()) and not torch.compiler.is_compiling():
             update = F.linear(mixed, block.proj_weight, block.proj_bias)
             x, normed = residual_norm(x, update, gamma=block.scale_1, eps=block.eps_2, impl="triton")
-            return _residual(
-                x, F.linear(self._activated(normed, block), block.fc2_weight, block.fc2_bias), block.scale_2
-            )
+            return self._add_mlp(x, normed, block)
         return self._mlp(self._join(x, mixed, fresh, block), block)
 
     def _learned_bias(self, model: PromptedRows, layer: int, queries: int | None, keys: int | None) -> Tensor:
@@ -420,7 +419,7 @@ class Folded:
             x = self._attend_from(model, x, layer, rows, prefix)
         if type(norm) is not nn.Identity:
             return norm(self._mlp(x, block)).mean(dim=1)
-        inner = self._mlp_inner(x, block).mean(dim=1)
+        inner = self._mlp_inner(self._normalise(x, block.eps_2), block).mean(dim=1)
         return norm(_residual(x.mean(dim=1), F.linear(inner, block.fc2_weight, block.fc2_bias), block.scale_2))
 
     def _last_block(self, model: PromptedRows, x: Tensor, row: int, layer: int, prefix: Prefix) -> Tensor:

@@ -246,6 +246,15 @@ def _read(
     return path, pixels
 
 
+def best_labels(scores: Tensor, labels: Sequence[str], top: int) -> list[list[tuple[str, float]]]:
+    """For every row of class scores (B, K) the best labels with their softmax probability, best first."""
+    best = scores.float().softmax(1).cpu().topk(min(top, len(labels)))
+    return [
+        [(labels[k], value) for k, value in zip(indices, values)]
+        for indices, values in zip(best.indices.tolist(), best.values.tolist())
+    ]
+
+
 def _predicted(
     run: _Run,
     tasks: Mapping[str | None, PromptedModel | TaskInfo],
@@ -257,13 +266,7 @@ def _predicted(
     for name, task in tasks.items() if readable else ():
         pixels = torch.stack([images[name] for _, images in readable])
         with torch.inference_mode():
-            scores = run(name, pixels).float().softmax(1).cpu()
-        labels = class_labels(task.class_names, task.num_classes)
-        best = scores.topk(min(top, len(labels)))
-        answers[name] = [
-            [(labels[k], value) for k, value in zip(indices, values)]
-            for indices, values in zip(best.indices.tolist(), best.values.tolist())
-        ]
+            answers[name] = best_labels(run(name, pixels), class_labels(task.class_names, task.num_classes), top)
     place = 0
     for each in batch:
         if isinstance(each, Unreadable):

@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,35 +33,12 @@ from vptm.models.opening import load_adapter
 from vptm.models.prompted_beit import PromptedBEiT
 from vptm.models.prompted_model import PromptedModel
 from vptm.serving.batching import Batcher, Overloaded
+from vptm.serving.limits import Limits
+from vptm.serving.predict import best_labels
 from vptm.serving.task_bank import TaskBank
 from vptm.weights.adapters import CONFIG_FILE
 
 PAGE = Path(__file__).with_name("page.html")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one server takes on.
-
-    batch_size: most images of a batch. patience: seconds that the first of a batch waits for others. most_waiting:
-    requests that are read or wait; one more is answered 503 at once. most_bytes, most_pixels: of a picture. top: labels
-    of an answer.
-    """
-
-    batch_size: int = 32
-    patience: float = 0.002
-    most_waiting: int = 256
-    most_bytes: int = 20_000_000
-    most_pixels: int = 50_000_000
-    top: int = 5
-
-    def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("most_waiting", 1), ("most_bytes", 1), ("most_pixels", 1), ("top", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        if not 0 <= self.patience <= 10:
-            raise ValueError(f"patience must be seconds in [0, 10], got {self.patience!r}")
 
 
 def task_folders(folder: str | Path) -> dict[str, Path]:
@@ -243,13 +219,9 @@ class Server:
 
     def _labels(self, task: str, scores: torch.Tensor) -> list[dict[str, Any]]:
         info = self.bank.info(task)
-        names = class_labels(info.class_names, info.num_classes)
-        shares = scores[: info.num_classes].float().softmax(0)
-        best = shares.topk(min(self.limits.top, info.num_classes))
-        return [
-            {"label": names[k], "score": round(value, 6)}
-            for k, value in zip(best.indices.tolist(), best.values.tolist())
-        ]
+        labels = class_labels(info.class_names, info.num_classes)
+        (best,) = best_labels(scores[None, : info.num_classes], labels, self.limits.top)
+        return [{"label": label, "score": round(share, 6)} for label, share in best]
 
     async def _look_at(self, request: Request) -> Response:
         task = self._task(request)

@@ -22,14 +22,20 @@ _FEWEST_WEIGHTS = 1 << 17
 
 
 @functools.cache
+def _processor() -> str:
+    """What Linux says of the processor, "" where it says nothing."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+@functools.cache
 def onednn_is_faster() -> bool:
     """Whether this is a processor on which oneDNN was measured to be faster: AMD's, with AVX-512."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
+    return "AuthenticAMD" in _processor()
 
 
 @functools.cache
@@ -37,11 +43,7 @@ def multiplies_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 itself (AVX512-BF16 or AMX), so that such products gain by oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return False
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return "avx512_bf16" in _processor() or "amx_bf16" in _processor()
 
 
 def _learns(*tensors: Tensor | None) -> bool:

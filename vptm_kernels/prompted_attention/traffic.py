@@ -16,14 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .._runtime.sizes import cdiv
 from ..aot import Traffic
 from .kernels_common import TABLE
 
 Arguments = Mapping[str, Any]
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 class _Sizes:
@@ -37,7 +34,7 @@ class _Sizes:
         self.lse = 0 if a["lse_ptr"] is None else a["lse_ptr"].element_size()
         self.entry = a["bias_ptr"].element_size() if a["KIND"] else 0
         # A gathered table is read once per pair, of tokens only.
-        self.padded = tokens if a["KIND"] == TABLE.value else _cdiv(tokens, 16) * 16
+        self.padded = tokens if a["KIND"] == TABLE.value else cdiv(tokens, 16) * 16
         self.extra = a["P"] if a["PROMPT_COLUMNS"] else 0
         self.images_and_heads = self.batch * self.heads
 
@@ -52,7 +49,7 @@ class _Sizes:
 
 def _forward(a: Arguments) -> Traffic:
     s = _Sizes(a)
-    blocks = 1 if a["KEYS_RESIDENT"] else _cdiv(s.rows, a["BLOCK_M"])
+    blocks = 1 if a["KEYS_RESIDENT"] else cdiv(s.rows, a["BLOCK_M"])
     out = s.images_and_heads * s.rows * (s.row + (s.lse if a["WITH_LSE"] else 0))
     keys = s.images_and_heads * (s.tokens + s.prompts) * 2 * s.row
     queries = s.images_and_heads * s.rows * s.row
@@ -68,7 +65,7 @@ def _query_grad(a: Arguments) -> Traffic:
     grad = chunks * s.heads * rows * a["D"] * a["grad_ptr"].element_size()
     keys = s.images_and_heads * (s.tokens + s.prompts) * 2 * s.row
     bias = s.bias(1) * rows // s.rows
-    blocks = _cdiv(rows, a["BLOCK_M"])
+    blocks = cdiv(rows, a["BLOCK_M"])
     memory = s.images_and_heads * s.tokens * (2 if a["OF_PROMPTS"] else 3) * s.row + s.prompt_bytes(a)
     cache = blocks * keys + s.images_and_heads * rows * s.row + bias * s.batch + of_rows + grad
     return Traffic(cache, memory + bias + of_rows + grad)
@@ -77,7 +74,7 @@ def _query_grad(a: Arguments) -> Traffic:
 def _key_grad(a: Arguments) -> Traffic:
     s = _Sizes(a)
     keys = s.prompts if a["OF_PROMPTS"] else s.tokens
-    blocks = _cdiv(keys, a["BLOCK_N"])
+    blocks = cdiv(keys, a["BLOCK_N"])
     of_rows = s.row + s.lse + (s.row if a["FUSE_DELTA"] else s.lse)
     of_rows += s.lse if a["FUSE_DELTA"] and a["HAS_DLSE"] else 0
     columns = s.extra if a["OF_PROMPTS"] else s.padded
@@ -100,10 +97,10 @@ def _bias_grad(a: Arguments) -> Traffic:
     pairs = s.batch * heads
     queries = pairs * rows * (2 * s.row + 2 * s.lse)
     keys = pairs * columns * 2 * s.row
-    chunks = _cdiv(s.batch, a["images"])
+    chunks = cdiv(s.batch, a["images"])
     bias = heads * rows * (s.padded if columns == s.tokens else columns) * s.entry
     grad = chunks * heads * rows * columns * a["grad_ptr"].element_size()
-    cache = _cdiv(columns, a["BLOCK_N"]) * queries + _cdiv(rows, a["BLOCK_M"]) * keys + chunks * bias + grad
+    cache = cdiv(columns, a["BLOCK_N"]) * queries + cdiv(rows, a["BLOCK_M"]) * keys + chunks * bias + grad
     return Traffic(cache, queries + keys + bias + grad)
 
 

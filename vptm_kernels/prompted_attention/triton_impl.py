@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._runtime.launch import Launch
 from .._runtime.plans import Plans, place, signature
-from .._runtime.sizes import accumulator, next_power_of_2
+from .._runtime.sizes import accumulator, needs_int64, next_power_of_2
 from .._runtime.triton_support import architecture, dot_precision, float32_precision, interpreting
 from .bias import ROW_ALIGNMENT
 from .configs import (
@@ -210,11 +210,6 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _needs_int64(reach: int) -> bool:
-    """Whether offsets inside one image or head leave 32 bits."""
-    return reach >= 2**31
-
-
 def _packed(t: Tensor | None) -> Tensor | None:
     """Ids and ranges one after the other, as kernels read them; expanded and transposed ones are copied."""
     return None if t is None else t.contiguous()
@@ -288,7 +283,7 @@ class Plan:
         self.window = (window[0], window[1]) if window else (0, 0)
         gathered = self.bias.kind == TABLE.value
         reach = max(self.tokens * stride_n, (0 if prompts is None else prompts.shape[-2]) * stride_p)
-        far = _needs_int64(max(reach, self.rows * self.bias.row_stride))
+        far = needs_int64(max(reach, self.rows * self.bias.row_stride))
         self.layout = Layout(
             H=self.heads,
             D=self.head_dim,

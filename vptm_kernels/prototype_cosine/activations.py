@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._runtime.sizes import accumulator
@@ -10,12 +11,12 @@ from .._runtime.sizes import accumulator
 ACTIVATIONS = {"logits": 0, "softmax": 1, "log_softmax": 2}
 
 
-def activate(logits: Tensor, activation: str) -> Tensor:
-    """The activation of logits (B, V) over the V tokens."""
+def activate(logits: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+    """The activation of logits (B, V) over the V tokens, into `out` if given, which may be the logits."""
     if activation == "softmax":
-        return logits.softmax(-1)
+        return torch.softmax(logits, -1, out=out)
     if activation == "log_softmax":
-        return logits.log_softmax(-1)
+        return torch.log_softmax(logits, -1, out=out)
     return logits
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._runtime.frozen_linear import frozen_linear
 from .._runtime.private_torch import activation_gradients
 from .._runtime.sizes import accumulator
-from .activations import through_activation
+from .activations import activate, through_activation
 from .plan import choose_plan
 
 # Logits alone are streamed in tiles of 1 MB of float32, inside the cache of one core. Activations need whole rows, and
@@ -214,11 +214,7 @@ def activations(
         torch.mm(hidden, token_weight.mT, out=out)
     else:
         torch.addmm(token_bias, hidden, token_weight.mT, out=out)
-    if activation == "softmax":
-        torch.softmax(out, -1, out=out)
-    elif activation == "log_softmax":
-        torch.log_softmax(out, -1, out=out)
-    return out
+    return activate(out, activation, out=out)
 
 
 def _stream_logits(

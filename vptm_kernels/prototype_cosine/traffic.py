@@ -12,13 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .._runtime.sizes import cdiv
 from ..aot import Traffic
 
 Arguments = Mapping[str, Any]
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _bytes(*tensors: Any) -> int:
@@ -28,7 +25,7 @@ def _bytes(*tensors: Any) -> int:
 def _tiles(a: Arguments) -> int:
     """Blocks of tokens over all splits, the last of which may hold fewer."""
     full, left = divmod(a["V"], a["per_split"])
-    return full * _cdiv(a["per_split"], a["BLOCK_V"]) + _cdiv(left, a["BLOCK_V"])
+    return full * cdiv(a["per_split"], a["BLOCK_V"]) + cdiv(left, a["BLOCK_V"])
 
 
 def _logits(a: Arguments, tiles: int, row_blocks: int) -> int:
@@ -42,7 +39,7 @@ def _inputs(a: Arguments) -> int:
 
 
 def _readout(a: Arguments) -> Traffic:
-    row_blocks, dim_blocks = _cdiv(a["B"], a["BLOCK_B"]), _cdiv(a["D"], a["BLOCK_D"])
+    row_blocks, dim_blocks = cdiv(a["B"], a["BLOCK_B"]), cdiv(a["D"], a["BLOCK_D"])
     # Maximum, sum, sum of activations and of their squares; logits have the last one only.
     stored = _bytes(a["part"]) + _bytes(a["statistics"]) // (4 if a["ACTIVATION"] == 0 else 1) + _bytes(a["seen_part"])
     cache = dim_blocks * _logits(a, _tiles(a), row_blocks) + row_blocks * _bytes(a["reader"]) + stored
@@ -50,7 +47,7 @@ def _readout(a: Arguments) -> Traffic:
 
 
 def _combine(a: Arguments) -> Traffic:
-    row_blocks, dim_blocks = _cdiv(a["B"], a["BLOCK_B"]), _cdiv(a["D"], a["BLOCK_D"])
+    row_blocks, dim_blocks = cdiv(a["B"], a["BLOCK_B"]), cdiv(a["D"], a["BLOCK_D"])
     statistics, kept = _bytes(a["statistics"]), _bytes(a["out"])
     kept += (_bytes(a["squared"]) if a["SQUARES"] else 0) + (_bytes(a["saved"]) if a["ACTIVATION"] else 0)
     # The maximum is read twice, and the sum of activations by log-softmax alone.
@@ -62,18 +59,18 @@ def _combine(a: Arguments) -> Traffic:
 
 
 def _reader_grad(a: Arguments) -> Traffic:
-    tiles, dim_blocks = _cdiv(a["V"], a["BLOCK_V"]), _cdiv(a["D"], a["BLOCK_D"])
+    tiles, dim_blocks = cdiv(a["V"], a["BLOCK_V"]), cdiv(a["D"], a["BLOCK_D"])
     kept = _bytes(a["out"])
     saved = a["B"] * a["saved"].element_size() if a["ACTIVATION"] else 0
-    logits = _logits(a, tiles, _cdiv(a["B"], a["BLOCK_B"])) + tiles * saved
+    logits = _logits(a, tiles, cdiv(a["B"], a["BLOCK_B"])) + tiles * saved
     return Traffic(
         dim_blocks * logits + tiles * _bytes(a["grad"]) + kept, _inputs(a) + saved + _bytes(a["grad"]) + kept
     )
 
 
 def _hidden_grad(a: Arguments) -> Traffic:
-    tiles, row_blocks = _tiles(a), _cdiv(a["B"], a["BLOCK_B"])
-    channel_blocks = _cdiv(a["hidden"].shape[1], a["BLOCK_O"]) if a["FOR_HIDDEN"] else 1
+    tiles, row_blocks = _tiles(a), cdiv(a["B"], a["BLOCK_B"])
+    channel_blocks = cdiv(a["hidden"].shape[1], a["BLOCK_O"]) if a["FOR_HIDDEN"] else 1
     recomputed = a["ACTIVATION"] != 0 or a["SQUARES"]
     per_row = 0
     if recomputed:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._runtime.launch import Launch
 from .._runtime.plans import Plans, signature
-from .._runtime.sizes import accumulator
+from .._runtime.sizes import accumulator, cdiv
 from .._runtime.triton_support import architecture, dot_precision, float32_precision
 from . import torch_impl
 from .activations import ACTIVATIONS
@@ -44,10 +44,6 @@ def _blocks(config: Config) -> dict[str, int]:
 
 def _aligned(*matrices: Tensor) -> bool:
     return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in matrices)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
@@ -139,9 +135,9 @@ class _Readout(_Plan):
             return
         batch, tokens, dim = self.batch, self.tokens, self.dim
         config = forward_config(self.arch, self.bits, dim, self.aligned, self.activation == "log_softmax")
-        row_blocks, dim_blocks = _cdiv(batch, config.rows), _cdiv(dim, config.dims)
+        row_blocks, dim_blocks = cdiv(batch, config.rows), cdiv(dim, config.dims)
         per_split = tokens_per_split(self.arch, tokens, row_blocks * dim_blocks, config.tokens)
-        self.splits = _cdiv(tokens, per_split)
+        self.splits = cdiv(tokens, per_split)
         shared = self.shared | {"SQUARES": self.squares}
         self._read = Launch(
             _readout_kernel,
@@ -154,10 +150,10 @@ class _Readout(_Plan):
                 **_launch_options(config.num_warps, config.num_stages),
             },
         )
-        combine = combine_config(self.arch, _cdiv(tokens, config.tokens), dim)
+        combine = combine_config(self.arch, cdiv(tokens, config.tokens), dim)
         self._combine = Launch(
             _combine_kernel,
-            (_cdiv(batch, combine.rows), _cdiv(dim, combine.dims)),
+            (cdiv(batch, combine.rows), cdiv(dim, combine.dims)),
             (batch, tokens, dim, per_split, self.splits),
             {
                 **shared,
@@ -209,7 +205,7 @@ class _Backward(_Plan):
             config = reader_grad_config(self.arch, self.bits, dim, self.aligned)
             self._of_reader = Launch(
                 _reader_grad_kernel,
-                (_cdiv(tokens, config.tokens), _cdiv(dim, config.dims)),
+                (cdiv(tokens, config.tokens), cdiv(dim, config.dims)),
                 (batch, self.width, tokens, dim, *self.strides[:2]),
                 {**shared, **_blocks(config), **_launch_options(config.num_warps, config.num_stages)},
             )
@@ -217,10 +213,10 @@ class _Backward(_Plan):
             recompute = self.activation != "logits" or has_squared
             config = hidden_grad_config(self.arch, self.bits, dim, self.aligned, recompute)
             block = channels(self.arch, self.bits, self.width, self.aligned)
-            self.row_blocks = _cdiv(batch, config.rows)
-            channel_blocks = _cdiv(self.width, block) if needs[0] else 1
+            self.row_blocks = cdiv(batch, config.rows)
+            channel_blocks = cdiv(self.width, block) if needs[0] else 1
             per_split = tokens_per_split(self.arch, tokens, self.row_blocks * channel_blocks, config.tokens)
-            self.splits = _cdiv(tokens, per_split)
+            self.splits = cdiv(tokens, per_split)
             self._of_hidden = Launch(
                 _hidden_grad_kernel,
                 (self.splits, self.row_blocks, channel_blocks),
@@ -296,7 +292,7 @@ def task_linear(hidden: Tensor, weight: Tensor, bias: Tensor, task_ids: Tensor, 
         dims, columns = task_linear_blocks(architecture(hidden.device))
         launch = Launch(
             _task_linear_kernel,
-            (batch, _cdiv(dim, dims)),
+            (batch, cdiv(dim, dims)),
             (tasks, width, dim, hidden.stride(0), weight.stride(0), weight.stride(1), bias.stride(0)),
             {"ACC": _dtype(hidden), "BLOCK_C": columns, "BLOCK_D": dims, **_launch_options(4, 1)},
         )
@@ -332,7 +328,7 @@ def _similarity_launch(
     (batch, dim), arch = embedding.shape, architecture(embedding.device)
     block = 16 if arch == "cpu" else 64
     sizes = {"ACC": _dtype(embedding), "BLOCK_K": 16 if arch == "cpu" else 32, "BLOCK_D": block}
-    columns, stride = _cdiv(widest, sizes["BLOCK_K"]), prototypes.stride(0)
+    columns, stride = cdiv(widest, sizes["BLOCK_K"]), prototypes.stride(0)
     if task_ids is not None:
         scalars = (len(offsets) - 1, dim, widest, stride, eps)
         return Launch(_task_cosine_kernel, (batch, columns), scalars, sizes | _launch_options(4, 1))
@@ -344,7 +340,7 @@ def _similarity_launch(
         "BLOCK_B": 16,
         **_launch_options(4, 1),
     }
-    return Launch(_cosine_kernel, (_cdiv(batch, 16), columns), (batch, widest, dim, stride, eps), constants)
+    return Launch(_cosine_kernel, (cdiv(batch, 16), columns), (batch, widest, dim, stride, eps), constants)
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._runtime.launch import Launch
 from .._runtime.plans import Plans, signature
-from .._runtime.sizes import accumulator, next_power_of_2
+from .._runtime.sizes import accumulator, cdiv, needs_int64, next_power_of_2
 from .._runtime.triton_support import architecture, dot_precision, float32_precision
 from .configs import Config, backward_config, forward_config, merge_channels
 from .kernels_bwd import _grad_kernel
@@ -65,18 +65,9 @@ def backward(
     return plan(*tensors, grad_mixed, *others)
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _token_stride(x: Tensor) -> int:
     # The stride of a dimension of one element may be anything: take the one it would have.
     return x.stride(1) if x.shape[1] > 1 else x.shape[2]
-
-
-def _needs_int64(reach: int) -> bool:
-    """Whether offsets inside one image leave 32 bits."""
-    return reach >= 2**31
 
 
 def _unit_stride(t: Tensor) -> Tensor:
@@ -124,7 +115,7 @@ class _Plan:
             # not of batches that happen to make odd widths multiples of 16
             "ALIGNED": self.width % 16 == 0 and all(stride % 16 == 0 for stride in strides),
             "CENTRE": self.stream_bits > 16,
-            "INDEX": tl.int64 if _needs_int64(self.tokens * self.token_stride) else tl.int32,
+            "INDEX": tl.int64 if needs_int64(self.tokens * self.token_stride) else tl.int32,
             "PRECISION": self.precision,
             "STAGES": config.num_stages,
             "num_warps": config.num_warps,
@@ -152,7 +143,7 @@ class _Forward(_Plan):
         super().__init__(x, absorbed, prompt_scores, bias)
         self.keep = keep
         config = forward_config(*self.shape)
-        self.splits = _cdiv(self.tokens, config.tokens)
+        self.splits = cdiv(self.tokens, config.tokens)
         self._split = Launch(
             _split_kernel,
             (self.batch * self.splits,),
@@ -171,7 +162,7 @@ class _Forward(_Plan):
         block = merge_channels(self.arch, self.width)
         self._merge = Launch(
             _merge_kernel,
-            (self.batch, _cdiv(self.width, block)),
+            (self.batch, cdiv(self.width, block)),
             (self.tokens, self.prompts, self.splits, *self.prompt_strides, self.bias_stride),
             {
                 "BLOCK_C": block,
@@ -216,7 +207,7 @@ class _Backward(_Plan):
         self.needs = needs = tuple(needs)
         self.columns = 0 if bias is None else bias.shape[1]
         config = backward_config(*self.shape)
-        self.splits = _cdiv(self.tokens, config.tokens) if needs[0] or needs[1] or needs[3] else 1
+        self.splits = cdiv(self.tokens, config.tokens) if needs[0] or needs[1] or needs[3] else 1
         grad_strides = _outer_strides(grad_mixed)
         self._grad = Launch(
             _grad_kernel,
