@@ -7,6 +7,7 @@ summed. A process alone does none of it.
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -49,7 +50,10 @@ class SeveralRanks(Ranks):
         from accelerate import PartialState
         from accelerate.utils import broadcast_object_list, gather_object, reduce
 
+        begins = not torch.distributed.is_initialized()
         state = PartialState(cpu=device.type == "cpu")
+        if begins:  # a thread of gloo that outlives the interpreter aborts the process at its very end
+            atexit.register(state.destroy_process_group)
         self.index, self.count, self.device = state.process_index, state.num_processes, state.device
         self._reduce, self._gather, self._broadcast = reduce, gather_object, broadcast_object_list
 
