@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 import vptm
-from vptm.data.pictures import read_upload
+from vptm.data.decoding import read_upload
 
 
 def resident(process: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import vptm
-from vptm.data.pictures import read_image
+from vptm.data.decoding import read_image
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument(

@@ -23,7 +23,7 @@ _HOME = {
     "PrototypicalVerbalizer": "models.verbalizers",
     "LinearVerbalizer": "models.verbalizers",
     "PromptBank": "models.prompts",
-    "save_adapter": "models.saving",
+    "save_adapter": "models.adapter_saving",
     "open_model": "models.opening",
     "load_adapter": "models.opening",
     "load_data": "data.sources",
@@ -71,11 +71,11 @@ if TYPE_CHECKING:
     from vptm.methods.protoverb import fit_prototypes
     from vptm.methods.provp import set_class_embeddings
     from vptm.methods.spt import init_prompts
+    from vptm.models.adapter_saving import save_adapter
     from vptm.models.opening import load_adapter, open_model
     from vptm.models.prompted_beit import PromptedBEiT
     from vptm.models.prompted_vit import PromptedViT
     from vptm.models.prompts import PromptBank
-    from vptm.models.saving import save_adapter
     from vptm.models.verbalizers import LinearVerbalizer, PrototypicalVerbalizer
     from vptm.serving.predict import predict
     from vptm.serving.task_bank import TaskBank

@@ -16,7 +16,7 @@ from PIL import Image
 
 import vptm
 from vptm import PromptedBEiT
-from vptm.data.pictures import BadImageError
+from vptm.data.decoding import BadImageError
 from vptm.serving.predict import Prediction, Unreadable, picture_files, predictions
 from vptm.serving.prediction_file import continued, header, row
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from vptm.weights.architecture import TIMM_RESIZES_RECTANGLES
 from vptm.weights.backbones import LoadedBackbone, load_backbone
 from vptm.weights.files import weight_hash
-from vptm.weights.names import canonical_state_dict
+from vptm.weights.key_maps import canonical_state_dict
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

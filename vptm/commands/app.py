@@ -70,7 +70,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _exit_code(error: Exception) -> int:
-    from vptm.data.pictures import BadImageError
+    from vptm.data.decoding import BadImageError
 
     bad_argument = isinstance(error, (ValueError, TypeError, FileNotFoundError)) and not isinstance(
         error, BadImageError

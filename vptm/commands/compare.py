@@ -27,7 +27,8 @@ def compare(**options: Any) -> None:
     settings = CompareSettings(**options)
     from vptm.commands.comparison import compare as run
     from vptm.commands.comparison import table
-    from vptm.training.sources import device_of, located
+    from vptm.training.devices import device_of
+    from vptm.training.run_folder import located
 
     device_of(settings.device)
     names = [name.strip() for name in settings.methods.split(",") if name.strip()]

@@ -39,7 +39,7 @@ def explain(
 
     from vptm.inspection.explain import inspect_tokens
     from vptm.models.opening import load_adapter
-    from vptm.training.sources import device_of
+    from vptm.training.devices import device_of
 
     target = Path(f"{image.stem}-explained.png") if out is None else out
     _check_target(image, target)

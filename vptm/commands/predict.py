@@ -59,14 +59,14 @@ def predict(
       vptm predict runs/builtin-1 shoe.png wardrobe/ > names.csv
       find photos -name '*.jpg' | vptm predict runs/photos - --out names.jsonl --resume
     """
-    from vptm.data.pictures import BadImageError
+    from vptm.data.decoding import BadImageError
     from vptm.messages import one_of
     from vptm.models.opening import load_adapter
     from vptm.serving.predict import picture_files, predictions
     from vptm.serving.task_bank import TaskBank
     from vptm.settings import RunSettings, choices
+    from vptm.training.devices import device_of
     from vptm.training.precision import dtype_of, resolve_precision
-    from vptm.training.sources import device_of
 
     one_of("--on-bad-image", on_bad_image, choices(RunSettings, "on_bad_image"))
     by_name = "jsonl" if out is not None and out.suffix in (".jsonl", ".ndjson") else "csv"

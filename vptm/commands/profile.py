@@ -54,7 +54,7 @@ def profile(
 
     from vptm.inspection.profile import draw, forwards_of, stages_of, table
     from vptm.models.opening import open_model
-    from vptm.training.sources import device_of
+    from vptm.training.devices import device_of
 
     place = device_of(device)
     asked = {} if readout is None else {"readout": readout}

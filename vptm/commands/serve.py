@@ -46,7 +46,7 @@ def serve(
     import uvicorn
 
     from vptm.serving.server import Server, open_tasks, task_folders
-    from vptm.training.sources import device_of
+    from vptm.training.devices import device_of
 
     limits = Limits(batch_size, patience, most_waiting, most_bytes, most_pixels)
     bank, models = open_tasks(task_folders(folder), source=source, device=device_of(device), impl=impl)

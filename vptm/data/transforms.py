@@ -11,7 +11,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.nn import functional as F
 
-from vptm.data.pictures import BACKGROUND, to_8_bit
+from vptm.data.decoding import BACKGROUND, to_8_bit
 
 
 class _Preprocess:
@@ -39,7 +39,7 @@ class _Preprocess:
 def transforms(model: Any, train: bool = False, *, flip: bool = True) -> Callable[[Image.Image], Tensor]:
     """The preprocessing `model.default_cfg` asks for: PIL image of any mode and size -> float tensor (C, H, W).
 
-    8 bits without transparency (`vptm.data.pictures.to_8_bit`), grey or RGB by the model's channels, resize, centre
+    8 bits without transparency (`vptm.data.decoding.to_8_bit`), grey or RGB by the model's channels, resize, centre
     crop and normalisation through timm. For training, images of
     64 pixels and more get timm's random resized crop (area 0.25 to 1) and mirror; smaller ones keep their frame and
     get a mirror and a shift of up to 1/14 of the side with edge padding. Random draws come from torch's and Python's

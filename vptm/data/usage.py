@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from vptm.data.datasets import ImageDataset
-from vptm.data.pictures import BadImageError
+from vptm.data.decoding import BadImageError
 from vptm.messages import one_line
 
 

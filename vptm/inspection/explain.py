@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vptm.data.decoding import read_image
 from vptm.data.labels import class_labels
-from vptm.data.pictures import read_image
 from vptm.data.transforms import picture_options, transforms
 from vptm.frozen.modes import eval_mode
 from vptm.frozen.parts import softmax_attention
@@ -78,7 +78,7 @@ def inspect_tokens(
 
     Raises:
         ValueError, TypeError: another model, a tensor of another size, or an argument out of range.
-        FileNotFoundError, vptm.data.pictures.BadImageError: a file that is not there or no image.
+        FileNotFoundError, vptm.data.decoding.BadImageError: a file that is not there or no image.
 
     Example:
         >>> import vptm

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vptm.messages import number, one_of
 from vptm.models.prompted_model import PromptedModel
-from vptm.models.support import support_rows
+from vptm.models.support_set import support_rows
 from vptm.models.verbalizers import PrototypicalVerbalizer
 from vptm.training.losses import protoverb_loss
 

@@ -33,10 +33,10 @@ from vptm.methods.reprogramming.label_mapping import embed_names, text_encoder
 from vptm.models.opening import open_model
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import EVALUATION_BATCH, ProtocolSettings
+from vptm.training.devices import device_of
 from vptm.training.evaluate import evaluate
 from vptm.training.fit import fit
 from vptm.training.reformation import FeatureReformation
-from vptm.training.sources import device_of
 from vptm.weights.files import read_safetensors
 
 PROTOCOLS = ("few-shot", "base-to-novel")

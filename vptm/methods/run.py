@@ -21,18 +21,18 @@ from vptm.data.usage import class_lines, dark_line, refuse_unreadable
 from vptm.messages import WITH_PATHS, one_line
 from vptm.methods.protoverb import fit_prototypes
 from vptm.methods.spt import init_prompts
+from vptm.models.adapter_saving import save_adapter
 from vptm.models.opening import open_model
 from vptm.models.prompted_model import PromptedModel
-from vptm.models.saving import save_adapter
 from vptm.settings import EVALUATION_BATCH, BEiTSettings, RunSettings, parse_shots
 from vptm.training.callbacks import TensorBoard, check_log
+from vptm.training.devices import device_of, loader_of
 from vptm.training.evaluate import evaluate
 from vptm.training.evaluate_run import asking_for_moved_data
 from vptm.training.facts import peak_memory
 from vptm.training.fit import FitResult, fit
 from vptm.training.ranks import join, local_device
 from vptm.training.run_folder import RUN_FILE, holds_progress, read_run, update_run_file
-from vptm.training.sources import device_of, loader_of
 from vptm.weights.adapters import read_adapter_config
 from vptm.weights.files import WriteError
 

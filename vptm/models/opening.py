@@ -10,7 +10,7 @@ from timm.models.beit import Beit
 from torch import nn
 
 from vptm.messages import hint, one_of
-from vptm.models.loading import load
+from vptm.models.adapter_loading import load
 from vptm.models.prompted_beit import PromptedBEiT
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.prompted_vit import PromptedViT

@@ -19,8 +19,8 @@ from vptm.frozen.parts import learns, oddity, sdpa, softmax_attention
 from vptm.frozen.reference import reference_features
 from vptm.frozen.sharing import unshare_storage
 from vptm.messages import one_of
+from vptm.models.adapter_hub import Pretrained
 from vptm.models.config import LabelledOutput, ModelConfig
-from vptm.models.pretrained import Pretrained
 from vptm.models.prompts import PromptBank
 from vptm.models.verbalizers import ClassEmbeddings, LinearVerbalizer, PrototypicalVerbalizer
 from vptm.settings import PromptSettings, names

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from vptm.frozen.parts import is_plain_linear
 from vptm.frozen.rows import PreparedHead, PromptedRows
 from vptm.messages import number, one_of
-from vptm.models.support import support_rows
+from vptm.models.support_set import support_rows
 from vptm.settings import TokenActivation
 from vptm_kernels import fold_head, prototype_cosine
 from vptm_kernels.prototype_cosine.activations import activate

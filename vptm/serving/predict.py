@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vptm.data.decoding import BadImageError, read_image, to_8_bit
 from vptm.data.labels import class_labels
-from vptm.data.pictures import BadImageError, image_files, left_out_note, read_image, to_8_bit
+from vptm.data.picture_files import image_files, left_out_note
 from vptm.data.transforms import picture_options, transforms
 from vptm.messages import one_of
 from vptm.models.opening import load_adapter

@@ -23,12 +23,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from vptm.data.decoding import BadImageError, read_upload
 from vptm.data.labels import class_labels
-from vptm.data.pictures import BadImageError, read_upload
 from vptm.data.transforms import picture_options, transforms
 from vptm.inspection.explain import inspect_tokens
 from vptm.messages import hint
-from vptm.models.loading import load_on
+from vptm.models.adapter_loading import load_on
 from vptm.models.opening import load_adapter
 from vptm.models.prompted_beit import PromptedBEiT
 from vptm.models.prompted_model import PromptedModel

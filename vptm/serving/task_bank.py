@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from vptm.frozen.folded import Folded, PooledPrefix
 from vptm.messages import hint, one_of
-from vptm.models.loading import load_on
+from vptm.models.adapter_loading import load_on
 from vptm.models.opening import open_model
 from vptm.models.prompted_model import PromptedModel
 from vptm.serving.batch_prompts import BatchPrompts, schedule

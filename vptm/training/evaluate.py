@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from vptm.data.labels import check_labels
 from vptm.frozen.modes import eval_mode
+from vptm.models.adapter_saving import unwrapped
 from vptm.models.prompted_model import PromptedModel
-from vptm.models.saving import unwrapped
 from vptm.training.batches import images_and_labels
 from vptm.training.precision import compiled, dtype_of, float32_products, in_type, resolve_precision
 from vptm.training.ranks import Ranks, rank_loader

@@ -19,9 +19,9 @@ from vptm.messages import one_line, one_of
 from vptm.models.opening import load_adapter
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import EVALUATION_BATCH, Split
+from vptm.training.devices import device_of, loader_of
 from vptm.training.evaluate import evaluate
-from vptm.training.run_folder import recorded_data
-from vptm.training.sources import device_of, loader_of, located
+from vptm.training.run_folder import located, recorded_data
 
 SPLITS = get_args(Split)
 

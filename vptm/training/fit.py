@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vptm.data.split_list import SplitList
+from vptm.models.adapter_saving import unwrapped
 from vptm.models.prompted_model import PromptedModel
-from vptm.models.saving import unwrapped
 from vptm.settings import Precision, Schedule, TrainSettings
 from vptm.training.batches import images_and_labels
 from vptm.training.callbacks import Callback

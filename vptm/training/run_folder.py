@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from vptm.data.datasets import ImageDataset
+from vptm.data.packaged import PACKAGED
 from vptm.data.split_list import SPLIT_FILE, SplitList
 from vptm.messages import error_line, one_line
+from vptm.models.adapter_saving import frozen_part, save_compared
 from vptm.models.prompted_model import PromptedModel
-from vptm.models.saving import frozen_part, save_compared
 from vptm.settings import TrainSettings
 from vptm.training.curves import plot_curves
 from vptm.training.facts import environment
@@ -30,6 +32,7 @@ from vptm.training.ranks import Ranks
 from vptm.training.state import STATE_FILE, read_state, write_state
 from vptm.training.step import TrainStep
 from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, read_adapter_tensors
+from vptm.weights.backbones import is_timm_name
 from vptm.weights.files import WriteError, read_json, weight_hash, write_atomically
 
 METRICS_FILE, CURVES_FILE, RUN_FILE = "metrics.csv", "curves.png", "run.json"
@@ -352,6 +355,25 @@ def read_run(folder: Path) -> dict[str, Any]:
         if any(isinstance(fact, bool) or not isinstance(fact, int | float) for fact in facts):
             raise ValueError(f"{path} must have result.test with accuracy, loss and n, got {test!r}")
     return content
+
+
+def located(option: str, source: str) -> str:
+    """A path as an absolute one, so that a run can be used from any folder; a name as it is.
+
+    option: "model" or "data", which says what names there are.
+
+    Raises:
+        ValueError: a name that is a path here, too.
+    """
+    is_name = source in PACKAGED if option == "data" else source == "builtin" or is_timm_name(source)
+    if not os.path.exists(source):
+        return source
+    if is_name:
+        raise ValueError(
+            f"--{option} {source} is a name that vptm knows and {os.path.abspath(source)}: pass ./{source} for "
+            "that one, or run in another folder"
+        )
+    return str(Path(source).resolve())
 
 
 def recorded_data(folder: Path) -> str | None:

@@ -10,8 +10,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.nn import functional as F
 
+from vptm.models.adapter_saving import unwrapped
 from vptm.models.prompted_model import PromptedModel
-from vptm.models.saving import unwrapped
 from vptm.settings import TrainSettings
 from vptm.training.losses import protoverb_loss
 from vptm.training.precision import compiled

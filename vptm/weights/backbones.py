@@ -41,14 +41,14 @@ from vptm.weights.architecture import (
     take_token_head,
     window_of,
 )
-from vptm.weights.checkpoints import Checkpoint, read_checkpoint
 from vptm.weights.configs import HUGGINGFACE_EPS
+from vptm.weights.containers import Checkpoint, read_checkpoint
 from vptm.weights.files import (
     SUFFIXES,
     check_values,
     one_line_errors,
 )
-from vptm.weights.names import SURPLUS, WRAPPERS, canonical_names, is_huggingface, is_index, unwrap
+from vptm.weights.key_maps import SURPLUS, WRAPPERS, canonical_names, is_huggingface, is_index, unwrap
 from vptm.weights.preprocessing import statistics
 
 _UNILM_EPS = 1e-6

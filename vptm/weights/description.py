@@ -17,9 +17,9 @@ from torch import Tensor
 from vptm.messages import WITH_PATHS, error_line, one_line
 from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, read_adapter_config, read_adapter_tensors
 from vptm.weights.backbones import folded_names, is_timm_name, load_backbone, probe, report_of_name
-from vptm.weights.checkpoints import read_checkpoint
+from vptm.weights.containers import read_checkpoint
 from vptm.weights.files import check_values, weight_hash
-from vptm.weights.names import WRAPPERS, canonical_names, is_huggingface, is_index, unwrap
+from vptm.weights.key_maps import WRAPPERS, canonical_names, is_huggingface, is_index, unwrap
 
 Rows = list[tuple[str, str]]
 _PARTS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from vptm.data.pictures import check_picture_options
+from vptm.data.decoding import check_picture_options
 
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of PIL's Resampling
 _CROP_MODES = ("center", "squash", "border")  # timm's

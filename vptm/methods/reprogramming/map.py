@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import center_crop, resize, to_tensor
 
 from vptm.data.datasets import ImageData
+from vptm.data.decoding import to_8_bit
 from vptm.data.division import few_shot
-from vptm.data.pictures import to_8_bit
 from vptm.data.sources import load_data
 from vptm.methods.reprogramming.label_mapping import (
     LabelMapping,
@@ -28,7 +28,8 @@ from vptm.methods.reprogramming.label_mapping import (
 from vptm.methods.reprogramming.pixel_prompts import ReprogrammedClassifier, VisualPrompt, fit_visual_prompt
 from vptm.methods.reprogramming.source_classifier import SourceClassifier, load_classifier
 from vptm.settings import MapSettings, parse_shots
-from vptm.training.sources import device_of, located
+from vptm.training.devices import device_of
+from vptm.training.run_folder import located
 
 
 def map_labels(

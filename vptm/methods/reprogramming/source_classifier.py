@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from vptm.data.pictures import to_8_bit
+from vptm.data.decoding import to_8_bit
 from vptm.messages import error_line, hint
 from vptm.weights.files import one_line_errors, read_safetensors, read_torch
 

@@ -48,7 +48,7 @@ def test_what_is_saved_comes_back(tmp_path: Path, form: str, dtype: str, at_most
 )
 def test_folding_is_exact(tmp_path: Path, options: dict[str, Any]) -> None:
     """The model that `deployed` makes scores as the one it was made from; in float64 to rounding."""
-    from vptm.models.saving import deployed
+    from vptm.models.adapter_saving import deployed
 
     model = build(**DEEP, **options)
     x = images(model, 3)
@@ -77,7 +77,7 @@ def test_a_deployed_adapter_of_beit_b_takes_1200_kilobytes() -> None:
         "verbalizer.log_temperature": torch.zeros((), dtype=torch.bfloat16),
     }
     assert sum(t.numel() * 2 for t in tensors.values()) < 1_200_000
-    from vptm.models.saving import deployed
+    from vptm.models.adapter_saving import deployed
 
     small = deployed(build(**DEEP)).learned_state_dict()
     assert small.keys() == tensors.keys(), "a folded adapter holds these tensors and no other"
@@ -158,6 +158,6 @@ def test_the_hub_gives_and_takes_what_a_folder_holds(tmp_path: Path, monkeypatch
         asked.append((name, options["allow_patterns"]))
         return str(hub)
 
-    monkeypatch.setattr("vptm.models.pretrained.snapshot_download", download)
+    monkeypatch.setattr("vptm.models.adapter_hub.snapshot_download", download)
     assert PromptedBEiT.from_pretrained("me/clothes").num_classes == 4
     assert asked == [("me/clothes", [TENSORS_FILE, CONFIG_FILE])]

@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 
 from vptm.messages import one_of
-from vptm.models.loading import load
-from vptm.models.saving import Saved, deployed, frozen_part, save_compared
+from vptm.models.adapter_loading import load
+from vptm.models.adapter_saving import Saved, deployed, frozen_part, save_compared
 from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, read_adapter_config
 from vptm.weights.files import one_line_errors, write_atomically
 

@@ -1,37 +1,14 @@
-"""Where weights and pictures of a run lie, and which machine part computes."""
+"""The device that computes, and the processes that read pictures for it."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vptm.data.sources import SOURCES
-from vptm.weights.backbones import is_timm_name
-
 _MOST_WORKERS = 8
-
-
-def located(option: str, source: str) -> str:
-    """A path as an absolute one, so that a run can be used from any folder; a name as it is.
-
-    option: "model" or "data", which says what names there are.
-
-    Raises:
-        ValueError: a name that is a path here, too.
-    """
-    is_name = source in SOURCES if option == "data" else source == "builtin" or is_timm_name(source)
-    if not os.path.exists(source):
-        return source
-    if is_name:
-        raise ValueError(
-            f"--{option} {source} is a name that vptm knows and {os.path.abspath(source)}: pass ./{source} for "
-            "that one, or run in another folder"
-        )
-    return str(Path(source).resolve())
 
 
 def device_of(name: str) -> torch.device:

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vptm.data.pictures import BadImageError, image_files, left_out_note, read_image, to_8_bit
+from vptm.data.decoding import BadImageError, read_image, to_8_bit
+from vptm.data.picture_files import image_files, left_out_note
 from vptm.data.sources import load_data
 from vptm.data.transforms import transforms
 from vptm.weights.preprocessing import preprocessing_error

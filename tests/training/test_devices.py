@@ -1,4 +1,4 @@
-"""How images of a run are read."""
+"""Where a run computes, and who reads its images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from vptm.training.sources import loader_of
+from vptm.training.devices import loader_of
 
 
 def test_a_gpu_is_fed_by_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

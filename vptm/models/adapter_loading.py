@@ -13,7 +13,7 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
-from vptm.models.saving import Saved, build
+from vptm.models.adapter_saving import Saved, build
 from vptm.weights.adapters import (
     CONFIG_FILE,
     TENSORS_FILE,
@@ -22,7 +22,7 @@ from vptm.weights.adapters import (
     read_adapter_config,
     read_adapter_tensors,
 )
-from vptm.weights.checkpoints import local_files_only
+from vptm.weights.containers import local_files_only
 from vptm.weights.files import SUFFIXES, one_line_errors
 
 

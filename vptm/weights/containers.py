@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from vptm.messages import error_line
 from vptm.weights.configs import SourceFacts, folder_facts, vptm_facts
 from vptm.weights.files import SUFFIXES, TORCH_SUFFIXES, read_json, read_safetensors, read_torch
-from vptm.weights.names import is_huggingface, unwrap
+from vptm.weights.key_maps import is_huggingface, unwrap
 
 _WEIGHT_FILES = (
     "model.safetensors",
