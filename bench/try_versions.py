@@ -128,14 +128,13 @@ class Environment:
         shutil.rmtree(self.source, ignore_errors=True)
         _git("clone", "--quiet", str(ROOT), str(self.source))
         _git("-C", str(self.source), "checkout", "--quiet", self.commit)
+        self.pip(f"{self.source}[test]", *pins)  # also where it is known: what is committed may need more than before
+        # torch names the one version of Triton it came with, so another one is put there behind its back
+        if "triton" in self.wanted:
+            self.pip("--no-deps", f"triton=={self.wanted['triton']}")
         if known:
             self.pip("--no-deps", "--force-reinstall", str(self.source))
-        else:
-            self.pip(f"{self.source}[test]", *pins)
-            # torch names the one version of Triton it came with, so another one is put there behind its back
-            if "triton" in self.wanted:
-                self.pip("--no-deps", f"triton=={self.wanted['triton']}")
-            ready.touch()
+        ready.touch()
 
     def variables(self) -> dict[str, str]:
         dropped = ("PYTHONPATH", "PYTHONHOME", "TRITON_INTERPRET")
