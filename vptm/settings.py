@@ -18,7 +18,7 @@ from inspect import get_annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from vptm.messages import one_of
+from vptm.messages import number, one_of
 
 Implementation = Literal["auto", "triton", "torch", "reference"]
 PromptMode = Literal["shallow", "deep", "progressive"]
@@ -34,6 +34,7 @@ TokenActivation = Literal["hidden", "logits", "softmax", "log_softmax"]
 Schedule = Literal["cosine", "tanh", "none", "vpt", "spt", "provp"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Logger = Literal["tensorboard"]
+LearnedGroup = Literal["prompts", "verbalizer", "temperature", "mask_token", "lm_head", "backbone"]
 PromptStart = Literal["uniform", "random", "mean", "max", "kmeans"]
 PrototypeStart = Literal["xavier", "class_means"]
 OnBadImage = Literal["error", "skip"]
@@ -51,6 +52,7 @@ PROMPT_LOCATION = (
 )
 FREE_ON_RESUME = frozenset({"device", "impl", "log", "workers"})  # these change nothing of what a run learns
 EVALUATION_BATCH = 256  # images per step where nothing is learned
+_GROUPS = ", ".join(get_args(LearnedGroup))
 
 Group = TypeVar("Group", bound="SettingsGroup")
 
@@ -248,6 +250,13 @@ class TrainSettings(SettingsGroup):
     reformation_temperature: Annotated[float, Help("Of that contrast.")] = 1.0
     prompt_weight_decay: Annotated[float | None, Help("Weight decay of prompts; none by default.")] = None
     head_weight_decay: Annotated[float | None, Help("Of the verbalizer's matrices; --weight-decay by default.")] = None
+    lr_of: Annotated[
+        Mapping[str, float] | None,
+        Help(f"Peak learning rates of their own, as prompts=0.1,temperature=0: of {_GROUPS}; --lr by default."),
+    ] = None
+    weight_decay_of: Annotated[
+        Mapping[str, float] | None, Help("Weight decays of their own, of those groups; see --weight-decay.")
+    ] = None
     precision: Annotated[
         Precision | None,
         Help(
@@ -260,6 +269,34 @@ class TrainSettings(SettingsGroup):
         None
     )
     seed: Annotated[int, Help("Of initialisation, drawn shots, order and augmentation.")] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lr_of", "weight_decay_of"):
+            object.__setattr__(self, name, _of_groups(name, getattr(self, name)))
+        for name in ("epochs", "warmup_epochs", "accumulate"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+        for name in ("epochs", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(f"warmup_epochs must be >= 0 and < epochs={self.epochs}, got {self.warmup_epochs}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be finite and > 0, got {self.lr}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        for name in ("weight_decay", "protoverb_weight", "reformation", "prompt_weight_decay", "head_weight_decay"):
+            value, none = getattr(self, name), ", or None" if name.endswith("_weight_decay") else ""
+            if not (none and value is None) and not 0 <= number(name, value) < math.inf:
+                raise ValueError(f"{name} must be finite and >= 0{none}, got {value!r}")
+        if not 0 < number("reformation_temperature", self.reformation_temperature) < math.inf:
+            raise ValueError(f"reformation_temperature must be finite and > 0, got {self.reformation_temperature!r}")
+        if self.clip_norm is not None and not 0 < number("clip_norm", self.clip_norm) < math.inf:
+            raise ValueError(f"clip_norm must be finite and > 0, or None, got {self.clip_norm!r}")
+        for name, group in (("prompt_weight_decay", "prompts"), ("head_weight_decay", "verbalizer")):
+            if getattr(self, name) is not None and group in (self.weight_decay_of or {}):
+                raise ValueError(f"weight_decay_of must leave {group} out where {name} is given, got both")
 
 
 @dataclass(frozen=True)
@@ -382,7 +419,7 @@ class RunSettings(PictureSettings):
         flat: dict[str, Any] = {}
         for group in (self, self.model_settings, prompts, self.train_settings):
             flat |= {option: getattr(group, name) for option, name in _options_of(type(group)).items()}
-        return flat
+        return {name: numbers_text(value) if isinstance(value, Mapping) else value for name, value in flat.items()}
 
     @classmethod
     def from_options(cls, values: Mapping[str, Any], kind: str) -> RunSettings:
@@ -395,6 +432,9 @@ class RunSettings(PictureSettings):
         """
         known = train_options()
         given = {name: value for name, value in values.items() if value is not None or known[name].optional}
+        for name, value in given.items():
+            if known[name].numbers and isinstance(value, str):
+                given[name] = parse_numbers(name, value)
         group = MODEL_SETTINGS[kind]
         for name, option in known.items():
             elsewhere = option.defaults.keys() and kind not in option.defaults
@@ -554,7 +594,8 @@ class Option:
     """A setting as the command line, recipes and runs have it.
 
     default: None where it depends on the kind of model. defaults: by kind, for a setting of the model. type: int,
-    float, str, bool or Path. optional: whether None is a value. several: it can be repeated.
+    float, str, bool or Path. optional: whether None is a value. several: it can be repeated. numbers: the text of
+    several by name, as prompts=0.1,temperature=0.
     """
 
     name: str
@@ -566,6 +607,7 @@ class Option:
     choices: tuple[str, ...]
     help: str
     switch: bool
+    numbers: bool = False
 
     def default_for(self, kind: str) -> Any:
         """The default for a kind of model, a key of `MODEL_SETTINGS`."""
@@ -584,6 +626,8 @@ class Option:
 
     def read(self, value: Any) -> Any:
         """`value` from a YAML file with the type of the option; ValueError, without the name, where it has another."""
+        if self.numbers and isinstance(value, Mapping):
+            value = numbers_text(value)
         if self.type is float and isinstance(value, int | str) and not isinstance(value, bool):
             with suppress(ValueError):
                 value = float(value)  # YAML reads 5e-2 as text
@@ -639,6 +683,42 @@ def parse_range(text: str | None) -> tuple[float, float] | None:
     raise ValueError(f"--value-range must be LOW,HIGH, two finite numbers, the lower first, got {text!r}")
 
 
+def parse_numbers(name: str, text: str) -> dict[str, float]:
+    """Numbers by name, from NAME=NUMBER with commas between; ValueError naming the option `name`.
+
+    Example:
+        >>> parse_numbers("lr_of", "prompts=0.1,temperature=0")
+        {'prompts': 0.1, 'temperature': 0.0}
+    """
+    parts = [part.partition("=") for part in text.split(",")]
+    with suppress(ValueError):
+        found = {key.strip(): float(value) for key, _, value in parts}
+        if len(found) == len(parts):
+            return found
+    raise ValueError(
+        f"{option_name(name)} must be NAME=NUMBER, with commas between several of other names, got {text!r}"
+    )
+
+
+def numbers_text(values: Mapping[str, float]) -> str:
+    """What `parse_numbers` reads."""
+    return ",".join(f"{name}={value}" for name, value in values.items())
+
+
+def _of_groups(argument: str, values: Any) -> dict[str, float] | None:
+    """Numbers of groups of learned tensors, in the order of the groups; None where there are none."""
+    if not values:
+        return None
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{argument} must be a mapping of groups to numbers, got {values!r}")
+    groups = get_args(LearnedGroup)
+    for name, value in values.items():
+        one_of(argument, name, groups)
+        if not 0 <= number(f"{argument}[{name!r}]", value) < math.inf:
+            raise ValueError(f"{argument}[{name!r}] must be finite and >= 0, got {value!r}")
+    return {name: float(values[name]) for name in groups if name in values}
+
+
 def names(group: type[SettingsGroup]) -> tuple[str, ...]:
     """Names of a group's settings, in their order."""
     return tuple(one.name for one in fields(group))
@@ -684,4 +764,5 @@ def _option(option: str, name: str, group: type[SettingsGroup]) -> Option:
         choices=choices(group, name),
         help=own.text,
         switch=own.switch,
+        numbers=any(get_origin(part) is Mapping for part in parts),
     )

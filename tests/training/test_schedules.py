@@ -1,4 +1,4 @@
-"""Schedules and weight-decay groups of the published methods."""
+"""Schedules of the published methods, and the learning rates that an optimiser gets of them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 import vptm
-from vptm.training.schedules import decay_groups, make_schedule, published_rate
+from vptm.training.schedules import LearningRate, published_rate
 
 
 def trace(schedule: str, *, lr: float, epochs: int, warmup_epochs: int, steps: int) -> list[float]:
     """Learning rate of every step, read from an optimiser."""
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    scheduler = make_schedule(schedule, optimiser, lr=lr, epochs=epochs, warmup_epochs=warmup_epochs, steps=steps)
+    scheduler = LearningRate(optimiser, schedule, lr=lr, epochs=epochs, warmup_epochs=warmup_epochs, steps=steps)
     rates = []
     for step in range(epochs * steps):
         scheduler.step_update(step)
@@ -74,19 +74,24 @@ def build() -> vptm.PromptedBEiT:
     )
 
 
-def test_every_trained_parameter_has_its_own_decay() -> None:
-    """By default prompts and biases have none; the published settings decay prompts and the head each by its own."""
-    model = build()
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+@pytest.mark.parametrize("schedule", ["cosine", "tanh", "none", "vpt", "spt", "provp"])
+def test_a_scaled_group_follows_every_schedule(schedule: str) -> None:
+    """Published schedules wrote one rate into all groups; warm-up began at the same rate for all, also for one at 0."""
+    groups: list[dict[str, object]] = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(3)]
+    groups[1]["lr_scale"], groups[2]["lr_scale"] = 5.0, 0.0
+    optimiser = torch.optim.SGD(groups, lr=0.2)
+    scheduler = LearningRate(optimiser, schedule, lr=0.2, epochs=5, warmup_epochs=2, steps=3)
+    for step, expected in enumerate(trace(schedule, lr=0.2, epochs=5, warmup_epochs=2, steps=3)):
+        scheduler.step_update(step)
+        assert [group["lr"] for group in optimiser.param_groups] == [expected, 5.0 * expected, 0.0]
+        assert scheduler.rate == expected
 
-    def decays(**settings: float) -> dict[str, float]:
-        groups = decay_groups(model, 0.1, **settings)
-        return {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
 
-    everything = {"prompts.weight", "verbalizer.head.weight", "verbalizer.head.bias"}
-    assert decays() == {"prompts.weight": 0, "verbalizer.head.weight": 0.1, "verbalizer.head.bias": 0}
-    assert decays(prompts=0.01, head=3.0) == dict(zip(sorted(everything), (0.01, 0, 3.0)))
-    assert decays(prompts=0.1)["prompts.weight"] == 0.1
+def test_a_constant_rate_warms_up_too() -> None:
+    """timm's "none" leaves warm-up out without a word."""
+    rates = trace("none", lr=0.4, epochs=4, warmup_epochs=2, steps=2)
+    assert rates[:4] == sorted(rates[:4]) and rates[0] == pytest.approx(0.004) and rates[4:] == [0.4] * 4
+    assert trace("none", lr=0.4, epochs=2, warmup_epochs=0, steps=2) == [0.4] * 4
 
 
 def test_fit_is_the_published_loop() -> None:
@@ -124,9 +129,3 @@ def test_fit_is_the_published_loop() -> None:
             assert torch.equal(twin.prompts.weight, start)
     for name, tensor in twin.learned_state_dict().items():
         assert torch.allclose(tensor, model.learned_state_dict()[name], atol=1e-6), name
-
-
-def test_bad_decay_is_refused() -> None:
-    """The message names the argument as `fit` takes it."""
-    with pytest.raises(ValueError, match=r"prompt_weight_decay must be finite and >= 0, or None, got -1"):
-        decay_groups(build(), 0.1, prompts=-1)

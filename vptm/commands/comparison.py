@@ -13,7 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from vptm.data.sources import load_data
 from vptm.data.split_list import SplitList
 from vptm.inspection.figures import new_figure, write_png
 from vptm.recipes.recipe import Recipe, read_recipe
-from vptm.settings import FREE_ON_RESUME, RunSettings, option_name, parse_shots, train_options
+from vptm.settings import FREE_ON_RESUME, RunSettings, numbers_text, option_name, parse_shots, train_options
 from vptm.training.run_folder import RUN_FILE, prepare_run_folder
 from vptm.weights.files import write_atomically
 
@@ -215,7 +215,7 @@ def _as_option(name: str, value: Any) -> list[str]:
     option = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{option}" if value else f"--no-{option}"]
-    return [f"--{option}", str(value)]
+    return [f"--{option}", numbers_text(value) if isinstance(value, Mapping) else str(value)]
 
 
 def _check_data(settings: RunSettings, search: bool) -> None:

@@ -26,6 +26,7 @@ from vptm.models.opening import open_model
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import EVALUATION_BATCH, BEiTSettings, RunSettings, parse_shots
 from vptm.training.callbacks import TensorBoard, check_log
+from vptm.training.checks import check_settings
 from vptm.training.devices import device_of, loader_of
 from vptm.training.evaluate import evaluate
 from vptm.training.evaluate_run import asking_for_moved_data
@@ -95,6 +96,7 @@ def train_run(
         1
     """
     check_log(settings.log)
+    check_settings(settings.train_settings)
     place = local_device(device_of(settings.device))
     ranks = join(place)
     if ranks.index:

@@ -11,11 +11,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from vptm.data.datasets import ImageDataset
 from vptm.data.labels import check_labels, dataset_labels
-from vptm.messages import error_line, hint, number
+from vptm.messages import error_line, hint, listed
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.verbalizers import PrototypicalVerbalizer
 from vptm.settings import TrainSettings
 from vptm.training.batches import images_and_labels
+from vptm.training.groups import trained_groups
 from vptm.training.ranks import Ranks
 from vptm.training.seeding import generators_kept
 
@@ -34,30 +35,10 @@ def check_loaders(train: Any, val: Any, settings: TrainSettings) -> None:
 
 
 def check_settings(settings: TrainSettings) -> None:
-    """ValueError or TypeError naming the first setting of `fit` that is out of range."""
-    epochs, warmup_epochs, lr = settings.epochs, settings.warmup_epochs, settings.lr
-    for name, value in (("epochs", epochs), ("warmup_epochs", warmup_epochs), ("accumulate", settings.accumulate)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-    if epochs < 1:
-        raise ValueError(f"epochs must be >= 1, got {epochs}")
-    if not 0 <= warmup_epochs < epochs:
-        raise ValueError(f"warmup_epochs must be >= 0 and < epochs={epochs}, got {warmup_epochs}")
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"lr must be finite and > 0, got {lr}")
-    for name in ("weight_decay", "protoverb_weight"):
-        weight = getattr(settings, name)
-        if not 0 <= number(name, weight) < float("inf"):
-            raise ValueError(f"{name} must be finite and >= 0, got {weight!r}")
-    if not 0 <= settings.label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {settings.label_smoothing}")
-    if settings.accumulate < 1:
-        raise ValueError(f"accumulate must be >= 1, got {settings.accumulate}")
+    """ValueError naming settings of `fit` that exclude each other, or an optimiser that timm does not have."""
     if settings.accumulate > 1 and (settings.protoverb_weight or settings.reformation):
         name = "protoverb_weight" if settings.protoverb_weight else "reformation"
         raise ValueError(f"accumulate must be 1 with {name}, which compares the images of a batch with each other")
-    if settings.clip_norm is not None and not 0 < number("clip_norm", settings.clip_norm) < float("inf"):
-        raise ValueError(f"clip_norm must be finite and > 0, or None, got {settings.clip_norm!r}")
     if settings.compile and settings.reformation:
         raise ValueError("compile must be False with reformation, whose frozen features are kept between steps")
     known, optimizer = [str(name) for name in list_optimizers()], settings.optimizer
@@ -103,6 +84,15 @@ def check_model(model: PromptedModel, settings: TrainSettings) -> None:
         raise ValueError(f"protoverb_weight needs verbalizer='prototypical', got {type(model.verbalizer).__name__}")
     if next(model.trainable_parameters(), None) is None:
         raise ValueError("model must have trainable parameters, all of them are frozen")
+    trained = trained_groups(model)
+    for argument in ("lr_of", "weight_decay_of"):
+        for name in getattr(settings, argument) or ():
+            if name not in trained:
+                raise ValueError(
+                    f"{argument} must name groups that the model learns, {listed(trained, 6)}, got {name!r}"
+                )
+    if not any((settings.lr_of or {}).get(name, 1.0) for name in trained):
+        raise ValueError(f"lr_of must leave a rate above 0, got 0 for all that the model learns, {listed(trained, 6)}")
     model.check_finite()
 
 

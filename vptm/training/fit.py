@@ -76,6 +76,8 @@ def fit(
     compile: bool = False,
     accumulate: int = 1,
     clip_norm: float | None = None,
+    lr_of: Mapping[str, float] | None = None,
+    weight_decay_of: Mapping[str, float] | None = None,
 ) -> FitResult:
     """Train what `model` leaves unfrozen by cross-entropy and keep the epoch that is best on `val`.
 
@@ -138,6 +140,12 @@ def fit(
         accumulate: parts that every batch is computed in, one after the other, for a part of the memory: gradients add
             up to those of the whole batch. It divides the batch size.
         clip_norm: longest gradient of a step over all that is learned; longer ones are scaled to it. None takes any.
+        lr_of: peak learning rates of groups of learned tensors, which follow the schedule in proportion; 0 leaves a
+            group as it is, others have `lr`. Groups are "prompts" (with their projection and bias), "verbalizer",
+            "temperature", "mask_token", "lm_head" and "backbone", those of them that the model learns.
+        weight_decay_of: weight decays of such groups: of their matrices, and all of prompts, mask token and
+            temperature (whose logarithm decays, to a temperature of 1), which otherwise have none. "prompts" and
+            "verbalizer" stand for `prompt_weight_decay` and `head_weight_decay`.
 
     Returns:
         A `FitResult`; after Ctrl-C it has `interrupted=True` and the run folder is complete and can be resumed. A

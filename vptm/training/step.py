@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from vptm.models.adapter_saving import unwrapped
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import TrainSettings
+from vptm.training.groups import parameter_groups
 from vptm.training.losses import protoverb_loss
 from vptm.training.precision import compiled
 from vptm.training.ranks import Ranks
 from vptm.training.reformation import FeatureReformation
-from vptm.training.schedules import decay_groups, make_schedule
+from vptm.training.schedules import LearningRate
 
 _FIRST_SCALE = 1024.0  # of fp16 losses; a mean over a batch needs less than torch's 65536, which costs the first steps
 
@@ -64,7 +65,8 @@ class MasterWeights:
             torch.nn.utils.clip_grad_norm_(stepped, clip_norm)
         self.scaler.step(optimiser)
         self.scaler.update()
-        optimiser.zero_grad(set_to_none=True)
+        for tensor in (*self.names, *self.copies.values()):  # also of what the optimiser does not step
+            tensor.grad = None
         self._round()
 
     @torch.no_grad()
@@ -135,17 +137,15 @@ class TrainStep:
             self._hidden = compiled(self.model.forward_hidden)
         self.ranks = ranks
         self.masters = MasterWeights(self.model, given, ranks)
-        groups = decay_groups(
-            self.model, settings.weight_decay, prompts=settings.prompt_weight_decay, head=settings.head_weight_decay
-        )
+        groups = parameter_groups(self.model, settings)
         for group in groups:
             group["params"] = [self.masters.of(parameter) for parameter in group["params"]]
         self.optimiser = create_optimizer_v2(
             groups, opt=settings.optimizer, lr=settings.lr, weight_decay=settings.weight_decay
         )
-        self._schedule = make_schedule(
-            settings.schedule,
+        self._rate = LearningRate(
             self.optimiser,
+            settings.schedule,
             lr=settings.lr,
             epochs=settings.epochs,
             warmup_epochs=settings.warmup_epochs,
@@ -154,15 +154,14 @@ class TrainStep:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the last step."""
-        return float(self.optimiser.param_groups[0]["lr"])
+        """Learning rate of the last step, of what has none of its own."""
+        return self._rate.rate
 
     def __call__(self, images: Tensor, labels: Tensor, number: int, share: float = 1.0) -> tuple[Tensor, Tensor]:
         """Step `number` of the run, counted from 0, on images (B, C, H, W) and labels (B,): its loss and the scores
         (B, K) before it, both detached. Images that are a `share` of what all processes have give their part of the
         loss."""
-        if self._schedule is not None:
-            self._schedule.step_update(number)
+        self._rate.step_update(number)
         losses, every = [], []
         parts = self.settings.accumulate
         for some, theirs in zip(images.chunk(parts), labels.chunk(parts)):
