@@ -15,7 +15,7 @@ from vptm import PromptedBEiT, fit, transforms
 from vptm.data.datasets import ImageDataset
 from vptm.training.run_folder import METRICS_FILE
 from vptm.training.state import STATE_FILE
-from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE
+from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE
 
 LEARNS = {"readout": "mean", "token_activation": "hidden", "verbalizer": "linear", "prompt_length": 3}
 

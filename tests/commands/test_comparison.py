@@ -14,7 +14,8 @@ from tiny_data import write_pictures
 
 import vptm.commands.comparison as compare_module
 from vptm.commands.app import main
-from vptm.commands.comparison import SEARCH_SEED, compare, table
+from vptm.commands.comparison import SEARCH_SEED, compare
+from vptm.commands.comparison_table import table
 
 MINE = "summary: mine\nsettings: {{readout: mean, token_activation: hidden, verbalizer: linear{}}}\n"
 

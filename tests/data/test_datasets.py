@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tiny_data import picture, write_pictures
 
-import vptm.data.packaged
+import vptm.data.named_datasets
 from vptm.data.datasets import ImageDataset
 from vptm.data.decoding import BadImageError, read_image
 from vptm.data.division import few_shot
@@ -229,9 +229,9 @@ def test_sources_that_cannot_be_trained_on_are_refused(
 
 
 def test_missing_packages_name_the_install_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(vptm.data.packaged, "FASHION_MNIST_FOLDER", tmp_path / "none")
-    monkeypatch.setattr(vptm.data.packaged, "STAMPS_FOLDER", tmp_path / "none")
-    monkeypatch.setattr(vptm.data.packaged, "find_spec", lambda name: None)
+    monkeypatch.setattr(vptm.data.named_datasets, "FASHION_MNIST_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(vptm.data.named_datasets, "STAMPS_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(vptm.data.named_datasets, "find_spec", lambda name: None)
     for name, command in (
         ("fashion-mnist", "apt-get install dataset-fashion-mnist"),
         ("digits", "pip install scikit-learn"),
@@ -249,7 +249,7 @@ def test_fashion_mnist_package_is_read_by_its_idx_layout(monkeypatch: pytest.Mon
         for kind, content in (("images-idx3", pixels), ("labels-idx1", labels)):
             header = struct.pack(f">{1 + content.ndim}I", 0x800 + content.ndim, *content.shape)
             (tmp_path / f"{stem}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + content.tobytes()))
-    monkeypatch.setattr(vptm.data.packaged, "FASHION_MNIST_FOLDER", tmp_path)
+    monkeypatch.setattr(vptm.data.named_datasets, "FASHION_MNIST_FOLDER", tmp_path)
     data = load_data("fashion-mnist")
     assert [len(part) for part in (data.train, data.val, data.test)] == [50, 10, 60]
     assert np.asarray(data.test[17][0]).tolist() == pixels[17].tolist() and data.test[17][1] == 7
@@ -280,7 +280,7 @@ def test_mnist5k_is_read_without_importing_its_package(monkeypatch: pytest.Monke
 
 
 def test_stamps_stand_whole_on_white(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in vptm.data.packaged.STAMPS_CLASSES:
+    for name in vptm.data.named_datasets.STAMPS_CLASSES:
         folder = tmp_path / name / "deeper"
         folder.mkdir(parents=True)
         # wider than high, green under what is transparent: neither the green nor a crop may come through
@@ -291,9 +291,9 @@ def test_stamps_stand_whole_on_white(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             Image.fromarray(picture).save(folder / f"{number}.png")
     (tmp_path / "symbols").mkdir()
     Image.fromarray(picture).save(tmp_path / "symbols" / "a.png")
-    monkeypatch.setattr(vptm.data.packaged, "STAMPS_FOLDER", tmp_path)
+    monkeypatch.setattr(vptm.data.named_datasets, "STAMPS_FOLDER", tmp_path)
     data = load_data("stamps", holdout=False).test
-    assert len(data) == 33 and data.classes == list(vptm.data.packaged.STAMPS_CLASSES)
+    assert len(data) == 33 and data.classes == list(vptm.data.named_datasets.STAMPS_CLASSES)
     assert np.bincount(data.labels).tolist() == [3] * 11
     seen = np.asarray(data[20][0]).astype(int)
     assert seen.shape == (96, 96, 3)

@@ -15,7 +15,7 @@ from tiny_models import build, build_vit, images, relative_error
 
 import vptm
 from vptm import PromptedBEiT, PromptedViT
-from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE
+from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE
 
 DEEP: dict[str, Any] = {"prompt_mode": "deep", "prompt_length": 2}
 

@@ -30,7 +30,7 @@ from vptm.training.losses import protoverb_loss
 from vptm.training.progress import TrainProgress
 from vptm.training.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE, RUN_FILES
 from vptm.training.state import STATE_FILE
-from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE
+from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE
 from vptm.weights.files import WriteError
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from vptm import evaluate, fit, load_adapter
 from vptm.training.precision import resolve_precision, slow_note
 from vptm.training.state import STATE_FILE
-from vptm.weights.adapters import TENSORS_FILE
+from vptm.weights.adapter_format import TENSORS_FILE
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_data import write_backbone
 
 from vptm import PromptedBEiT, save_adapter
-from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE
+from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE
 from vptm.weights.backbones import load_backbone
 from vptm.weights.description import describe
 

@@ -26,7 +26,7 @@ def compare(**options: Any) -> None:
     """
     settings = CompareSettings(**options)
     from vptm.commands.comparison import compare as run
-    from vptm.commands.comparison import table
+    from vptm.commands.comparison_table import table
     from vptm.training.devices import device_of
     from vptm.training.run_folder import located
 

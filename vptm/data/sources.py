@@ -14,7 +14,7 @@ from vptm.data.datasets import ImageData, ImageDataset
 from vptm.data.decoding import BACKGROUND, check_picture_options
 from vptm.data.division import check_classes, stratified_split
 from vptm.data.folders import read_folder
-from vptm.data.packaged import PACKAGED, read_packaged
+from vptm.data.named_datasets import DATASET_NAMES, read_named
 from vptm.messages import error_line, hint, one_line, one_of
 from vptm.settings import OnBadImage
 from vptm.weights.files import one_line_errors
@@ -115,13 +115,13 @@ def load_data(
 
 def _read_source(source: str | Path, notes: list[str], background: str) -> tuple[dict[str, ImageDataset], str, bool]:
     path = Path(source)
-    if isinstance(source, str) and source in PACKAGED:
+    if isinstance(source, str) and source in DATASET_NAMES:
         if path.exists():
             raise ValueError(
                 f"data {source!r} is the name of a data set and of {path.resolve()}: pass ./{source} for that one, "
                 "or run in another folder"
             )
-        parts, flip = read_packaged(source, background)
+        parts, flip = read_named(source, background)
         return parts, source, flip
     text = one_line(source, 1000)
     try:
@@ -136,7 +136,8 @@ def _read_source(source: str | Path, notes: list[str], background: str) -> tuple
         return read_csv_file(path), path.stem, True
     if len(path.parts) == 1 and not path.suffix:
         raise ValueError(
-            f"data must be one of {', '.join(PACKAGED)}, a folder or a .csv file, got {text!r}{hint(text, PACKAGED)}"
+            f"data must be one of {', '.join(DATASET_NAMES)}, a folder or a .csv file, "
+            f"got {text!r}{hint(text, DATASET_NAMES)}"
         )
     raise FileNotFoundError(f"data not found: no folder or file at {text}")
 

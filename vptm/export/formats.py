@@ -20,7 +20,7 @@ from vptm.messages import one_of
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import ExportFormat
 from vptm.version import __version__
-from vptm.weights.adapters import PREPROCESSING
+from vptm.weights.adapter_format import PREPROCESSING
 from vptm.weights.files import WriteError
 
 FORMATS = get_args(ExportFormat)

@@ -34,7 +34,7 @@ from vptm.training.facts import peak_memory
 from vptm.training.fit import FitResult, fit
 from vptm.training.ranks import join, local_device
 from vptm.training.run_folder import RUN_FILE, holds_progress, read_run, update_run_file
-from vptm.weights.adapters import read_adapter_config
+from vptm.weights.adapter_format import read_adapter_config
 from vptm.weights.files import WriteError
 
 DEMONSTRATION = "built for 28x28 grey clothing pictures, a demonstration"

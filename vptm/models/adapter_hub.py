@@ -13,7 +13,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from vptm.messages import one_of
 from vptm.models.adapter_loading import load
 from vptm.models.adapter_saving import Saved, deployed, frozen_part, save_compared
-from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, read_adapter_config
+from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, read_adapter_config
 from vptm.weights.files import one_line_errors, write_atomically
 
 CARD = "README.md"

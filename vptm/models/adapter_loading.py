@@ -14,7 +14,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from vptm.models.adapter_saving import Saved, build
-from vptm.weights.adapters import (
+from vptm.weights.adapter_format import (
     CONFIG_FILE,
     TENSORS_FILE,
     check_adapter_tensors,

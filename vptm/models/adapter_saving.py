@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vptm.messages import listed, one_line
 from vptm.models.learned import LearnedParts
 from vptm.models.verbalizers import folded_verbalizer
-from vptm.weights.adapters import PREPROCESSING, write_adapter
+from vptm.weights.adapter_format import PREPROCESSING, write_adapter
 from vptm.weights.containers import local_files_only
 from vptm.weights.files import weight_hash
 

@@ -15,7 +15,7 @@ from vptm.models.prompted_beit import PromptedBEiT
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.prompted_vit import PromptedViT
 from vptm.settings import MODEL_SETTINGS, names
-from vptm.weights.adapters import CONFIG_FILE, read_adapter_config
+from vptm.weights.adapter_format import CONFIG_FILE, read_adapter_config
 from vptm.weights.backbones import is_timm_name
 from vptm.weights.files import one_line_errors
 

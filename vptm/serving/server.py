@@ -36,7 +36,7 @@ from vptm.serving.batching import Batcher, Overloaded
 from vptm.serving.limits import Limits
 from vptm.serving.predict import best_labels
 from vptm.serving.task_bank import TaskBank
-from vptm.weights.adapters import CONFIG_FILE
+from vptm.weights.adapter_format import CONFIG_FILE
 
 PAGE = Path(__file__).with_name("page.html")
 

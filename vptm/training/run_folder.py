@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vptm.data.datasets import ImageDataset
-from vptm.data.packaged import PACKAGED
+from vptm.data.named_datasets import DATASET_NAMES
 from vptm.data.split_list import SPLIT_FILE, SplitList
 from vptm.messages import error_line, one_line
 from vptm.models.adapter_saving import frozen_part, save_compared
@@ -31,7 +31,7 @@ from vptm.training.facts import environment
 from vptm.training.ranks import Ranks
 from vptm.training.state import STATE_FILE, read_state, write_state
 from vptm.training.step import TrainStep
-from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, read_adapter_tensors
+from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, read_adapter_tensors
 from vptm.weights.backbones import is_timm_name
 from vptm.weights.files import WriteError, read_json, weight_hash, write_atomically
 
@@ -365,7 +365,7 @@ def located(option: str, source: str) -> str:
     Raises:
         ValueError: a name that is a path here, too.
     """
-    is_name = source in PACKAGED if option == "data" else source == "builtin" or is_timm_name(source)
+    is_name = source in DATASET_NAMES if option == "data" else source == "builtin" or is_timm_name(source)
     if not os.path.exists(source):
         return source
     if is_name:

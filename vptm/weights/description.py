@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vptm.messages import WITH_PATHS, error_line, one_line
-from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE, read_adapter_config, read_adapter_tensors
+from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, read_adapter_config, read_adapter_tensors
 from vptm.weights.backbones import folded_names, is_timm_name, load_backbone, probe, report_of_name
 from vptm.weights.containers import read_checkpoint
 from vptm.weights.files import check_values, weight_hash

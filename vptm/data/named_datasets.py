@@ -19,7 +19,7 @@ from vptm.data.datasets import ImageDataset
 from vptm.data.decoding import read_image, to_8_bit
 from vptm.messages import error_line
 
-PACKAGED = ("builtin", "fashion-mnist", "digits", "mnist5k", "stamps")
+DATASET_NAMES = ("builtin", "fashion-mnist", "digits", "mnist5k", "stamps")
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -51,8 +51,8 @@ STAMPS_CLASSES = (
 _STAMP_SIDE = 96
 
 
-def read_packaged(name: str, background: str) -> tuple[dict[str, ImageDataset], bool]:
-    """The splits of one of `PACKAGED`, "all" where it is not divided, and whether its pictures may be mirrored.
+def read_named(name: str, background: str) -> tuple[dict[str, ImageDataset], bool]:
+    """The splits of one of `DATASET_NAMES`, "all" where it is not divided, and whether its pictures may be mirrored.
 
     Raises:
         FileNotFoundError: the package is not installed.

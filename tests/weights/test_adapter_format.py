@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_data import write_backbone
 
 from vptm import PromptedBEiT, PromptedViT, load_adapter, save_adapter
-from vptm.weights.adapters import CONFIG_FILE, TENSORS_FILE
+from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE
 from vptm.weights.files import write_atomically
 
 
