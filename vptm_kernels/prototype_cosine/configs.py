@@ -59,7 +59,10 @@ def hidden_grad_config(arch: str, dtype_bits: int, dim: int, aligned: bool, reco
     dims = 32 if dtype_bits >= 32 or not aligned else 64
     if arch == "cpu" or (arch == "sm100" and not aligned):  # 32 spill 8 bytes there
         dims = 16
-    return config._replace(dims=dims, num_stages=config.num_stages if recompute and dtype_bits < 32 else 1)
+    # On sm120 four warps spill 8 bytes in float32, with Triton 3.8.
+    warps = 8 if arch == "sm120" and dtype_bits >= 32 else config.num_warps
+    stages = config.num_stages if recompute and dtype_bits < 32 else 1
+    return config._replace(dims=dims, num_warps=warps, num_stages=stages)
 
 
 def channels(arch: str, dtype_bits: int, width: int, aligned: bool) -> int:
