@@ -73,6 +73,8 @@ def test_an_option_of_another_kind_of_model_is_refused_by_name() -> None:
         ({"seed": -1}, r"--seed must be in 0..2\^32-1, got -1"),
         ({"shots": "0"}, "--shots must be an integer >= 1 or all, got '0'"),
         ({"value_range": "5,5"}, "--value-range must be LOW,HIGH"),
+        ({"class_weights": "1,x"}, "class_weights must be balanced, or a list of finite numbers > 0, got '1,x'"),
+        ({"class_weights": "balanced", "balanced_sampler": True}, "--balanced-sampler and --class-weights balanced ex"),
         ({"prototype_steps": 2}, "--prototype-steps needs --verbalizer prototypical, got linear"),
     ],
 )

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from inspect import get_annotations
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
-from vptm.messages import number, one_of
+from vptm.messages import number, one_line, one_of
 
 Implementation = Literal["auto", "triton", "torch", "reference"]
 PromptMode = Literal["shallow", "deep", "progressive"]
@@ -245,6 +245,10 @@ class TrainSettings(SettingsGroup):
     schedule: Annotated[Schedule, Help("Of the learning rate.")] = "cosine"
     warmup_epochs: Annotated[int, Help("Epochs of linear warm-up, part of --epochs.")] = 0
     label_smoothing: Annotated[float, Help("In [0, 1).")] = 0.0
+    class_weights: Annotated[
+        str | Sequence[float] | None,
+        Help("Weight of each class in the loss: balanced, or a number for each with commas; all alike by default."),
+    ] = None
     protoverb_weight: Annotated[float, Help("Of ProtoVerb's contrast losses in every step.")] = 0.0
     reformation: Annotated[float, Help("Of ProVP-Ref's contrast with the features of the frozen model.")] = 0.0
     reformation_temperature: Annotated[float, Help("Of that contrast.")] = 1.0
@@ -363,6 +367,9 @@ class RunSettings(PictureSettings):
     ] = None
     shots: Annotated[str, Help("Training images per class, or all.")] = "16"
     batch_size: Annotated[int, Help("Images per step.")] = 32
+    balanced_sampler: Annotated[
+        bool, Help("Draw training images, with replacement, so that every class is as likely.", switch=True)
+    ] = False
     augment: Annotated[bool, Help("Random shift or crop, and mirror, of training images.")] = True
     flip: Annotated[bool | None, Help("Mirror training images; by default not for digits.")] = None
     prompt_init: Annotated[PromptStart, Help("Where prompts start: uniform, or at tokens of the model (SPT).")] = (
@@ -408,6 +415,8 @@ class RunSettings(PictureSettings):
             raise ValueError(f"--seed must be in 0..2^32-1, got {self.train_settings.seed}")
         if not 0 < self.prototype_lr < math.inf:
             raise ValueError(f"--prototype-lr must be finite and > 0, got {self.prototype_lr}")
+        if parse_weights(self.train_settings.class_weights) == "balanced" and self.balanced_sampler:
+            raise ValueError("--balanced-sampler and --class-weights balanced exclude each other: each does it all")
         verbalizer = self.model_settings.verbalizer
         for name, unused in (("prototype_steps", 0), ("prototype_init", "xavier")):
             if getattr(self, name) != unused and verbalizer != "prototypical":
@@ -717,6 +726,23 @@ def _of_groups(argument: str, values: Any) -> dict[str, float] | None:
         if not 0 <= number(f"{argument}[{name!r}]", value) < math.inf:
             raise ValueError(f"{argument}[{name!r}] must be finite and >= 0, got {value!r}")
     return {name: float(values[name]) for name in groups if name in values}
+
+
+@overload
+def parse_weights(given: None) -> None: ...
+@overload
+def parse_weights(given: str | Sequence[float]) -> str | tuple[float, ...]: ...
+def parse_weights(given: str | Sequence[float] | None) -> str | tuple[float, ...] | None:
+    """Weights of classes: "balanced", or their numbers; ValueError naming class_weights."""
+    if given is None or (isinstance(given, str) and given == "balanced"):
+        return given
+    if isinstance(given, Sequence):
+        with suppress(ValueError, TypeError):
+            found = tuple(float(weight) for weight in (given.split(",") if isinstance(given, str) else given))
+            if all(0 < weight < math.inf for weight in found):
+                return found
+    shown = one_line(repr(given), 200)
+    raise ValueError(f"class_weights must be balanced, or a list of finite numbers > 0, got {shown}")
 
 
 def names(group: type[SettingsGroup]) -> tuple[str, ...]:

@@ -637,6 +637,8 @@ def refusals(material: Path, tmp: Path) -> dict[str, tuple[list[Any], int, str]]
         "no prototypes": (["--prototype-steps", 2], 2, "--prototype-steps needs --verbalizer prototypical, got linear"),
         "prototype init": (["--prototype-init", "mean"], 2, "--prototype-init must be one of xavier, class_means"),
         "no means": (["--prototype-init", "class_means"], 2, "--prototype-init needs --verbalizer prototypical"),
+        "class weights": (["--class-weights", "1,2"], 2, "class_weights must be balanced or 3 numbers"),
+        "balanced twice": (["--class-weights", "balanced", "--balanced-sampler"], 2, "exclude each other"),
         "no contrast": (["--protoverb-weight", 1], 2, "protoverb_weight needs verbalizer='prototypical'"),
         "bad images": (["--on-bad-image", "hide"], 2, "must be one of error, skip"),
         "unwritable": (["--out", tmp / "file" / "run"], 2, "cannot be written"),
@@ -645,6 +647,24 @@ def refusals(material: Path, tmp: Path) -> dict[str, tuple[list[Any], int, str]]
         "both": (["--resume", "--overwrite"], 2, "exclude each other"),
         "diverges": (["--lr", 1e30, "--optimizer", "sgd", "--epochs", 5], 1, "loss became"),
     }
+
+
+def test_a_balanced_sampler_draws_the_training_images(
+    vptm: Console, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every class as likely, however many images it has: an option that is lost on the way trains as without it."""
+
+    def seen(model: PromptedModel, train: Any, *_: Any, **__: Any) -> None:
+        raise ValueError(f"{type(train.sampler).__name__}, weights {sorted(set(train.sampler.weights.tolist()))}")
+
+    monkeypatch.setattr("vptm.methods.run.fit", seen)
+    for k in range(4):
+        shutil.copy(material / "pictures" / "left" / f"{k}.png", tmp_path / f"{k}.png")
+    rows = [f"{tmp_path / str(k)}.png,{'a' if k < 3 else 'b'},train\n" for k in range(4)]
+    (tmp_path / "few.csv").write_text("path,label,split\n" + "".join(rows))
+    options = ["--data", tmp_path / "few.csv", "--shots", "all", "--balanced-sampler"]
+    code, line = vptm.refused(*train_arguments(material, tmp_path / "r", *options))
+    assert (code, line) == (2, "vptm: WeightedRandomSampler, weights [0.6666666666666666, 2.0]")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

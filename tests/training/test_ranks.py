@@ -18,6 +18,7 @@ from tiny_runs import metrics
 from torch.utils.data import DataLoader, TensorDataset
 
 from vptm import PromptedBEiT, fit, load_adapter
+from vptm.data.balance import balanced_sampler
 from vptm.training.state import STATE_FILE
 
 pytestmark = pytest.mark.skipif(find_spec("accelerate") is None, reason="several processes need accelerate")
@@ -64,11 +65,12 @@ class Pictures(TensorDataset):
         return (image if self.act is None else self.act(self, index, image)), label
 
 
-def trained(backbone: Path, act: Any = None, model: Any = None, **options: Any) -> Any:
+def trained(backbone: Path, act: Any = None, model: Any = None, balanced: bool = False, **options: Any) -> Any:
     """Two epochs in batches of 5, of which the last has a single picture: none for a second process."""
     torch.manual_seed(int(os.environ.get("RANK", "0")))  # processes do not start at the same values by themselves
     found = PromptedBEiT(backbone, 3, **({"prototype_dim": 8} | (model or {}))).double()
-    train = DataLoader(Pictures(act), batch_size=5, shuffle=True)
+    order: Any = {"sampler": balanced_sampler(torch.arange(11).numpy() % 3)} if balanced else {"shuffle": True}
+    train = DataLoader(Pictures(act), batch_size=5, **order)
     val = DataLoader(Pictures(count=9), batch_size=4)
     options = {"epochs": 2, "lr": 0.02, "progress": False} | options
     return found, fit(found, train, val, **options)
@@ -80,6 +82,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"clip_norm": 0.05, "optimizer": "momentum"},
     "linear": {"model": LINEAR},
+    "weighted": {"class_weights": [0.2, 1.0, 3.0], "label_smoothing": 0.1, "balanced": True},
 }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from vptm.data.balance import balanced_sampler
 from vptm.data.datasets import ImageData, ImageDataset
 from vptm.data.division import few_shot
 from vptm.data.sources import load_data
@@ -194,13 +195,14 @@ def _loaders(
     flip = data.flip if settings.flip is None else settings.flip
     changed = transforms(model, train=True, flip=flip) if settings.augment else prepare
 
-    def loader(part: ImageDataset, batch_size: int = EVALUATION_BATCH, shuffle: bool = False) -> DataLoader[Any]:
-        return loader_of(part, batch_size, settings.workers, place, shuffle=shuffle)
+    def loader(part: ImageDataset, batch_size: int = EVALUATION_BATCH, **order: Any) -> DataLoader[Any]:
+        return loader_of(part, batch_size, settings.workers, place, **order)
 
     # what is read in every epoch is decoded once, where it is few
     parts = {split: part if split == "test" else part.in_memory(_MOST_DECODED) for split, part in parts.items()}
     found = {split: loader(part.with_transform(prepare)) for split, part in parts.items() if split != "train"}
-    train = loader(parts["train"].with_transform(changed), settings.batch_size, shuffle=True)
+    order = {"sampler": balanced_sampler(parts["train"].labels)} if settings.balanced_sampler else {"shuffle": True}
+    train = loader(parts["train"].with_transform(changed), settings.batch_size, **order)
     return {"train": train, "support": loader(parts["train"].with_transform(prepare)), **found}
 
 

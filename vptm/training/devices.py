@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 _MOST_WORKERS = 8
 
@@ -31,7 +31,13 @@ def device_of(name: str) -> torch.device:
 
 
 def loader_of(
-    part: Dataset[Any], batch_size: int, workers: int | None, place: torch.device, *, shuffle: bool = False
+    part: Dataset[Any],
+    batch_size: int,
+    workers: int | None,
+    place: torch.device,
+    *,
+    shuffle: bool = False,
+    sampler: Sampler[int] | None = None,
 ) -> DataLoader[Any]:
     """Batches of images as --workers says they are read: in processes of their own, and into pinned memory, where a GPU
     computes; by default in one process for a batch, a processor or eight, whichever are fewest."""
@@ -39,7 +45,7 @@ def loader_of(
     if workers is None:
         batches = -(-len(part) // batch_size)  # type: ignore[arg-type]
         workers = min(_MOST_WORKERS, _processors(), batches) if gpu else 0
-    return DataLoader(part, batch_size, shuffle=shuffle, num_workers=workers, pin_memory=gpu)
+    return DataLoader(part, batch_size, shuffle=shuffle, sampler=sampler, num_workers=workers, pin_memory=gpu)
 
 
 def _processors() -> int:

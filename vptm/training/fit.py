@@ -21,6 +21,7 @@ from vptm.training.batches import images_and_labels
 from vptm.training.callbacks import Callback
 from vptm.training.checks import are_shares, check_data, check_loaders, check_model, check_settings, check_together
 from vptm.training.evaluate import ask
+from vptm.training.objective import make_objective
 from vptm.training.precision import dtype_of, float32_products, in_type, resolve_precision, slow_note
 from vptm.training.progress import TrainProgress
 from vptm.training.ranks import RankBatches, join, local_device, rank_loader
@@ -57,6 +58,7 @@ def fit(
     schedule: Schedule = "cosine",
     warmup_epochs: int = 0,
     label_smoothing: float = 0.0,
+    class_weights: str | Sequence[float] | None = None,
     protoverb_weight: float = 0.0,
     reformation: float = 0.0,
     reformation_temperature: float = 1.0,
@@ -111,6 +113,9 @@ def fit(
             `vptm.training.schedules.published_rate`.
         warmup_epochs: part of `epochs`; linear from 1 % of `lr` unless a published schedule says otherwise.
         label_smoothing: of the cross-entropy, in [0, 1).
+        class_weights: of the classes in the cross-entropy of training: "balanced" is N / (K * images of the class), as
+            scikit-learn has it; or K numbers > 0. A batch is divided by the sum of its weights, as
+            `F.cross_entropy(weight=...)` does. None weighs all alike. Validation is not weighted.
         protoverb_weight: of `vptm.training.losses.protoverb_loss` of a batch, added to its cross-entropy (and to the
             reported train loss); needs the prototypical verbalizer. `vptm.fit_prototypes` trains by it alone, later.
         reformation: lambda of ProVP-Ref's contrast with the features of the frozen model, see
@@ -181,7 +186,14 @@ def fit(
     settings = replace(settings, precision=None if work is model and kind != "tf32" else kind)
     identity = run_identity(inner, settings, train, labels)
     step = TrainStep(
-        work, inner, settings, dtype=dtype_of(kind), steps=len(train), ranks=ranks, cache_frozen=cache_frozen
+        work,
+        inner,
+        settings,
+        objective=make_objective(settings, labels, inner.num_classes),
+        dtype=dtype_of(kind),
+        steps=len(train),
+        ranks=ranks,
+        cache_frozen=cache_frozen,
     )
     run = Run(inner, step, identity, None if run_dir is None or ranks.index else Path(run_dir))
     if images is None and run_dir is not None:

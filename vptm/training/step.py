@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor
-from torch.nn import functional as F
 
 from vptm.models.adapter_saving import unwrapped
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import TrainSettings
 from vptm.training.groups import parameter_groups
 from vptm.training.losses import protoverb_loss
+from vptm.training.objective import CrossEntropy
 from vptm.training.precision import compiled
 from vptm.training.ranks import Ranks
 from vptm.training.reformation import FeatureReformation
@@ -104,6 +104,7 @@ class TrainStep:
         forward: what is trained: a model, or a wrapper of it.
         given: the model that `forward` computes in another type, or what it wraps.
         settings: of `vptm.fit`.
+        objective: the loss of class scores.
         dtype: what images are cast to; None leaves them as they are.
         steps: steps in an epoch.
         ranks: the processes that train together.
@@ -121,12 +122,14 @@ class TrainStep:
         given: PromptedModel,
         settings: TrainSettings,
         *,
+        objective: CrossEntropy,
         dtype: torch.dtype | None,
         steps: int,
         ranks: Ranks,
         cache_frozen: bool,
     ) -> None:
         self.forward, self.model, self.settings, self.dtype = forward, unwrapped(forward), settings, dtype
+        self.objective = objective
         self.reform = None
         if settings.reformation:
             weight, temperature = settings.reformation, settings.reformation_temperature
@@ -157,20 +160,22 @@ class TrainStep:
         """Learning rate of the last step, of what has none of its own."""
         return self._rate.rate
 
-    def __call__(self, images: Tensor, labels: Tensor, number: int, share: float = 1.0) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, number: int, share: Any = 1.0) -> tuple[Tensor, Tensor]:
         """Step `number` of the run, counted from 0, on images (B, C, H, W) and labels (B,): its loss and the scores
         (B, K) before it, both detached. Images that are a `share` of what all processes have give their part of the
         loss."""
         self._rate.step_update(number)
         losses, every = [], []
-        parts = self.settings.accumulate
+        parts, whole = self.settings.accumulate, self.objective.mass(labels)
+        if self.ranks.count > 1 and isinstance(whole, Tensor):  # weights of classes, which no share of images tells
+            own = whole * (share > 0)
+            share = own / self.ranks.sum(own)
         for some, theirs in zip(images.chunk(parts), labels.chunk(parts)):
             scores, contrast = self._scores_and_contrast(some, theirs)
-            if theirs.is_floating_point():
-                theirs = theirs.to(scores.dtype)
-            loss = F.cross_entropy(scores, theirs, label_smoothing=self.settings.label_smoothing)
+            loss = self.objective(scores, theirs)
             if parts > 1 or self.ranks.count > 1:  # parts of a short batch differ in size
-                loss = loss * (share * len(theirs) / len(labels))
+                part = share * self.objective.mass(theirs) / whole
+                loss = loss * (part.to(loss) if isinstance(part, Tensor) else part)
             if contrast is not None:  # made for gradients that are averaged over processes
                 loss = loss + contrast / self.ranks.count
             self.masters.backward(loss)
