@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 # what a requirement is imported as, where that is another name
 IMPORTED_AS = {"scikit_learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml", "open_clip_torch": "open_clip"}
-OPTIONAL = ("hf", "text", "clip", "onnx", "ranks", "serve")
+OPTIONAL = ("data", "hf", "text", "clip", "onnx", "ranks", "serve")
 
 
 def declared(*extras: str) -> set[str]:

@@ -354,8 +354,9 @@ class RunSettings(PictureSettings):
     data: Annotated[
         str,
         Help(
-            "builtin, fashion-mnist, digits, mnist5k, stamps, a folder of class folders, or a .csv of "
-            "path,label[,split]."
+            "builtin, fashion-mnist, digits, mnist5k, stamps, a folder of class folders, a .csv of "
+            "path,label[,split], a published list (train800.txt, train.json, split_zhou_NAME.json), "
+            "hf:NAME_OR_FOLDER of datasets, wds/SHARDS, or torch/NAME:FOLDER."
         ),
     ] = "builtin"
     recipe: Annotated[

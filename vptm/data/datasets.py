@@ -7,20 +7,32 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vptm.data.decoding import BACKGROUND, BadImageError, read_image
+from vptm.data.decoding import BACKGROUND, BadImageError, read_image, read_upload
 from vptm.data.labels import check_labels
+from vptm.messages import error_line
+
+
+class Record(Protocol):
+    """A picture that is no file of its own, as in an archive or a table."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    def content(self) -> bytes:
+        """Its encoded bytes; OSError or ValueError where it has none."""
 
 
 class Decoded(NamedTuple):
-    """What is kept of a file: its pixels (H, W) or (H, W, 3) uint8, and where it lies."""
+    """What is kept of a picture: its pixels (H, W) or (H, W, 3) uint8, and where it was read."""
 
-    file: Path
+    source: Path | Record
     pixels: np.ndarray
 
 
@@ -28,7 +40,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     """Images with labels; item i is `(transform(PIL image), label)`, or the PIL image itself without a transform.
 
     Args:
-        images: file paths or (H, W) / (H, W, 3) uint8, or (N, H, W) / (N, H, W, 3) uint8.
+        images: file paths, records or (H, W) / (H, W, 3) uint8, or (N, H, W) / (N, H, W, 3) uint8.
         labels: (N,) integers, indices into `classes`.
         classes: label names.
         keys: N stable names (relative paths or row numbers); splits and few-shot draws depend on them alone.
@@ -38,7 +50,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
     def __init__(
         self,
-        images: Sequence[Path | np.ndarray | Decoded] | np.ndarray,
+        images: Sequence[Path | Record | np.ndarray | Decoded] | np.ndarray,
         labels: np.ndarray,
         classes: Sequence[str],
         *,
@@ -63,13 +75,15 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        """The untransformed image; raises `BadImageError` where its file cannot be decoded."""
-        item = self.images[index]
+        """The untransformed image; raises `BadImageError` where its file or record cannot be decoded."""
+        item: Any = self.images[index]
         if isinstance(item, Decoded):
             return Image.fromarray(item.pixels)
         if isinstance(item, np.ndarray):
             return Image.fromarray(item)
-        return read_image(item, background=self.background, value_range=self.value_range)
+        if isinstance(item, Path | str):
+            return read_image(item, background=self.background, value_range=self.value_range)
+        return read_upload(_content(item), background=self.background, value_range=self.value_range, name=item.name)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.image(index)
@@ -97,12 +111,12 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         """
         if isinstance(self.images, np.ndarray):
             return self
-        kept: list[np.ndarray | Decoded] = []
+        kept: list[Any] = []
         held = 0
         for index in range(len(self)):
             item, image = self.images[index], self.image(index)
             pixels = np.asarray(image)
-            kept.append(Decoded(Path(item), pixels) if isinstance(item, Path | str) else item)
+            kept.append(item if isinstance(item, np.ndarray | Decoded) else Decoded(item, pixels))
             held += pixels.nbytes
             # judged by those so far: a set that is too large is not decoded up to the limit first
             if held * len(self) > most * len(kept) or image.mode not in ("L", "RGB"):
@@ -126,21 +140,23 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         return max(filter(None, found), default=None)
 
     def content_hashes(self) -> list[str]:
-        """SHA-256 of each image's file, or of the shape and bytes of its pixels: wherever it lies, the same image has
-        the same one. Reads every file once.
+        """SHA-256 of each image's file or record, or of the shape and bytes of its pixels: wherever it lies, the same
+        image has the same one. Reads every file once.
 
         Raises:
             FileNotFoundError: a file that is gone.
         """
 
-        def digest(item: Path | np.ndarray | Decoded) -> str:
+        def digest(item: Any) -> str:
             if isinstance(item, np.ndarray):
                 return hashlib.sha256(f"{item.shape}".encode() + item.tobytes()).hexdigest()
-            path = item.file if isinstance(item, Decoded) else item
+            source = item.source if isinstance(item, Decoded) else item
+            if not isinstance(source, Path | str):
+                return hashlib.sha256(_content(source)).hexdigest()
             try:
-                return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+                return hashlib.sha256(Path(source).read_bytes()).hexdigest()
             except FileNotFoundError:
-                raise FileNotFoundError(f"image not found: {path}") from None
+                raise FileNotFoundError(f"image not found: {source}") from None
 
         with ThreadPoolExecutor(max_workers=8) as pool:
             return list(pool.map(digest, self.images))
@@ -160,6 +176,13 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         with ThreadPoolExecutor(max_workers=8) as pool:
             messages = list(pool.map(message, range(len(self))))
         return {index: text for index, text in enumerate(messages) if text is not None}
+
+
+def _content(record: Record) -> bytes:
+    try:
+        return record.content()
+    except (OSError, ValueError) as error:
+        raise BadImageError(f"cannot read image {record.name}: {error_line(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -59,13 +59,15 @@ def read_upload(
     background: str | None = BACKGROUND,
     value_range: tuple[float, float] | None = None,
     most_pixels: int | None = None,
+    name: str = "",
 ) -> Image.Image:
-    """`read_image` of what somebody sent.
+    """`read_image` of what somebody sent, or of a picture that is no file of its own.
 
     Args:
         content: of a file.
         background, value_range: see `to_8_bit`.
         most_pixels: larger pictures are refused before they are decoded.
+        name: what messages call it.
 
     Raises:
         BadImageError: as `read_image`, or too many pixels.
@@ -74,7 +76,8 @@ def read_upload(
     try:
         return _decoded(io.BytesIO(content), background, value_range, most_pixels)
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
-        raise BadImageError(f"cannot read image: {error_line(error)}") from error
+        named = f" {one_line(name, 1000)}" if name else ""
+        raise BadImageError(f"cannot read image{named}: {error_line(error)}") from error
 
 
 def _decoded(

@@ -11,13 +11,14 @@ from vptm.data.datasets import ImageDataset
 from vptm.messages import one_line
 
 
-def check_classes(part: ImageDataset, name: str) -> None:
-    """Refuse fewer than two classes, and one without an image; `name` is the data's, for messages."""
+def check_classes(part: ImageDataset, name: str, *, complete: bool = True) -> None:
+    """Refuse fewer than two classes, and, where it must be `complete`, one without an image; `name` is the data's, for
+    messages."""
     if len(part.classes) < 2:
         only = f"only {_named(part.classes[0])}" if part.classes else "none"
         raise ValueError(f"{name} must have at least two classes, got {only}")
     counts = np.bincount(part.labels, minlength=len(part.classes))
-    if not counts.all():
+    if complete and not counts.all():
         empty = _named(part.classes[int(counts.argmin())])
         raise ValueError(f"{name}: the class {empty} has no readable training image")
 

@@ -14,14 +14,15 @@ from vptm.data.decoding import FORMATS, formats
 
 
 @cache
-def _suffixes() -> frozenset[str]:
+def suffixes() -> frozenset[str]:
+    """What names of pictures end in, as ".png"."""
     known = {suffix for suffix, name in Image.registered_extensions().items() if name in formats()}
     return frozenset(known | {".mpo"})  # several JPEG images in one file, the first of which is read
 
 
 def is_picture(path: Path) -> bool:
     """Whether a file is one for `read_image`: by its suffix, and where that is unknown or missing by its content."""
-    if path.suffix.lower() in _suffixes():
+    if path.suffix.lower() in suffixes():
         return True
     try:
         with Image.open(path, formats=formats()):

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from vptm.data.datasets import ImageDataset
 from vptm.data.named_datasets import DATASET_NAMES
+from vptm.data.sources import PREFIXES, absolute
 from vptm.data.split_list import SPLIT_FILE, SplitList
 from vptm.messages import error_line, one_line
 from vptm.models.adapter_saving import frozen_part, save_compared
@@ -365,9 +366,11 @@ def located(option: str, source: str) -> str:
     Raises:
         ValueError: a name that is a path here, too.
     """
-    is_name = source in DATASET_NAMES if option == "data" else source == "builtin" or is_timm_name(source)
+    is_data = option == "data"
     if not os.path.exists(source):
-        return source
+        return absolute(source) if is_data else source
+    data_name = source in DATASET_NAMES or source.startswith(PREFIXES)
+    is_name = data_name if is_data else source == "builtin" or is_timm_name(source)
     if is_name:
         raise ValueError(
             f"--{option} {source} is a name that vptm knows and {os.path.abspath(source)}: pass ./{source} for "
