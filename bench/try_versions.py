@@ -16,6 +16,7 @@ Exit status: 0 if nothing failed or spilled, 1 if something did, 2 for arguments
 from __future__ import annotations
 
 import argparse
+import ast
 import fcntl
 import json
 import os
@@ -33,12 +34,21 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 JSON, TABLE = Path("docs", "versions.json"), Path("docs", "versions.md")
-TARGETS = ("sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950")
 SHOWN = ("python", "torch", "triton", "numpy")
 
 
 class NotToBeHad(Exception):
     """One line: what cannot be had, and why."""
+
+
+def _targets() -> tuple[str, ...]:
+    """`TARGETS` of `vptm_kernels.aot`, read and not imported, as that needs torch."""
+    source = (ROOT / "vptm_kernels" / "aot.py").read_text(encoding="utf-8")
+    assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return next(ast.literal_eval(node.value) for node in assigned if ast.unparse(node.targets[0]) == "TARGETS")
+
+
+TARGETS = _targets()
 
 
 def _git(*arguments: str) -> str:

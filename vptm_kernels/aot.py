@@ -397,7 +397,7 @@ def _read_amd(report: Report, compiled: Any) -> None:
 # ------------------------------------------------------------------ compiling
 
 
-class _Driver:
+class IdleDriver:
     """Enough of a Triton driver to bind and specialise arguments; it never launches."""
 
     def __init__(self, target: Any) -> None:
@@ -463,7 +463,7 @@ def intercept(target: str, case: str, spills_only: bool = False) -> Iterator[lis
 
     forget_plans()
     driver = triton.runtime.driver
-    driver.set_active(_Driver(_gpu_target(target)))
+    driver.set_active(IdleDriver(_gpu_target(target)))
     JITFunction.run = compile_only
     try:
         yield reports

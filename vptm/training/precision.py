@@ -12,6 +12,7 @@ import torch
 from vptm.messages import one_of
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import Precision, TrainSettings, choices
+from vptm_kernels._runtime.frozen_linear import has_bfloat16
 
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,12 +90,7 @@ def float32_products(precision: Precision | None) -> Iterator[None]:
 
 def slow_note(precision: Precision | None, device: torch.device) -> str | None:
     """One line where a precision is slower than fp32 on this processor, None where it is not, or that is not known."""
-    known: dict[str, object] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # {name of a feature: whether this processor has it}
-    if precision != "bf16" or device.type != "cpu" or not known:
-        return None
-    if any(name.endswith("bf16") and present for name, present in known.items()):
+    if precision != "bf16" or device.type != "cpu" or has_bfloat16() is not False:
         return None
     return "precision bf16 is slower than fp32 here: this processor has no bfloat16 instructions"
 

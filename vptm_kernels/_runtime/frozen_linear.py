@@ -22,28 +22,27 @@ _FEWEST_WEIGHTS = 1 << 17
 
 
 @functools.cache
-def _processor() -> str:
-    """What Linux says of the processor, "" where it says nothing."""
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-@functools.cache
 def onednn_is_faster() -> bool:
     """Whether this is a processor on which oneDNN was measured to be faster: AMD's, with AVX-512."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    return "AuthenticAMD" in _processor()
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # no Linux
+        return False
+
+
+def has_bfloat16() -> bool | None:
+    """Whether this processor has instructions for bfloat16; None where PyTorch does not know it."""
+    known = torch.cpu.get_capabilities()  # {name of a feature: whether this processor has it}
+    return any(name.endswith("bf16") and present for name, present in known.items()) if known else None
 
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 itself (AVX512-BF16 or AMX), so that such products gain by oneDNN."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return "avx512_bf16" in _processor() or "amx_bf16" in _processor()
+    """Whether products of bfloat16 gain by oneDNN: on an x86 processor that has such instructions (AVX-512, AMX)."""
+    x86 = torch.cpu.get_capabilities().get("architecture") == "x86_64"
+    return torch.backends.mkldnn.is_available() and x86 and has_bfloat16() is True
 
 
 def _learns(*tensors: Tensor | None) -> bool:

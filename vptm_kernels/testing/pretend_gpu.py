@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 from .._runtime import triton_support
 from .._runtime.plans import forget_plans
+from ..aot import IdleDriver
 
 
 @dataclass
@@ -33,20 +34,6 @@ class Seen:
     def clear(self) -> None:
         self.compiled.clear()
         self.bound.clear()
-
-
-class _Driver:
-    def __init__(self, target: Any) -> None:
-        self.target = target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return self.target
 
 
 @contextmanager
@@ -104,7 +91,7 @@ def pretend_gpu(arch: str = "sm90") -> Iterator[Seen]:
         patches.enter_context(patch.object(triton_support, "missing_for_triton", lambda t, head_dim=None: None))
         for module in _launchers():
             patches.enter_context(patch.object(module, "architecture", lambda device: arch))
-        driver.set_active(_Driver(GPUTarget("cuda", int(arch.removeprefix("sm")), 32)))
+        driver.set_active(IdleDriver(GPUTarget("cuda", int(arch.removeprefix("sm")), 32)))
         try:
             yield seen
         finally:

@@ -56,13 +56,8 @@ class LabelMapping(nn.Module):
     def __init__(self, weights: Tensor, aggregation: str = "mean") -> None:
         super().__init__()
         one_of("aggregation", aggregation, AGGREGATIONS)
-        _check_matrix("weights", weights)
+        _check_shares("weights", weights, of="a source label")
         weights = weights.float()
-        if bool((weights < 0).any()):
-            raise ValueError(f"weights must be >= 0, got {float(weights.min())}")
-        empty = (weights.sum(dim=1) == 0).nonzero()
-        if len(empty):
-            raise ValueError(f"every label must have a source label, label {int(empty[0])} has none")
         if aggregation != "mean" and not bool(((weights == 0) | (weights == 1)).all()):
             raise ValueError(f"aggregation={aggregation!r} needs weights of 0 and 1, got a soft mapping: use 'mean'")
         self.aggregation = aggregation
@@ -351,7 +346,7 @@ def frequency_mapping(counts: Tensor, *, m: int = 1) -> Tensor:
     Raises:
         ValueError: a label without an image (a row of zeros), which any source would fit alike, or m * K above Ns.
     """
-    _check_counts(counts)
+    _check_shares("counts", counts, of="an image")
     return assign(counts, "greedy", m=m)
 
 
@@ -363,18 +358,18 @@ def bayesian_mapping(counts: Tensor) -> Tensor:
     Raises:
         ValueError: a label without an image, a row of zeros.
     """
-    _check_counts(counts)
+    _check_shares("counts", counts, of="an image")
     weights = counts / (counts.sum(dim=0, keepdim=True) + 1.0)
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-def _check_counts(counts: Tensor) -> None:
-    _check_matrix("counts", counts)
-    if bool((counts < 0).any()):
-        raise ValueError(f"counts must be >= 0, got {float(counts.min())}")
-    empty = (counts.sum(dim=1) == 0).nonzero()
+def _check_shares(name: str, matrix: Tensor, of: str) -> None:
+    _check_matrix(name, matrix)
+    if bool((matrix < 0).any()):
+        raise ValueError(f"{name} must be >= 0, got {float(matrix.min())}")
+    empty = (matrix.sum(dim=1) == 0).nonzero()
     if len(empty):
-        raise ValueError(f"every label must have an image, label {int(empty[0])} has none")
+        raise ValueError(f"every label must have {of}, label {int(empty[0])} has none")
 
 
 def random_mapping(labels: int, sources: int, *, m: int = 1, seed: int = 0) -> Tensor:
