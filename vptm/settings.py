@@ -272,18 +272,26 @@ class TrainSettings(SettingsGroup):
     clip_norm: Annotated[float | None, Help("Longest gradient of a step, longer ones are scaled; any by default.")] = (
         None
     )
+    ema: Annotated[
+        float | None, Help("Decay of an average of what is learned, which answers in its place; none by default.")
+    ] = None
+    early_stopping: Annotated[
+        int | None, Help("Stop after so many epochs in a row that are not better on validation images.")
+    ] = None
     seed: Annotated[int, Help("Of initialisation, drawn shots, order and augmentation.")] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("lr_of", "weight_decay_of"):
             object.__setattr__(self, name, _of_groups(name, getattr(self, name)))
-        for name in ("epochs", "warmup_epochs", "accumulate"):
-            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-        for name in ("epochs", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name, lowest in (("epochs", 1), ("warmup_epochs", None), ("accumulate", 1), ("early_stopping", 1)):
+            value, none = getattr(self, name), ", or None" if name == "early_stopping" else ""
+            if none and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer{none}, got {value!r}")
+            if lowest is not None and value < lowest:
+                raise ValueError(f"{name} must be >= {lowest}{none}, got {value}")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"warmup_epochs must be >= 0 and < epochs={self.epochs}, got {self.warmup_epochs}")
         if not 0 < self.lr < math.inf:
@@ -298,6 +306,8 @@ class TrainSettings(SettingsGroup):
             raise ValueError(f"reformation_temperature must be finite and > 0, got {self.reformation_temperature!r}")
         if self.clip_norm is not None and not 0 < number("clip_norm", self.clip_norm) < math.inf:
             raise ValueError(f"clip_norm must be finite and > 0, or None, got {self.clip_norm!r}")
+        if self.ema is not None and not 0 < number("ema", self.ema) < 1:
+            raise ValueError(f"ema must be in (0, 1), or None, got {self.ema!r}")
         for name, group in (("prompt_weight_decay", "prompts"), ("head_weight_decay", "verbalizer")):
             if getattr(self, name) is not None and group in (self.weight_decay_of or {}):
                 raise ValueError(f"weight_decay_of must leave {group} out where {name} is given, got both")

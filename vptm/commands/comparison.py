@@ -24,6 +24,7 @@ from vptm.data.split_list import SplitList
 from vptm.recipes.recipe import Recipe, read_recipe
 from vptm.settings import FREE_ON_RESUME, RunSettings, numbers_text, option_name, parse_shots, train_options
 from vptm.training.run_folder import RUN_FILE, prepare_run_folder
+from vptm.training.state import STATE_FILE
 
 # options of every run that `compare` sets itself
 OWN = ("data", "epochs", "out", "overwrite", "recipe", "resume", "seed", "shots", "test")
@@ -136,6 +137,8 @@ def compare(
             if facts is None:
                 result.failures[folder] = _reason(code, errors)
                 report(f"{result.name} {folder}: failed, {result.failures[folder]}")
+            else:
+                (where / STATE_FILE).unlink(missing_ok=True)  # of four adapters' size, for a longer run
         return facts
 
     def task(method: str, recipe: Recipe, result: MethodResult, seed: int) -> None:

@@ -118,7 +118,7 @@ def _settings(values: Mapping[str, Any]) -> RunSettings:
 
 def _resumed(out: Path, values: Mapping[str, Any], given: AbstractSet[str]) -> RunSettings:
     from vptm.data.split_list import SPLIT_FILE
-    from vptm.training.run_folder import read_run
+    from vptm.training.run_folder import grows, read_run
 
     stored = read_run(out).get("settings")
     if not isinstance(stored, dict):
@@ -126,7 +126,7 @@ def _resumed(out: Path, values: Mapping[str, Any], given: AbstractSet[str]) -> R
     known = {name: value for name, value in stored.items() if name in values}
     moved = {"data"} if (out / SPLIT_FILE).is_file() else set()  # compared with the list, image by image
     for name in sorted(values.keys() & given - FREE_ON_RESUME - moved):
-        if known.get(name) != values[name]:
+        if known.get(name) != values[name] and not grows(name, known.get(name), values[name]):
             raise ValueError(
                 f"{option_name(name)} {values[name]} differs from the run's {known.get(name)}: leave it out to resume"
             )

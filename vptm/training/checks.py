@@ -26,6 +26,8 @@ def check_loaders(train: Any, val: Any, settings: TrainSettings) -> None:
     for name, loader in (("train", train), ("val", val)):
         if not isinstance(loader, DataLoader) and not (name == "val" and loader is None):
             raise TypeError(f"{name} must be a torch DataLoader, got {type(loader).__name__}")
+    if val is None and settings.early_stopping is not None:
+        raise ValueError(f"early_stopping needs validation images, got {settings.early_stopping} without any")
     if _steps(train) == 0:
         raise ValueError(
             f"train must hold at least one batch: {len(train.dataset)} images in batches of {train.batch_size}"

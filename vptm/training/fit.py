@@ -37,6 +37,7 @@ class FitResult:
     """What `fit` did. The model holds the state of `best_epoch` (0: as it was given) when `fit` returns.
 
     `history` has one mapping per finished epoch with the columns of `metrics.csv`; accuracies are shares in 0..1.
+    `stopped` says why a run was done before its last epoch, None where it was not.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -44,6 +45,7 @@ class FitResult:
     best_val_accuracy: float | None = None
     interrupted: bool = False
     run_dir: Path | None = None
+    stopped: str | None = None
 
 
 def fit(
@@ -80,6 +82,8 @@ def fit(
     clip_norm: float | None = None,
     lr_of: Mapping[str, float] | None = None,
     weight_decay_of: Mapping[str, float] | None = None,
+    ema: float | None = None,
+    early_stopping: int | None = None,
 ) -> FitResult:
     """Train what `model` leaves unfrozen by cross-entropy and keep the epoch that is best on `val`.
 
@@ -127,8 +131,10 @@ def fit(
         run_dir: folder for the adapter, `metrics.csv`, `curves.png`, `run.json`, `split.csv` and, until the run is
             finished, the state to resume from; every file is replaced by a rename at the end of an epoch. None writes
             nothing.
-        resume: continue the run in `run_dir`; every argument that changes the result must be as it was. Of a finished
-            run the best epoch is loaded, and nothing trained.
+        resume: continue the run in `run_dir`; every argument that changes the result must be as it was, but that there
+            may be more `epochs`, or a longer `early_stopping`. The epochs that are left then have the learning rates
+            that a run of so many epochs has there. Of a finished run without them the best epoch is loaded, and nothing
+            trained.
         overwrite: replace the run in `run_dir`; files of other names stay.
         seed: of data order, augmentation and dropout.
         device: where to train; None stays on the model's device.
@@ -151,6 +157,11 @@ def fit(
         weight_decay_of: weight decays of such groups: of their matrices, and all of prompts, mask token and
             temperature (whose logarithm decays, to a temperature of 1), which otherwise have none. "prompts" and
             "verbalizer" stand for `prompt_weight_decay` and `head_weight_decay`.
+        ema: decay, in (0, 1), of an average of what is learned over the steps, see
+            `vptm.training.averaging.Average`: what is validated, kept and left in the model is the average. None for
+            what the last step came to.
+        early_stopping: stop after so many epochs in a row of which none was better on `val` than one before. None
+            trains all `epochs`.
 
     Returns:
         A `FitResult`; after Ctrl-C it has `interrupted=True` and the run folder is complete and can be resumed. A
@@ -201,14 +212,15 @@ def fit(
     run.join(ranks, resume=resume, overwrite=overwrite, images=images, settings=settings, info=info)
     progress = progress and ranks.index == 0
     if progress:
-        for line in filter(None, (slow_note(kind, place), _opening(run, step, epochs, len(train)))):
+        for line in filter(None, (slow_note(kind, place), _opening(run, step, len(train)))):
             print(line, file=sys.stderr, flush=True)
     bar = TrainProgress(progress, epochs=epochs, done=run.epoch, steps=len(train))
     feed = _Feed(*rank_loader(train, ranks, "train"), bar, [] if ranks.index else list(callbacks))
     interrupted = False
     try:
         with generators_kept(train, val), float32_products(kind), bar:
-            for epoch in range(run.epoch + 1, epochs + 1):
+            while run.left:
+                epoch = run.epoch + 1
                 seed_everything(seed, epoch, train, val)
                 if feed.shares is not None:
                     feed.loader.generator.manual_seed(torch.initial_seed() + ranks.index)
@@ -225,10 +237,12 @@ def fit(
     finally:
         inner.to(place)
     run.end(finished=not interrupted)
+    if progress and run.stopped and not interrupted:
+        print(f"stopped after epoch {run.epoch} of {epochs}: {run.stopped}", file=sys.stderr, flush=True)
     for callback in feed.told:
         callback.end(run.history, interrupted=interrupted)
     accuracy = None if run.best_score is None else run.best_score[0]
-    return FitResult(run.history, run.best_epoch, accuracy, interrupted, run.folder)
+    return FitResult(run.history, run.best_epoch, accuracy, interrupted, run.folder, run.stopped)
 
 
 def _working_model(model: Any, dtype: torch.dtype | None, device: torch.device, settings: TrainSettings) -> Any:
@@ -244,10 +258,10 @@ def _working_model(model: Any, dtype: torch.dtype | None, device: torch.device, 
     return model
 
 
-def _opening(run: Run, step: TrainStep, epochs: int, batches: int) -> str:
+def _opening(run: Run, step: TrainStep, batches: int) -> str:
     """What is said before the first step."""
-    if run.epoch == epochs:
-        return f"run {run.folder} is finished after {epochs} epochs, the best was {run.best_epoch}: nothing to train"
+    if not run.left:
+        return f"run {run.folder} is finished after {run.epoch} epochs, the best was {run.best_epoch}: nothing to train"
     model = step.model
     trained = sum(parameter.numel() for parameter in model.trainable_parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -270,7 +284,10 @@ def _epoch(step: TrainStep, feed: _Feed, val: DataLoader[Any] | None, epoch: int
     """Train one epoch and validate: its row of `metrics.csv`."""
     started = time.perf_counter()
     train_loss, train_accuracy = _train_epoch(step, feed, epoch)
-    answers = None if val is None else ask(step.forward, val, dtype=step.dtype, ranks=step.ranks)
+    answers = None
+    if val is not None:
+        with step.average.in_model():
+            answers = ask(step.forward, val, dtype=step.dtype, ranks=step.ranks)
     return {
         "epoch": epoch,
         "lr": step.lr,

@@ -1,7 +1,7 @@
 """The folder of a run: the best adapter so far, the state to resume from, and what is known of the run.
 
 Every file is replaced by one rename, at the end of an epoch. The state is written first, as the other files follow from
-it; it goes when the last epoch is done, and `run.json` then says what a resume has to know.
+it; when the last epoch is done `run.json` says what a resume has to know, and the state is for more epochs alone.
 """
 
 from __future__ import annotations
@@ -72,13 +72,27 @@ class Run:
     """
 
     def __init__(self, model: PromptedModel, step: TrainStep, identity: dict[str, Any], folder: Path | None) -> None:
-        self.model, self.masters, self.optimiser = model, step.masters, step.optimiser
+        self.model, self.masters, self.optimiser, self.average = model, step.masters, step.optimiser, step.average
+        self._epochs, self._patience = step.settings.epochs, step.settings.early_stopping
         self.identity, self.folder = identity, folder
         self._frozen = None if folder is None else frozen_part(self.model)
         self.epoch = self._written = self.best_epoch = 0
         self.best_score: tuple[float, float] | None = None
-        self.best_state = self.masters.kept()
+        self.best_state = self.average.kept()
         self.history: list[dict[str, Any]] = []
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the run is done before its last epoch, None where it is not."""
+        patience = self._patience
+        if patience is None or self.epoch == self._epochs or self.epoch - self.best_epoch < patience:
+            return None
+        return f"no epoch of the last {patience} was better on validation images"
+
+    @property
+    def left(self) -> int:
+        """Epochs that are still to be trained."""
+        return 0 if self.stopped else self._epochs - self.epoch
 
     def begin(
         self,
@@ -107,13 +121,20 @@ class Run:
                 images.write(self.folder)
             self._write()
             return
-        self._check_identity(state)
+        grown = self._grown(state)
+        if grown and "learned" not in state:
+            if not (path := self.folder / STATE_FILE).is_file():
+                raise ValueError(f"cannot resume {self.folder} for more epochs: its {STATE_FILE} is gone")
+            state = read_state(path)
+            self._grown(state)
         _check_images(images, self.folder)
         try:
             self._restore(state)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             where = self.folder / (STATE_FILE if "learned" in state else TENSORS_FILE)
             raise ValueError(f"{where} does not fit the run: {error_line(error, 200)}; use overwrite") from error
+        if grown:
+            self._extend(grown, settings, info or {})
 
     def join(self, ranks: Ranks, **options: Any) -> None:
         """`begin` in the first process of several, and its outcome or its error in all: each then holds the same run,
@@ -140,7 +161,7 @@ class Run:
         """Keep and write what an epoch reached."""
         score = None if row["val_accuracy"] is None else (row["val_accuracy"], -row["val_loss"])
         if score is None or self.best_score is None or score > self.best_score:
-            self.best_epoch, self.best_score, self.best_state = row["epoch"], score, self.masters.kept()
+            self.best_epoch, self.best_score, self.best_state = row["epoch"], score, self.average.kept()
         self.epoch, self.history = row["epoch"], [*self.history, row]
         self._write()
 
@@ -150,7 +171,7 @@ class Run:
             self._write()
 
     def end(self, *, finished: bool) -> None:
-        """Leave the best epoch in the model and the curves in the folder; no state of a run that is finished."""
+        """Leave the best epoch in the model, and in the folder curves and whether the run is finished."""
         self.model.load_learned_state_dict(self.best_state)
         self.model.eval()
         if self.folder is None or not self.history:
@@ -159,10 +180,12 @@ class Run:
         if finished:
             score = None if self.best_score is None else list(self.best_score)
             facts = {"identity": self.identity, "best_epoch": self.best_epoch, "best_score": score}
-            update_run_file(self.folder, finished=facts)
-            (self.folder / STATE_FILE).unlink(missing_ok=True)
+            update_run_file(self.folder, finished=facts | {"epochs": self.epoch, "stopped": self.stopped})
 
-    def _check_identity(self, state: Mapping[str, Any]) -> None:
+    def _grown(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """{name: [value before, value now]} of the settings by which the run is longer than that of `state`; ValueError
+        where it is another."""
+        grown: dict[str, Any] = {}
         stored, given = state["identity"], self.identity
         if state["version"] == 1:
             given = {**given, "backbone": _first_hash(self.model)}
@@ -171,8 +194,23 @@ class Run:
         for name, value in given.items():
             # what an older version did not have, it did as the default does now
             before = stored.get(name, getattr(TrainSettings, name, None))
-            if before != value:
+            if grows(name, before, value):
+                grown[name] = [before, value]
+            elif before != value:
                 raise ValueError(f"cannot resume {self.folder}: {name} was {before!r}, now {value!r}")
+        return grown
+
+    def _extend(self, grown: dict[str, Any], settings: TrainSettings, info: Mapping[str, Any]) -> None:
+        """Make the run in the folder one that is not finished, of these settings."""
+        assert self.folder is not None
+        content = _read_run_file(self.folder / RUN_FILE)
+        for name in ("finished", "result", "cost"):
+            content.pop(name, None)
+        content |= {"arguments": settings.keywords()} | {name: info[name] for name in ("settings",) if name in info}
+        extended, entry = content.get("extended") or [], {"after_epoch": self.epoch, **grown}
+        _write_run_file(self.folder, content | {"extended": [*extended, *([entry] if entry not in extended else [])]})
+        self._save_best()  # without what followed the training
+        self._write()
 
     def _restore(self, state: dict[str, Any]) -> None:
         own = self.model.learned_state_dict()
@@ -182,6 +220,7 @@ class Run:
         if "learned" in state:
             self.masters.load(state["learned"])
             self.optimiser.load_state_dict(state["optimizer"])
+            self.average.load(state.get("average"))
             if state.get("scaler"):
                 self.masters.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best_epoch = state["epoch"], state["best_epoch"]
@@ -204,6 +243,7 @@ class Run:
             "learned": {name: tensor.cpu() for name, tensor in self.masters.learned().items()},
             "optimizer": self.optimiser.state_dict(),
             "scaler": self.masters.scaler.state_dict(),
+            "average": self.average.state(),
             "best": self.best_state,
             "best_epoch": self.best_epoch,
             "best_score": None if self.best_score is None else list(self.best_score),
@@ -254,7 +294,9 @@ def prepare_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = 
         if not (folder / RUN_FILE).is_file():
             raise ValueError(f"nothing to resume: {folder} has no {RUN_FILE}")
         # a kill before the first state was written leaves run.json alone: the run starts again
-        state = read_state(folder / STATE_FILE) if (folder / STATE_FILE).is_file() else _finished_state(folder)
+        state = _finished_state(folder)
+        if state is None and (folder / STATE_FILE).is_file():
+            state = read_state(folder / STATE_FILE)
     elif others and not overwrite:
         raise ValueError(f"run folder {folder} exists and is not empty: pass resume, overwrite or another folder")
     try:
@@ -286,17 +328,16 @@ def _finished_state(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         identity, best_epoch, score = facts["identity"], facts["best_epoch"], facts["best_score"]
-        fits = type(identity["epochs"]) is int and type(best_epoch) is int and 0 <= best_epoch <= identity["epochs"]
+        epochs = facts.get("epochs", identity["epochs"])  # all of them in files of older versions
+        fits = type(epochs) is int and type(best_epoch) is int and 0 <= best_epoch <= epochs <= identity["epochs"]
         fits = fits and (score is None or [type(value) for value in score] == [float, float])
     except (KeyError, TypeError):
         fits = False
     if not fits:
         raise ValueError(f"{folder / RUN_FILE} must say how the finished run ended; use overwrite")
     history = _read_history(folder / METRICS_FILE)
-    if len(history) != identity["epochs"]:
-        raise ValueError(
-            f"{folder / METRICS_FILE} must have {identity['epochs']} epochs, got {len(history)}; use overwrite"
-        )
+    if len(history) != epochs:
+        raise ValueError(f"{folder / METRICS_FILE} must have {epochs} epochs, got {len(history)}; use overwrite")
     best, stated_hash = read_adapter_tensors(folder)
     if stated_hash != weight_hash(best):
         raise ValueError(
@@ -304,6 +345,13 @@ def _finished_state(folder: Path) -> dict[str, Any] | None:
         )
     found = {"identity": identity, "epoch": len(history), "best": best, "best_epoch": best_epoch, "history": history}
     return {"version": None, **found, "best_score": score}
+
+
+def grows(name: str, before: Any, now: Any) -> bool:
+    """Whether a setting lets a run go on that would be done: more epochs, or longer patience."""
+    if type(before) is not int or name not in ("epochs", "early_stopping"):
+        return False
+    return bool(now is None or now > before)
 
 
 def _read_history(path: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from vptm.weights.files import check_archive, write_atomically
 
 STATE_FILE = "state.pt"
-_VERSION = 2  # 1 had neither scaler nor digest
+_VERSION = 3  # 1 had neither scaler nor digest, 2 no average
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "identity": dict,
     "epoch": int,
@@ -50,7 +50,8 @@ def read_state(path: Path) -> dict[str, Any]:
     version = state.get("version") if isinstance(state, dict) else None
     if type(version) is not int or not 1 <= version <= _VERSION:
         raise ValueError(f"{path} must be a training state of version 1 to {_VERSION}, use overwrite to start again")
-    for name, kind in _ENTRIES.items():
+    entries = _ENTRIES | ({"average": (dict, type(None))} if version > 2 else {})
+    for name, kind in entries.items():
         if name not in state or not isinstance(state[name], kind) or isinstance(state[name], bool):
             found = type(state[name]).__name__ if name in state else "none"
             raise ValueError(f"{path} must have the entry {name!r} of a training state, got {found}; use overwrite")
