@@ -24,7 +24,18 @@ from vptm.training.fit import fit
         (
             fit,
             settings.TrainSettings,
-            {"cache_frozen", "run_dir", "resume", "overwrite", "device", "progress", "info", "images", "callbacks"},
+            {
+                "cache_frozen",
+                "run_dir",
+                "resume",
+                "overwrite",
+                "device",
+                "progress",
+                "info",
+                "images",
+                "steps_per_epoch",
+                "callbacks",
+            },
         ),
     ],
 )

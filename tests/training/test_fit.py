@@ -598,7 +598,7 @@ def test_what_no_batch_can_be_made_of_touches_no_folder(backbone: Path, tmp_path
         return torch.stack([image for image, _ in items]), torch.full((len(items), 5), 0.2)
 
     cases: list[tuple[Any, type[Exception], str]] = [
-        (DataLoader(Endless()), TypeError, "train must have a length, for the learning rate: give Endless a __len__"),
+        (DataLoader(Endless()), TypeError, "give Endless a __len__, or pass steps_per_epoch$"),
         (DataLoader(images, batch_size=32, drop_last=True), ValueError, "one batch: 9 images in batches of 32"),
         (
             DataLoader(pictures(6), batch_size=3),

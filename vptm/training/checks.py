@@ -28,10 +28,6 @@ def check_loaders(train: Any, val: Any, settings: TrainSettings) -> None:
             raise TypeError(f"{name} must be a torch DataLoader, got {type(loader).__name__}")
     if val is None and settings.early_stopping is not None:
         raise ValueError(f"early_stopping needs validation images, got {settings.early_stopping} without any")
-    if _steps(train) == 0:
-        raise ValueError(
-            f"train must hold at least one batch: {len(train.dataset)} images in batches of {train.batch_size}"
-        )
     if (train.batch_size or settings.accumulate) % settings.accumulate:
         raise ValueError(f"accumulate must divide the batch of {train.batch_size} images, got {settings.accumulate}")
 
@@ -48,15 +44,6 @@ def check_settings(settings: TrainSettings) -> None:
         raise ValueError(
             f"optimizer must be one of timm.optim.list_optimizers(), got {optimizer!r}{hint(optimizer, known)}"
         )
-
-
-def _steps(train: DataLoader[Any]) -> int:
-    try:
-        return len(train)
-    except TypeError:
-        raise TypeError(
-            f"train must have a length, for the learning rate: give {type(train.dataset).__name__} a __len__"
-        ) from None
 
 
 def check_together(settings: TrainSettings, train: DataLoader[Any], ranks: Ranks, wrapped: bool) -> None:
@@ -101,7 +88,8 @@ def check_model(model: PromptedModel, settings: TrainSettings) -> None:
 def check_data(
     model: PromptedModel, loader: DataLoader[Any], name: str, *, cast: bool, shares: bool
 ) -> np.ndarray | None:
-    """Refuse images the model does not take and labels outside 0..K-1. Streams are seen when they are read.
+    """Refuse images the model does not take and labels outside 0..K-1; of a stream those of its first batch, which is
+    read once more then.
 
     Args:
         model: what is trained.
@@ -120,7 +108,16 @@ def check_data(
 def _first_label(model: PromptedModel, loader: DataLoader[Any], name: str, cast: bool, shares: bool) -> Any:
     """The first item's label, after a look at the batch that is made of it; None of a stream."""
     dataset: Any = loader.dataset
-    if isinstance(dataset, IterableDataset) or len(dataset) == 0:
+    if isinstance(dataset, IterableDataset):
+        # by the loader: begun in this process, a stream may not know that it is shared among workers
+        with generators_kept(loader, None):
+            batch = next(iter(loader), None)
+        if batch is None:
+            raise ValueError(f"{name} must hold at least one image, it is empty")
+        _check_batch(model, batch, name, cast, shares)
+        are_shares(images_and_labels(batch)[1], model.num_classes)
+        return None
+    if len(dataset) == 0:
         return None
     with generators_kept(loader, None):  # reading an image may draw augmentation
         item = dataset[0]
@@ -128,14 +125,20 @@ def _first_label(model: PromptedModel, loader: DataLoader[Any], name: str, cast:
             batch = item if loader.batch_size is None and loader.batch_sampler is None else loader.collate_fn([item])
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
             raise TypeError(f"{name} must give tensors that its collate_fn can batch: {error_line(error)}") from error
-    images, labels = images_and_labels(batch, name)
-    if loader.batch_sampler is not None:
-        weight = model.prompts.weight
-        images = images.to(weight.device)
-        model.check_images(images.to(weight.dtype) if cast and images.is_floating_point() else images)
-        if labels.ndim == 2 and are_shares(labels, model.num_classes) and not shares:
-            raise ValueError(f"{name} labels must be integers for validation and ProtoVerb's losses, got shares")
+    if loader.batch_sampler is None:
+        images_and_labels(batch, name)
+    else:
+        _check_batch(model, batch, name, cast, shares)
     return images_and_labels(item, name, tensors=False)[1]
+
+
+def _check_batch(model: PromptedModel, batch: Any, name: str, cast: bool, shares: bool) -> None:
+    images, labels = images_and_labels(batch, name)
+    weight = model.prompts.weight
+    images = images.to(weight.device)
+    model.check_images(images.to(weight.dtype) if cast and images.is_floating_point() else images)
+    if labels.ndim == 2 and are_shares(labels, model.num_classes) and not shares:
+        raise ValueError(f"{name} labels must be integers for validation and ProtoVerb's losses, got shares")
 
 
 def _labels(loader: DataLoader[Any], classes: int, name: str, first: Any) -> np.ndarray | None:

@@ -28,6 +28,7 @@ from vptm.training.ranks import RankBatches, join, local_device, rank_loader
 from vptm.training.run_folder import Run, listed_images, run_identity
 from vptm.training.seeding import generators_kept, seed_everything
 from vptm.training.step import TrainStep
+from vptm.training.streams import epoch_batches, epoch_steps
 
 _STEPS_PER_CHECK = 50
 
@@ -75,6 +76,7 @@ def fit(
     progress: bool = True,
     info: Mapping[str, Any] | None = None,
     images: SplitList | None = None,
+    steps_per_epoch: int | None = None,
     callbacks: Sequence[Callback] = (),
     precision: Precision | None = None,
     compile: bool = False,
@@ -142,6 +144,8 @@ def fit(
         info: JSON-able facts to add to `run.json`.
         images: what the run is trained, validated and tested on, kept in `split.csv`; a run that is resumed must have
             been started on the same. None lists those of `train` and `val`, where they are `ImageDataset`s.
+        steps_per_epoch: batches of a stream (an `IterableDataset`) that make an epoch, where it has no length. It is
+            begun again for every epoch, its `set_epoch(epoch)` called first where it has one, and where it ends before.
         callbacks: told of every step and epoch and of the end, see `vptm.training.callbacks.Callback`.
         precision: what computes: "fp32", "tf32", "bf16", "fp16", or "auto", which is bf16 on a GPU that has it and fp32
             elsewhere; images are cast to it. None computes in the model's own type, which images must have. A GPU needs
@@ -183,6 +187,7 @@ def fit(
     settings = TrainSettings.of(locals())
     check_settings(settings)
     check_loaders(train, val, settings)
+    steps = epoch_steps(train, steps_per_epoch)
     inner = unwrapped(model)
     place = next(inner.parameters()).device if device is None else local_device(torch.device(device))
     ranks = join(place)
@@ -195,14 +200,14 @@ def fit(
         check_data(inner, val, "val", cast=kind is not None, shares=False)
     # a model that has the type anyway is trained the same without a word
     settings = replace(settings, precision=None if work is model and kind != "tf32" else kind)
-    identity = run_identity(inner, settings, train, labels)
+    identity = run_identity(inner, settings, train, steps, labels)
     step = TrainStep(
         work,
         inner,
         settings,
         objective=make_objective(settings, labels, inner.num_classes),
         dtype=dtype_of(kind),
-        steps=len(train),
+        steps=steps,
         ranks=ranks,
         cache_frozen=cache_frozen,
     )
@@ -212,10 +217,10 @@ def fit(
     run.join(ranks, resume=resume, overwrite=overwrite, images=images, settings=settings, info=info)
     progress = progress and ranks.index == 0
     if progress:
-        for line in filter(None, (slow_note(kind, place), _opening(run, step, len(train)))):
+        for line in filter(None, (slow_note(kind, place), _opening(run, step, steps))):
             print(line, file=sys.stderr, flush=True)
-    bar = TrainProgress(progress, epochs=epochs, done=run.epoch, steps=len(train))
-    feed = _Feed(*rank_loader(train, ranks, "train"), bar, [] if ranks.index else list(callbacks))
+    bar = TrainProgress(progress, epochs=epochs, done=run.epoch, steps=steps)
+    feed = _Feed(*rank_loader(train, ranks, "train"), steps, bar, [] if ranks.index else list(callbacks))
     interrupted = False
     try:
         with generators_kept(train, val), float32_products(kind), bar:
@@ -272,10 +277,11 @@ def _opening(run: Run, step: TrainStep, batches: int) -> str:
 
 
 class _Feed(NamedTuple):
-    """What an epoch is trained on, and who is told of it; `shares` of one of several processes."""
+    """What an epoch is trained on, and who is told of it; `shares` of one of several processes, `steps` in an epoch."""
 
     loader: DataLoader[Any]
     shares: RankBatches | None
+    steps: int
     bar: TrainProgress
     told: list[Callback]
 
@@ -309,14 +315,14 @@ def _train_epoch(step: TrainStep, feed: _Feed, epoch: int) -> tuple[float, float
     correct = torch.zeros((), dtype=torch.int64, device=place)
     summed, seen, first = 0.0, 0, 1
     asked = time.perf_counter()
-    for number, batch in enumerate(loader, 1):
+    for number, batch in enumerate(epoch_batches(loader, feed.steps), 1):
         waited = time.perf_counter() - asked
         images, labels = images_and_labels(batch, "train")
         shared = are_shares(labels, model.num_classes)
         images = images.to(place, step.dtype or images.dtype, non_blocking=True)
         labels = labels.to(place, torch.float32 if shared else torch.int64, non_blocking=True)
         own, every = (len(labels), len(labels)) if shares is None else shares.sizes[number - 1]
-        so_far = (epoch - 1) * len(loader) + number - 1
+        so_far = (epoch - 1) * feed.steps + number - 1
         loss, scores = step(images, labels, so_far, own / every)
         losses.append(loss)
         sizes.append(every)
@@ -324,7 +330,7 @@ def _train_epoch(step: TrainStep, feed: _Feed, epoch: int) -> tuple[float, float
         feed.bar.step(every, waited)
         for callback in feed.told:
             callback.step(so_far, loss, step.lr)
-        if len(losses) == _STEPS_PER_CHECK or number == len(loader):
+        if len(losses) == _STEPS_PER_CHECK or number == feed.steps:
             # one transfer for many steps: reading every loss would stall a GPU
             values = step.ranks.sum(torch.stack(losses).double()).cpu()
             _check_losses(values, step, epoch, first)

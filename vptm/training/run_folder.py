@@ -42,14 +42,15 @@ METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accur
 
 
 def run_identity(
-    model: PromptedModel, settings: TrainSettings, train: DataLoader[Any], labels: np.ndarray | None
+    model: PromptedModel, settings: TrainSettings, train: DataLoader[Any], steps: int, labels: np.ndarray | None
 ) -> dict[str, Any]:
-    """What must be as it was for a run to be continued: settings, model, frozen weights and training labels."""
+    """What must be as it was for a run to be continued: settings, model, frozen weights, steps of an epoch and training
+    labels."""
     return {
         **settings.keywords(),
         **{f"model.{name}": value for name, value in model.config.items()},
         "backbone": model.weight_hash(),
-        "batches": len(train),
+        "batches": steps,
         "batch_size": train.batch_size or 0,
         "train labels": hashlib.sha256(labels.tobytes()).hexdigest() if labels is not None else "unknown",
     }

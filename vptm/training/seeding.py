@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 
 def _loader_generators(*loaders: DataLoader[Any] | None) -> list[torch.Generator]:
@@ -23,15 +23,18 @@ def _loader_generators(*loaders: DataLoader[Any] | None) -> list[torch.Generator
 
 
 def seed_everything(seed: int, epoch: int, train: DataLoader[Any], val: DataLoader[Any] | None) -> None:
-    """Seed torch's, numpy's and Python's global generators, and those of the loaders, from (seed, epoch)."""
+    """Seed torch's, numpy's and Python's global generators, and those of the loaders, from (seed, epoch), and tell the
+    epoch to a sampler or stream that wants to know it."""
     mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
     for generator in _loader_generators(train, val):
         generator.manual_seed(mixed)
-    if hasattr(train.sampler, "set_epoch"):
-        train.sampler.set_epoch(epoch)
+    told: list[Any] = [train.sampler, *([train.dataset] if isinstance(train.dataset, IterableDataset) else ())]
+    for one in told:
+        if hasattr(one, "set_epoch"):
+            one.set_epoch(epoch)
 
 
 @contextmanager
