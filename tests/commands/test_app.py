@@ -101,11 +101,21 @@ def test_train_ends_with_accuracy_folder_and_next_command(vptm: Console, materia
     assert lines[0].startswith("validation accuracy  100.00%") and lines[1].startswith(
         "test accuracy        100.00% of 6"
     )
-    assert str(tmp_path / "my run") in lines[2] and lines[3].endswith(f"vptm predict '{tmp_path / 'my run'}' IMAGE.png")
+    assert lines[1].endswith(", balanced 100.00%, macro-F1 1.0000, calibration error " + lines[1][-6:])
+    assert (
+        str(tmp_path / "my run") in lines[2]
+        and lines[2].endswith("metrics.csv, curves.png, confusion.png)")
+        and lines[3].endswith(f"vptm predict '{tmp_path / 'my run'}' IMAGE.png")
+    )
     assert err.count("val loss") == 25
     facts = json.loads((tmp_path / "my run" / "run.json").read_text())
     assert facts["command"].startswith("vptm train --model ") and facts["result"]["test"]["accuracy"] == 1.0
     assert facts["data"]["images"] == {"train": 12, "val": 3, "test": 6}
+    test, every = facts["result"]["test"], dict.fromkeys(CLASSES, 1.0)
+    assert test["per_class"] == test["precision_per_class"] == test["f1_per_class"] == every
+    assert test["confusion"] == {name: {name: 2} for name in CLASSES} and f"{test['ece']:.4f}" == lines[1][-6:]
+    with Image.open(tmp_path / "my run" / "confusion.png") as drawn:
+        assert drawn.size[0] > 400
 
 
 def test_train_can_fit_the_prototypes_afterwards(vptm: Console, material: Path, tmp_path: Path) -> None:
@@ -161,6 +171,9 @@ def test_evaluate_repeats_the_test_result(vptm: Console, run: Path) -> None:
     assert code == 0 and got["accuracy"] == stored["accuracy"] and got["loss"] == stored["loss"] and got["n"] == 6
     code, out, _ = vptm("evaluate", run, "--split", "val")
     assert code == 0 and "val accuracy 100.00% of 3 images" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["recall", "precision", "F1"] and rows[1] == [sorted(CLASSES)[0], *["100.00%"] * 3]
+    assert "macro-F1 1.0000, calibration error 0." in out
 
 
 def test_every_command_computes_in_the_precision_it_is_told(

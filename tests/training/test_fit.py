@@ -28,7 +28,7 @@ from vptm.data.datasets import ImageDataset
 from vptm.data.split_list import SplitList
 from vptm.training.losses import protoverb_loss
 from vptm.training.progress import TrainProgress
-from vptm.training.run_folder import CURVES_FILE, METRICS_FILE, RUN_FILE, RUN_FILES
+from vptm.training.run_folder import CONFUSION_FILE, CURVES_FILE, METRICS_FILE, RUN_FILE, RUN_FILES
 from vptm.training.state import STATE_FILE
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE
 from vptm.weights.files import WriteError
@@ -188,7 +188,7 @@ def test_learning_rate_warms_up_and_falls_to_nothing(backbone: Path) -> None:
 
 def test_run_folder_holds_everything(backbone: Path, tmp_path: Path) -> None:
     result = run(make_model(backbone), tmp_path / "r", info={"note": "x"})
-    assert {path.name for path in (tmp_path / "r").iterdir()} == set(RUN_FILES)
+    assert {path.name for path in (tmp_path / "r").iterdir()} == set(RUN_FILES) - {CONFUSION_FILE}
     assert [int(row["epoch"]) for row in metrics(tmp_path / "r")] == [1, 2, 3, 4]
     facts = json.loads((tmp_path / "r" / RUN_FILE).read_text())
     assert (

@@ -65,7 +65,11 @@ def evaluate(
         facts = {"split": found.split, "data": found.data, "classes": found.classes, "left_out": found.left_out}
         print(json.dumps({**facts, **scores}))
         return
-    shares = ["-" if share is None else format(share, ".2%") for share in scores["per_class"]]
-    print_columns(zip(found.classes, shares))
-    print(f"balanced accuracy {scores['balanced_accuracy']:.2%}, macro-F1 {scores['macro_f1']:.4f}")
+    columns = {"recall": "per_class", "precision": "precision_per_class", "F1": "f1_per_class"}
+    shares = zip(*(["-" if one is None else format(one, ".2%") for one in scores[name]] for name in columns.values()))
+    print_columns([("", *columns), *((name, *row) for name, row in zip(found.classes, shares))])
+    print(
+        f"balanced accuracy {scores['balanced_accuracy']:.2%}, macro-F1 {scores['macro_f1']:.4f}, "
+        f"calibration error {scores['ece']:.4f}"
+    )
     print(f"{found.split} accuracy {scores['accuracy']:.2%} of {scores['n']} images, loss {scores['loss']:.4f}")

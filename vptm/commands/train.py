@@ -31,8 +31,8 @@ def train(
 
     Writes a run folder and prints the test accuracy. The epoch best on validation images is kept; test images are read
     once, at the end. The run folder holds the adapter (adapter_model.safetensors, adapter_config.json), metrics.csv,
-    curves.png, run.json, split.csv (name and SHA-256 of every image used) and the state to resume from. Data that moved
-    is given again: --resume --out RUN --data NEW.
+    curves.png, confusion.png (of the test images), run.json, split.csv (name and SHA-256 of every image used) and the
+    state to resume from. Data that moved is given again: --resume --out RUN --data NEW.
 
     \b
     Examples:
@@ -71,9 +71,17 @@ def train(
         steps = settings.prototype_steps
         print(f"prototypes           ProtoVerb loss {losses[0]:.4f}, after {steps} steps {losses[-1]:.4f}{after}")
     if run.test is not None:
-        print(f"test accuracy        {run.test['accuracy']:.2%} of {run.test['n']} images, loss {run.test['loss']:.4f}")
-    print(f"run folder           {run.folder} (adapter, run.json, split.csv, metrics.csv, curves.png)")
+        print(f"test accuracy        {run.test['accuracy']:.2%} of {run.test['n']} images, {test_line(run.test)}")
+    drawn = "curves.png" if run.test is None else "curves.png, confusion.png"
+    print(f"run folder           {run.folder} (adapter, run.json, split.csv, metrics.csv, {drawn})")
     print(f"next                 vptm predict {shlex.quote(str(run.folder))} IMAGE.png")
+
+
+def test_line(scores: Mapping[str, Any]) -> str:
+    """What is said of test images beside accuracy; a run of an older version kept fewer numbers."""
+    kinds = {"loss": ".4f", "balanced_accuracy": ".2%", "macro_f1": ".4f", "ece": ".4f"}
+    shown = {"balanced_accuracy": "balanced", "macro_f1": "macro-F1", "ece": "calibration error"}
+    return ", ".join(f"{shown.get(name, name)} {scores[name]:{kind}}" for name, kind in kinds.items() if name in scores)
 
 
 def train_settings(arguments: Sequence[str]) -> tuple[RunSettings, set[str]]:

@@ -28,13 +28,15 @@ from vptm.models.prompted_model import PromptedModel
 from vptm.settings import EVALUATION_BATCH, BEiTSettings, RunSettings, parse_shots
 from vptm.training.callbacks import TensorBoard, check_log
 from vptm.training.checks import check_settings
+from vptm.training.confusion import plot_confusion
 from vptm.training.devices import device_of, loader_of
 from vptm.training.evaluate import evaluate
 from vptm.training.evaluate_run import asking_for_moved_data
 from vptm.training.facts import peak_memory
 from vptm.training.fit import FitResult, fit
 from vptm.training.ranks import join, local_device
-from vptm.training.run_folder import RUN_FILE, holds_progress, read_run, update_run_file
+from vptm.training.run_folder import CONFUSION_FILE, RUN_FILE, holds_progress, read_run, update_run_file
+from vptm.training.scores import by_name
 from vptm.weights.adapter_format import read_adapter_config
 from vptm.weights.files import WriteError
 
@@ -46,10 +48,10 @@ _MOST_DECODED = 2**29  # bytes of a split
 class TrainedRun:
     """What a run came to.
 
-    folder: with the adapter, `run.json`, `split.csv`, `metrics.csv` and `curves.png`. stopped: where it was
-    interrupted, None where it is done. best_epoch, best_val_accuracy: of the epoch that is kept. prototype_losses:
-    before and after the steps on the prototypes alone, after which validation accuracy is val_accuracy. test: scores on
-    the test images, where they were read.
+    folder: with the adapter, `run.json`, `split.csv`, `metrics.csv`, `curves.png` and, where the test images were read,
+    `confusion.png`. stopped: where it was interrupted, None where it is done. best_epoch, best_val_accuracy: of the
+    epoch that is kept. prototype_losses: before and after the steps on the prototypes alone, after which validation
+    accuracy is val_accuracy. test: scores on the test images, where they were read, by the names of the classes.
     """
 
     folder: Path
@@ -243,8 +245,9 @@ def _finish(
             extra = {"epoch": run.best_epoch, "val_accuracy": run.val_accuracy, "prototype_steps": steps}
             save_adapter(model, run.folder, extra=extra | {"prototype_losses": run.prototype_losses})
     if run.test is None and "test" in loaders:
-        run.test = evaluate(model, loaders["test"], precision=precision)
-        run.test["per_class"] = dict(zip(classes, run.test["per_class"]))
+        found = evaluate(model, loaders["test"], precision=precision, confusion=True)
+        plot_confusion(found["confusion"], classes, run.folder / CONFUSION_FILE)
+        run.test = by_name(found, classes)
 
 
 def _cost(model: PromptedModel, result: FitResult, images: int, memory: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,20 +16,7 @@ from vptm.models.prompted_model import PromptedModel
 from vptm.training.batches import images_and_labels
 from vptm.training.precision import compiled, dtype_of, float32_products, in_type, resolve_precision
 from vptm.training.ranks import Ranks, rank_loader
-
-
-class Answers(NamedTuple):
-    """What a model said of every image of a loader: labels and predictions (N,) int64 on the CPU, and the mean
-    cross-entropy."""
-
-    labels: Tensor
-    predicted: Tensor
-    loss: float
-
-    @property
-    def accuracy(self) -> float:
-        """The share, in 0..1, that is right."""
-        return int((self.labels == self.predicted).sum()) / len(self.labels)
+from vptm.training.scores import Answers, class_scores
 
 
 def evaluate(
@@ -55,8 +42,10 @@ def evaluate(
 
     Returns:
         `accuracy` (share in 0..1), `balanced_accuracy` (mean of the shares of the classes with images), `macro_f1`
-        (mean F1 of the classes that occur among labels or predictions), `loss`, `n`, `per_class` (K shares, None for a
-        class without images) and, when asked for, `confusion` as nested lists.
+        (mean F1 of the classes that occur among labels or predictions), `ece` (expected calibration error over 15 bins,
+        see `vptm.training.scores.calibration_error`), `loss`, `n`, and lists of K numbers: `per_class` (the recall of a
+        class: the share of its images that is right), `precision_per_class` and `f1_per_class`, None for a class that
+        has none; and, when asked for, `confusion` as nested lists.
 
     Raises:
         ValueError: no images, a label outside 0..K-1, or a precision that the device lacks.
@@ -68,8 +57,6 @@ def evaluate(
         >>> scores["n"], scores["balanced_accuracy"]  # the same answer for every image
         (3, 0.5)
     """
-    from sklearn.metrics import confusion_matrix, f1_score, recall_score
-
     check_loader(loader)
     inner = unwrapped(model)
     if device is not None:
@@ -85,24 +72,7 @@ def evaluate(
         runs = compiled(runs)
     with float32_products(kind):
         answers = ask(runs, loader, dtype=dtype)
-    labels, predicted = answers.labels.numpy(), answers.predicted.numpy()
-    counts = confusion_matrix(labels, predicted, labels=range(inner.num_classes))
-    present = [k for k, row in enumerate(counts) if row.any()]
-    shares = recall_score(labels, predicted, labels=present, average=None)
-    per_class: list[float | None] = [None] * len(counts)
-    for k, share in zip(present, shares.tolist()):
-        per_class[k] = share
-    result = {
-        "accuracy": answers.accuracy,
-        "balanced_accuracy": float(shares.mean()),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
-        "loss": answers.loss,
-        "n": len(labels),
-        "per_class": per_class,
-    }
-    if confusion:
-        result["confusion"] = counts.tolist()
-    return result
+    return class_scores(answers, inner.num_classes, confusion=confusion)
 
 
 def check_loader(loader: Any) -> None:
@@ -123,6 +93,7 @@ def ask(
     place, classes = next(model.parameters()).device, model.num_classes
     every: list[Tensor] = []
     predicted: list[Tensor] = []
+    confidence: list[Tensor] = []
     total = torch.zeros((), dtype=torch.float64)
     with eval_mode(model):
         # what was compiled runs compiled
@@ -144,9 +115,10 @@ def ask(
             total += F.cross_entropy(scores, labels, reduction="sum")
             every.append(labels)
             predicted.append(scores.argmax(1))
+            confidence.append(scores.softmax(1).amax(1))
     none = torch.zeros(0, dtype=torch.int64)
-    found = ranks.gather((torch.cat([none, *every]), torch.cat([none, *predicted]), float(total)))
-    answers, said, losses = zip(*found)
+    own = torch.cat([none, *every]), torch.cat([none, *predicted]), torch.cat([none.double(), *confidence])
+    answers, said, sure, losses = zip(*ranks.gather((*own, float(total))))
     if not (n := sum(map(len, answers))):
         raise ValueError("loader must yield at least one image, it is empty")
-    return Answers(torch.cat(answers), torch.cat(said), sum(losses) / n)
+    return Answers(torch.cat(answers), torch.cat(said), torch.cat(sure), sum(losses) / n)

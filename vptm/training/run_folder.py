@@ -36,8 +36,8 @@ from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, read_adapter_
 from vptm.weights.backbones import is_timm_name
 from vptm.weights.files import WriteError, read_json, weight_hash, write_atomically
 
-METRICS_FILE, CURVES_FILE, RUN_FILE = "metrics.csv", "curves.png", "run.json"
-RUN_FILES = (TENSORS_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, CURVES_FILE, RUN_FILE, SPLIT_FILE)
+METRICS_FILE, CURVES_FILE, CONFUSION_FILE, RUN_FILE = "metrics.csv", "curves.png", "confusion.png", "run.json"
+RUN_FILES = (TENSORS_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, CURVES_FILE, CONFUSION_FILE, RUN_FILE, SPLIT_FILE)
 METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
 
 
