@@ -62,7 +62,7 @@ def test_options_name_every_setting_and_come_back(kind: str) -> None:
     assert run.model_settings.prompt_options == {"blocks": -1}, "only what is no default is kept with the adapter"
     assert type(run.model_settings) is settings.MODEL_SETTINGS[kind]
     assert RunSettings() == RunSettings.from_options({}, "beit")
-    assert train_options().keys() - flat.keys() <= {"mask_mode", "train_mask_token", "extra_bias"}
+    assert train_options().keys() - flat.keys() <= {"mask_mode", "train_mask_token", "extra_bias", "architecture"}
 
 
 def test_an_option_of_another_kind_of_model_is_refused_by_name() -> None:
@@ -71,6 +71,8 @@ def test_an_option_of_another_kind_of_model_is_refused_by_name() -> None:
         option = settings.option_name(next(iter(values)))
         with pytest.raises(ValueError, match=f"{option} is for BEiT models, x is a ViT"):
             RunSettings.from_options({"model": "x", **values}, "vit")
+    with pytest.raises(ValueError, match="--architecture is for ViT models, x is a BEiT"):
+        RunSettings.from_options({"model": "x", "architecture": "vit_base_patch16_224"}, "beit")
     assert RunSettings.from_options({"mask_mode": "insert"}, "vit") == RunSettings.from_options({}, "vit")
 
 

@@ -225,6 +225,10 @@ class ViTSettings(ModelSettings):
     readout: ViTReadout = "cls"
     verbalizer: VerbalizerName = "linear"
     token_activation: TokenActivation = "hidden"
+    architecture: Annotated[
+        str | None,
+        Help("timm name of what a file of a ViT holds, where it does not tell its heads, eps or activation."),
+    ] = None
 
 
 MODEL_SETTINGS: dict[str, type[ModelSettings]] = {
@@ -359,7 +363,10 @@ class RunSettings(PictureSettings):
     """
 
     model: Annotated[
-        str, Help("builtin, a unilm .pth, a .safetensors file, a Hugging Face folder or id, or a timm name.")
+        str,
+        Help(
+            "builtin, a .pth, .safetensors or .npz file of a BEiT or ViT, a Hugging Face folder or id, or a timm name."
+        ),
     ] = "builtin"
     data: Annotated[
         str,
@@ -460,7 +467,8 @@ class RunSettings(PictureSettings):
             elsewhere = option.defaults.keys() and kind not in option.defaults
             if elsewhere and name in given and given[name] not in option.defaults.values():
                 raise ValueError(
-                    f"{option_name(name)} is for BEiT models, {values.get('model', 'builtin')} is {group.whom}"
+                    f"{option_name(name)} is for {'ViT' if 'vit' in option.defaults else 'BEiT'} models, "
+                    f"{values.get('model', 'builtin')} is {group.whom}"
                 )
 
         def part(one: type[SettingsGroup]) -> dict[str, Any]:

@@ -1010,8 +1010,8 @@ def test_unfit_huggingface_folders_are_refused(tmp_path: Path) -> None:
     config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
     good, state = json.loads(config.read_text()), load_file(weights)
     for change, match in (
-        ({"model_type": "data2vec-vision"}, "config.json must have model_type beit, got 'data2vec-vision'"),
-        ({"model_type": "vit"}, "config.json must have model_type beit, got 'vit'"),
+        ({"model_type": "data2vec-audio"}, "config.json must have model_type beit, .*, got 'data2vec-audio'"),
+        ({"model_type": "vit"}, r"must be a BEiT, got a ViT \(vit\): use PromptedViT or vptm\.open_model"),
         ({"hidden_act": "relu"}, "must have hidden_act gelu, got 'relu'"),
         ({"hidden_size": "24"}, "hidden_size must be a positive integer, got '24'"),
         ({"num_attention_heads": 4}, "must have num_heads 4 .* the weights have 3"),

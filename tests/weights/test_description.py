@@ -10,11 +10,13 @@ import torch
 from naive_unilm import UnilmBeit
 from safetensors.torch import load_file, save_file
 from tiny_data import write_backbone
+from tiny_models import tiny_vit
 
 from vptm import PromptedBEiT, save_adapter
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE
 from vptm.weights.backbones import load_backbone
 from vptm.weights.description import describe
+from vptm.weights.vits import load_vit
 
 
 def rows_of(state: Any, path: Path) -> dict[str, str]:
@@ -25,6 +27,8 @@ def rows_of(state: Any, path: Path) -> dict[str, str]:
 def test_what_loads_is_described_by_its_report(tmp_path: Path) -> None:
     path = write_backbone(tmp_path / "x.safetensors")
     assert describe(path) == load_backbone(path).report.lines()
+    torch.save(tiny_vit((3, 3), embed_dim=64, num_heads=1).state_dict(), tmp_path / "vit.pth")
+    assert describe(tmp_path / "vit.pth") == load_vit(tmp_path / "vit.pth").report.lines()
 
 
 def test_what_is_there_is_told_where_a_part_is_missing(tmp_path: Path) -> None:

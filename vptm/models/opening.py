@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from vptm.models.prompted_model import PromptedModel
 from vptm.models.prompted_vit import PromptedViT
 from vptm.settings import MODEL_SETTINGS, names
 from vptm.weights.adapter_format import CONFIG_FILE, read_adapter_config
-from vptm.weights.backbones import is_timm_name
+from vptm.weights.backbones import LoadedBackbone, is_timm_name
+from vptm.weights.containers import family_of
 from vptm.weights.files import one_line_errors
+from vptm.weights.vits import LoadedViT
 
 _CLASSES: dict[str, type[PromptedModel]] = {"beit": PromptedBEiT, "classifier_beit": PromptedBEiT, "vit": PromptedViT}
 MODEL_CLASSES = {kind.__name__: kind for kind in _CLASSES.values()}
@@ -29,12 +32,13 @@ def open_model(source: Any, num_classes: int, **settings: Any) -> PromptedModel:
 
     Masked-modelling weights become a `PromptedBEiT` that is read at its mask row (VPTM). A BEiT without mask token and
     token head, which timm's names and instances are, becomes one that is read at its class row by a linear verbalizer
-    (VPT); so does every other timm name or instance, as a `PromptedViT`. A setting that is given goes before these
+    (VPT); so do ViTs, as a `PromptedViT`: every other timm name or instance, and files and folders of their weights. A
+    setting that is given goes before these
     defaults.
 
     Args:
-        source: "builtin", a checkpoint file, a Hugging Face folder or id, a timm name, or a timm `Beit` or
-            `VisionTransformer`; a registered timm name goes before a file of that name.
+        source: "builtin", a checkpoint file (`.pth`, `.safetensors`, Google's `.npz`), a Hugging Face folder or id, a
+            timm name, or a timm `Beit` or `VisionTransformer`; a registered timm name goes before a file of that name.
         num_classes: K.
         settings: keywords of the class, see `vptm.PromptedBEiT` and `vptm.PromptedViT`.
 
@@ -57,7 +61,7 @@ def open_model(source: Any, num_classes: int, **settings: Any) -> PromptedModel:
 
 
 def kind_of(source: Any, readout: str | None = None) -> str:
-    """The key of `vptm.settings.MODEL_SETTINGS` under which `source` stands; nothing is read for it.
+    """The key of `vptm.settings.MODEL_SETTINGS` under which `source` stands; of a file only names are read.
 
     readout: the one asked for, where there is one: a BEiT that is read at a mask row has the defaults that go with it.
 
@@ -65,11 +69,14 @@ def kind_of(source: Any, readout: str | None = None) -> str:
         >>> kind_of("builtin"), kind_of("beit_base_patch16_224"), kind_of("deit_tiny_patch16_224")
         ('beit', 'classifier_beit', 'vit')
     """
+    if isinstance(source, LoadedBackbone | LoadedViT):
+        source = source.backbone
     if isinstance(source, nn.Module):
         is_bare, is_beit = True, isinstance(source, Beit)
+    elif is_timm_name(source):
+        is_bare, is_beit = True, source.partition(".")[0] in timm.list_models(module="beit")
     else:
-        is_bare = is_timm_name(source)
-        is_beit = not is_bare or source.partition(".")[0] in timm.list_models(module="beit")
+        is_bare, is_beit = False, not isinstance(source, str | PathLike) or not source or family_of(source) != "vit"
     if not is_beit:
         return "vit"
     return "classifier_beit" if is_bare and readout != "mask" else "beit"

@@ -7,22 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
-from timm.data import resolve_model_data_config
-from timm.models import vision_transformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vptm.frozen.rows import AttentionFunction
-from vptm.frozen.sharing import shared_twin
-from vptm.messages import error_line, hint
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import Implementation, PromptMode, TokenActivation, VerbalizerName, ViTReadout, ViTSettings
-from vptm.weights.architecture import check_size, pair
-from vptm.weights.backbones import probe
-from vptm.weights.files import check_values
-
-BLOCKS = ("Block", "ResPostBlock", "ParallelScalingBlock", "DiffParallelScalingBlock", "ParallelThingsBlock")
+from vptm.weights.vits import LoadedViT, load_vit
 
 
 class PromptedViT(PromptedModel):
@@ -37,8 +28,10 @@ class PromptedViT(PromptedModel):
     Everything is frozen but `prompts` and `verbalizer` (and `lm_head` with `train_lm_head`).
 
     Args:
-        source: timm name, with its tag where it has one ("vit_base_patch16_224.mae"), or a timm `VisionTransformer`
-            instance (which stays as it is: `backbone` is another module on the same storage).
+        source: timm name, with its tag where it has one ("vit_base_patch16_224.mae"); `.pth`, `.safetensors` or
+            Google's `.npz` file of supervised, MAE, MoCo-v3, DINO or DINOv2 weights; Hugging Face folder or id of a
+            ViT, ViTMAE, DeiT, DINOv2, CLIP or SigLIP; or a timm `VisionTransformer` instance (which stays as it is:
+            `backbone` is another module on the same storage). What was made of it is in `model.report`.
         num_classes: K.
         prompt_length: prompts per layer P, 0 allowed.
         prompt_mode: "deep", "shallow" or "progressive", see `vptm.PromptBank`. Prompts are inserted after the position
@@ -57,14 +50,16 @@ class PromptedViT(PromptedModel):
         token_activation: what the verbalizer reads: "hidden", or "logits", "softmax" or "log_softmax" of the source's
             own classifier, kept frozen as `lm_head`.
         train_lm_head: also learn that classifier.
-        img_size: pixels, int or (height, width), for a timm name; None keeps the source's. Position embeddings are
-            resized by timm.
+        img_size: pixels, int or (height, width); None keeps the source's, as an instance has to. Position embeddings
+            are resized by timm's rule.
         pretrained: for a timm name, load timm's weights.
+        architecture: timm name of what a file holds, where its tensors do not tell number of heads, eps or activation.
         impl: "auto", "triton", "torch" or "reference".
 
     Raises:
-        ValueError: an argument outside its set, or a backbone that is not supported.
-        TypeError: a source that is neither a name nor a module.
+        ValueError: an argument outside its set, weights that do not fit, or a backbone that is not supported.
+        FileNotFoundError: a path that does not exist.
+        TypeError: a source that is neither a name, a path nor a module.
 
     Example:
         >>> model = PromptedViT("vit_tiny_patch16_224", num_classes=10, prompt_length=5, img_size=32)
@@ -76,7 +71,7 @@ class PromptedViT(PromptedModel):
 
     def __init__(
         self,
-        source: str | VisionTransformer,
+        source: str | Path | VisionTransformer | LoadedViT,
         num_classes: int,
         *,
         prompt_length: int = 10,
@@ -93,6 +88,7 @@ class PromptedViT(PromptedModel):
         temperature: float | None = None,
         img_size: int | tuple[int, int] | None = None,
         pretrained: bool = False,
+        architecture: str | None = None,
         impl: Implementation = "auto",
     ) -> None:
         settings = ViTSettings.of(locals())
@@ -103,8 +99,11 @@ class PromptedViT(PromptedModel):
         self.num_classes = num_classes
         self.readout = readout
         self.impl = impl
-        self.source = None if isinstance(source, nn.Module) else str(source)
-        self.backbone = backbone = _load(source, img_size, pretrained)
+        loaded = load_vit(source, img_size=img_size, pretrained=pretrained, architecture=architecture)
+        self.source = None if isinstance(source, nn.Module | LoadedViT) else str(source)
+        self.report = loaded.report
+        backbone: Any = loaded.backbone
+        self.backbone = backbone
         if readout == "cls" and not backbone.has_class_token:
             raise ValueError("readout='cls' needs a class token, this backbone has none: use readout='mean'")
         self.num_features = backbone.embed_dim
@@ -117,7 +116,7 @@ class PromptedViT(PromptedModel):
             "depth": len(backbone.blocks),
             "prefix_tokens": backbone.num_prefix_tokens,
         }
-        self.default_cfg = _preprocessing(backbone)
+        self.default_cfg = loaded.default_cfg
         self.mask_token = self.prompt_bias = self.lm_head = None
         if token_activation != "hidden":
             plain = type(backbone).forward_head is VisionTransformer.forward_head
@@ -165,60 +164,3 @@ class PromptedViT(PromptedModel):
 
     def _readout_row(self) -> int | None:
         return 0 if self.readout == "cls" else None
-
-
-def _load(source: str | VisionTransformer, img_size: int | tuple[int, int] | None, pretrained: bool) -> Any:
-    """The backbone in eval mode, refused by name where it is not supported."""
-    if isinstance(source, nn.Module):
-        if img_size is not None:
-            raise ValueError(f"img_size must be None for an instance, which has its own size, got {img_size!r}")
-        backbone, label = shared_twin(source), type(source).__name__
-        _check(backbone, label)
-    elif not isinstance(source, str | Path):
-        raise TypeError(f"source must be a timm name or a timm VisionTransformer, got {type(source).__name__}")
-    else:
-        label = str(source)
-        name = label.partition(".")[0]
-        if not timm.is_model(name):
-            known = timm.list_models(module="vision_transformer")
-            raise ValueError(
-                f"source must be a timm name or a timm VisionTransformer, got {label!r}{hint(name, known)}"
-            )
-        model: Any = probe(name)
-        _check(model, label)
-        size = {}
-        if img_size is not None:
-            size["img_size"] = pair(img_size, "img_size")
-            check_size(size["img_size"], model.patch_embed.patch_size, label)
-        try:
-            backbone = timm.create_model(label, pretrained=pretrained, **size)
-        except (OSError, RuntimeError, ValueError, AssertionError) as error:
-            raise ValueError(f"{label}: timm could not build it: {error_line(error, first=True)}") from error
-    check_values(backbone.state_dict(), label, backbone=True)
-    return backbone.eval()
-
-
-def _check(backbone: nn.Module, label: str) -> None:
-    kind = VisionTransformer
-    if not isinstance(backbone, kind) or type(backbone).forward_features is not kind.forward_features:
-        other = ": use PromptedBEiT" if type(backbone).__name__ == "Beit" else ""
-        raise ValueError(
-            f"PromptedViT runs timm's VisionTransformer class, {label} is a {type(backbone).__name__}{other}"
-        )
-    kinds = tuple(getattr(vision_transformer, name) for name in BLOCKS if hasattr(vision_transformer, name))
-    for block in backbone.blocks:
-        if type(block) not in kinds:
-            raise ValueError(f"PromptedViT runs blocks of {', '.join(BLOCKS)}, {label} has {type(block).__name__}")
-    if not isinstance(backbone.patch_drop, nn.Identity):
-        raise ValueError(f"patch_drop_rate must be 0, {label} drops patches")
-
-
-def _preprocessing(backbone: Any) -> dict[str, Any]:
-    """timm's preprocessing of this model at the size it has."""
-    config = dict(resolve_model_data_config(backbone))
-    channels = backbone.in_chans
-    config["input_size"] = (channels, *backbone.patch_embed.img_size)
-    for name in ("mean", "std"):
-        if len(config[name]) != channels:
-            config[name] = (0.5,) * channels
-    return config

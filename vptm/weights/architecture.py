@@ -220,7 +220,9 @@ def check_family(state: Mapping[str, Tensor], label: str) -> None:
     """Refuse what is no BEiT."""
     fused = next((key for key in state if key.endswith(".attn.qkv.bias")), None)
     if fused:
-        raise ValueError(f"{label}: must be a BEiT, got a plain ViT ({fused}; BEiT has q_bias and v_bias)")
+        raise ValueError(
+            f"{label}: must be a BEiT, got a plain ViT ({fused}; BEiT has q_bias and v_bias): use PromptedViT"
+        )
     if "patch_embed.proj.weight" not in state or "blocks.0.attn.qkv.weight" not in state:
         raise ValueError(
             f"{label}: must be a BEiT state dict (patch_embed.proj.weight, blocks.0.attn.qkv.weight, …), "

@@ -25,6 +25,7 @@ import torch
 from timm.layers.mlp import Mlp, SwiGLU
 from timm.layers.norm import LayerNorm
 from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vptm.frozen.sharing import shared_twin
@@ -43,6 +44,7 @@ from vptm.weights.architecture import (
 )
 from vptm.weights.configs import HUGGINGFACE_EPS
 from vptm.weights.containers import Checkpoint, read_checkpoint
+from vptm.weights.families import refuse_rotary
 from vptm.weights.files import (
     SUFFIXES,
     check_values,
@@ -107,10 +109,10 @@ class LoadReport:
             ("position", ", ".join(position) or "none"),
             ("final norm", "fc_norm, after pooling" if norm_is_after_pooling(arch) else "norm, on every token"),
             ("LayerNorm eps", f"{self.eps:g}"),
-            ("mean / std", f"{_numbers(self.mean)} / {_numbers(self.std)}"),
+            ("mean / std", f"{numbers(self.mean)} / {numbers(self.std)}"),
             ("dropped", folded_names(self.dropped)),
             ("missing", folded_names(self.missing)),
-            ("resized", _resized_names(self.resized)),
+            ("resized", resized_names(self.resized)),
         ]
         lines += [("note", note) for note in self.notes]
         return [(label, one_line(value, WITH_PATHS)) for label, value in lines]  # names and notes are the file's own
@@ -263,7 +265,10 @@ def _from_timm_name(name: str, size: tuple[int, int] | None, pretrained: bool) -
     model_name, _, tag = name.partition(".")
     empty = probe(model_name)
     if not isinstance(empty, Beit):
-        raise ValueError(f"{name}: PromptedBEiT runs timm's Beit class, {model_name} is a {type(empty).__name__}")
+        other = ": use PromptedViT" if isinstance(empty, VisionTransformer) else ""
+        raise ValueError(
+            f"{name}: PromptedBEiT runs timm's Beit class, {model_name} is a {type(empty).__name__}{other}"
+        )
     tags = timm.list_pretrained(f"{model_name}.*")
     if tag and name not in tags:
         raise ValueError(f"{name}: pretrained tag must be one of {', '.join(tags)}")
@@ -322,6 +327,10 @@ def _from_checkpoint(checkpoint: Checkpoint, label: str, size: tuple[int, int] |
     tensors, dropped = unwrap(raw, label)
     wrapped = bool(dropped) or any(key in raw for key in WRAPPERS)
     huggingface = is_huggingface(tensors)
+    refuse_rotary(tensors, label)
+    if facts.family == "vit":
+        kind = facts.timm_name or facts.model_type or facts.format
+        raise ValueError(f"{label}: must be a BEiT, got a ViT ({kind}): use PromptedViT or vptm.open_model")
     state = canonical_names(tensors, label)
     check_family(state, label)
 
@@ -332,7 +341,9 @@ def _from_checkpoint(checkpoint: Checkpoint, label: str, size: tuple[int, int] |
     used = [key for key, value in key_bias.items() if value.any()]
     if used:
         if not any("relative_position_bias_table" in key or "gamma_" in key for key in state):
-            raise ValueError(f"{label}: must be a BEiT, got a plain ViT (it has key biases, BEiT has none)")
+            raise ValueError(
+                f"{label}: must be a BEiT, got a plain ViT (it has key biases, BEiT has none): use PromptedViT"
+            )
         notes.append(f"non-zero key bias of {len(used)} blocks dropped: the softmax over keys is invariant to it")
     surplus = {key: state.pop(key) for key in list(state) if SURPLUS.match(key)}
     dropped += [*index, *key_bias, *surplus]
@@ -347,12 +358,14 @@ def _from_checkpoint(checkpoint: Checkpoint, label: str, size: tuple[int, int] |
     mask_token, lm_head, missing = take_token_head(state, architecture["embed_dim"], facts.vocab_size, label)
     if "norm.weight" in state and "fc_norm.weight" in state:
         raise ValueError(f"{label}: must have one final norm, got both norm and fc_norm")
-    if not {"norm.weight", "fc_norm.weight"} & set(state) and any(key.startswith("decode_head.") for key in surplus):
-        # segmentation models read un-normalised block outputs
+    segments = any(key.startswith("decode_head.") for key in surplus)
+    if not {"norm.weight", "fc_norm.weight"} & set(state) and (segments or facts.mean_pooling):
+        # segmentation models and base models of transformers give un-normalised block outputs
         width = architecture["embed_dim"]
         state |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
         missing += ["norm.weight", "norm.bias"]
-        notes.append("a segmentation file has no final norm: norm starts at weight 1 and bias 0")
+        what = "a segmentation file" if segments else "a base model that is pooled elsewhere"
+        notes.append(f"{what} has no final norm: norm starts at weight 1 and bias 0")
     target = window_of(architecture["img_size"], architecture["patch_size"])
     resized = resize_positions(state, window, target)
     if resized:
@@ -438,7 +451,8 @@ def _norm_notes(architecture: Mapping[str, Any]) -> list[str]:
     return ["no trained norm for single tokens: fc_norm, trained after pooling, is what there is for a cls or mask row"]
 
 
-def _numbers(values: Iterable[float]) -> str:
+def numbers(values: Iterable[float]) -> str:
+    """Numbers as a row of a report has them."""
     return ", ".join(f"{v:g}" for v in values)
 
 
@@ -452,7 +466,8 @@ def folded_names(names: Iterable[str]) -> str:
     return ", ".join(f"{key} ({count})" if count > 1 else key for key, count in folded.items()) or "nothing"
 
 
-def _resized_names(resized: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+def resized_names(resized: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+    """Names of what was resized, block numbers folded, with the shapes before and after."""
     shapes = {}
     for name, (old, new) in resized.items():
         shapes[re.sub(r"\.\d+\.", ".*.", name)] = f"{old} to {new}"

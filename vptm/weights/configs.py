@@ -7,24 +7,56 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.models.beit import Beit
 
 from vptm.weights.architecture import mlp_ratio_of, pair
+from vptm.weights.families import MODEL_TYPES, ROTARY, Family, family_of_timm
 from vptm.weights.files import read_json
 from vptm.weights.preprocessing import INTERPOLATIONS, floats, interpolation_name, positive, share
 
 HUGGINGFACE_EPS = 1e-12
+
+
+class _Defaults(NamedTuple):
+    """What a config of transformers leaves out where it is the default of its kind."""
+
+    eps: float = HUGGINGFACE_EPS
+    activation: str = "gelu"
+    patch_size: int = 16
+
+
+_VIT_DEFAULTS = {
+    "vit": _Defaults(),
+    "vit_msn": _Defaults(eps=1e-6),
+    "dinov2": _Defaults(eps=1e-6, patch_size=14),
+    "dinov2_with_registers": _Defaults(eps=1e-6),
+    "clip": _Defaults(eps=1e-5, activation="quick_gelu", patch_size=32),
+    "siglip": _Defaults(eps=1e-6, activation="gelu_pytorch_tanh"),
+}
+_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _HF_INTERPOLATION = {str(number): name for number, name in enumerate(INTERPOLATIONS)}
 
 
 @dataclass
 class SourceFacts:
     """What a source says about itself beyond its tensors; the shapes must confirm `architecture`, keyword arguments of
-    timm's Beit."""
+    timm's Beit or VisionTransformer, whichever `family` it is of.
+
+    model_type: as transformers calls it. timm_name, timm_arguments: the model that timm's `create_model` made.
+    activation: of the MLPs, as timm calls it. mean_pooling: whether the final norm is that of a pooler, which a base
+    model lacks.
+    """
 
     format: str | None = None
+    family: Family | None = None
+    model_type: str | None = None
+    timm_name: str | None = None
+    timm_arguments: dict[str, Any] = field(default_factory=dict)
+    activation: str | None = None
+    mean_pooling: bool = False
     eps: float | None = None
     architecture: dict[str, Any] = field(default_factory=dict)
     vocab_size: int | None = None
@@ -34,6 +66,7 @@ class SourceFacts:
     interpolation: str = "bicubic"
     crop_pct: float | None = None
     notes: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
 
 
 def vptm_facts(metadata: Mapping[str, str], label: str) -> SourceFacts:
@@ -46,6 +79,7 @@ def vptm_facts(metadata: Mapping[str, str], label: str) -> SourceFacts:
                 architecture[key] = positive(architecture[key], key, label)
         facts = SourceFacts(
             format="vptm",
+            family="beit",
             eps=positive(stated["eps"], "eps", label),
             architecture={k: tuple(v) if isinstance(v, list) else v for k, v in architecture.items()},
             vocab_size=stated.get("vocab_size"),
@@ -72,41 +106,19 @@ def folder_facts(path: Path, label: str) -> SourceFacts:
     """From a `config.json` of transformers or timm, and the `preprocessor_config.json` beside it."""
     config = read_json(path, label)
     if "model_type" not in config and isinstance(config.get("pretrained_cfg"), dict):
-        return _timm_facts(config["pretrained_cfg"], label)
-    if config.get("model_type") != "beit":
-        raise ValueError(f"{label}: config.json must have model_type beit, got {config.get('model_type')!r}")
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"{label}: config.json must have hidden_act gelu, got {config['hidden_act']!r}")
-
-    def whole(key: str, default: int) -> int:
-        value = config.get(key, default)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{label}: config.json {key} must be a positive integer, got {value!r}")
-        return value
-
-    width, scale = whole("hidden_size", 768), config.get("layer_scale_init_value", 0.1)
-    patch = pair(config.get("patch_size", 16), f"{label}: config.json patch_size")
-    facts = SourceFacts(
-        format="huggingface",
-        eps=positive(config.get("layer_norm_eps", HUGGINGFACE_EPS), "layer_norm_eps", label),
-        vocab_size=whole("vocab_size", 8192),
-        architecture={
-            "img_size": pair(config.get("image_size", 224), f"{label}: config.json image_size"),
-            "patch_size": patch[0] if patch[0] == patch[1] else patch,
-            "in_chans": whole("num_channels", 3),
-            "embed_dim": width,
-            "depth": whole("num_hidden_layers", 12),
-            "num_heads": whole("num_attention_heads", 12),
-            "mlp_ratio": mlp_ratio_of(whole("intermediate_size", 3072), width),
-            "init_values": positive(scale, "layer_scale_init_value", label) if scale else None,
-            "use_abs_pos_emb": bool(config.get("use_absolute_position_embeddings", False)),
-            "use_rel_pos_bias": bool(config.get("use_relative_position_bias", False)),
-            "use_shared_rel_pos_bias": bool(config.get("use_shared_relative_position_bias", False)),
-        },
-    )
+        return _timm_facts(config, label)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
+        needs = f"; {ROTARY}" if kind in ("dinov3_vit", "eva02") else ""
+        raise ValueError(f"{label}: config.json must have model_type {', '.join(MODEL_TYPES)}, got {kind!r}{needs}")
+    stated = config.get("vision_config", {}) if kind in ("clip", "siglip") else config
+    if not isinstance(stated, dict):
+        raise ValueError(f"{label}: config.json must have vision_config as an object, got {stated!r}")
+    facts = _beit_facts(stated, label) if MODEL_TYPES[kind] == "beit" else _vit_facts(stated, kind, label)
+    facts.model_type = kind
     preprocessor = path.with_name("preprocessor_config.json")
     if not preprocessor.is_file():
-        facts.mean = facts.std = (0.5,) * facts.architecture["in_chans"]
+        facts.mean, facts.std = _default_statistics(kind, facts.architecture["in_chans"])
         facts.stated_by = "Hugging Face's default, there is no preprocessor_config.json"
         return facts
     steps = read_json(preprocessor, label)
@@ -122,8 +134,82 @@ def folder_facts(path: Path, label: str) -> SourceFacts:
     return facts
 
 
-def _timm_facts(cfg: dict[str, Any], label: str) -> SourceFacts:
-    facts = SourceFacts(format="timm", interpolation=interpolation_name(cfg.get("interpolation", "bicubic"), label))
+def _whole(config: Mapping[str, Any], key: str, default: int, label: str) -> int:
+    value = config.get(key, default)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{label}: config.json {key} must be a positive integer, got {value!r}")
+    return value
+
+
+def _sizes(config: Mapping[str, Any], patch_size: int, label: str) -> dict[str, Any]:
+    """What every config of transformers states of a vision transformer."""
+    patch = pair(config.get("patch_size", patch_size), f"{label}: config.json patch_size")
+    return {
+        "img_size": pair(config.get("image_size", 224), f"{label}: config.json image_size"),
+        "patch_size": patch[0] if patch[0] == patch[1] else patch,
+        "in_chans": _whole(config, "num_channels", 3, label),
+        "embed_dim": _whole(config, "hidden_size", 768, label),
+        "depth": _whole(config, "num_hidden_layers", 12, label),
+        "num_heads": _whole(config, "num_attention_heads", 12, label),
+    }
+
+
+def _beit_facts(config: Mapping[str, Any], label: str) -> SourceFacts:
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"{label}: config.json must have hidden_act gelu, got {config['hidden_act']!r}")
+    sizes, scale = _sizes(config, 16, label), config.get("layer_scale_init_value", 0.1)
+    return SourceFacts(
+        format="huggingface",
+        family="beit",
+        eps=positive(config.get("layer_norm_eps", HUGGINGFACE_EPS), "layer_norm_eps", label),
+        vocab_size=_whole(config, "vocab_size", 8192, label),
+        mean_pooling=bool(config.get("use_mean_pooling", True)),
+        architecture={
+            **sizes,
+            "mlp_ratio": mlp_ratio_of(_whole(config, "intermediate_size", 3072, label), sizes["embed_dim"]),
+            "init_values": positive(scale, "layer_scale_init_value", label) if scale else None,
+            "use_abs_pos_emb": bool(config.get("use_absolute_position_embeddings", False)),
+            "use_rel_pos_bias": bool(config.get("use_relative_position_bias", False)),
+            "use_shared_rel_pos_bias": bool(config.get("use_shared_relative_position_bias", False)),
+        },
+    )
+
+
+def _vit_facts(config: Mapping[str, Any], kind: str, label: str) -> SourceFacts:
+    default = _VIT_DEFAULTS.get(kind.removesuffix("_vision_model"), _VIT_DEFAULTS["vit"])
+    act = config.get("hidden_act", default.activation)
+    if not isinstance(act, str) or act not in _ACTIVATIONS:
+        raise ValueError(f"{label}: config.json must have hidden_act {', '.join(_ACTIVATIONS)}, got {act!r}")
+    return SourceFacts(
+        format="huggingface",
+        family="vit",
+        eps=positive(config.get("layer_norm_eps", default.eps), "layer_norm_eps", label),
+        activation=_ACTIVATIONS[act],
+        architecture=_sizes(config, default.patch_size, label),
+    )
+
+
+def _default_statistics(kind: str, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the image processor that transformers has for a kind of model."""
+    if in_chans == 3:
+        if kind.startswith("clip"):
+            return OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+        if kind.startswith(("dinov2", "deit", "vit_mae", "vit_msn")):
+            return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return (0.5,) * in_chans, (0.5,) * in_chans
+
+
+def _timm_facts(config: Mapping[str, Any], label: str) -> SourceFacts:
+    cfg, name = config["pretrained_cfg"], config.get("architecture")
+    arguments = config.get("model_args") or {}
+    if not isinstance(name, str | None) or not isinstance(arguments, dict):
+        raise ValueError(
+            f"{label}: config.json must have architecture as a timm name and model_args as an object, "
+            f"got {name!r} and {arguments!r}"
+        )
+    facts = SourceFacts(format="timm", timm_name=name, timm_arguments=arguments)
+    facts.family = None if name is None else family_of_timm(name)
+    facts.interpolation = interpolation_name(cfg.get("interpolation", "bicubic"), label)
     if "mean" in cfg and "std" in cfg:
         facts.mean, facts.std = floats(cfg["mean"], "mean", label), floats(cfg["std"], "std", label)
         facts.stated_by = "config.json"

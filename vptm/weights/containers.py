@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from vptm.messages import error_line
 from vptm.weights.configs import SourceFacts, folder_facts, vptm_facts
-from vptm.weights.files import SUFFIXES, TORCH_SUFFIXES, read_json, read_safetensors, read_torch
-from vptm.weights.key_maps import is_huggingface, unwrap
+from vptm.weights.families import MODEL_TYPES, Family, family_of_names, family_of_timm
+from vptm.weights.files import SUFFIXES, TORCH_SUFFIXES, read_json, read_safetensors, read_torch, safetensors_names
+from vptm.weights.jax_files import read_npz
+from vptm.weights.key_maps import is_huggingface, tensor_names, unwrap
 
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -64,6 +66,46 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint | None:
     return None
 
 
+def family_of(source: str | os.PathLike[str]) -> Family | None:
+    """The family of what `read_checkpoint` would read, from the names in it; no weights are read. None where it is of
+    no family, or nothing can be told: reading it then says why.
+
+    Raises:
+        FileNotFoundError: a hub id that the hub does not give.
+    """
+    label = os.fspath(source)
+    if source == "builtin":
+        return "beit"
+    path = Path(label).expanduser()
+    hub_id = _HUB_ID.fullmatch(label) if isinstance(source, str) else None
+    try:
+        if not path.exists():
+            if not hub_id or path.suffix in SUFFIXES or os.path.exists(path.parts[0]):
+                return None
+            path = _download(hub_id[1], label)
+        if path.is_file():
+            return _family_of_file(path)
+        config = read_json(path / "config.json")
+        if "model_type" in config:
+            return MODEL_TYPES.get(str(config["model_type"]))
+        if isinstance(config.get("architecture"), str):
+            return family_of_timm(config["architecture"])
+        found = next((path / name for name in _WEIGHT_FILES if (path / name).is_file()), None)
+        return None if found is None else _family_of_file(found)
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError):
+        return None
+
+
+def _family_of_file(path: Path) -> Family | None:
+    if path.suffix == ".npz":
+        return "vit"
+    if path.suffix == ".safetensors":
+        return family_of_names(safetensors_names(path))
+    return family_of_names(tensor_names(read_torch(path, checked=False))) if path.suffix in TORCH_SUFFIXES else None
+
+
 def _read_file(path: Path, label: str) -> Checkpoint:
     facts = SourceFacts()
     state: Mapping[str, Any]
@@ -73,6 +115,12 @@ def _read_file(path: Path, label: str) -> Checkpoint:
             facts = vptm_facts(metadata, label)
     elif path.suffix in TORCH_SUFFIXES:
         state = read_torch(path, label)
+    elif path.suffix == ".npz":
+        state, arguments, dropped = read_npz(path, label)
+        facts = SourceFacts("jax", "vit", architecture=arguments, dropped=dropped)
+        if arguments["in_chans"] == 3:
+            facts.mean = facts.std = (0.5,) * 3
+            facts.stated_by = "those of Google's ViTs"
     else:
         raise ValueError(
             f"{label}: must be a file ending in {', '.join(sorted(SUFFIXES))}, got {path.suffix or 'no suffix'}"

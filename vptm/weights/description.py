@@ -17,9 +17,10 @@ from torch import Tensor
 from vptm.messages import WITH_PATHS, error_line, one_line
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, read_adapter_config, read_adapter_tensors
 from vptm.weights.backbones import folded_names, is_timm_name, load_backbone, probe, report_of_name
-from vptm.weights.containers import read_checkpoint
+from vptm.weights.containers import family_of, read_checkpoint
 from vptm.weights.files import check_values, weight_hash
 from vptm.weights.key_maps import WRAPPERS, canonical_names, is_huggingface, is_index, unwrap
+from vptm.weights.vits import load_vit
 
 Rows = list[tuple[str, str]]
 _PARTS = {
@@ -39,12 +40,13 @@ _PARTS = {
 def describe(source: str | os.PathLike[str]) -> Rows:
     """(label, value) rows of what a source of a model, or an adapter or run folder, holds.
 
-    A backbone that loads is described by its `vptm.weights.backbones.LoadReport`, a timm model of another class and an
-    adapter by what they state. Of one that does not load all that can be read is shown, and why it does not load in a
-    row "problem". Nothing is downloaded for a timm name; a hub id is.
+    A backbone that loads is described by the report of its loader (`vptm.weights.backbones.LoadReport`,
+    `vptm.weights.vits.ViTReport`), a timm model of another class and an adapter by what they state. Of one that does
+    not load all that can be read is shown, and why it does not load in a row "problem". Nothing is downloaded for a
+    timm name; a hub id is.
 
     Args:
-        source: as `vptm.load_backbone` takes it, any other timm name, or a folder of an adapter or a run.
+        source: as `vptm.open_model` takes it, any other timm name, or a folder of an adapter or a run.
 
     Raises:
         FileNotFoundError: there is nothing so called.
@@ -63,7 +65,8 @@ def describe(source: str | os.PathLike[str]) -> Rows:
         rows = _timm_rows(str(source))
     else:
         try:
-            return load_backbone(source).report.lines()
+            loaded = load_vit(source) if family_of(source) == "vit" else load_backbone(source)
+            return loaded.report.lines()
         except ValueError as error:
             checkpoint = read_checkpoint(source)
             if checkpoint is None:

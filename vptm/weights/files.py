@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -28,7 +29,16 @@ from torch import Tensor
 from vptm.messages import error_line, one_line
 
 TORCH_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".tar"}
-SUFFIXES = {*TORCH_SUFFIXES, ".safetensors"}
+SUFFIXES = {*TORCH_SUFFIXES, ".safetensors", ".npz"}
+
+_NUMPY_SCALAR: Any = np.float64(0).__reduce__()[0]
+# a Namespace only holds values, and they must be plain themselves; a best accuracy is often a number of numpy's
+_PLAIN: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *sorted({type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, key=repr),
+    *((_NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 
 
 class WriteError(OSError):
@@ -109,10 +119,25 @@ def read_safetensors(path: Path, label: str | None = None) -> tuple[dict[str, Te
         raise ValueError(f"{named} must be a safetensors file, it is damaged: {error_line(error)}") from error
 
 
-def read_torch(path: Path, label: str | None = None) -> Mapping[str, Any]:
+def safetensors_names(path: Path) -> list[str]:
+    """Names of the tensors in a safetensors file, from its header.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    _check_regular(path, f"{path} must be a safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} must be a safetensors file, it is damaged: {error_line(error)}") from error
+
+
+def read_torch(path: Path, label: str | None = None, *, checked: bool = True) -> Mapping[str, Any]:
     """The mapping in a file of `torch.save`; its tensors may be mapped from the file, copy what is kept.
 
-    Nothing in it is run: read are tensors, plain values and `argparse.Namespace`, as which unilm keeps its arguments.
+    Nothing in it is run: read are tensors, plain values, numpy's numbers and `argparse.Namespace`, as which unilm keeps
+    its arguments. Without `checked` the checksums of an archive are not compared, which reads all of it.
 
     Raises:
         ValueError: it is not such a file, not a whole one, differs from the checksums of its archive, or holds code.
@@ -120,10 +145,9 @@ def read_torch(path: Path, label: str | None = None) -> Mapping[str, Any]:
     named = _named(path, label)
     _check_regular(path, f"{named} must be a torch checkpoint")
     damaged = f"{named} must be a whole torch checkpoint, it is truncated or damaged"
-    zipped = check_archive(path, label)
+    zipped = check_archive(path, label) if checked else zipfile.is_zipfile(path)
     try:
-        # a Namespace only holds values, and they must be plain themselves
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_PLAIN), warnings.catch_warnings():
             # torch describes foreign pickles at length; the error below says it in a line
             warnings.simplefilter("ignore")
             # mapping the file leaves the optimizer state of a training checkpoint on disk
@@ -137,7 +161,7 @@ def read_torch(path: Path, label: str | None = None) -> Mapping[str, Any]:
         if found is None:
             raise ValueError(damaged) from error
         raise ValueError(
-            f"{named} must hold tensors and argparse.Namespace only, it holds {found[1]}; nothing was run"
+            f"{named} must hold tensors, numbers and argparse.Namespace only, it holds {found[1]}; nothing was run"
         ) from error
     except MemoryError:
         raise

@@ -1,0 +1,74 @@
+"""Whether weights are a BEiT's or a ViT's, told from the names of their tensors or from what states it beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+import timm
+
+from vptm.messages import one_line
+
+Family = Literal["beit", "vit"]
+
+MODEL_TYPES: dict[str, Family] = {
+    "beit": "beit",
+    "data2vec-vision": "beit",
+    "vit": "vit",
+    "vit_mae": "vit",
+    "vit_msn": "vit",
+    "deit": "vit",
+    "ijepa": "vit",
+    "dinov2": "vit",
+    "dinov2_with_registers": "vit",
+    "clip": "vit",
+    "clip_vision_model": "vit",
+    "siglip": "vit",
+    "siglip_vision_model": "vit",
+}
+"""What transformers calls a model in its config, and the family whose arithmetic it has."""
+
+# parts of names under timm's, unilm's and transformers' names and behind any prefix
+_ROTARY = re.compile(
+    r"(^|\.)rope[._]|(^|\.)rope_embed\.|\.mlp\.fc1_[gx]\.|\.mlp\.w[12]\.|^(model\.)?layer\.\d+\.attention\.|storage_tokens$"
+)
+_BEIT = re.compile(
+    r"relative_position_bias_table$|\.attn\.[qv]_bias$|(^|\.)lm_head\.|(^|\.)(beit|data2vec_vision)\.|\.lambda_[12]$"
+)
+_VIT = re.compile(
+    r"\.attn\.(qkv\.(weight|bias)|in_proj_)|embedding/kernel$|\.key\.(weight|bias)$|\.k_proj\.(weight|bias)$"
+)
+ROTARY = "rotary positions, as EVA-02 and DINOv3 have them, are not supported"
+
+
+def family_of_names(names: Iterable[str]) -> Family | None:
+    """The family that tensors of these names belong to, None where they tell none.
+
+    Example:
+        >>> family_of_names(["blocks.0.attn.q_bias"]), family_of_names(["module.blocks.0.attn.qkv.bias"])
+        ('beit', 'vit')
+    """
+    found = list(names)
+    if any(map(_BEIT.search, found)):
+        return "beit"
+    return "vit" if any(map(_VIT.search, found)) else None
+
+
+def refuse_rotary(names: Iterable[str], label: str) -> None:
+    """Raise ValueError where a name is one that only models with rotary positions have."""
+    if rotary := next(filter(_ROTARY.search, names), None):
+        raise ValueError(f"{label}: must be a BEiT or a ViT, got {one_line(rotary)}: {ROTARY}")
+
+
+def family_of_timm(name: str) -> Family | None:
+    """The family of a timm name, without its tag; None for what is neither.
+
+    Example:
+        >>> family_of_timm("beit_base_patch16_224"), family_of_timm("vit_tiny_patch16_224"), family_of_timm("resnet18")
+        ('beit', 'vit', None)
+    """
+    if name in timm.list_models(module="beit"):
+        return "beit"
+    known = (*timm.list_models(module="vision_transformer"), *timm.list_models(module="deit"))
+    return "vit" if name in known else None
