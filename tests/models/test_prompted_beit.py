@@ -20,7 +20,7 @@ from tiny_models import build, images, relative_error
 import vptm
 import vptm_kernels
 from vptm import PromptedBEiT
-from vptm.models import saving
+from vptm.models import adapter_saving
 from vptm.models.prompted_beit import PROMPT_LOCATIONS
 from vptm.models.verbalizers import TOKEN_ACTIVATIONS
 
@@ -159,7 +159,7 @@ def test_the_place_of_prompts_cannot_matter(use_abs_pos_emb: bool) -> None:
     assert len(deprecated) == 1 and "prompt_location is ignored" in deprecated[0] and located.config == model.config
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", DeprecationWarning)
-        older = saving.build(PromptedBEiT, beit, {**model.config, "prompt_location": "end"})
+        older = adapter_saving.build(PromptedBEiT, beit, {**model.config, "prompt_location": "end"})
     assert older.config == model.config and not any(warning.category is DeprecationWarning for warning in told)
 
 
