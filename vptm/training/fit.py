@@ -211,43 +211,43 @@ def fit(
         ranks=ranks,
         cache_frozen=cache_frozen,
     )
-    run = Run(inner, step, identity, None if run_dir is None or ranks.index else Path(run_dir))
-    if images is None and run_dir is not None:
-        images = listed_images(train, val)
-    run.join(ranks, resume=resume, overwrite=overwrite, images=images, settings=settings, info=info)
-    progress = progress and ranks.index == 0
-    if progress:
-        for line in filter(None, (slow_note(kind, place), _opening(run, step, steps))):
-            print(line, file=sys.stderr, flush=True)
-    bar = TrainProgress(progress, epochs=epochs, done=run.epoch, steps=steps)
-    feed = _Feed(*rank_loader(train, ranks, "train"), steps, bar, [] if ranks.index else list(callbacks))
-    interrupted = False
-    try:
-        with generators_kept(train, val), float32_products(kind), bar:
-            while run.left:
-                epoch = run.epoch + 1
-                seed_everything(seed, epoch, train, val)
-                if feed.shares is not None:
-                    feed.loader.generator.manual_seed(torch.initial_seed() + ranks.index)
-                run.finish_epoch(_epoch(step, feed, val, epoch))
-                bar.epoch(run.history[-1])
-                for callback in feed.told:
-                    callback.epoch(run.history[-1])
-    except KeyboardInterrupt:
-        interrupted = True
-        run.catch_up()
-    except FloatingPointError:
-        inner.load_learned_state_dict(run.best_state)
-        raise
-    finally:
-        inner.to(place)
-    run.end(finished=not interrupted)
-    if progress and run.stopped and not interrupted:
-        print(f"stopped after epoch {run.epoch} of {epochs}: {run.stopped}", file=sys.stderr, flush=True)
-    for callback in feed.told:
-        callback.end(run.history, interrupted=interrupted)
-    accuracy = None if run.best_score is None else run.best_score[0]
-    return FitResult(run.history, run.best_epoch, accuracy, interrupted, run.folder, run.stopped)
+    with Run(inner, step, identity, None if run_dir is None or ranks.index else Path(run_dir)) as run:
+        if images is None and run_dir is not None:
+            images = listed_images(train, val)
+        run.join(ranks, resume=resume, overwrite=overwrite, images=images, settings=settings, info=info)
+        progress = progress and ranks.index == 0
+        if progress:
+            for line in filter(None, (slow_note(kind, place), _opening(run, step, steps))):
+                print(line, file=sys.stderr, flush=True)
+        bar = TrainProgress(progress, epochs=epochs, done=run.epoch, steps=steps)
+        feed = _Feed(*rank_loader(train, ranks, "train"), steps, bar, [] if ranks.index else list(callbacks))
+        interrupted = False
+        try:
+            with generators_kept(train, val), float32_products(kind), bar:
+                while run.left:
+                    epoch = run.epoch + 1
+                    seed_everything(seed, epoch, train, val)
+                    if feed.shares is not None:
+                        feed.loader.generator.manual_seed(torch.initial_seed() + ranks.index)
+                    run.finish_epoch(_epoch(step, feed, val, epoch))
+                    bar.epoch(run.history[-1])
+                    for callback in feed.told:
+                        callback.epoch(run.history[-1])
+        except KeyboardInterrupt:
+            interrupted = True
+            run.catch_up()
+        except FloatingPointError:
+            inner.load_learned_state_dict(run.best_state)
+            raise
+        finally:
+            inner.to(place)
+        run.end(finished=not interrupted)
+        if progress and run.stopped and not interrupted:
+            print(f"stopped after epoch {run.epoch} of {epochs}: {run.stopped}", file=sys.stderr, flush=True)
+        for callback in feed.told:
+            callback.end(run.history, interrupted=interrupted)
+        accuracy = None if run.best_score is None else run.best_score[0]
+        return FitResult(run.history, run.best_epoch, accuracy, interrupted, run.folder, run.stopped)
 
 
 def _working_model(model: Any, dtype: torch.dtype | None, device: torch.device, settings: TrainSettings) -> Any:

@@ -29,6 +29,7 @@ from vptm.models.prompted_model import PromptedModel
 from vptm.settings import TrainSettings
 from vptm.training.curves import plot_curves
 from vptm.training.facts import environment
+from vptm.training.folder_lock import FolderLock
 from vptm.training.ranks import Ranks
 from vptm.training.state import STATE_FILE, read_state, write_state
 from vptm.training.step import TrainStep
@@ -76,6 +77,7 @@ class Run:
         self.model, self.masters, self.optimiser, self.average = model, step.masters, step.optimiser, step.average
         self._epochs, self._patience = step.settings.epochs, step.settings.early_stopping
         self.identity, self.folder = identity, folder
+        self._lock = FolderLock()
         self._frozen = None if folder is None else frozen_part(self.model)
         self.epoch = self._written = self.best_epoch = 0
         self.best_score: tuple[float, float] | None = None
@@ -104,17 +106,21 @@ class Run:
         settings: TrainSettings,
         info: Mapping[str, Any] | None,
     ) -> None:
-        """Make the folder ready, and take up where the run in it stopped.
+        """Make the folder ready, and take up where the run in it stopped; no other process may train in it until the
+        end of a `with` of this object.
 
         Raises:
-            ValueError: what `prepare_run_folder` refuses, a run of another identity or of other `images`, or a state
-                that does not fit the model.
+            ValueError: what `prepare_run_folder` refuses, a folder that another process trains in, a run of another
+                identity or of other `images`, or a state that does not fit the model.
         """
         if self.folder is None:
             if resume:
                 raise ValueError("resume=True needs run_dir, the folder of the run to continue")
             return
-        state = prepare_run_folder(self.folder, resume=resume, overwrite=overwrite)
+        self._lock.take(self.folder)  # before anything in it is looked at, or goes
+        is_new = not self.folder.exists()
+        state = prepare_run_folder(self.folder, resume=resume, overwrite=overwrite and not is_new)
+        self._lock.take(self.folder)
         if state is None:
             facts = {"seed": settings.seed, "arguments": settings.keywords(), **(info or {})}
             _write_run_file(self.folder, {**environment(), **facts})
@@ -136,6 +142,12 @@ class Run:
             raise ValueError(f"{where} does not fit the run: {error_line(error, 200)}; use overwrite") from error
         if grown:
             self._extend(grown, settings, info or {})
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
     def join(self, ranks: Ranks, **options: Any) -> None:
         """`begin` in the first process of several, and its outcome or its error in all: each then holds the same run,
