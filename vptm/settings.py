@@ -50,7 +50,9 @@ PROMPT_LOCATION = (
     "prompt_location is ignored and will be refused: the place of prompts among the rows cannot change what attention "
     "computes"
 )
-FREE_ON_RESUME = frozenset({"device", "impl", "log", "workers"})  # these change nothing of what a run learns
+FREE_ON_RESUME = frozenset(
+    {"device", "impl", "log", "workers", "grad_checkpointing"}
+)  # these change nothing of what a run learns
 EVALUATION_BATCH = 256  # images per step where nothing is learned
 _GROUPS = ", ".join(get_args(LearnedGroup))
 
@@ -273,6 +275,9 @@ class TrainSettings(SettingsGroup):
     ] = None
     compile: Annotated[bool, Help("Compile the model; the first steps then take long.", switch=True)] = False
     accumulate: Annotated[int, Help("Parts that a batch is computed in, one after the other, to save memory.")] = 1
+    grad_checkpointing: Annotated[
+        bool, Help("Compute the blocks again in backward rather than keep what they made.", switch=True)
+    ] = False
     clip_norm: Annotated[float | None, Help("Longest gradient of a step, longer ones are scaled; any by default.")] = (
         None
     )

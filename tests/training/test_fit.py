@@ -21,6 +21,7 @@ from tiny_data import picture, write_backbone
 from tiny_runs import LEARNS, Interrupting, assert_same_run, loaders, make_model, metrics, pictures, run, stopped_run
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+import vptm.frozen.rows
 import vptm.training.masters
 import vptm.training.progress
 from vptm import PromptedBEiT, evaluate, fit, load_adapter, save_adapter, transforms
@@ -134,6 +135,36 @@ def test_parts_of_a_batch_add_up_to_it(backbone: Path) -> None:
     for history, values in zip(histories[1:], learned[1:]):
         assert history == pytest.approx(histories[0], rel=1e-12)
         assert (values - learned[0]).abs().max() < 1e-12
+
+
+def test_blocks_computed_again_are_the_same_run(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise in float64, with dropout, and where only the end of a run does; the model is as it was afterwards."""
+    recomputed: list[Any] = []
+    checkpoint = vptm.frozen.rows.checkpoint
+
+    def counted(function: Any, *args: Any, **options: Any) -> Any:
+        recomputed.append(options)
+        return checkpoint(function, *args, **options)
+
+    monkeypatch.setattr(vptm.frozen.rows, "checkpoint", counted)
+    learned = []
+    for name, stops, flags in (("plain", [3], [False]), ("again", [3], [True]), ("mixed", [2, 3], [False, True])):
+        for stop, flag in zip(stops, flags):
+            model = make_model(backbone, prompt_dropout=0.3, prompt_mode="deep").double()
+            train, val = cast_loaders(model, torch.float64)
+            if stop == 2:
+                train = DataLoader(Interrupting(train.dataset, 12 * 2 + 3), batch_size=5, shuffle=True)  # type: ignore[arg-type]
+            recomputed.clear()
+            options: dict[str, Any] = {"epochs": 3, "lr": 0.02, "progress": False, "resume": (tmp_path / name).exists()}
+            fit(model, train, val, run_dir=tmp_path / name, grad_checkpointing=flag, **options)
+            assert bool(recomputed) == flag and not model.grad_checkpointing
+            assert all(not options["use_reentrant"] for options in recomputed)
+        learned.append(model.learned_state_dict())
+    for name in ("again", "mixed"):
+        assert_same_run(tmp_path / "plain", tmp_path / name)
+    assert all(torch.equal(tensor, other[name]) for other in learned[1:] for name, tensor in learned[0].items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

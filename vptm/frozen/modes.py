@@ -1,4 +1,4 @@
-"""Eval mode for a while."""
+"""Modes of a model that hold for a while."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+
+from vptm.frozen.rows import PromptedRows
 
 
 @contextmanager
@@ -18,3 +20,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def checkpointing(model: PromptedRows, asked: bool) -> Iterator[None]:
+    """`model.grad_checkpointing` is True where it is `asked` for; afterwards it is what it was."""
+    before = model.grad_checkpointing
+    model.grad_checkpointing = before or asked
+    try:
+        yield
+    finally:
+        model.grad_checkpointing = before

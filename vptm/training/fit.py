@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vptm.data.split_list import SplitList
+from vptm.frozen.modes import checkpointing
 from vptm.models.adapter_saving import unwrapped
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import Precision, Schedule, TrainSettings
@@ -86,6 +87,7 @@ def fit(
     weight_decay_of: Mapping[str, float] | None = None,
     ema: float | None = None,
     early_stopping: int | None = None,
+    grad_checkpointing: bool = False,
 ) -> FitResult:
     """Train what `model` leaves unfrozen by cross-entropy and keep the epoch that is best on `val`.
 
@@ -166,6 +168,8 @@ def fit(
             what the last step came to.
         early_stopping: stop after so many epochs in a row of which none was better on `val` than one before. None
             trains all `epochs`.
+        grad_checkpointing: keep the input of every block alone for backward and compute the block again there, as
+            `model.set_grad_checkpointing()` does: bitwise the same gradients. False leaves the model as that set it.
 
     Returns:
         A `FitResult`; after Ctrl-C it has `interrupted=True` and the run folder is complete and can be resumed. A
@@ -223,7 +227,8 @@ def fit(
         feed = _Feed(*rank_loader(train, ranks, "train"), steps, bar, [] if ranks.index else list(callbacks))
         interrupted = False
         try:
-            with generators_kept(train, val), float32_products(kind), bar:
+            again = checkpointing(step.model, grad_checkpointing)
+            with generators_kept(train, val), float32_products(kind), again, bar:
                 while run.left:
                     epoch = run.epoch + 1
                     seed_everything(seed, epoch, train, val)

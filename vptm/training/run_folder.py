@@ -26,7 +26,7 @@ from vptm.data.split_list import SPLIT_FILE, SplitList
 from vptm.messages import error_line, one_line
 from vptm.models.adapter_saving import frozen_part, save_compared
 from vptm.models.prompted_model import PromptedModel
-from vptm.settings import TrainSettings
+from vptm.settings import FREE_ON_RESUME, TrainSettings
 from vptm.training.curves import plot_curves
 from vptm.training.facts import environment
 from vptm.training.folder_lock import FolderLock
@@ -48,7 +48,7 @@ def run_identity(
     """What must be as it was for a run to be continued: settings, model, frozen weights, steps of an epoch and training
     labels."""
     return {
-        **settings.keywords(),
+        **{name: value for name, value in settings.keywords().items() if name not in FREE_ON_RESUME},
         **{f"model.{name}": value for name, value in model.config.items()},
         "backbone": model.weight_hash(),
         "batches": steps,
