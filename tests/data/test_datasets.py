@@ -542,6 +542,9 @@ def test_timm_reads_the_models_own_numbers() -> None:
     config = timm.data.resolve_model_data_config(model)
     for name in ("input_size", "mean", "std", "crop_pct", "interpolation"):
         assert config[name] == model.default_cfg[name]
+    kept = model.pretrained_cfg
+    assert kept["num_classes"] == 2 and model.get_submodule(kept["first_conv"]).weight.shape[1] == kept["input_size"][0]
+    assert model.get_submodule(kept["classifier"]) is model.get_classifier()
 
 
 def test_timm_makes_registered_models_with_its_scripts_arguments() -> None:
@@ -555,6 +558,7 @@ def test_timm_makes_registered_models_with_its_scripts_arguments() -> None:
     assert (model.num_classes, model.source) == (4, "builtin")
     with pytest.raises(ValueError, match="in_chans must be 1, as the weights of builtin have, got 3"):
         create(in_chans=3)
-    for name, value in (("drop_path_rate", 0.1), ("global_pool", "avg"), ("features_only", True)):
+    rates = {"drop_rate": 0.2, "drop_path_rate": 0.1, "drop_block_rate": 0.1}
+    for name, value in (rates | {"global_pool": "avg", "features_only": True}).items():
         with pytest.raises(TypeError, match=f"takes no {name}, got {value!r}: "):
             create(**{name: value})

@@ -39,6 +39,77 @@ def test_drop_in(run) -> None:
     assert re.search(r"test accuracy \d+\.\d+%", printed) and "PromptedBEiT is back" in printed
 
 
+def test_lightning_module(run) -> None:
+    """Lightning validates first, in inference mode, what it then trains, and moves and saves it."""
+    pytest.importorskip("lightning", reason="an example of it")
+    import vptm
+
+    printed = run("lightning_module.py", "--steps", "10")
+    assert float(re.search(r"validation accuracy (\d+\.\d+)%", printed)[1]) > 20  # type: ignore[index]
+    vptm.load_adapter("clothing")  # refused where the backbone is not what it was
+    assert list(Path("checkpoints").glob("*.ckpt"))
+
+
+def test_accelerate_loop(run) -> None:
+    pytest.importorskip("accelerate", reason="an example of it")
+    from accelerate.state import AcceleratorState
+
+    import vptm
+
+    try:
+        printed = run("accelerate_loop.py", "--epochs", "2", "--precision", "bf16")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)  # one for the whole process
+    assert float(re.search(r"test accuracy (\d+\.\d+)%", printed)[1]) > 20  # type: ignore[index]
+    vptm.load_adapter("clothing")
+
+
+VALIDATE = """
+import sys
+import torch
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.models import create_model, load_checkpoint
+from timm.utils import accuracy
+
+model = create_model(
+    "vptm_beitv2_base_patch16_224", pretrained=False, num_classes=3, in_chans=1, global_pool=None, scriptable=False,
+    source=sys.argv[2], prompt_mode="deep", prototype_dim=8,
+)
+load_checkpoint(model, "last.pth.tar", False)
+config = resolve_data_config({}, model=model, use_test_size=True)
+model = model.to(device="cpu", dtype=None).to(memory_format=torch.channels_last).eval()
+dataset = create_dataset("", root=sys.argv[1], split="validation", input_img_mode="L")
+loader = create_loader(
+    dataset, input_size=config["input_size"], batch_size=4, use_prefetcher=False, num_workers=0, mean=config["mean"],
+    std=config["std"], interpolation=config["interpolation"], crop_pct=config["crop_pct"], device=torch.device("cpu"),
+)
+with torch.inference_mode():
+    scores, labels = zip(*((model(images), labels) for images, labels in loader))
+top1, top3 = accuracy(torch.cat(scores), torch.cat(labels), topk=(1, 3))
+print(f"top1 {top1.item():.4f} top3 {top3.item():.1f}")
+"""
+
+
+def test_timm_scripts(run, tmp_path: Path) -> None:
+    """What timm's validate.py calls, on the state dict that its train.py saves: the accuracy is `vptm.evaluate`'s."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    import vptm
+
+    write_pictures(tmp_path / "photos" / "validation", 7)
+    (tmp_path / "validate.py").write_text(VALIDATE)
+    backbone = write_backbone(tmp_path / "backbone.safetensors")
+    torch.manual_seed(3)
+    model = vptm.PromptedBEiT(backbone, 3, prompt_mode="deep", prototype_dim=8)
+    torch.save({"epoch": 1, "arch": "vptm", "state_dict": model.state_dict()}, tmp_path / "last.pth.tar")
+    printed = run("timm_scripts.py", "validate.py", "photos", str(backbone))
+    data = vptm.load_data(tmp_path / "photos" / "validation", transform=vptm.transforms(model), holdout=False)
+    expected = vptm.evaluate(model, DataLoader(data.test, 21))["accuracy"]  # type: ignore[arg-type]
+    assert f"top1 {100 * expected:.4f} top3 100.0" in printed and 0 < expected < 1
+    assert "vptm_beitv2_large_patch16_224" in printed
+
+
 def test_train_on_a_folder(run, tmp_path: Path) -> None:
     write_pictures(tmp_path / "photos", 10)
     model = str(write_backbone(tmp_path / "backbone.safetensors"))

@@ -336,6 +336,7 @@ _TIMM_ARGUMENTS = {
     "drop_path_rate": "the backbone is frozen",
     "attn_drop_rate": "the backbone is frozen",
     "proj_drop_rate": "the backbone is frozen",
+    "drop_block_rate": "the backbone is frozen",
     "global_pool": "readout says what is read",
     "features_only": "forward_features gives the rows",
 }

@@ -47,8 +47,10 @@ class PromptedModel(Pretrained):
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """`default_cfg`, where `timm.data.resolve_model_data_config` looks for it."""
-        return self.default_cfg
+        """`default_cfg`, where `timm.data.resolve_model_data_config` looks for it, with what else timm keeps there: the
+        number of classes, and the names of the first and the last layer."""
+        facts = {"num_classes": self.num_classes, "pool_size": None, "fixed_input_size": True}
+        return self.default_cfg | facts | {"first_conv": "backbone.patch_embed.proj", "classifier": "verbalizer"}
 
     def _finish(self) -> None:
         """The end of every constructor: freeze, remember what was frozen, and be ready to run."""
