@@ -46,6 +46,19 @@ def block(x: Tensor, state: dict[str, Tensor], name: str, heads: int, eps: float
     return x + linear(inner, state, f"{name}.mlp.fc2") * state.get(f"{name}.ls2.gamma", 1.0)
 
 
+def pooled_by_attention(x: Tensor, state: dict[str, Tensor], heads: int, eps: float, kind: str) -> Tensor:
+    """timm's AttentionPoolLatent with one latent row, head by head."""
+    pool = {name.removeprefix("attn_pool."): value for name, value in state.items() if name.startswith("attn_pool.")}
+    query = linear(pool["latent"][0, 0], pool, "q").view(heads, -1)
+    key, value = linear(x, pool, "kv").view(*x.shape[:2], 2, heads, -1).unbind(2)
+    mixed = []
+    for h in range(heads):
+        scores = (key[:, :, h] @ query[h] / query.shape[1] ** 0.5).exp()
+        mixed.append((scores / scores.sum(1, keepdim=True))[:, None] @ value[:, :, h])
+    out = linear(torch.cat(mixed, -1)[:, 0], pool, "proj")
+    return out + linear(gelu(linear(norm(out, pool, "norm", eps), pool, "mlp.fc1"), kind), pool, "mlp.fc2")
+
+
 def naive_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: float = 1e-6, kind: str = "erf") -> Tensor:
     """The read-out row (B, C) that `model` should give for images (B, channels, height, width)."""
     state = dict(model.backbone.state_dict())
@@ -83,5 +96,6 @@ def naive_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: float =
         picked = [x[:, start:first], x[:, first + length :]]
         if config["readout"] == "mean_with_prompts":
             picked.append(x[:, first : first + length])
-        read = torch.cat(picked, 1).mean(1)
+        rows = torch.cat(picked, 1)
+        read = pooled_by_attention(rows, state, heads, eps, kind) if config["readout"] == "map" else rows.mean(1)
     return norm(read, state, "fc_norm", eps)

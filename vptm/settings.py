@@ -25,9 +25,9 @@ PromptMode = Literal["shallow", "deep", "progressive"]
 Placement = Literal["prepend", "add"]
 AfterPrompts = Literal["carry", "drop"]
 DropoutPer = Literal["sample", "batch"]
-Readout = Literal["mask", "cls", "mean", "mean_with_prompts"]
+Readout = Literal["mask", "cls", "mean", "map", "mean_with_prompts"]
 BEiTReadout = Literal["mask", "cls", "mean"]
-ViTReadout = Literal["cls", "mean", "mean_with_prompts"]
+ViTReadout = Literal["cls", "mean", "map", "mean_with_prompts"]
 MaskMode = Literal["insert", "replace"]
 VerbalizerName = Literal["prototypical", "linear", "class_embeddings"]
 TokenActivation = Literal["hidden", "logits", "softmax", "log_softmax"]
@@ -233,10 +233,30 @@ class ViTSettings(ModelSettings):
     ] = None
 
 
+@dataclass(frozen=True)
+class PooledViTSettings(ViTSettings):
+    """`vptm.open_model`'s defaults for a ViT that its source reads by attention pooling: SigLIP."""
+
+    whom: ClassVar[str] = "a ViT with attention pooling"
+
+    readout: ViTReadout = "map"
+
+
+@dataclass(frozen=True)
+class ClasslessViTSettings(ViTSettings):
+    """`vptm.open_model`'s defaults for a ViT without a class token: the mean of its patches."""
+
+    whom: ClassVar[str] = "a ViT without a class token"
+
+    readout: ViTReadout = "mean"
+
+
 MODEL_SETTINGS: dict[str, type[ModelSettings]] = {
     "beit": BEiTSettings,
     "classifier_beit": ClassifierBEiTSettings,
     "vit": ViTSettings,
+    "pooled_vit": PooledViTSettings,
+    "classless_vit": ClasslessViTSettings,
 }
 
 
@@ -779,7 +799,7 @@ def choices(group: type[SettingsGroup], name: str) -> tuple[str, ...]:
 
     Example:
         >>> choices(ViTSettings, "readout")
-        ('cls', 'mean', 'mean_with_prompts')
+        ('cls', 'mean', 'map', 'mean_with_prompts')
     """
     return _allowed(_types(group)[name])
 

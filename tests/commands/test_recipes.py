@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from console import Console
+from tiny_models import tiny_vit
 
 from vptm.commands.train import train_settings
 from vptm.methods import run as run_module
@@ -180,9 +182,17 @@ def test_prompt_variants_from_the_command_line(vptm: Console, material: Path) ->
 
 
 def test_vision_transformers_by_name(vptm: Console, material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A timm ViT name builds a PromptedViT under the same recipes; options of BEiT alone are refused by name."""
-    original = prompted_vit._load
-    monkeypatch.setattr(prompted_vit, "_load", lambda source, size, pretrained: original(source, size, False))
+    """A ViT's file or timm name trains a PromptedViT under the same recipes; options of BEiT alone are refused by
+    name, and a run of a file resumes and predicts from the file."""
+    torch.save({"model": tiny_vit((3, 3), embed_dim=64, num_heads=1, in_chans=1).state_dict()}, "mae.pth")
+    code, out, err = vptm("train", "--model", "mae.pth", "--data", material / "pictures", *FAST, "--out", "file")
+    assert code == 0 and "mae.pth is a ViT: deep prompts, read-out cls, verbalizer linear" in err, err
+    code, out, err = vptm("predict", "file", material / "pictures" / "left" / "0.png")
+    assert code == 0 and out.count("left") >= 1, err
+    original = prompted_vit.load_vit
+    monkeypatch.setattr(
+        prompted_vit, "load_vit", lambda source, **options: original(source, **options | {"pretrained": False})
+    )
     arguments = ["train", "--model", "vit_tiny_patch16_224", "--img-size", 32, "--data", material / "pictures", *FAST]
     code, out, err = vptm(*arguments, "--recipe", "spt-deep", "--epochs", 2, "--out", "vit")
     assert code == 0 and "test accuracy" in out, err

@@ -7,7 +7,8 @@ import timm
 from beit_factory import tiny_beit
 from tiny_models import tiny_vit
 
-from vptm.models.opening import open_model
+from vptm.models.opening import kind_of, open_model
+from vptm.settings import MODEL_SETTINGS
 
 VPT = ("cls", "linear", "hidden")
 VPTM = ("mask", "prototypical", "logits")
@@ -20,13 +21,19 @@ VPTM = ("mask", "prototypical", "logits")
         ("deit_tiny_patch16_224", "PromptedViT", "deep", VPT),
         (tiny_vit(), "PromptedViT", "deep", VPT),
         (tiny_beit(), "PromptedBEiT", "shallow", VPT),
+        (tiny_vit(class_token=False, global_pool="map"), "PromptedViT", "deep", ("map", "linear", "hidden")),
+        (tiny_vit(class_token=False, global_pool="avg"), "PromptedViT", "deep", ("mean", "linear", "hidden")),
+        ("vit_base_patch16_siglip_224", "PromptedViT", "deep", ("map", "linear", "hidden")),
     ],
-    ids=["builtin", "name", "ViT", "BEiT"],
+    ids=["builtin", "name", "ViT", "BEiT", "pooled by attention", "no class token", "name of SigLIP"],
 )
 def test_every_source_has_the_class_and_defaults_that_suit_it(
     source: object, kind: str, mode: str, reads: tuple[str, ...]
 ) -> None:
     """A model that needs options before it can be made at all, or one with a made-up mask token, fails here."""
+    if source == "vit_base_patch16_siglip_224":  # too large to build here
+        assert MODEL_SETTINGS[kind_of(source)]().readout == "map"
+        return
     size = {"img_size": 32} if source == "deit_tiny_patch16_224" else {}
     model = open_model(source, 3, prompt_length=2, **size)
     assert type(model).__name__ == kind

@@ -72,6 +72,66 @@ def test_without_prompts_it_is_timms_model(name: str) -> None:
     assert relative_error(model.forward_hidden(batch), twin.forward_head(features, pre_logits=True)) <= 1e-12
 
 
+MAP: dict[str, dict[str, Any]] = {
+    "SigLIP": {"class_token": False, "global_pool": "map"},
+    "with a class token": {"global_pool": "map", "reg_tokens": 2, "norm_layer": partial(nn.LayerNorm, eps=1e-2)},
+    "over the prefix too": {"global_pool": "map", "pool_include_prefix": True},
+}
+
+
+@pytest.mark.parametrize("prompt_mode", ["shallow", "deep", "progressive"])
+def test_attention_pooling_equals_the_naive_model(prompt_mode: str) -> None:
+    """readout="map", values and gradients of prompts on both paths: fails if prompts are among its keys, if the prefix
+    is where the source does not take it, or if no key and value are projected where that is another function."""
+    for (name, family), length in itertools.product(MAP.items(), (0, 4)):
+        vit = tiny_vit(**family)
+        twin = copy.deepcopy(vit).double()
+        model = build_vit(
+            vit,
+            prompt_mode=prompt_mode,
+            readout="map",
+            prompt_length=length,
+            progressive_alpha=0.3,
+            train_lm_head=False,
+        )
+        assert FrozenEncoder.supports(model), name
+        batch, eps = pictures(model), 1e-2 if "norm_layer" in family else 1e-6
+        hidden = model.forward_hidden(batch)
+        expected = naive_hidden(model, batch, heads=HEADS, eps=eps)
+        assert expected.std() > 0.1 and relative_error(hidden, expected) <= 1e-12, name
+        for tensor, error in vptm.check(model, batch).items():
+            assert error <= (1e-10 if tensor.startswith("grad") else 1e-12), (name, tensor, error)
+        if not length:
+            assert relative_error(hidden, twin.forward_head(twin.forward_features(batch), pre_logits=True)) <= 1e-12
+            continue
+        weight = model.prompts.weight
+        found, wanted = (torch.autograd.grad(one.square().sum(), weight)[0] for one in (hidden, expected))
+        assert relative_error(found, wanted) <= 1e-10, name
+    sealed = copy.deepcopy(model).freeze_for_inference()
+    assert relative_error(sealed(batch), model(batch)) <= 1e-12
+
+
+def test_an_attention_pooling_of_another_kind_runs_as_the_module_it_is() -> None:
+    """A hook on the pooling, a key norm, two latent rows: none may be stepped over."""
+    for change in ("hook", "key norm", "latent rows", "kv"):
+        vit = tiny_vit(class_token=False, global_pool="map")
+        pool = vit.attn_pool
+        if change == "hook":
+            pool.register_forward_hook(lambda module, given, out: 2 * out)
+        elif change == "key norm":
+            pool.k_norm = nn.LayerNorm(pool.head_dim)
+        elif change == "latent rows":
+            pool.latent_len, pool.pool, pool.latent = 2, "avg", nn.Parameter(torch.randn(1, 2, 16))
+        else:
+            pool.kv.register_forward_hook(lambda module, given, out: out + 1)
+        twin = copy.deepcopy(vit).double()
+        model = build_vit(vit, prompt_length=0, readout="map")
+        assert FrozenEncoder.supports(model)
+        batch = pictures(model)
+        expected = twin.forward_head(twin.forward_features(batch), pre_logits=True)
+        assert relative_error(model.forward_hidden(batch), expected) <= 1e-12, change
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("readout", ["cls", "mean", "mean_with_prompts"])
 def test_small_depths(readout: str, depth: int) -> None:
@@ -196,9 +256,11 @@ def test_triton_kernels_run_the_blocks(prompt_mode: str) -> None:
     """The Triton path of a ViT, which has no bias, in the interpreter."""
     if torch.cuda.is_available():
         pytest.skip("fp64 Triton needs the interpreter, which runs where there is no GPU")
-    model = build_vit(tiny_vit((3, 3), embed_dim=32), prompt_mode=prompt_mode, readout="mean", impl="triton")
-    errors = vptm.check(model, pictures(model))
-    assert max(errors.values()) <= 1e-10, errors
+    for readout, family in (("mean", {}), ("map", MAP["SigLIP"])):
+        vit = tiny_vit((3, 3), embed_dim=32, depth=2, **family)
+        model = build_vit(vit, prompt_mode=prompt_mode, readout=readout, impl="triton")
+        errors = vptm.check(model, pictures(model))
+        assert max(errors.values()) <= 1e-10, errors
 
 
 def test_compiles_as_one_graph() -> None:
@@ -258,6 +320,11 @@ def test_timm_names() -> None:
         (lambda: PromptedViT(tiny_vit(), 2, img_size=32), "img_size must be None for an instance"),
         (lambda: PromptedViT(tiny_vit(), 2, token_activation="logits"), "does not have exactly one"),
         (lambda: PromptedViT(tiny_vit(class_token=False, global_pool="avg"), 2), "readout='cls' needs a class token"),
+        (lambda: PromptedViT(tiny_vit(**MAP["SigLIP"]), 2), "this backbone has none: use readout='map'"),
+        (
+            lambda: PromptedViT(tiny_vit(), 2, readout="map"),
+            "readout='map' needs the attention pooling .* none: use r",
+        ),
         (lambda: PromptedViT(tiny_vit(patch_drop_rate=0.1), 2), "patch_drop_rate must be 0"),
         (
             lambda: PromptedViT("vit_tiny_patch16_224", 2, img_size=30),

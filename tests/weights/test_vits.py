@@ -149,7 +149,8 @@ def test_files_of_every_repository_compute_what_it_computes(name: str, tmp_path:
     loaded = load_vit(path)
     report = loaded.report
     assert (report.format, report.missing, dict(report.resized or {})) == (form, (), {})
-    assert loaded.pretrained and not loaded.backbone.training and kind_of(path) == "vit"
+    assert loaded.pretrained and not loaded.backbone.training
+    assert kind_of(path) == kind_of(model) == ("pooled_vit" if name == "SigLIP" else "vit")
     assert any(key in note for note in report.notes for key in ("1 heads",)), "an assumed number of heads is told"
     assert all("\n" not in line for row in report.lines() for line in row)
     assert_is(loaded, of_timm(model))
@@ -235,7 +236,8 @@ def test_hugging_face_folders_compute_what_transformers_computes(name: str, tmp_
     kind = name.partition(" ")[0]
     model = save_hf(kind, tmp_path, **HUGGINGFACE[name])
     loaded = load_vit(tmp_path)
-    assert loaded.report.format == "huggingface" and kind_of(str(tmp_path)) == "vit"
+    assert loaded.report.format == "huggingface"
+    assert kind_of(str(tmp_path)) == {"SiglipVision": "pooled_vit", "IJepa": "classless_vit"}.get(kind, "vit")
     assert loaded.report.architecture["num_heads"] == 3
 
     def features(images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -345,7 +347,8 @@ def test_googles_npz_computes_what_timm_loads_from_it(layout: str, tmp_path: Pat
     save_npz(model, tmp_path / "ViT-T_4.npz", layout, opt_step=np.ones(1))
     loaded = load_vit(tmp_path / "ViT-T_4.npz")
     assert loaded.report.format == "jax" and loaded.report.dropped == ("opt_step",)
-    assert loaded.report.architecture["num_heads"] == 2 and kind_of(tmp_path / "ViT-T_4.npz") == "vit"
+    assert loaded.report.architecture["num_heads"] == 2
+    assert kind_of(tmp_path / "ViT-T_4.npz") == ("vit" if layout == "original" else "classless_vit")
     assert_is(loaded, of_timm(model))
     assert loaded.default_cfg["mean"] == (0.5, 0.5, 0.5)
     assert torch.equal(loaded.backbone.head.weight, model.head.weight)

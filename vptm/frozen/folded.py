@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from vptm.frozen.fold import FrozenBlock, fold_block
 from vptm.frozen.parts import is_plain_linear, oddity
+from vptm.frozen.pooling import pool_rows
 from vptm.frozen.rows import PreparedHead, PromptedRows
 from vptm_kernels import prompted_attention, readout_attention
 from vptm_kernels._runtime.frozen_linear import frozen_linear, runs_onednn
@@ -203,7 +204,8 @@ class Folded:
         return model.backbone.norm(model.run_block(self._last_block, model, x, row, last, prefix))
 
     def mean(self, model: PromptedRows, images: Tensor, start: Start | None = None) -> Tensor:
-        """The mean (B, C) of the rows a mean read-out takes, with the last block computed for those rows alone."""
+        """The mean (B, C) of the rows a mean read-out takes, or what attention pools of them, with the last block
+        computed for those rows alone."""
         last = len(self.blocks) - 1
         x, prefix = self._run(model, images, last, start)
         return model.run_block(self._mean_block, model, x, last, prefix)
@@ -407,7 +409,7 @@ class Folded:
         return self._add_linear(x[:, rows], mixed[:, rows], block.proj_weight, block.proj_bias, block.scale_1)
 
     def _mean_block(self, model: PromptedRows, x: Tensor, layer: int, prefix: Prefix) -> Tensor:
-        """The last block and the final norm for the rows that are averaged, (B, C).
+        """The last block and the final norm for the rows that are averaged or pooled by attention, (B, C).
 
         Without a norm before the mean, fc2 comes after it: `mean(W a_t + b) = W mean(a_t) + b`.
         """
@@ -417,6 +419,8 @@ class Folded:
             x = self._attend(model, x, layer, prefix, None)[:, rows]
         else:
             x = self._attend_from(model, x, layer, rows, prefix)
+        if model.attention_pool is not None:
+            return pool_rows(model.attention_pool, norm, self._mlp(x, block), model.impl)
         if type(norm) is not nn.Identity:
             return norm(self._mlp(x, block)).mean(dim=1)
         inner = self._mlp_inner(self._normalise(x, block.eps_2), block).mean(dim=1)

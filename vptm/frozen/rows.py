@@ -114,6 +114,11 @@ class PromptedRows(nn.Module):
         return slice(1, 1 + self.num_patches)
 
     @property
+    def attention_pool(self) -> nn.Module | None:
+        """What pools the rows of `mean_rows()`, after the final norm, by attention; None where they are averaged."""
+        return None
+
+    @property
     def pools_prompts(self) -> bool:
         """Whether the read-out averages prompt rows too, so that the last block has to compute them."""
         return False

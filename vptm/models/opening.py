@@ -6,8 +6,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import timm
+from timm.layers import AttentionPoolLatent
 from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vptm.messages import hint, one_of
@@ -15,14 +16,17 @@ from vptm.models.adapter_loading import load
 from vptm.models.prompted_beit import PromptedBEiT
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.prompted_vit import PromptedViT
-from vptm.settings import MODEL_SETTINGS, names
+from vptm.settings import MODEL_SETTINGS, ViTSettings, names
 from vptm.weights.adapter_format import CONFIG_FILE, read_adapter_config
-from vptm.weights.backbones import LoadedBackbone, is_timm_name
-from vptm.weights.containers import family_of
+from vptm.weights.backbones import LoadedBackbone, is_timm_name, probe
+from vptm.weights.containers import told_of
+from vptm.weights.families import Told, family_of_timm
 from vptm.weights.files import one_line_errors
 from vptm.weights.vits import LoadedViT
 
-_CLASSES: dict[str, type[PromptedModel]] = {"beit": PromptedBEiT, "classifier_beit": PromptedBEiT, "vit": PromptedViT}
+_CLASSES: dict[str, type[PromptedModel]] = {
+    kind: PromptedViT if issubclass(group, ViTSettings) else PromptedBEiT for kind, group in MODEL_SETTINGS.items()
+}
 MODEL_CLASSES = {kind.__name__: kind for kind in _CLASSES.values()}
 """Classes by the names that adapters know them by."""
 
@@ -32,9 +36,9 @@ def open_model(source: Any, num_classes: int, **settings: Any) -> PromptedModel:
 
     Masked-modelling weights become a `PromptedBEiT` that is read at its mask row (VPTM). A BEiT without mask token and
     token head, which timm's names and instances are, becomes one that is read at its class row by a linear verbalizer
-    (VPT); so do ViTs, as a `PromptedViT`: every other timm name or instance, and files and folders of their weights. A
-    setting that is given goes before these
-    defaults.
+    (VPT); so do ViTs, as a `PromptedViT`: every other timm name or instance, and files and folders of their weights.
+    One without a class token is read by the attention pooling that its source has (SigLIP), or the mean of its patches.
+    A setting that is given goes before these defaults.
 
     Args:
         source: "builtin", a checkpoint file (`.pth`, `.safetensors`, Google's `.npz`), a Hugging Face folder or id, a
@@ -72,14 +76,24 @@ def kind_of(source: Any, readout: str | None = None) -> str:
     if isinstance(source, LoadedBackbone | LoadedViT):
         source = source.backbone
     if isinstance(source, nn.Module):
-        is_bare, is_beit = True, isinstance(source, Beit)
-    elif is_timm_name(source):
-        is_bare, is_beit = True, source.partition(".")[0] in timm.list_models(module="beit")
+        told, is_bare = _told_of_module(source), True
+    elif is_bare := is_timm_name(source):
+        name = source.partition(".")[0]
+        family = family_of_timm(name)
+        told = _told_of_module(probe(name)) if family == "vit" else Told(family or "vit")
     else:
-        is_bare, is_beit = False, not isinstance(source, str | PathLike) or not source or family_of(source) != "vit"
-    if not is_beit:
-        return "vit"
+        found = told_of(source) if isinstance(source, str | PathLike) and source else None
+        told = found or Told("beit")
+    if told.family == "vit":
+        return {"cls": "vit", "map": "pooled_vit", "mean": "classless_vit"}[told.readout]
     return "classifier_beit" if is_bare and readout != "mask" else "beit"
+
+
+def _told_of_module(module: Any) -> Told:
+    if not isinstance(module, VisionTransformer):
+        return Told("beit" if isinstance(module, Beit) else "vit")
+    pools = isinstance(module.attn_pool, AttentionPoolLatent)
+    return Told("vit", "cls" if module.has_class_token else "map" if pools else "mean")
 
 
 def load_adapter(folder: str | Path, *, source: Any = None, impl: str = "auto") -> PromptedModel:

@@ -64,7 +64,7 @@ class PromptedModel(Pretrained):
         self.train(self.training)
 
     def _readout_row(self) -> int | None:
-        """Row of `forward_features` that is read, None where rows are averaged."""
+        """Row of `forward_features` that is read, None where rows are averaged or pooled by attention."""
         raise NotImplementedError
 
     def loaded(self) -> Any:
@@ -362,7 +362,11 @@ class PromptedModel(Pretrained):
         the row that is read, whichever it is.
         """
         row = self._readout_row()
-        pooled = features[:, self.mean_rows()].mean(dim=1) if row is None else features[:, row]
+        if row is not None:
+            pooled = features[:, row]
+        else:
+            rows, pool = features[:, self.mean_rows()], self.attention_pool
+            pooled = rows.mean(dim=1) if pool is None else pool(rows)
         hidden = self.backbone.fc_norm(pooled)
         return hidden if pre_logits else self._scores(hidden)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -40,11 +41,12 @@ class PromptedViT(PromptedModel):
         progressive_alpha: alpha of progressive prompts, or one for every block but the first.
         prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim", "placement",
             "dropout_per", "patch_values".
-        readout: "cls", "mean" over the patch rows (and class and register rows where the source's own mean takes them),
-            or "mean_with_prompts": those and the last block's prompt rows, as VPT does on MAE weights. The source's own
-            norms stay where it has them: timm's MAE models norm every row and then average, VPT averages first, through
-            a norm that its checkpoint lacks and that it keeps at the identity; for that pass a model made with
-            `global_pool="avg"`.
+        readout: "cls"; "mean" over the patch rows (and class and register rows where the source's own mean takes them);
+            "map", the source's own attention pooling (SigLIP's), whose one query attends to the normalised patch rows
+            (and to the prefix where the source's does) and to no prompt; or "mean_with_prompts": the rows of "mean" and
+            the last block's prompt rows, as VPT does on MAE weights. The source's own norms stay where it has them:
+            timm's MAE models norm every row and then average, VPT averages first, through a norm that its checkpoint
+            lacks and that it keeps at the identity; for that pass a model made with `global_pool="avg"`.
         verbalizer: "linear", "prototypical", or "class_embeddings", which `vptm.set_class_embeddings` fills.
         prototype_dim, projection_bias, temperature: see `vptm.PrototypicalVerbalizer`.
         token_activation: what the verbalizer reads: "hidden", or "logits", "softmax" or "log_softmax" of the source's
@@ -104,8 +106,16 @@ class PromptedViT(PromptedModel):
         self.report = loaded.report
         backbone: Any = loaded.backbone
         self.backbone = backbone
+        pools = isinstance(backbone.attn_pool, AttentionPoolLatent)
         if readout == "cls" and not backbone.has_class_token:
-            raise ValueError("readout='cls' needs a class token, this backbone has none: use readout='mean'")
+            instead = "map" if pools else "mean"
+            raise ValueError(f"readout='cls' needs a class token, this backbone has none: use readout={instead!r}")
+        if readout == "map" and not pools:
+            found = type(backbone.attn_pool).__name__ if backbone.attn_pool is not None else "none"
+            raise ValueError(
+                f"readout='map' needs the attention pooling of its source, AttentionPoolLatent, this backbone has "
+                f"{found}: use readout={'cls' if backbone.has_class_token else 'mean'!r}"
+            )
         self.num_features = backbone.embed_dim
         self.num_patches = backbone.patch_embed.num_patches
         self.architecture = {
@@ -152,14 +162,21 @@ class PromptedViT(PromptedModel):
         return self.backbone.blocks[layer](rows)
 
     @property
+    def attention_pool(self) -> nn.Module | None:
+        """The source's attention pooling, where it is read."""
+        pool: nn.Module | None = self.backbone.attn_pool if self.readout == "map" else None
+        return pool
+
+    @property
     def pools_prompts(self) -> bool:
         """Whether the read-out averages prompt rows too."""
         return self.readout == "mean_with_prompts"
 
     def mean_rows(self) -> slice:
-        """Rows that a mean read-out averages."""
+        """Rows that a mean read-out averages, or attention pools."""
         backbone = self.backbone
-        prefix = 0 if backbone.pool_include_prefix and backbone.attn_pool is None else backbone.num_prefix_tokens
+        with_prefix = backbone.pool_include_prefix and (backbone.attn_pool is None or self.readout == "map")
+        prefix = 0 if with_prefix else backbone.num_prefix_tokens
         return slice(prefix, self.num_rows - (0 if self.pools_prompts else self.prompts.length))
 
     def _readout_row(self) -> int | None:

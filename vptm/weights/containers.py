@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from vptm.messages import error_line
 from vptm.weights.configs import SourceFacts, folder_facts, vptm_facts
-from vptm.weights.families import MODEL_TYPES, Family, family_of_names, family_of_timm
+from vptm.weights.families import MODEL_TYPES, Family, Told, family_of_timm, told_by_names
 from vptm.weights.files import SUFFIXES, TORCH_SUFFIXES, read_json, read_safetensors, read_torch, safetensors_names
-from vptm.weights.jax_files import read_npz
+from vptm.weights.jax_files import npz_names, read_npz
 from vptm.weights.key_maps import is_huggingface, tensor_names, unwrap
 
 _WEIGHT_FILES = (
@@ -66,16 +66,16 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint | None:
     return None
 
 
-def family_of(source: str | os.PathLike[str]) -> Family | None:
-    """The family of what `read_checkpoint` would read, from the names in it; no weights are read. None where it is of
-    no family, or nothing can be told: reading it then says why.
+def told_of(source: str | os.PathLike[str]) -> Told | None:
+    """What can be told of what `read_checkpoint` would read from the names in it; no weights are read. None where it is
+    of no family, or nothing can be told: reading it then says why.
 
     Raises:
         FileNotFoundError: a hub id that the hub does not give.
     """
     label = os.fspath(source)
     if source == "builtin":
-        return "beit"
+        return Told("beit")
     path = Path(label).expanduser()
     hub_id = _HUB_ID.fullmatch(label) if isinstance(source, str) else None
     try:
@@ -84,26 +84,29 @@ def family_of(source: str | os.PathLike[str]) -> Family | None:
                 return None
             path = _download(hub_id[1], label)
         if path.is_file():
-            return _family_of_file(path)
+            return told_by_names(_names_in(path))
         config = read_json(path / "config.json")
+        family: Family | None = None
         if "model_type" in config:
-            return MODEL_TYPES.get(str(config["model_type"]))
-        if isinstance(config.get("architecture"), str):
-            return family_of_timm(config["architecture"])
+            family = MODEL_TYPES.get(str(config["model_type"]))
+        elif isinstance(config.get("architecture"), str):
+            family = family_of_timm(config["architecture"])
         found = next((path / name for name in _WEIGHT_FILES if (path / name).is_file()), None)
-        return None if found is None else _family_of_file(found)
+        return told_by_names([] if found is None else _names_in(found), family)
     except FileNotFoundError:
         raise
     except (ValueError, OSError):
         return None
 
 
-def _family_of_file(path: Path) -> Family | None:
+def _names_in(path: Path) -> list[str]:
     if path.suffix == ".npz":
-        return "vit"
+        return npz_names(path)
+    if path.suffix == ".json":
+        return list(read_json(path).get("weight_map") or {})
     if path.suffix == ".safetensors":
-        return family_of_names(safetensors_names(path))
-    return family_of_names(tensor_names(read_torch(path, checked=False))) if path.suffix in TORCH_SUFFIXES else None
+        return safetensors_names(path)
+    return tensor_names(read_torch(path, checked=False)) if path.suffix in TORCH_SUFFIXES else []
 
 
 def _read_file(path: Path, label: str) -> Checkpoint:

@@ -17,7 +17,7 @@ from torch import Tensor
 from vptm.messages import WITH_PATHS, error_line, one_line
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, read_adapter_config, read_adapter_tensors
 from vptm.weights.backbones import folded_names, is_timm_name, load_backbone, probe, report_of_name
-from vptm.weights.containers import family_of, read_checkpoint
+from vptm.weights.containers import read_checkpoint, told_of
 from vptm.weights.files import check_values, weight_hash
 from vptm.weights.key_maps import WRAPPERS, canonical_names, is_huggingface, is_index, unwrap
 from vptm.weights.vits import load_vit
@@ -65,7 +65,7 @@ def describe(source: str | os.PathLike[str]) -> Rows:
         rows = _timm_rows(str(source))
     else:
         try:
-            loaded = load_vit(source) if family_of(source) == "vit" else load_backbone(source)
+            loaded = load_vit(source) if _is_vit(source) else load_backbone(source)
             return loaded.report.lines()
         except ValueError as error:
             checkpoint = read_checkpoint(source)
@@ -73,6 +73,11 @@ def describe(source: str | os.PathLike[str]) -> Rows:
                 raise
             rows = [("source", str(source)), *_tensor_rows(checkpoint.state, str(source)), ("problem", str(error))]
     return [(one_line(label, 80), one_line(value, WITH_PATHS)) for label, value in rows]
+
+
+def _is_vit(source: str | os.PathLike[str]) -> bool:
+    told = told_of(source)
+    return told is not None and told.family == "vit"
 
 
 def _timm_rows(name: str) -> Rows:

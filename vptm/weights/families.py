@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import timm
 
 from vptm.messages import one_line
 
 Family = Literal["beit", "vit"]
+
+
+class Told(NamedTuple):
+    """What names alone tell of weights: their family, and of a ViT what its source reads: its class row, its patches
+    by attention pooling, or their mean."""
+
+    family: Family
+    readout: Literal["cls", "map", "mean"] = "cls"
+
 
 MODEL_TYPES: dict[str, Family] = {
     "beit": "beit",
@@ -36,9 +45,9 @@ _ROTARY = re.compile(
 _BEIT = re.compile(
     r"relative_position_bias_table$|\.attn\.[qv]_bias$|(^|\.)lm_head\.|(^|\.)(beit|data2vec_vision)\.|\.lambda_[12]$"
 )
-_VIT = re.compile(
-    r"\.attn\.(qkv\.(weight|bias)|in_proj_)|embedding/kernel$|\.key\.(weight|bias)$|\.k_proj\.(weight|bias)$"
-)
+_VIT = re.compile(r"\.attn\.(qkv\.|in_proj_)|embedding/kernel$|\.(key|k_proj)\.(weight|bias)$")
+_CLASS = re.compile(r"(^|[./])(cls_token|class_embedding|cls)$")
+_POOL = re.compile(r"(^|\.)(attn_pool\.latent|head\.probe)$|(^|/)MAPHead_0/probe$")
 ROTARY = "rotary positions, as EVA-02 and DINOv3 have them, are not supported"
 
 
@@ -53,6 +62,22 @@ def family_of_names(names: Iterable[str]) -> Family | None:
     if any(map(_BEIT.search, found)):
         return "beit"
     return "vit" if any(map(_VIT.search, found)) else None
+
+
+def told_by_names(names: Iterable[str], family: Family | None = None) -> Told | None:
+    """What tensors of these names tell, in `family` where that is known; None where they tell nothing.
+
+    Example:
+        >>> told_by_names(["blocks.0.attn.qkv.bias", "attn_pool.latent"])
+        Told(family='vit', readout='map')
+    """
+    found = list(names)
+    family = family or family_of_names(found)
+    if family is None:
+        return None
+    if family == "beit" or any(map(_CLASS.search, found)):
+        return Told(family)
+    return Told(family, "map" if any(map(_POOL.search, found)) else "mean")
 
 
 def refuse_rotary(names: Iterable[str], label: str) -> None:

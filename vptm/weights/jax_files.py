@@ -20,6 +20,15 @@ _PREFIXES = ("", "opt/target/", "params/", "params/img/")
 _READ = re.compile(r"embedding/(kernel|bias)|cls|pos_embedding|Transformer/.+|MAPHead_0/.+|head/(kernel|bias)")
 
 
+def npz_names(path: Path) -> list[str]:
+    """Names of the arrays in an `.npz`; none where it is no archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except (OSError, zipfile.BadZipFile):
+        return []
+
+
 def read_npz(path: Path, label: str) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
     """The tensors of an `.npz` under timm's names, keyword arguments of timm's VisionTransformer that the shapes tell,
     and names of what was left.
