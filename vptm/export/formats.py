@@ -147,7 +147,7 @@ def _save_program(program: torch.export.ExportedProgram, file: Path, said: Mappi
 
 def _compile(program: torch.export.ExportedProgram, file: Path, said: Mapping[str, str]) -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
-        raise ModuleNotFoundError("export to aoti needs a C++ compiler, found none: install g++ or set CXX")
+        raise ModuleNotFoundError("export to aoti needs a C++ compiler: install g++ or set CXX")
     made = torch._inductor.aoti_compile_and_package(
         program,
         package_path=str(file.with_name("package.pt2")),
