@@ -71,7 +71,7 @@ def test_a_graph_holds_no_weight_twice():
     program = export_program(model)
     held = sum(t.numel() for t in (*program.state_dict.values(), *formats._tensors(program)))
     blocks = sum(p.numel() for p in model.backbone.blocks.parameters())
-    biases = sum(t.numel() for t in model._runs_on().biases[:1])
+    biases = sum(t.numel() for t in model.folded_constants().biases[:1])
     assert held < 1.1 * blocks + biases + 500 * 6 + 3 * 2 * 3 * 32 * 3 + 2000
 
 
@@ -122,6 +122,24 @@ def test_onnx_runtime_gives_the_same_scores_for_any_batch(tmp_path):
         assert relative_error(found, want) <= 1e-5
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_exporters_that_know_no_op_of_ours_name_the_way_out(tmp_path):
+    """Theirs would be pages about an operator that the user never wrote; the reference path is traced."""
+    model = build(tiny_beit(depth=1), impl="auto").float()
+    x = images(model, 2).float()
+    calls = {"jit.trace": lambda: torch.jit.trace(model, x)}
+    if has_onnx:
+        path = str(tmp_path / "model.onnx")
+        calls["TorchScript"] = lambda: torch.onnx.export(model, (x,), path, dynamo=False)
+        calls["dynamo"] = lambda: torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=r"need impl='reference', got impl='auto': .* `vptm export RUN") as error:
+            call()
+        assert name == "dynamo" or "\n" not in str(error.value)
+    model.impl = "reference"
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_a_compiled_package_gives_the_same_scores(tmp_path):
@@ -165,6 +183,30 @@ def test_a_file_with_other_scores_is_not_written(tmp_path, monkeypatch):
     assert path.read_bytes() == b"before" and [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
 
 
+class Branching(torch.nn.Linear):
+    """What no exporter can trace."""
+
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else -super().forward(x)
+
+
+def test_what_torch_cannot_write_is_one_clear_line(tmp_path, monkeypatch):
+    """A backbone that branches on its values, and a compiler that is none: nothing is written, pages are not shown."""
+    model = build(tiny_beit(depth=1))
+    fc1 = model.backbone.blocks[0].mlp.fc1
+    model.backbone.blocks[0].mlp.fc1 = Branching(fc1.in_features, fc1.out_features).double()
+    with pytest.raises(ValueError, match=r"^torch\.export must trace the model, got ") as error:
+        export(model, tmp_path / "model.pt2", "pt2")
+    assert "\n" not in str(error.value) and len(str(error.value)) <= 500
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ModuleNotFoundError, match="needs a C\\+\\+ compiler, CXX='no-such-compiler' is none"):
+        export(model, tmp_path / "model.aoti", "aoti")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"model\.safetensors cannot be written: "):
+        export(model, tmp_path / "file" / "model.safetensors", "safetensors")
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -203,6 +245,7 @@ def test_the_command_says_what_it_wrote(capsys, tmp_path):
         and (tmp_path / "model.safetensors").is_file()
     )
     for arguments, message in (
+        ([], "Missing option '--to'. It must be one of pt2, aoti, onnx, safetensors."),
         (["--to", "tflite"], "to must be one of pt2, aoti, onnx, safetensors, got 'tflite'"),
         (["--to", "pt2", "--opset", "20"], "opset must be None for 'pt2', got 20"),
     ):

@@ -185,7 +185,7 @@ def test_what_is_not_a_parameter_is_noticed_too() -> None:
     assert max(vptm.check(model, batch, gradients=False).values()) <= 1e-12
     assert not torch.equal(model(batch), before)
     hook = model.backbone.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: 0 * output)
-    assert not model._encoder.runs(model) and "blocks with hooks" in model._unfolded()
+    assert not model._encoder.runs(model) and "blocks with hooks" in model.why_unfolded()
     assert max(vptm.check(model, batch, gradients=False).values()) <= 1e-12
     hook.remove()
     assert model._encoder.runs(model)

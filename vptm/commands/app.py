@@ -61,12 +61,18 @@ def _run(arguments: list[str]) -> int:
         if hasattr(error, "format_message"):  # a usage error: its class moved between versions of typer
             if message := error.format_message():
                 is_help = type(error).__name__ == "NoArgsIsHelpError"
-                say(f"vptm: {message if is_help else one_line(message, WITH_PATHS)}")
+                say(f"vptm: {message if is_help else one_line(message + _choices(error), WITH_PATHS)}")
             return int(getattr(error, "exit_code", 2))
         if debug:
             raise
         say(f"vptm: {error_line(error, WITH_PATHS)}")
         return _exit_code(error)
+
+
+def _choices(error: object) -> str:
+    """What an option that was left out must be, where its help lists words."""
+    words = str(getattr(getattr(error, "param", None), "metavar", None) or "")
+    return f" It must be one of {words[1:-1].replace('|', ', ')}." if words.startswith("[") and "|" in words else ""
 
 
 def _exit_code(error: Exception) -> int:

@@ -6,22 +6,22 @@ import importlib.util
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from vptm.export.program import export_program
 from vptm.frozen.modes import eval_mode
-from vptm.messages import one_of
+from vptm.messages import one_line, one_of
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import ExportFormat
 from vptm.version import __version__
 from vptm.weights.adapter_format import PREPROCESSING
-from vptm.weights.files import WriteError
+from vptm.weights.files import replacing_several
 
 FORMATS = get_args(ExportFormat)
 FACTS = "vptm.json"
@@ -80,19 +80,36 @@ def export(model: PromptedModel, path: str | Path, to: str, *, opset: int | None
         raise ValueError(f"path must be a file, got the folder {path}")
     if to == "onnx":
         _check_opset(opset)
+    if to == "aoti":
+        _check_compiler()
+    difference = None
     with eval_mode(model), torch.no_grad():
-        if to == "safetensors":
-            return Exported(path, _placed(path, lambda file: _save_weights(model, file)), None)
-        program = export_program(model)
-        difference = _difference(program.module(), model)
-        said = facts(model)
-        if to == "pt2":
-            size = _placed(path, lambda file: _save_program(program, file, said))
-        elif to == "aoti":
-            size = _placed(path, lambda file: _compile(program, file, said))
-        else:
-            size = _placed(path, lambda file: _save_onnx(program, file, said, opset))
+        if to != "safetensors":
+            with _by_torch("torch.export must trace the model"):
+                program = export_program(model)
+            difference = _difference(program.module(), model)
+        with replacing_several(path) as file:
+            if to == "safetensors":
+                _save_weights(model, file)
+            elif to == "pt2":
+                _save_program(program, file, facts(model))
+            elif to == "aoti":
+                _compile(program, file, facts(model))
+            else:
+                _save_onnx(program, file, facts(model), opset)
+            size = sum(made.stat().st_size for made in file.parent.iterdir())
     return Exported(path, size, difference)
+
+
+@contextmanager
+def _by_torch(must: str) -> Iterator[None]:
+    """What torch says at length of a model that it cannot write, as one line; of a file, as it is."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # torch's exporters and compilers raise whatever is raised inside
+        raise ValueError(one_line(f"{must}, got {type(error).__name__}: {error}")) from error
 
 
 def facts(model: PromptedModel) -> dict[str, str]:
@@ -125,34 +142,26 @@ def _difference(run: Callable[[Tensor], Tensor], model: PromptedModel) -> float:
     return difference
 
 
-def _placed(path: Path, write: Callable[[Path], None]) -> int:
-    """Let `write` fill a folder beside `path`, and move what it made into place; bytes of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            write(Path(folder, path.name))
-            made = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)  # `path` itself comes last
-            size = sum(file.stat().st_size for file in made)
-            for file in made:
-                os.replace(file, path.parent / file.name)
-    except OSError as error:
-        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
-    return size
-
-
 def _save_program(program: torch.export.ExportedProgram, file: Path, said: Mapping[str, str]) -> None:
     with file.open("wb") as stream:  # a path would have to end in .pt2
         torch.export.save(program, stream, extra_files={FACTS: json.dumps(dict(said), indent=2)})
 
 
+def _check_compiler() -> None:
+    compiler = os.environ.get("CXX")
+    if compiler is not None and shutil.which(compiler) is None:
+        raise ModuleNotFoundError(f"export to aoti needs a C++ compiler, CXX={compiler!r} is none: set it to one")
+    if compiler is None and shutil.which("g++") is None and shutil.which("clang++") is None:
+        raise ModuleNotFoundError("export to aoti needs a C++ compiler, found none: install g++ or set CXX")
+
+
 def _compile(program: torch.export.ExportedProgram, file: Path, said: Mapping[str, str]) -> None:
-    if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
-        raise ModuleNotFoundError("export to aoti needs a C++ compiler: install g++ or set CXX")
-    made = torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(file.with_name("package.pt2")),
-        inductor_configs={"aot_inductor.metadata": dict(said)},
-    )
+    with _by_torch("AOTInductor must compile the graph"):
+        made = torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(file.with_name("package.pt2")),
+            inductor_configs={"aot_inductor.metadata": dict(said)},
+        )
     os.replace(made, file)
 
 
@@ -170,11 +179,10 @@ def _check_opset(opset: int | None) -> None:
 
 
 def _save_onnx(program: torch.export.ExportedProgram, file: Path, said: Mapping[str, str], opset: int | None) -> None:
-    exported = torch.onnx.export(
-        program, dynamo=True, input_names=["images"], output_names=["logits"], opset_version=opset, verbose=False
-    )
-    if exported is None:
-        raise ValueError("torch.onnx.export made nothing")
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    with _by_torch(f"torch.onnx.export must write the graph in opset {opset or 'of its choice'}"):
+        exported = torch.onnx.export(program, dynamo=True, **names, opset_version=opset, verbose=False)
+    assert exported is not None  # it is where dynamo=False
     exported.model.metadata_props.update({f"vptm.{name}": value for name, value in said.items()})
     weights = sum(value.nbytes for value in (*program.state_dict.values(), *_tensors(program)))
     exported.save(file, external_data=weights > _LARGEST_PROTOBUF)

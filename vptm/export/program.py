@@ -26,7 +26,7 @@ class Inference(nn.Module):
 
     def __init__(self, model: PromptedModel) -> None:
         super().__init__()
-        folded = model._runs_on()
+        folded = model.folded_constants()
         self._folded: Folded | None = None
         if folded is not None:
             if model.prompt_bias is not None:
@@ -46,7 +46,7 @@ class Inference(nn.Module):
         """Class scores (B, K) of normalised images (B, channels, height, width)."""
         if self._folded is None:
             return self.model(images)
-        return self.model._scores(self.model._hidden(images, self._folded), self._folded)
+        return self.model.forward_scores(self.model.hidden_on(images, self._folded), self._folded)
 
 
 def _without_views(folded: Folded) -> Folded:

@@ -103,7 +103,7 @@ def inspect_tokens(
     pixels = image.to(place)[None]
     with eval_mode(model):
         hidden = model.forward_hidden(pixels)
-        probabilities = model._scores(hidden).softmax(-1)[0]
+        probabilities = model.forward_scores(hidden).softmax(-1)[0]
         similarities = None
         if isinstance(model.verbalizer, PrototypicalVerbalizer):
             similarities = model.verbalizer.cosine(hidden, model.lm_head, model.impl)[0].tolist()

@@ -148,7 +148,7 @@ def completed(
     """A model as it was built, with what its adapter holds."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     check_adapter_tensors(folder, config, learned, stated_hash, parameters, model.learned_state_dict().keys())
-    check_backbone_hash(config, learned, model._frozen_state(), model.source)
+    check_backbone_hash(config, learned, model.frozen_state_dict(), model.source)
     _fill(model, learned, config)
     model.class_names = config.get("class_names")
     size = model.default_cfg["input_size"]

@@ -157,9 +157,9 @@ def frozen_part(model: Saved) -> FrozenPart:
     Raises:
         ValueError: a model that its config and source cannot make again.
     """
-    frozen, learned = model._frozen_state(), model.learned_state_dict()
+    frozen, learned = model.frozen_state_dict(), model.learned_state_dict()
     again = _built_again(model)
-    fresh = None if again is None else again._frozen_state() | again.learned_state_dict()
+    fresh = None if again is None else again.frozen_state_dict() | again.learned_state_dict()
     _check_layout(frozen | learned, _made_here(model) if fresh is None else fresh, whole=fresh is not None)
     changed: dict[str, Tensor] = {}
     if model._sealed_hash is not None:

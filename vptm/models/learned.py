@@ -41,7 +41,7 @@ class LearnedParts(PromptedRows):
     def weight_hash(self) -> str:
         """Hash of the frozen weights as they are now, in their dtype; those that `freeze_for_inference` dropped count
         as they were then. An adapter fits this model only where the hashes agree."""
-        return weight_hash(self._frozen_state()) if self._sealed_hash is None else self._sealed_hash
+        return weight_hash(self.frozen_state_dict()) if self._sealed_hash is None else self._sealed_hash
 
     def learned_state_dict(self) -> dict[str, Tensor]:
         """The tensors that training changes, detached, under their `state_dict` names: every parameter that requires a
@@ -104,7 +104,7 @@ class LearnedParts(PromptedRows):
             or (name.startswith("lm_head.") and bool(trained[1]))
         )
 
-    def _frozen_state(self) -> dict[str, Tensor]:
+    def frozen_state_dict(self) -> dict[str, Tensor]:
         """What `learned_state_dict` leaves to the source; also of a model whose originals were dropped."""
         learned = self.learned_state_dict()
         return {

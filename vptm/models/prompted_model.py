@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn import functional as F
 
 from vptm.data.labels import check_labels
@@ -164,6 +165,7 @@ class PromptedModel(Pretrained):
     @torch.compiler.assume_constant_result
     def fold_while_tracing(self) -> bool:
         """Whether this model runs folded, asked by a trace: constants are made at once, of real weights."""
+        self._refuse_exporters()
         return self._encoder.runs_eagerly(self)
 
     def freeze_for_inference(self, keep_originals: bool = False) -> PromptedModel:
@@ -192,9 +194,9 @@ class PromptedModel(Pretrained):
             >>> model(torch.zeros(2, 1, 28, 28)).shape
             torch.Size([2, 10])
         """
-        folded = self._runs_on()
+        folded = self.folded_constants()
         if folded is None:
-            raise ValueError(f"freeze_for_inference needs a model that runs folded, got {self._unfolded()}")
+            raise ValueError(f"freeze_for_inference needs a model that runs folded, got {self.why_unfolded()}")
         if self._encoder.sealed:
             if keep_originals:
                 self._refuse_dropped("freeze_for_inference(keep_originals=True)")
@@ -239,7 +241,7 @@ class PromptedModel(Pretrained):
             >>> twin.prompts.length, twin(torch.zeros(2, 1, 28, 28)).shape
             (0, torch.Size([2, 10]))
         """
-        twin = self._twin(FrozenEncoder(self._runs_on))
+        twin = self._twin(FrozenEncoder(self.folded_constants))
         twin.config = self.config | {"prompt_length": 0, "prompt_mode": "shallow"}
         twin.config |= {"prompt_dropout": 0.0, "prompt_options": None}
         if twin.extra_bias == "learned":  # of prompts alone
@@ -254,7 +256,7 @@ class PromptedModel(Pretrained):
 
         The parts keep their mode: call `eval()` before. A model that does not run folded, or is sealed, is its own.
         """
-        folded = None if self._encoder.sealed else self._runs_on()
+        folded = None if self._encoder.sealed else self.folded_constants()
         if folded is None:
             return self
         twin = self._twin(FrozenEncoder())
@@ -311,12 +313,21 @@ class PromptedModel(Pretrained):
             CLS or mean read-out this equals `backbone.forward_features`.
         """
         self.check_images(images)
-        folded = self._runs_on()
+        folded = self.folded_constants()
         return self._plain_features(images) if folded is None else folded.features(self, images)
 
-    def _runs_on(self) -> Folded | None:
-        """The folded constants this model runs on now, None where it runs its modules."""
-        return None if self.impl == "reference" else self._encoder.folded(self)
+    def folded_constants(self) -> Folded | None:
+        """The folded constants this model runs on now, None where it runs its modules.
+
+        Raises:
+            RuntimeError: inside `torch.jit.trace` and `torch.onnx.export`, which know no op of vptm's.
+        """
+        if self.impl == "reference":
+            return None
+        # what dynamo traces asks through fold_while_tracing
+        if is_tracing() or (torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()):
+            self._refuse_exporters()
+        return self._encoder.folded(self)
 
     def _plain_features(self, images: Tensor) -> Tensor:
         self._refuse_dropped("the reference path")
@@ -324,14 +335,22 @@ class PromptedModel(Pretrained):
         if self.impl == "triton":
             raise ValueError(
                 "impl='triton' needs a frozen backbone of plain pre-norm blocks with a two-layer MLP, "
-                f"got {self._unfolded()}"
+                f"got {self.why_unfolded()}"
             )
         if learns(self.backbone):
             unshare_storage(self.backbone)
         return reference_features(self, images, softmax_attention if self.impl == "reference" else sdpa)
 
-    def _unfolded(self) -> str:
-        """What keeps this model from the folded path."""
+    def _refuse_exporters(self) -> None:
+        """Those that would record ops of vptm's and not know how to write them."""
+        if is_tracing() or torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                f"torch.jit.trace and torch.onnx.export need impl='reference', got impl={self.impl!r}: or write the "
+                "model with `vptm export RUN --to pt2` (or aoti, onnx), or with vptm.export.formats.export"
+            )
+
+    def why_unfolded(self) -> str:
+        """What keeps this model from the folded path, in words."""
         return FrozenEncoder.unsupported(self) or f"impl={self.impl!r}"
 
     @contextmanager
@@ -346,9 +365,15 @@ class PromptedModel(Pretrained):
     def forward_hidden(self, images: Tensor) -> Tensor:
         """The normalised read-out row (B, C), equal to `forward_head(forward_features(images), pre_logits=True)`."""
         self.check_images(images)
-        return self._hidden(images, self._runs_on())
+        return self.hidden_on(images, self.folded_constants())
 
-    def _hidden(self, images: Tensor, folded: Folded | None, start: Start | None = None) -> Tensor:
+    def hidden_on(self, images: Tensor, folded: Folded | None, start: Start | None = None) -> Tensor:
+        """`forward_hidden` of images that were checked, on constants of this backbone that may be another model's.
+
+        Args:
+            folded: what `folded_constants` gives, or what was made from it.
+            start: rows that enter block 0, where they were computed before.
+        """
         if folded is None:
             return self.forward_head(self._plain_features(images), pre_logits=True)
         row = self._readout_row()
@@ -368,10 +393,10 @@ class PromptedModel(Pretrained):
             rows, pool = features[:, self.mean_rows()], self.attention_pool
             pooled = rows.mean(dim=1) if pool is None else pool(rows)
         hidden = self.backbone.fc_norm(pooled)
-        return hidden if pre_logits else self._scores(hidden)
+        return hidden if pre_logits else self.forward_scores(hidden)
 
     def forward(
-        self, images: Tensor | None = None, *, pixel_values: Tensor | None = None, labels: Tensor | None = None
+        self, images: Tensor | None = None, pixel_values: Tensor | None = None, labels: Tensor | None = None
     ) -> Any:
         """Class scores (B, K), cosine / temperature with the prototypical verbalizer, of normalised images.
 
@@ -394,8 +419,8 @@ class PromptedModel(Pretrained):
             raise TypeError(f"one of images and pixel_values must be given, got {'none' if images is None else 'both'}")
         pixels: Tensor = pixel_values if images is None else images  # type: ignore[assignment]
         self.check_images(pixels)
-        folded = self._runs_on()
-        scores = self._scores(self._hidden(pixels, folded), folded)
+        folded = self.folded_constants()
+        scores = self.forward_scores(self.hidden_on(pixels, folded), folded)
         return scores if labels is None else LabelledOutput(self._loss(scores, labels), scores)
 
     def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
@@ -409,7 +434,8 @@ class PromptedModel(Pretrained):
             check_labels(labels, scores.shape[1])
         return F.cross_entropy(scores.float(), labels.float() if shares else labels.long())
 
-    def _scores(self, hidden: Tensor, folded: Folded | None = None) -> Tensor:
+    def forward_scores(self, hidden: Tensor, folded: Folded | None = None) -> Tensor:
+        """Class scores (B, K) of read-out rows (B, C), with the token head of `folded` where there is one."""
         if not isinstance(self.verbalizer, PrototypicalVerbalizer):
             return self.verbalizer(hidden, self.lm_head)
         if folded is None:

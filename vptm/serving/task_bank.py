@@ -148,9 +148,9 @@ class TaskBank:
             model = copy.deepcopy(model).to(device=place, dtype=weight.dtype if dtype is None else dtype)
         model.impl = impl
         self._model = model
-        folded = model._runs_on()
+        folded = model.folded_constants()
         if folded is None:
-            raise ValueError(f"a TaskBank needs a backbone that runs folded, got {model._unfolded()}")
+            raise ValueError(f"a TaskBank needs a backbone that runs folded, got {model.why_unfolded()}")
         self._folded = folded
         self._weight = model.backbone.patch_embed.proj.weight
         self.device, self.dtype = self._weight.device, self._weight.dtype
@@ -252,7 +252,7 @@ class TaskBank:
             raise ValueError(f"tasks must be a name for each of {len(images)} images, got {len(tasks)}")
         if not tasks:
             return images.new_empty(0, 0)
-        if self._model._runs_on() is not self._folded:
+        if self._model.folded_constants() is not self._folded:
             raise RuntimeError("weights of the backbone must stay as they were when the bank was made, got others")
         with (
             self._reading(tasks) as snapshot,
@@ -283,7 +283,8 @@ class TaskBank:
     def _predict(self, snapshot: _Snapshot, images: Tensor, tasks: list[_Task]) -> Tensor:
         # images that run together side by side, and among them those of one task
         groups = {task.group: i for i, task in enumerate(tasks)}
-        order = sorted(range(len(tasks)), key=lambda i: (groups[tasks[i].group], tasks[i].dim, id(tasks[i])))
+        place = [(groups[task.group], task.dim, task.head, id(task)) for task in tasks]
+        order = sorted(range(len(tasks)), key=place.__getitem__)
         moved = order != list(range(len(tasks)))
         if moved:
             tasks = [tasks[i] for i in order]
@@ -302,14 +303,14 @@ class TaskBank:
         """Read-out rows (B, C) of images whose tasks share a group."""
         model, folded = snapshot.frames[tasks[0].frame]
         if tasks[0].model is not None:
-            return tasks[0].model._hidden(images, folded)
+            return tasks[0].model.hidden_on(images, folded)
         if tasks[0].rows is not None:
             rows = BatchPrompts(model.prompts, [task.rows for task in tasks if task.rows is not None])
-            return model.with_parts(prompts=rows)._hidden(images, folded)
+            return model.with_parts(prompts=rows).hidden_on(images, folded)
         ranges = [task.prompts for task in tasks]
         longest = max(length for _, length in ranges)
         if longest == 0:
-            return model._hidden(images, folded)
+            return model.hidden_on(images, folded)
         pool = snapshot.pools[_KEYS_VALUES]
         if len(set(ranges)) == 1:
             start, length = ranges[0]
@@ -317,7 +318,7 @@ class TaskBank:
         else:
             placed = torch.tensor(ranges, dtype=torch.int32)
             prefixes = [PooledPrefix(rows, placed, longest) for rows in pool]
-        return model._hidden(images, folded.sealed(prefixes, None))
+        return model.hidden_on(images, folded.sealed(prefixes, None))
 
     def _scores(self, snapshot: _Snapshot, hidden: Tensor, tasks: list[_Task]) -> Tensor:
         widest = max(task.readout.classes for task in tasks)
@@ -590,7 +591,7 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 def _weights(model: PromptedModel) -> dict[str, Tensor]:
     """The tensors of a backbone, by their names in the model."""
-    return {name: tensor for name, tensor in model._frozen_state().items() if name.startswith("backbone.")}
+    return {name: tensor for name, tensor in model.frozen_state_dict().items() if name.startswith("backbone.")}
 
 
 def _equal(a: nn.Module | Tensor | None, b: nn.Module | Tensor | None) -> bool:

@@ -56,11 +56,11 @@ class FeatureReformation:
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The prompted read-out rows (B, C) of a batch, and its loss."""
         model = self.model
-        folded = model._runs_on() if self._cache is None and model.prompts.placement == "prepend" else None
+        folded = model.folded_constants() if self._cache is None and model.prompts.placement == "prepend" else None
         if folded is not None:
             model.check_images(images)
             start = folded.start(model, images)
-            frozen, hidden = self._compute(images, start), model._hidden(images, folded, start)
+            frozen, hidden = self._compute(images, start), model.hidden_on(images, folded, start)
         else:
             frozen, hidden = self.frozen(images), model.forward_hidden(images)
         loss = feature_reformation(image_features(model, hidden), frozen, temperature=self.temperature)
@@ -69,7 +69,7 @@ class FeatureReformation:
     @torch.no_grad()
     def frozen(self, images: Tensor) -> Tensor:
         """Features (B, D) without prompts."""
-        folded = self.model._runs_on()
+        folded = self.model.folded_constants()
         if self._cache is None or folded is None:
             return self._compute(images)
         if folded is not self._cached_on:  # of other weights
@@ -87,7 +87,7 @@ class FeatureReformation:
     def _compute(self, images: Tensor, start: Start | None = None) -> Tensor:
         twin = self.twin
         twin.impl = self.model.impl
-        return image_features(self.model, twin._hidden(images, twin._runs_on(), start))
+        return image_features(self.model, twin.hidden_on(images, twin.folded_constants(), start))
 
 
 def image_features(model: PromptedModel, hidden: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class TrainStep:
         # a wrapper's forward gives scores alone
         hidden, held = (self._hidden(images), None) if self.reform is None else self.reform(images)
         if not weight:
-            return model._scores(hidden), held
+            return model.forward_scores(hidden), held
         verbalizer: Any = model.verbalizer
         embedding = verbalizer.embed(hidden, model.lm_head)
         contrast = weight * protoverb_loss(embedding, verbalizer.prototypes, labels)

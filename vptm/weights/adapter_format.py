@@ -34,8 +34,23 @@ from vptm.weights.preprocessing import preprocessing_error
 SCHEMA_VERSION = 3
 PEFT_TYPE, TASK_TYPE = "VPTM", "IMAGE_CLASSIFICATION"
 TENSORS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-_STATED = ("schema_version", "peft_type", "task_type", "base_model_name_or_path", "vptm_version")
-_ENTRIES = {*_STATED, "model_class", "backbone", "model", "trained", "class_names", "preprocessing", "extra"}
+# What every adapter has since a schema; what came within one, as "architecture" of a PromptedViT, may be missing.
+_SINCE = {
+    1: {
+        "": ("schema_version", "vptm_version", "backbone", "model", "class_names", "preprocessing", "extra"),
+        "backbone": ("source", "architecture", "weight_hash", "unfrozen"),
+        "model": (
+            *("num_classes", "prompt_length", "prompt_mode", "prompt_dropout", "progressive_alpha", "readout"),
+            *("train_lm_head", "verbalizer", "prototype_dim", "token_activation", "projection_bias", "temperature"),
+            *("img_size", "pretrained"),
+        ),
+        "preprocessing": ("input_size", "mean", "std"),
+    },
+    2: {"": ("model_class", "trained"), "backbone": ("dtype",), "model": ("prompt_options",)},
+    3: {"": ("peft_type", "task_type", "base_model_name_or_path"), "backbone": ("path",)},
+}
+_OF_A_BEIT = ("mask_mode", "train_mask_token", "extra_bias", "vocab_size")
+_ENTRIES = {name for since in _SINCE.values() for name in since[""]}
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "background", "value_range")
 
 
@@ -112,6 +127,8 @@ def _config_error(config: dict[str, Any]) -> str | None:
         if not isinstance(config.get(section), dict):
             return f"must have an object {section!r}, got {config.get(section)!r}"
     backbone, model, names = config["backbone"], config["model"], config.get("class_names")
+    if missing := _missing(config):
+        return f"must have {missing}, it is missing"
     if not isinstance(backbone.get("weight_hash"), str):
         return "must have the string backbone.weight_hash"
     if not isinstance(backbone.get("source"), str | None):
@@ -142,7 +159,20 @@ def _config_error(config: dict[str, Any]) -> str | None:
         return f"must name every class: {len(names)} class_names for {model['num_classes']} classes"
     if not isinstance(config.get("extra") or {}, dict):
         return f"must have extra as an object, got {config['extra']!r}"
-    return preprocessing_error(config.get("preprocessing") or {})
+    return preprocessing_error(config["preprocessing"])
+
+
+def _missing(config: Mapping[str, Any]) -> str | None:
+    """The first entry that a config of its schema has and this one has not."""
+    for version, sections in _SINCE.items():
+        for section, names in sections.items() if version <= config["schema_version"] else ():
+            held = config[section] if section else config
+            if section == "model" and config.get("model_class", "PromptedBEiT") == "PromptedBEiT":
+                names += _OF_A_BEIT
+            for name in names if isinstance(held, Mapping) else ():  # of another type: said elsewhere
+                if name not in held:
+                    return f"{section}.{name}" if section else name
+    return None
 
 
 def read_adapter_tensors(folder: str | Path) -> tuple[dict[str, Tensor], str | None]:

@@ -14,6 +14,7 @@ import pickletools
 import re
 import stat
 import struct
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -62,15 +63,42 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
+        with _naming(path):
+            yield temporary
+            _move(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_several(path: Path) -> Iterator[Path]:
+    """`replacing` for a writer that puts further files beside `path`, which name each other: the block writes `path`'s
+    name in a folder of its own, whose files are renamed into place when the block ends well, `path` itself last.
+
+    Raises:
+        WriteError: naming `path`; an old file is as it was.
+    """
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            yield Path(folder, path.name)
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+                _move(file, path.parent / file.name)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _move(file: Path, path: Path) -> None:
+    with file.open("r+b") as written:
+        os.fsync(written.fileno())
+    os.replace(file, path)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

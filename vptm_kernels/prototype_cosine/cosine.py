@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -69,12 +70,20 @@ def task_cosine(
     """Cosines (B, widest) of every row to its own task's prototypes, -inf beyond them."""
     unit = embedding / torch.linalg.vector_norm(embedding, dim=1, keepdim=True).clamp_min_(eps)
     out = embedding.new_full((embedding.shape[0], widest), float("-inf"))
-    for task, rows in groups(task_ids):
+    tasks, sizes = _runs(task_ids)
+    if len(tasks) == len(set(tasks)) and unit_prototypes:
+        columns = prototypes.mT
+        for task, rows, place in zip(tasks, unit.split(sizes), out.split(sizes)):
+            first, count = offsets[task], offsets[task + 1] - offsets[task]
+            own = columns.narrow(1, first, count).to(embedding.dtype)
+            torch.mm(rows, own, out=place if count == widest else place.narrow(1, 0, count))
+        return out
+    for task, chosen in groups(task_ids):
         own = prototypes[offsets[task] : offsets[task + 1]].to(embedding.dtype)
-        scores = F.linear(unit[rows], own)
+        scores = F.linear(unit[chosen], own)
         if not unit_prototypes:
             scores /= torch.linalg.vector_norm(own, dim=1).clamp_min_(eps)
-        out[rows, : own.shape[0]] = scores
+        out[chosen, : own.shape[0]] = scores
     return out
 
 
@@ -101,8 +110,17 @@ def task_cosine_backward(
 
 def task_linear(hidden: Tensor, weight: Tensor, bias: Tensor, task_ids: Tensor, out: Tensor) -> None:
     """out[i] = weight[task_ids[i]] @ hidden[i] + bias[task_ids[i]]."""
-    for task, rows in groups(task_ids):
-        out[rows] = F.linear(hidden[rows], weight[task], bias[task]).to(out.dtype)
+    products = out if out.dtype == hidden.dtype else torch.empty_like(out, dtype=hidden.dtype)
+    tasks, sizes = _runs(task_ids)
+    if len(tasks) == len(set(tasks)):
+        columns = weight.mT
+        # a product in its place takes two thirds of the time of one that is copied there
+        for task, rows, place in zip(tasks, hidden.split(sizes), products.split(sizes)):
+            torch.mm(rows, columns[task], out=place)
+    else:
+        for task, chosen in groups(task_ids):
+            products[chosen] = hidden[chosen] @ weight[task].mT
+    torch.add(products, bias[task_ids.long()], out=out)
 
 
 def task_linear_backward(
@@ -120,6 +138,12 @@ def task_linear_backward(
         if dbias is not None:
             dbias[task] = grad[rows].sum(0)
     return dhidden, dweight, dbias
+
+
+def _runs(task_ids: Tensor) -> tuple[list[int], list[int]]:
+    """Tasks of rows that follow each other, and how many rows each run has."""
+    runs = [(task, len(list(rows))) for task, rows in groupby(task_ids.tolist())]
+    return [task for task, _ in runs], [size for _, size in runs]
 
 
 def groups(task_ids: Tensor) -> Iterator[tuple[int, slice | list[int]]]:
