@@ -17,6 +17,7 @@ from vptm.commands.explain import explain
 from vptm.commands.export import export
 from vptm.commands.inspect import inspect
 from vptm.commands.map import map_labels
+from vptm.commands.models import models
 from vptm.commands.predict import predict
 from vptm.commands.profile import profile
 from vptm.commands.protocol import protocol
@@ -121,6 +122,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "explain": explain,
     "export": export,
     "serve": serve,
+    "models": models,
     "inspect": inspect,
     "profile": profile,
     "env": env,

@@ -21,6 +21,9 @@ class Told(NamedTuple):
     readout: Literal["cls", "map", "mean"] = "cls"
 
 
+TIMM_MODULES = ("beit", "vision_transformer", "deit")
+"""timm's modules whose models are of a family."""
+
 MODEL_TYPES: dict[str, Family] = {
     "beit": "beit",
     "data2vec-vision": "beit",
@@ -95,5 +98,4 @@ def family_of_timm(name: str) -> Family | None:
     """
     if name in timm.list_models(module="beit"):
         return "beit"
-    known = (*timm.list_models(module="vision_transformer"), *timm.list_models(module="deit"))
-    return "vit" if name in known else None
+    return "vit" if any(name in timm.list_models(module=module) for module in TIMM_MODULES) else None
