@@ -39,6 +39,4 @@ def models(
         head = "yes" if model.token_head else "no"
         rows.append((model.name, model.kind, model.readout, size, count, model.license, head))
     print_columns(rows)
-    say(
-        "files and folders of weights open too: .pth, .safetensors, .npz, Hugging Face; `vptm inspect FILE` describes one"
-    )
+    say("files and folders open too (.pth, .safetensors, .npz, Hugging Face): `vptm inspect FILE` describes one")
