@@ -184,6 +184,10 @@ class ModelSettings(SettingsGroup):
     temperature: Annotated[float | None, Help("Fixed temperature; learned from 0.1 by default.")] = None
     img_size: Annotated[int | tuple[int, int] | None, Help("Pixels; the model's own by default.")] = None
     pretrained: Annotated[bool, NO_OPTION] = False
+    multi_label: Annotated[
+        bool,
+        Help("An image has any number of labels: sigmoid, binary cross-entropy, mean average precision.", switch=True),
+    ] = False
     impl: Annotated[Implementation, Help("What computes.")] = "auto"
 
     def config(self) -> dict[str, Any]:

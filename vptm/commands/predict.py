@@ -39,6 +39,10 @@ def predict(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the rows of --out.")] = False,
     top: Annotated[int, typer.Option(help="Labels of a picture in top5.")] = 5,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Least score of a label of a multi-label run; 0.5 by default.", show_default=False),
+    ] = None,
     on_bad_image: OnBadImage = "error",
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = EVALUATION_BATCH,
     source: Backbone = None,
@@ -50,7 +54,8 @@ def predict(
     """Name what pictures show.
 
     Rows with path, label, score and top5, written as they are made: score is the softmax probability of the label; top5
-    is a JSON list of [label, score] pairs, best first. With --adapter every picture has a row of each, and a column
+    is a JSON list of [label, score] pairs, best first. Of a multi-label run scores are sigmoids, and only labels with
+    --threshold or more are named, which may be none. With --adapter every picture has a row of each, and a column
     task says whose, by the folder's name. Pictures that cannot be read are named at the end, and make the command fail
     unless --on-bad-image skip. After a kill, the same command with --resume leaves out what --out has.
 
@@ -91,6 +96,7 @@ def predict(
         tasks,
         (missing := _Missing(chain(listed, stdin))),
         top=top,
+        threshold=threshold,
         batch_size=batch_size,
         precision=precision,
         compile=compile,

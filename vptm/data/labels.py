@@ -35,23 +35,59 @@ def check_labels(
         raise ValueError(f"{name} must be in 0..{classes - 1}, got {int(labels[index])} for {of} {first + index}")
 
 
-def dataset_labels(dataset: Any) -> np.ndarray | None:
-    """Labels (N,) of a data set that has them as `labels`, `targets` or tensors, as its items give them.
+def check_several(
+    labels: Tensor | np.ndarray, classes: int, *, name: str = "labels", of: str = "image", first: int = 0
+) -> None:
+    """Refuse labels of several classes an image that are not (N, classes) of 0 and 1, of any type.
+
+    Args:
+        labels: (N, K).
+        classes: K.
+        name, of, first: for the message, as of `check_labels`.
+
+    Raises:
+        ValueError: naming the first label that is neither 0 nor 1, and its number.
+
+    Example:
+        >>> check_several(torch.tensor([[0, 1], [2, 0]]), 2)
+        Traceback (most recent call last):
+        ValueError: labels must be 0 or 1 for each of 2 classes, got 2 for image 1
+    """
+    if labels.ndim != 2 or labels.shape[1] != classes:
+        raise ValueError(
+            f"{name} must be (N, {classes}) of 0 and 1 for a multi-label model, got {tuple(labels.shape)} of "
+            f"{labels.dtype}"
+        )
+    wrong = (labels != 0) & (labels != 1)
+    if wrong.any():
+        row, column = (int(index) for index in next(iter(zip(*np.nonzero(np.asarray(wrong.tolist()))))))
+        raise ValueError(
+            f"{name} must be 0 or 1 for each of {classes} classes, got {labels[row, column].item():g} for {of} "
+            f"{first + row}"
+        )
+
+
+def dataset_labels(dataset: Any, ndim: int = 1) -> np.ndarray | None:
+    """Labels (N,) of a data set that has them as `labels`, `targets` or tensors, as its items give them; with `ndim`
+    2 those (N, K) of several classes.
 
     Looked for below `Subset` too, and sent through `target_transform`. None where only the items can tell: no such
     attribute, one that is not N integers, or a subclass of `Subset` or transforms of image and label together, which
     may give others.
     """
     if isinstance(dataset, Subset):
-        labels = dataset_labels(dataset.dataset) if type(dataset) is Subset else None
+        labels = dataset_labels(dataset.dataset, ndim) if type(dataset) is Subset else None
         return None if labels is None else labels[np.asarray(dataset.indices, dtype=np.int64)]
     if not hasattr(getattr(dataset, "transforms", None) or SimpleNamespace(target_transform=None), "target_transform"):
         return None
     tensors = getattr(dataset, "tensors", None) or ()
     for stored in (*(getattr(dataset, name, None) for name in ("labels", "targets")), *tensors[1:2]):
         labels = np.asarray(()) if stored is None else np.asarray(stored)
-        if labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) == len(dataset):
+        kinds = "iu" if ndim == 1 else "iufb"
+        if labels.ndim == ndim and labels.dtype.kind in kinds and len(labels) == len(dataset):
             transform = getattr(dataset, "target_transform", None)
+            if ndim > 1:
+                return labels if transform is None else None
             return labels if transform is None else np.array([int(transform(int(label))) for label in labels])
     return None
 

@@ -25,7 +25,8 @@ from vptm.models.verbalizers import PrototypicalVerbalizer
 
 
 class ClassScore(NamedTuple):
-    """One class: its name, softmax probability, and cosine to its prototype (None with a linear verbalizer)."""
+    """One class: its name, probability (softmax, or sigmoid of a multi-label model), and cosine to its prototype (None
+    with a linear verbalizer)."""
 
     name: str
     probability: float
@@ -103,7 +104,8 @@ def inspect_tokens(
     pixels = image.to(place)[None]
     with eval_mode(model):
         hidden = model.forward_hidden(pixels)
-        probabilities = model.forward_scores(hidden).softmax(-1)[0]
+        scores = model.forward_scores(hidden)[0]
+        probabilities = scores.sigmoid() if model.multi_label else scores.softmax(-1)
         similarities = None
         if isinstance(model.verbalizer, PrototypicalVerbalizer):
             similarities = model.verbalizer.cosine(hidden, model.lm_head, model.impl)[0].tolist()

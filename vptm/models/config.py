@@ -23,7 +23,6 @@ class ModelConfig(dict[str, Any]):
     model_type = "vptm"
     is_encoder_decoder = False
     tie_word_embeddings = False
-    problem_type = "single_label_classification"
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -39,6 +38,11 @@ class ModelConfig(dict[str, Any]):
 
     def __or__(self, other: Any) -> Any:
         return ModelConfig(dict(self) | dict(other))
+
+    @property
+    def problem_type(self) -> str:
+        """What the labels of an image are."""
+        return f"{'multi' if self.get('multi_label') else 'single'}_label_classification"
 
     @property
     def num_labels(self) -> int:
@@ -62,7 +66,7 @@ class ModelConfig(dict[str, Any]):
 class LabelledOutput(NamedTuple):
     """What a model gives for images with labels.
 
-    loss: mean cross-entropy, 0-d, float32. logits: class scores (B, K).
+    loss: mean cross-entropy, binary of a multi-label model, 0-d, float32. logits: class scores (B, K).
     """
 
     loss: Tensor

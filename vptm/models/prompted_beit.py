@@ -75,6 +75,8 @@ class PromptedBEiT(PromptedModel):
         vocab_size: tokens of a fresh token head, used only where the source brings neither trained weights nor a head.
         img_size: pixels, int or (height, width); None keeps the source's. Position bias is resized by timm's rule.
         pretrained: for timm names, load timm's weights (classification weights: they have no mask token or token head).
+        multi_label: an image has any number of labels, (B, K) of 0 and 1: the loss is binary cross-entropy, and scores
+            are logits of probabilities that do not add up to 1.
         impl: "auto", "triton", "torch" or "reference".
 
     Raises:
@@ -114,6 +116,7 @@ class PromptedBEiT(PromptedModel):
         vocab_size: int = 8192,
         img_size: int | tuple[int, int] | None = None,
         pretrained: bool = False,
+        multi_label: bool = False,
         impl: Implementation = "auto",
     ) -> None:
         settings = BEiTSettings.of(locals())

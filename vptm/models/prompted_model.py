@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn import functional as F
 
-from vptm.data.labels import check_labels
+from vptm.data.labels import check_labels, check_several
 from vptm.frozen.encoder import FrozenEncoder
 from vptm.frozen.fold import refuse_unread
 from vptm.frozen.folded import Folded, Start
@@ -45,6 +45,11 @@ class PromptedModel(Pretrained):
     source: str | None
     num_classes: int
     readout: str
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image has any number of labels."""
+        return bool(self.config["multi_label"])
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -403,11 +408,11 @@ class PromptedModel(Pretrained):
         Args:
             images: (B, channels, H, W).
             pixel_values: the same under the name that `transformers` has for it; one of both is given.
-            labels: (B,) integers in 0..K-1, or (B, K) shares.
+            labels: (B,) integers in 0..K-1, or (B, K) shares; (B, K) of 0 and 1 for a multi-label model.
 
         Returns:
             The scores; with `labels` a `LabelledOutput` (loss, logits), the loss being
-            `F.cross_entropy(scores.float(), labels)`.
+            `F.cross_entropy(scores.float(), labels)`, or `F.binary_cross_entropy_with_logits` of a multi-label model.
 
         Example:
             >>> model = vptm.PromptedBEiT("builtin", num_classes=3)
@@ -424,13 +429,18 @@ class PromptedModel(Pretrained):
         return scores if labels is None else LabelledOutput(self._loss(scores, labels), scores)
 
     def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        looks = labels.device.type == "cpu" and not torch.compiler.is_compiling()  # looking stalls a GPU
+        if self.multi_label:
+            if looks or labels.shape != scores.shape:
+                check_several(labels, scores.shape[1])
+            return F.binary_cross_entropy_with_logits(scores.float(), labels.float())
         shares = labels.is_floating_point()
         if labels.shape != (scores.shape if shares else scores.shape[:1]) or labels.dtype == torch.bool:
             raise ValueError(
                 f"labels must be ({len(scores)},) integers or {tuple(scores.shape)} shares, "
                 f"got {tuple(labels.shape)} of {labels.dtype}"
             )
-        if labels.device.type == "cpu" and not shares and not torch.compiler.is_compiling():  # looking stalls a GPU
+        if looks and not shares:
             check_labels(labels, scores.shape[1])
         return F.cross_entropy(scores.float(), labels.float() if shares else labels.long())
 

@@ -56,6 +56,8 @@ class PromptedViT(PromptedModel):
             are resized by timm's rule.
         pretrained: for a timm name, load timm's weights.
         architecture: timm name of what a file holds, where its tensors do not tell number of heads, eps or activation.
+        multi_label: an image has any number of labels, (B, K) of 0 and 1: the loss is binary cross-entropy, and scores
+            are logits of probabilities that do not add up to 1.
         impl: "auto", "triton", "torch" or "reference".
 
     Raises:
@@ -91,6 +93,7 @@ class PromptedViT(PromptedModel):
         img_size: int | tuple[int, int] | None = None,
         pretrained: bool = False,
         architecture: str | None = None,
+        multi_label: bool = False,
         impl: Implementation = "auto",
     ) -> None:
         settings = ViTSettings.of(locals())

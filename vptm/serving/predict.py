@@ -18,18 +18,20 @@ from vptm.data.decoding import BadImageError, read_image, to_8_bit
 from vptm.data.labels import class_labels
 from vptm.data.picture_files import image_files, left_out_note
 from vptm.data.transforms import picture_options, transforms
-from vptm.messages import one_of
+from vptm.messages import number, one_of
 from vptm.models.opening import load_adapter
 from vptm.models.prompted_model import PromptedModel
 from vptm.serving.task_bank import TaskBank, TaskInfo
 from vptm.settings import EVALUATION_BATCH, RunSettings, choices
 from vptm.training.precision import compiled, dtype_of, float32_products, in_type, resolve_precision
 
+_THRESHOLD = 0.5
 _READERS = 4  # threads that read pictures while a batch is computed; decoders let go of the interpreter
 
 
 class Prediction(NamedTuple):
-    """What a task says of a picture: the best labels with their softmax probability, best first.
+    """What a task says of a picture: the best labels with their softmax probability, best first; of a multi-label model
+    those whose probability, a sigmoid, is at least the threshold, which may be none.
 
     path: None for what was no file. task: its name, where there are several.
     """
@@ -81,6 +83,7 @@ def predictions(
     images: Iterable[str | Path | Image.Image | Tensor],
     *,
     top: int = 5,
+    threshold: float | None = None,
     batch_size: int = EVALUATION_BATCH,
     precision: str | None = None,
     compile: bool = False,
@@ -93,6 +96,7 @@ def predictions(
         model: what learned labels; or a bank of tasks: then every image has a prediction by each, in their order.
         images: files, PIL images, or tensors (channels, height, width) that are normalised for every model.
         top: labels of a prediction, at most.
+        threshold: least probability of a label of a multi-label model, in 0..1; None is 0.5.
         batch_size: images at a time.
         precision: what computes, as in `vptm.evaluate`; None is the model's own type. A bank has its own.
         compile: `torch.compile` the model; not a bank.
@@ -104,6 +108,7 @@ def predictions(
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise ValueError(f"top must be >= 1, got {top!r}")
+    least = _threshold(model, threshold)
     tasks: dict[str | None, PromptedModel | TaskInfo] = {None: model} if isinstance(model, PromptedModel) else {}
     if isinstance(model, TaskBank):
         tasks |= {name: model.info(name) for name in model.names}
@@ -118,7 +123,7 @@ def predictions(
         reading = start()
         while reading:
             batch, reading = [future.result() for future in reading], start()
-            yield from _predicted(run, tasks, batch, top)
+            yield from _predicted(run, tasks, batch, top, least)
 
 
 def predict(
@@ -126,6 +131,7 @@ def predict(
     images: Iterable[str | Path | Image.Image | Tensor] | str | Path | Tensor,
     *,
     top: int = 5,
+    threshold: float | None = None,
     batch_size: int = EVALUATION_BATCH,
     on_bad_image: str = "error",
     precision: str | None = None,
@@ -143,6 +149,7 @@ def predict(
         images: files, folders and patterns such as "photos/**/*.jpg", read as the model's training pictures were; PIL
             images; or a normalised tensor (B, channels, height, width).
         top: labels of a picture, at most.
+        threshold: least probability of a label of a multi-label model, in 0..1; None is 0.5.
         batch_size: pictures at a time.
         on_bad_image: "error" stops at a file that cannot be read, "skip" reports it and goes on.
         precision: what computes, as in `vptm.evaluate`; None is the model's own type.
@@ -176,7 +183,7 @@ def predict(
     for image in given:
         listed += picture_files([image], report) if isinstance(image, str | Path) else [image]
     found: list[Prediction] = []
-    options: dict[str, Any] = {"precision": precision, "compile": compile}
+    options: dict[str, Any] = {"threshold": threshold, "precision": precision, "compile": compile}
     for each in predictions(asked, listed, top=top, batch_size=batch_size, **options):
         if isinstance(each, Prediction):
             found.append(each)
@@ -247,13 +254,30 @@ def _read(
     return path, pixels
 
 
-def best_labels(scores: Tensor, labels: Sequence[str], top: int) -> list[list[tuple[str, float]]]:
-    """For every row of class scores (B, K) the best labels with their softmax probability, best first."""
-    best = scores.float().softmax(1).cpu().topk(min(top, len(labels)))
+def best_labels(
+    scores: Tensor, labels: Sequence[str], top: int, threshold: float | None = None
+) -> list[list[tuple[str, float]]]:
+    """For every row of class scores (B, K) the best labels with their softmax probability, best first; with a threshold
+    those with at least that sigmoid probability."""
+    scores = scores.float()
+    shares = scores.softmax(1) if threshold is None else scores.sigmoid()
+    best, least = shares.cpu().topk(min(top, len(labels))), threshold or 0.0
     return [
-        [(labels[k], value) for k, value in zip(indices, values)]
+        [(labels[k], value) for k, value in zip(indices, values) if value >= least]
         for indices, values in zip(best.indices.tolist(), best.values.tolist())
     ]
+
+
+def _threshold(model: PromptedModel | TaskBank, given: float | None) -> float | None:
+    """The least probability of a label of a multi-label model, None of any other."""
+    several = isinstance(model, PromptedModel) and model.multi_label
+    if given is None:
+        return _THRESHOLD if several else None
+    if not several:
+        raise ValueError(f"threshold must be left out for a model of one label an image, got {given!r}")
+    if not 0 <= number("threshold", given) <= 1:
+        raise ValueError(f"threshold must be in 0..1, got {given!r}")
+    return float(given)
 
 
 def _predicted(
@@ -261,13 +285,15 @@ def _predicted(
     tasks: Mapping[str | None, PromptedModel | TaskInfo],
     batch: Sequence[tuple[Path | None, dict[str | None, Tensor]] | Unreadable],
     top: int,
+    threshold: float | None,
 ) -> Iterator[Prediction | Unreadable]:
     readable = [each for each in batch if not isinstance(each, Unreadable)]
     answers: dict[str | None, list[list[tuple[str, float]]]] = {}
     for name, task in tasks.items() if readable else ():
         pixels = torch.stack([images[name] for _, images in readable])
         with torch.inference_mode():
-            answers[name] = best_labels(run(name, pixels), class_labels(task.class_names, task.num_classes), top)
+            names = class_labels(task.class_names, task.num_classes)
+            answers[name] = best_labels(run(name, pixels), names, top, threshold)
     place = 0
     for each in batch:
         if isinstance(each, Unreadable):

@@ -22,14 +22,22 @@ def columns(several: bool) -> tuple[str, ...]:
 
 
 def row(prediction: Prediction, form: RowFormat) -> str:
-    """One line: score is the softmax probability of the label, top5 a list of [label, score] pairs, best first."""
-    label, score = prediction.top[0]
+    """One line: score is the probability of the label, top5 a list of [label, score] pairs, best first. Where no label
+    of a multi-label model has the probability that was asked for, label and score are empty."""
+    label, score = prediction.top[0] if prediction.top else (None, None)
     pairs = [[name, round(value, 6)] for name, value in prediction.top]
     own = {} if prediction.task is None else {"task": prediction.task}
     if form == "jsonl":
-        facts = {"path": str(prediction.path), **own, "label": label, "score": round(score, 6), "top5": pairs}
+        facts = {
+            "path": str(prediction.path),
+            **own,
+            "label": label,
+            "score": None if score is None else round(score, 6),
+            "top5": pairs,
+        }
         return json.dumps(facts, ensure_ascii=False) + "\n"
-    cells = [str(prediction.path), *own.values(), label, f"{score:.6f}", json.dumps(pairs, ensure_ascii=False)]
+    best = ("", "") if score is None else (label, f"{score:.6f}")
+    cells = [str(prediction.path), *own.values(), *best, json.dumps(pairs, ensure_ascii=False)]
     return _csv(cells)
 
 

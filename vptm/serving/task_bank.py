@@ -380,6 +380,8 @@ class TaskBank:
             raise ValueError(
                 f"{name}: must be a {type(mine).__name__}, as the backbone of the bank is, got a {type(given).__name__}"
             )
+        if given.multi_label:
+            raise ValueError(f"{name}: must be a model of one label an image, got one with multi_label=True")
         sizes = [tuple(model.default_cfg["input_size"]) for model in (given, mine)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"{name}: images must be (channels, height, width) {sizes[1]}, the bank's, got {sizes[0]}")

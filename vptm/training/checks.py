@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 from timm.optim import list_optimizers
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from vptm.data.datasets import ImageDataset
-from vptm.data.labels import check_labels, dataset_labels
-from vptm.messages import error_line, hint, listed
+from vptm.data.labels import check_labels, check_several, dataset_labels
+from vptm.messages import error_line, hint, listed, one_line
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.verbalizers import PrototypicalVerbalizer
 from vptm.settings import TrainSettings
 from vptm.training.batches import images_and_labels
 from vptm.training.groups import trained_groups
+from vptm.training.label_kinds import labels_of
 from vptm.training.ranks import Ranks
 from vptm.training.seeding import generators_kept
 
@@ -99,10 +99,11 @@ def check_data(
         shares: whether labels may be shares of the classes.
 
     Returns:
-        The labels (N,) int64 of the loader's data set; None of a stream. A data set that does not carry them is read
-        once.
+        The labels (N,) int64, or (N, K) of a multi-label model, of the loader's data set; None of a stream. A data set
+        that does not carry them is read once.
     """
-    return _labels(loader, model.num_classes, name, _first_label(model, loader, name, cast, shares))
+    first = _first_label(model, loader, name, cast, shares)
+    return _labels(loader, model.num_classes, name, first, 2 if model.multi_label else 1)
 
 
 def _first_label(model: PromptedModel, loader: DataLoader[Any], name: str, cast: bool, shares: bool) -> Any:
@@ -115,7 +116,7 @@ def _first_label(model: PromptedModel, loader: DataLoader[Any], name: str, cast:
         if batch is None:
             raise ValueError(f"{name} must hold at least one image, it is empty")
         _check_batch(model, batch, name, cast, shares)
-        are_shares(images_and_labels(batch)[1], model.num_classes)
+        labels_of(model).learned(images_and_labels(batch)[1])
         return None
     if len(dataset) == 0:
         return None
@@ -137,23 +138,23 @@ def _check_batch(model: PromptedModel, batch: Any, name: str, cast: bool, shares
     weight = model.prompts.weight
     images = images.to(weight.device)
     model.check_images(images.to(weight.dtype) if cast and images.is_floating_point() else images)
-    if labels.ndim == 2 and are_shares(labels, model.num_classes) and not shares:
+    if labels.ndim == 2 and labels_of(model).are_shares(labels) and not shares:
         raise ValueError(f"{name} labels must be integers for validation and ProtoVerb's losses, got shares")
 
 
-def _labels(loader: DataLoader[Any], classes: int, name: str, first: Any) -> np.ndarray | None:
+def _labels(loader: DataLoader[Any], classes: int, name: str, first: Any, ndim: int) -> np.ndarray | None:
     dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset):
         return None
     if isinstance(dataset, ImageDataset) and len(dataset.classes) != classes:
         raise ValueError(f"{name} images must have the model's {classes} classes, got {len(dataset.classes)}")
-    labels = dataset_labels(dataset)
+    labels = dataset_labels(dataset, ndim)
     if labels is None or (len(labels) and not np.array_equal(labels[0], np.asarray(first))):
         with generators_kept(loader, None):
-            labels = _read_labels(dataset, name)
+            labels = _read_labels(dataset, name) if ndim == 1 else _read_several(dataset, name)
     if len(labels) == 0:
         raise ValueError(f"{name} must hold at least one image, it is empty")
-    check_labels(labels, classes, name=f"{name} labels")
+    (check_labels if ndim == 1 else check_several)(labels, classes, name=f"{name} labels")
     return labels.astype(np.int64)
 
 
@@ -170,17 +171,11 @@ def _read_labels(dataset: Any, name: str) -> np.ndarray:
     return np.array(labels, dtype=np.int64)
 
 
-def are_shares(labels: Tensor, classes: int) -> bool:
-    """Whether labels of a batch are shares (B, K) of the classes, and not integers (B,) in 0..K-1.
-
-    Raises:
-        ValueError: they are neither.
-    """
-    if labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] == classes:
-        return True
-    if labels.is_floating_point() or labels.ndim != 1:
-        raise ValueError(
-            f"labels must be (B,) integers or (B, {classes}) shares, got {tuple(labels.shape)} of {labels.dtype}"
-        )
-    check_labels(labels, classes, of="row")
-    return False
+def _read_several(dataset: Any, name: str) -> np.ndarray:
+    """The labels (N, K) of every item of several labels, which decodes every image."""
+    items = (images_and_labels(dataset[index], name, tensors=False)[1] for index in range(len(dataset)))
+    rows = [np.asarray(labels) for labels in items]
+    if len({row.shape for row in rows}) > 1 or any(row.dtype.kind not in "iufb" for row in rows):
+        shown = one_line(rows[0], 100)
+        raise ValueError(f"{name} labels must be 0 or 1, as many for each image, got {shown} at index 0")
+    return np.array(rows)

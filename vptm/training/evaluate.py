@@ -5,18 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from vptm.data.labels import check_labels
 from vptm.frozen.modes import eval_mode
 from vptm.models.adapter_saving import unwrapped
 from vptm.models.prompted_model import PromptedModel
 from vptm.training.batches import images_and_labels
+from vptm.training.label_kinds import labels_of
 from vptm.training.precision import compiled, dtype_of, float32_products, in_type, resolve_precision
 from vptm.training.ranks import Ranks, rank_loader
-from vptm.training.scores import Answers, class_scores
+from vptm.training.scores import Answers, SeveralAnswers
 
 
 def evaluate(
@@ -33,7 +31,8 @@ def evaluate(
 
     Args:
         model: gives (B, K) scores.
-        loader: yields (images, labels), labels in 0..K-1, or a mapping with `pixel_values` and `labels`.
+        loader: yields (images, labels), labels in 0..K-1, or (B, K) of 0 and 1 for a multi-label model, or a mapping
+            with `pixel_values` and `labels`.
         device: where to run; None stays on the model's device.
         confusion: also return the counts (K, K), row = label, column = prediction.
         precision: "fp32", "tf32", "bf16", "fp16" or "auto", see `vptm.fit`: a copy of the model in that type answers,
@@ -47,8 +46,14 @@ def evaluate(
         class: the share of its images that is right), `precision_per_class` and `f1_per_class`, None for a class that
         has none; and, when asked for, `confusion` as nested lists.
 
+        Of a multi-label model, whose labels are (B, K) of 0 and 1: `map` (the mean of the average precisions of the
+        classes with images, by scikit-learn), `ap_per_class` (None for a class without images), `loss` (mean binary
+        cross-entropy), `n`, and by a threshold of 0.5 on the sigmoid of scores `macro_f1`, `micro_f1`,
+        `recall_per_class`, `precision_per_class` and `f1_per_class`.
+
     Raises:
-        ValueError: no images, a label outside 0..K-1, or a precision that the device lacks.
+        ValueError: no images, a label outside 0..K-1, a confusion matrix of a multi-label model, or a precision that
+            the device lacks.
 
     Example:
         >>> model = PromptedBEiT("builtin", num_classes=2)
@@ -59,6 +64,10 @@ def evaluate(
     """
     check_loader(loader)
     inner = unwrapped(model)
+    if confusion and inner.multi_label:
+        raise ValueError(
+            "confusion must be False for a multi-label model: an image has no one label to take for another"
+        )
     if device is not None:
         inner.to(device)
     weight = next(inner.parameters())
@@ -72,7 +81,7 @@ def evaluate(
         runs = compiled(runs)
     with float32_products(kind):
         answers = ask(runs, loader, dtype=dtype)
-    return class_scores(answers, inner.num_classes, confusion=confusion)
+    return answers.scores(inner.num_classes, confusion=confusion)
 
 
 def check_loader(loader: Any) -> None:
@@ -84,16 +93,14 @@ def check_loader(loader: Any) -> None:
 @torch.no_grad()
 def ask(
     forward: Any, loader: DataLoader[Any], *, dtype: torch.dtype | None = None, ranks: Ranks | None = None
-) -> Answers:
+) -> Answers | SeveralAnswers:
     """The answers of a model, or a wrapper of it, in eval mode to every image of `loader`, cast to `dtype` where there
     is one; see `evaluate`. With `ranks` every process answers for its share, and has the answers of all."""
     ranks = Ranks() if ranks is None else ranks
     loader, shares = rank_loader(loader, ranks, "loader")
     model = unwrapped(forward)
-    place, classes = next(model.parameters()).device, model.num_classes
-    every: list[Tensor] = []
-    predicted: list[Tensor] = []
-    confidence: list[Tensor] = []
+    place, classes, kind = next(model.parameters()).device, model.num_classes, labels_of(model)
+    kept: list[tuple[torch.Tensor, ...]] = []
     total = torch.zeros((), dtype=torch.float64)
     with eval_mode(model):
         # what was compiled runs compiled
@@ -101,24 +108,19 @@ def ask(
         runs = model.sealed_twin() if seals else forward
         for number, batch in enumerate(loader):
             images, labels = images_and_labels(batch)
-            if labels.ndim != 1 or labels.is_floating_point():
-                raise ValueError(f"labels must be (B,) integers, got {tuple(labels.shape)} of {labels.dtype}")
+            labels = kind.read(labels)
             if shares is not None:
                 images, labels = (part[: shares.sizes[number][0]] for part in (images, labels))
                 if not len(labels):
                     continue
-            check_labels(labels, classes, of="row")
             scores = runs(images.to(place, dtype or images.dtype, non_blocking=True)).double().cpu()
             if scores.shape[1] != classes:
                 raise ValueError(f"model must give a score for each of its {classes} classes, got {scores.shape[1]}")
-            labels = labels.cpu().long()
-            total += F.cross_entropy(scores, labels, reduction="sum")
-            every.append(labels)
-            predicted.append(scores.argmax(1))
-            confidence.append(scores.softmax(1).amax(1))
-    none = torch.zeros(0, dtype=torch.int64)
-    own = torch.cat([none, *every]), torch.cat([none, *predicted]), torch.cat([none.double(), *confidence])
-    answers, said, sure, losses = zip(*ranks.gather((*own, float(total))))
-    if not (n := sum(map(len, answers))):
+            labels = labels.cpu()
+            total += kind.loss(scores, labels)
+            kept.append(kind.kept(scores, labels))
+    found = ranks.gather(([torch.cat(parts) for parts in zip(*kept)], float(total)))
+    whole = [torch.cat(parts) for parts in zip(*(own for own, _ in found if own))]
+    if not whole:
         raise ValueError("loader must yield at least one image, it is empty")
-    return Answers(torch.cat(answers), torch.cat(said), torch.cat(sure), sum(losses) / n)
+    return kind.answers(whole, sum(loss for _, loss in found) / len(whole[0]))

@@ -20,13 +20,15 @@ from vptm.models.prompted_model import PromptedModel
 from vptm.settings import Precision, Schedule, TrainSettings
 from vptm.training.batches import images_and_labels
 from vptm.training.callbacks import Callback
-from vptm.training.checks import are_shares, check_data, check_loaders, check_model, check_settings, check_together
+from vptm.training.checks import check_data, check_loaders, check_model, check_settings, check_together
 from vptm.training.evaluate import ask
+from vptm.training.label_kinds import labels_of
 from vptm.training.objective import make_objective
 from vptm.training.precision import dtype_of, float32_products, in_type, resolve_precision, slow_note
 from vptm.training.progress import TrainProgress
 from vptm.training.ranks import RankBatches, join, local_device, rank_loader
 from vptm.training.run_folder import Run, listed_images, run_identity
+from vptm.training.scores import not_validated
 from vptm.training.seeding import generators_kept, seed_everything
 from vptm.training.step import TrainStep
 from vptm.training.streams import epoch_batches, epoch_steps
@@ -39,7 +41,8 @@ class FitResult:
     """What `fit` did. The model holds the state of `best_epoch` (0: as it was given) when `fit` returns.
 
     `history` has one mapping per finished epoch with the columns of `metrics.csv`; accuracies are shares in 0..1.
-    `stopped` says why a run was done before its last epoch, None where it was not.
+    `stopped` says why a run was done before its last epoch, None where it was not. `best_val_map` is the mean average
+    precision of a multi-label model, which has no accuracy.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -48,6 +51,7 @@ class FitResult:
     interrupted: bool = False
     run_dir: Path | None = None
     stopped: str | None = None
+    best_val_map: float | None = None
 
 
 def fit(
@@ -89,11 +93,12 @@ def fit(
     early_stopping: int | None = None,
     grad_checkpointing: bool = False,
 ) -> FitResult:
-    """Train what `model` leaves unfrozen by cross-entropy and keep the epoch that is best on `val`.
+    """Train what `model` leaves unfrozen by cross-entropy, and keep the epoch that is best on `val`.
 
     Best is the highest validation accuracy, then the lowest validation loss, then the earliest; without `val` it is the
     last epoch. Optimiser and per-step learning-rate schedule (from `lr` to 0) come from timm, with
-    `model.no_weight_decay()` respected.
+    `model.no_weight_decay()` respected. A model with `multi_label=True` is trained by binary cross-entropy, and mean
+    average precision takes the place of accuracy.
 
     With `precision` a copy of the model in that type is trained, once cast, and the model takes what it learned at the
     end. What is learned in float16 or bfloat16, by such a copy or a model of that type, is learned as float32 copies,
@@ -112,7 +117,7 @@ def fit(
         model: see `vptm.PromptedBEiT`, or one inside `torch.compile`; trained in place.
         train, val: yield (images (B, C, H, W) float, labels (B,) integers in 0..K-1), and anything after them, or a
             mapping with `pixel_values` and `labels`. Labels of `train` may be shares (B, K) of the classes, as MixUp
-            and CutMix make them.
+            and CutMix make them. Those of a multi-label model are (B, K) of 0 and 1, of any type.
         epochs: number of passes over `train`.
         lr: peak learning rate.
         weight_decay: for matrices; vectors and `no_weight_decay()` have none.
@@ -209,7 +214,7 @@ def fit(
         work,
         inner,
         settings,
-        objective=make_objective(settings, labels, inner.num_classes),
+        objective=make_objective(settings, labels, inner),
         dtype=dtype_of(kind),
         steps=steps,
         ranks=ranks,
@@ -251,8 +256,11 @@ def fit(
             print(f"stopped after epoch {run.epoch} of {epochs}: {run.stopped}", file=sys.stderr, flush=True)
         for callback in feed.told:
             callback.end(run.history, interrupted=interrupted)
-        accuracy = None if run.best_score is None else run.best_score[0]
-        return FitResult(run.history, run.best_epoch, accuracy, interrupted, run.folder, run.stopped)
+        best = None if run.best_score is None else run.best_score[0]
+        accuracy, mean_precision = (None, best) if inner.multi_label else (best, None)
+        return FitResult(
+            run.history, run.best_epoch, accuracy, interrupted, run.folder, run.stopped, best_val_map=mean_precision
+        )
 
 
 def _working_model(model: Any, dtype: torch.dtype | None, device: torch.device, settings: TrainSettings) -> Any:
@@ -304,15 +312,15 @@ def _epoch(step: TrainStep, feed: _Feed, val: DataLoader[Any] | None, epoch: int
         "lr": step.lr,
         "train_loss": train_loss,
         "train_accuracy": train_accuracy,
-        "val_loss": None if answers is None else answers.loss,
-        "val_accuracy": None if answers is None else answers.accuracy,
+        **(not_validated(step.model.multi_label) if answers is None else answers.row()),
         "seconds": round(time.perf_counter() - started, 3),
     }
 
 
-def _train_epoch(step: TrainStep, feed: _Feed, epoch: int) -> tuple[float, float]:
-    """Mean loss over the images of an epoch, and the share that was right, each before the step on its batch."""
-    model, loader, shares = step.model, feed.loader, feed.shares
+def _train_epoch(step: TrainStep, feed: _Feed, epoch: int) -> tuple[float, float | None]:
+    """Mean loss over the images of an epoch, and the share that was right, each before the step on its batch; no share
+    of a multi-label model."""
+    model, loader, shares, kind = step.model, feed.loader, feed.shares, labels_of(step.model)
     place = next(model.parameters()).device
     model.train()
     losses: list[Tensor] = []
@@ -323,15 +331,15 @@ def _train_epoch(step: TrainStep, feed: _Feed, epoch: int) -> tuple[float, float
     for number, batch in enumerate(epoch_batches(loader, feed.steps), 1):
         waited = time.perf_counter() - asked
         images, labels = images_and_labels(batch, "train")
-        shared = are_shares(labels, model.num_classes)
+        labels = kind.learned(labels).to(place, non_blocking=True)
         images = images.to(place, step.dtype or images.dtype, non_blocking=True)
-        labels = labels.to(place, torch.float32 if shared else torch.int64, non_blocking=True)
         own, every = (len(labels), len(labels)) if shares is None else shares.sizes[number - 1]
         so_far = (epoch - 1) * feed.steps + number - 1
         loss, scores = step(images, labels, so_far, own / every)
         losses.append(loss)
         sizes.append(every)
-        correct += (scores.argmax(1) == (labels.argmax(1) if shared else labels))[:own].sum()
+        if (hits := step.objective.hits(scores, labels)) is not None:
+            correct += hits[:own].sum()
         feed.bar.step(every, waited)
         for callback in feed.told:
             callback.step(so_far, loss, step.lr)
@@ -345,7 +353,7 @@ def _train_epoch(step: TrainStep, feed: _Feed, epoch: int) -> tuple[float, float
         asked = time.perf_counter()
     if seen == 0:
         raise ValueError("train must yield at least one batch, it is empty")
-    return summed / seen, int(step.ranks.sum(correct)) / seen
+    return summed / seen, None if model.multi_label else int(step.ranks.sum(correct)) / seen
 
 
 def _check_losses(losses: Tensor, step: TrainStep, epoch: int, first: int) -> None:

@@ -67,11 +67,13 @@ class TrainProgress:
         """The line of a finished epoch, from its row of `metrics.csv`."""
         if not self.shown:
             return
-        val = "" if row["val_accuracy"] is None else f"  val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.1%}"
-        self._say(
-            f"epoch {self._epoch(row['epoch'])}  train loss {row['train_loss']:.4f} "
-            f"acc {row['train_accuracy']:.1%}{val}  {row['seconds']:.1f} s"
-        )
+        said = [f"epoch {self._epoch(row['epoch'])}"]
+        for part in ("train", "val"):
+            loss, accuracy, mean = (row.get(f"{part}_{name}") for name in ("loss", "accuracy", "map"))
+            if loss is not None:
+                quality = "" if accuracy is None else f" acc {accuracy:.1%}"
+                said.append(f"{part} loss {loss:.4f}{quality if mean is None else f' mAP {mean:.4f}'}")
+        self._say("  ".join([*said, f"{row['seconds']:.1f} s"]))
 
     def _epoch(self, number: int) -> str:
         return f"{number:{len(str(self.epochs))}d}/{self.epochs}"

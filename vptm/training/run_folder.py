@@ -26,11 +26,12 @@ from vptm.data.split_list import SPLIT_FILE, SplitList
 from vptm.messages import error_line, one_line
 from vptm.models.adapter_saving import frozen_part, save_compared
 from vptm.models.prompted_model import PromptedModel
-from vptm.settings import FREE_ON_RESUME, TrainSettings
+from vptm.settings import FREE_ON_RESUME, TrainSettings, names
 from vptm.training.curves import plot_curves
 from vptm.training.facts import environment
 from vptm.training.folder_lock import FolderLock
 from vptm.training.ranks import Ranks
+from vptm.training.scores import validation_score
 from vptm.training.state import STATE_FILE, read_state, write_state
 from vptm.training.step import TrainStep
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, read_adapter_tensors
@@ -40,6 +41,8 @@ from vptm.weights.files import WriteError, read_json, weight_hash, write_atomica
 METRICS_FILE, CURVES_FILE, CONFUSION_FILE, RUN_FILE = "metrics.csv", "curves.png", "confusion.png", "run.json"
 RUN_FILES = (TENSORS_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, CURVES_FILE, CONFUSION_FILE, RUN_FILE, SPLIT_FILE)
 METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
+MULTI_LABEL_METRICS = (*METRICS[:-1], "val_map", "seconds")
+_DEFAULTS = {name: getattr(TrainSettings, name, None) for name in names(TrainSettings)} | {"model.multi_label": False}
 
 
 def run_identity(
@@ -172,7 +175,7 @@ class Run:
 
     def finish_epoch(self, row: dict[str, Any]) -> None:
         """Keep and write what an epoch reached."""
-        score = None if row["val_accuracy"] is None else (row["val_accuracy"], -row["val_loss"])
+        score = validation_score(row)
         if score is None or self.best_score is None or score > self.best_score:
             self.best_epoch, self.best_score, self.best_state = row["epoch"], score, self.average.kept()
         self.epoch, self.history = row["epoch"], [*self.history, row]
@@ -206,7 +209,7 @@ class Run:
             given = json.loads(json.dumps(given))
         for name, value in given.items():
             # what an older version did not have, it did as the default does now
-            before = stored.get(name, getattr(TrainSettings, name, None))
+            before = stored.get(name, _DEFAULTS.get(name))
             if grows(name, before, value):
                 grown[name] = [before, value]
             elif before != value:
@@ -266,7 +269,8 @@ class Run:
     def _write_files(self) -> None:
         assert self.folder is not None
         text = io.StringIO()
-        writer = csv.DictWriter(text, METRICS, lineterminator="\n")
+        columns = MULTI_LABEL_METRICS if self.model.multi_label else METRICS
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.history)
         write_atomically(self.folder / METRICS_FILE, text.getvalue().encode())
@@ -278,7 +282,8 @@ class Run:
         current = {name: tensor.clone() for name, tensor in self.masters.learned().items()}
         self.model.load_learned_state_dict(self.best_state)
         try:
-            extra = {"epoch": self.best_epoch, "val_accuracy": None if self.best_score is None else self.best_score[0]}
+            best = None if self.best_score is None else self.best_score[0]
+            extra = {"epoch": self.best_epoch, "val_map" if self.model.multi_label else "val_accuracy": best}
             save_compared(self.model, self.folder, self._frozen, extra)
         finally:
             self.masters.load(current)
@@ -370,9 +375,11 @@ def grows(name: str, before: Any, now: Any) -> bool:
 def _read_history(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows = list(reader)
+        columns = MULTI_LABEL_METRICS if "val_map" in (reader.fieldnames or ()) else METRICS
         return [
-            {name: int(row[name]) if name == "epoch" else float(row[name]) if row[name] else None for name in METRICS}
+            {name: int(row[name]) if name == "epoch" else float(row[name]) if row[name] else None for name in columns}
             for row in rows
         ]
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
@@ -413,9 +420,10 @@ def read_run(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{path} must have {name} as an object, got {content[name]!r}")
     test = (content.get("result") or {}).get("test")
     if test is not None:
-        facts = (test.get("accuracy"), test.get("loss"), test.get("n")) if isinstance(test, dict) else (None,)
+        quality = "map" if isinstance(test, dict) and "map" in test else "accuracy"
+        facts = (test.get(quality), test.get("loss"), test.get("n")) if isinstance(test, dict) else (None,)
         if any(isinstance(fact, bool) or not isinstance(fact, int | float) for fact in facts):
-            raise ValueError(f"{path} must have result.test with accuracy, loss and n, got {test!r}")
+            raise ValueError(f"{path} must have result.test with {quality}, loss and n, got {test!r}")
     return content
 
 

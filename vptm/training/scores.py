@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,77 @@ class Answers(NamedTuple):
     def accuracy(self) -> float:
         """The share, in 0..1, that is right."""
         return int((self.labels == self.predicted).sum()) / len(self.labels)
+
+    def row(self) -> dict[str, Any]:
+        """What `metrics.csv` keeps of a validation."""
+        return {"val_loss": self.loss, "val_accuracy": self.accuracy}
+
+    def scores(self, classes: int, *, confusion: bool = False) -> dict[str, Any]:
+        """What `vptm.evaluate` gives."""
+        return class_scores(self, classes, confusion=confusion)
+
+
+class SeveralAnswers(NamedTuple):
+    """What a multi-label model said of every image of a loader: labels (N, K) of 0 and 1, uint8 on the CPU, scores (N,
+    K) float64, and the mean binary cross-entropy."""
+
+    labels: Tensor
+    logits: Tensor
+    loss: float
+
+    def row(self) -> dict[str, Any]:
+        """What `metrics.csv` keeps of a validation."""
+        return {"val_loss": self.loss, "val_accuracy": None, "val_map": self.average_precisions()[0]}
+
+    def average_precisions(self) -> tuple[float, list[float | None]]:
+        """Their mean over the classes with images, and that of every class, None without images.
+
+        Raises:
+            ValueError: no class has images.
+        """
+        from sklearn.metrics import average_precision_score
+
+        labels, scores = self.labels.numpy(), self.logits.numpy()
+        present = labels.any(0)
+        if not present.any():
+            raise ValueError("loader must yield an image with a label, all labels are 0")
+        found = average_precision_score(labels[:, present], scores[:, present], average=None)
+        every = np.full(labels.shape[1], np.nan)
+        every[present] = found
+        return float(np.mean(found)), _known(every)
+
+    def scores(self, classes: int, *, confusion: bool = False) -> dict[str, Any]:
+        """What `vptm.evaluate` gives."""
+        from sklearn.metrics import f1_score, precision_recall_fscore_support
+
+        labels, said = self.labels.numpy(), self.logits.numpy() >= 0  # where the sigmoid is at least 0.5
+        precision, recall, f1, _ = precision_recall_fscore_support(
+            labels, said, labels=range(classes), average=None, zero_division=np.nan
+        )
+        mean, every = self.average_precisions()
+        return {
+            "map": mean,
+            "macro_f1": float(np.nanmean(f1)),
+            "micro_f1": float(f1_score(labels, said, average="micro", zero_division=0.0)),
+            "loss": self.loss,
+            "n": len(labels),
+            "ap_per_class": every,
+            "recall_per_class": _known(recall),
+            "precision_per_class": _known(precision),
+            "f1_per_class": _known(f1),
+        }
+
+
+def not_validated(multi_label: bool) -> dict[str, Any]:
+    """`row()` without validation images."""
+    return {"val_loss": None, "val_accuracy": None} | ({"val_map": None} if multi_label else {})
+
+
+def validation_score(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """What epochs are compared by, larger is better: (accuracy, or mean average precision, then minus the loss); None
+    without validation images."""
+    quality = row["val_map"] if "val_map" in row else row["val_accuracy"]
+    return None if quality is None else (quality, -row["val_loss"])
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
