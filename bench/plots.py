@@ -30,6 +30,7 @@ SPEED_UP = "speed-up over "
 BENCHES = {
     "model": "Inference",
     "training step": "Training step",
+    "training throughput": "Training throughput",
     "prompted attention": "Prompted attention",
     "readout attention": "Read-out attention",
     "residual norm": "Residual norm",

@@ -60,6 +60,7 @@ def _exponent(value: float | None) -> str:
 OTHERS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("microseconds per image", "time per image", _duration),
     ("share of ceiling", "share of ceiling", "{:.0%}".format),
+    ("images per second", "images/s", "{:.3g}".format),
     ("seconds beyond torch", "beyond torch", "{:.2f} s".format),
     ("expected exponent of time", "exponent of time, expected", _exponent),
     ("exponent of time", "exponent of time", _exponent),
