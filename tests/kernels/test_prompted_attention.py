@@ -545,7 +545,7 @@ def test_equal_rows_and_one_table_entry_for_every_pair(impl):
 def test_gradients_are_bitwise_reproducible(impl):
     case = AttentionCase(batch=3, tokens=7, prompt_length=5, bias="table", window=(2, 3), dtype=torch.float32)
     first = None
-    for _ in range(20):
+    for _ in range(20 if DEVICE == "cuda" else 4):  # the interpreter has one order
         call = case.inputs(DEVICE, requires_grad=True)
         grads = torch.autograd.grad(
             prompted_attention(**call, impl=impl).sin().sum(), list(differentiable(call).values())

@@ -108,23 +108,23 @@ def test_auto_is_what_the_gpu_has(
     assert resolve_precision("auto", torch.device("cpu"), training=True) == "fp32"
 
 
-@pytest.mark.parametrize("way", ["function", "property"])
-def test_tf32_is_set_for_the_run_and_put_back(way: str) -> None:
-    """In a process of its own, where a GPU is pretended: what torch reads of one setting depends on how it was set."""
-    code = f"""
+def test_tf32_is_set_for_the_run_and_put_back() -> None:
+    """In a process of its own, where a GPU is pretended: what torch reads of one setting depends on how it was set, and
+    once it was set by the property, the function is no longer told."""
+    code = """
 import torch
 from vptm.training.precision import float32_products
 torch.cuda.is_available = lambda: True
 matmul = torch.backends.cuda.matmul
-for before in ("ieee", "tf32"):
-    if {way!r} == "property":
+for way, before in (("function", "ieee"), ("function", "tf32"), ("property", "ieee"), ("property", "tf32")):
+    if way == "property":
         matmul.fp32_precision = before
     else:
         torch.set_float32_matmul_precision("highest" if before == "ieee" else "high")
     for precision, inside in (("tf32", "tf32"), ("fp32", "ieee"), ("bf16", before), (None, before)):
         with float32_products(precision):
-            assert matmul.fp32_precision == inside, (precision, matmul.fp32_precision)
-        assert matmul.fp32_precision == before, (precision, matmul.fp32_precision)
+            assert matmul.fp32_precision == inside, (way, precision, matmul.fp32_precision)
+        assert matmul.fp32_precision == before, (way, precision, matmul.fp32_precision)
 """
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path})

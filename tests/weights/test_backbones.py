@@ -673,6 +673,8 @@ def test_timm_failure_to_fetch_weights_is_one_line(monkeypatch: pytest.MonkeyPat
         ("beit3_base_patch16_224", "is a VisionTransformer"),
         ("beitv3_base_patch16_224", "no such file, folder or timm model; nearest: beitv2_base_patch16_224"),
         ("bultin", "nearest: builtin"),
+        ("deit_tiny", "nearest: deit_tiny_patch16_224"),
+        ("nothing_of_it", "known names: builtin and timm's of BEiTs and ViTs"),
         ("beit_base_patch16_224.in1k", r"pretrained tag must be one of beit_base_patch16_224\.in22k"),
     ],
 )

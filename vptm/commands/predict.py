@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from vptm.commands.options import Backbone, Compile, Device, Impl, OnBadImage, PrecisionOption, Run, choice
-from vptm.settings import EVALUATION_BATCH, RowFormat
+from vptm.commands.options import Backbone, Compile, Device, Impl, PrecisionOption, Run, choice
+from vptm.settings import EVALUATION_BATCH, OnBadImage, RowFormat
 from vptm.terminal import SECONDS_PER_LINE, progress_bar, say
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def predict(
         float | None,
         typer.Option(help="Least score of a label of a multi-label run; 0.5 by default.", show_default=False),
     ] = None,
-    on_bad_image: OnBadImage = "error",
+    on_bad_image: Annotated[
+        str, choice(get_args(OnBadImage), "With files that cannot be read: fail when all others are done, or succeed.")
+    ] = "error",
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = EVALUATION_BATCH,
     source: Backbone = None,
     device: Device = "auto",

@@ -36,7 +36,7 @@ def machine_rows() -> list[tuple[str, str]]:
         ['system', 'cpu']
     """
     lines = [("system", f"{platform.system()} {platform.machine()}")]
-    lines.append(("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"))
+    lines.append(("cpu", f"{os.cpu_count()} cores, torch threads {torch.get_num_threads()}"))
     devices = [torch.device("cuda", k) for k in range(torch.cuda.device_count())]
     for device in devices:
         facts = torch.cuda.get_device_properties(device)

@@ -81,11 +81,14 @@ def float32_products(precision: Precision | None) -> Iterator[None]:
         finally:
             matmul.fp32_precision = was
         return
+    was = matmul.fp32_precision
     torch.set_float32_matmul_precision("highest" if exact else "high")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        if matmul.fp32_precision != was:  # the property was set after the function
+            matmul.fp32_precision = was
 
 
 def slow_note(precision: Precision | None, device: torch.device) -> str | None:

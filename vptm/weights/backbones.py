@@ -315,11 +315,12 @@ def probe(model_name: str) -> nn.Module:
 
 
 def _unknown_name(name: str) -> str:
-    known = ["builtin", *timm.list_models(module="beit")]
-    beit = [n for n in known if not n.startswith("beit3")]
-    near = difflib.get_close_matches(name, beit, n=3, cutoff=0.5)
-    expected = f"nearest: {', '.join(near)}" if near else f"known names: {', '.join(beit)}"
-    return f"{name}: no such file, folder or timm model; {expected}"
+    known = [n for module in ("beit", "deit", "vision_transformer") for n in timm.list_models(module=module)]
+    near = difflib.get_close_matches(
+        name, ["builtin", *(n for n in known if not n.startswith("beit3"))], n=3, cutoff=0.5
+    )
+    such = "known names: builtin and timm's of BEiTs and ViTs, such as beitv2_base_patch16_224 and vit_base_patch16_224"
+    return f"{name}: no such file, folder or timm model; {'nearest: ' + ', '.join(near) if near else such}"
 
 
 def _from_checkpoint(checkpoint: Checkpoint, label: str, size: tuple[int, int] | None) -> LoadedBackbone:
