@@ -483,17 +483,24 @@ def test_stored_scores_of_bfloat16_on_a_cpu_keep_the_error_budget(prompts, bias,
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a form for CPUs")
-def test_stored_scores_leave_a_row_that_is_masked_as_a_whole_to_the_other_form(monkeypatch):
-    """softmax of a row of -inf is NaN, and the contract says zeros."""
+@pytest.mark.parametrize("masked, stored", [(slice(None), False), (slice(0, 5), True), (slice(5, 9), True)])
+def test_stored_scores_leave_a_row_that_is_masked_as_a_whole_to_the_other_form(masked, stored, monkeypatch):
+    """softmax of a row of -inf is NaN, and the contract says zeros; a row that is masked in part stays."""
     from vptm_kernels.prompted_attention import torch_impl
 
+    taken = []
+    by_products = torch_impl._by_products
     monkeypatch.setattr(torch_impl, "multiplies_bfloat16", lambda: True)
-    call = AttentionCase(tokens=17, prompts="none", dtype=torch.bfloat16).inputs()
-    bias = torch.zeros(2, 17, 17)
-    bias[:, 3] = float("-inf")
+    monkeypatch.setattr(torch_impl, "_by_products", lambda *given: taken.append(1) or by_products(*given))
+    case = AttentionCase(tokens=17, prompts="none", dtype=torch.bfloat16)
+    call = case.inputs()
+    call["bias"] = torch.zeros(2, 17, 17)
+    call["bias"][:, 3, masked] = float("-inf")
     with torch.no_grad():
-        out = prompted_attention(**call, bias=bias, impl="torch")
-    assert not bool(out[:, 3].any()) and bool(out.isfinite().all())
+        out = prompted_attention(**call, impl="torch")
+        exact = reference(case.converted(call, torch.float64))[0]
+        assert_close_to_exact("masked", out, exact, reference(case.converted(call, case.dtype))[0], factor=2)
+    assert bool(taken) == stored and bool(out[:, 3].any()) == stored
 
 
 @pytest.mark.parametrize("impl", EXACT_IMPLS)

@@ -42,17 +42,18 @@ def forward(
     lse = qkv.new_empty((batch, num_heads, rows) if with_lse else (0,), dtype=accumulator(qkv.dtype))
     dense = _dense(bias, token_ids, window)
     for images, chosen in _lengths(ranges) if ranges is not None else _groups(batch, prompts, None, batch):
-        q, k, v = _project(qkv[images], None if prompts is None else prompts[chosen], num_heads, prompt_queries)
-        if not with_lse and _products_are_faster(q, k):
-            bias_16 = _mask(dense, rows, k.shape[2], q.dtype)
+        own = None if prompts is None else prompts[chosen]
+        if not with_lse and _products_are_faster(qkv):
+            bias_16 = _mask(dense, rows, tokens + (0 if own is None else own.shape[-2]), qkv.dtype)
             # a row that is masked as a whole would be NaN here
-            if bias_16 is None or bool(bias_16.sum(dtype=torch.float32).isfinite()):
-                attended = _by_products(q, k, v, bias_16, scale)
+            if bias_16 is None or not _may_mask_a_row(bias_16):
+                attended = _by_products(qkv[images], own, bias_16, num_heads, prompt_queries, scale)
                 if ranges is None:
                     out = attended
                 else:
                     out[images] = attended
                 continue
+        q, k, v = _project(qkv[images], own, num_heads, prompt_queries)
         mask = _mask(dense, rows, k.shape[2], _mask_type(q))
         if with_lse and cpu_attention is not None and _on_cpu(q):
             # called by name because only this form of scaled_dot_product_attention returns lse
@@ -207,27 +208,40 @@ def _mask_type(q: Tensor) -> torch.dtype:
     return torch.float32 if q.device.type == "cpu" and q.dtype in (torch.float16, torch.bfloat16) else q.dtype
 
 
-def _products_are_faster(q: Tensor, k: Tensor) -> bool:
+def _products_are_faster(qkv: Tensor) -> bool:
     """Whether scores of bfloat16 that are stored take less time than attention that does not store them."""
-    return (
-        q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
-        and q.numel() > 0
-        and k.numel() > 0
-        and multiplies_bfloat16()
-    )
+    return qkv.dtype == torch.bfloat16 and _on_cpu(qkv) and multiplies_bfloat16()
 
 
-def _by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def _may_mask_a_row(bias: Tensor) -> bool:
+    """Whether a row of the bias may be -inf as a whole. Most have a first column that is not, which is quickly read."""
+    return not bool(bias[..., 0].isfinite().all()) and not bool(bias.amax(-1).isfinite().all())
+
+
+def _by_products(
+    qkv: Tensor, prompts: Tensor | None, bias: Tensor | None, heads: int, prompt_queries: bool, scale: float
+) -> Tensor:
     """softmax(q k^T * scale + bias) v with rows first, (B, rows, H * D), for one image after the other, whose scores
-    stay in the cache."""
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
-    for i in range(q.shape[0]):
+    stay in the cache. Keys and values are copied head by head, which products of bfloat16 would do by themselves."""
+    batch, tokens, width = qkv.shape
+    head_dim = width // (3 * heads)
+    sections = qkv.unflatten(2, (3, heads, head_dim)).permute(2, 0, 3, 1, 4)
+    parts = 3 if prompt_queries and prompts is not None else 2
+    length = 0 if prompts is None else prompts.shape[-2]
+    joined = qkv.new_empty(parts, heads, tokens + length, head_dim)
+    given = None if prompts is None else prompts.unflatten(-1, (parts, heads, head_dim)).movedim(-4, -2)
+    out = qkv.new_empty(batch, tokens + (length if parts == 3 else 0), heads, head_dim)
+    for i in range(batch):
+        joined[:, :, :tokens] = sections[3 - parts :, i]
+        if given is not None and (i == 0 or given.ndim == 5):
+            joined[:, :, tokens:] = given if given.ndim == 4 else given[i]
+        q = joined[0] if parts == 3 else sections[0, i]
+        k, v = joined[-2], joined[-1]
         if bias is None:
-            scores = torch.bmm(q[i], k[i].mT).mul_(scale)
+            scores = torch.bmm(q, k.mT).mul_(scale)
         else:
-            scores = torch.baddbmm(bias[0], q[i], k[i].mT, alpha=scale)
-        out[i] = torch.bmm(scores.softmax(-1), v[i]).transpose(0, 1)
+            scores = torch.baddbmm(bias[0], q, k.mT, alpha=scale)
+        out[i] = torch.bmm(scores.softmax(-1), v).transpose(0, 1)
     return out.flatten(2)
 
 
