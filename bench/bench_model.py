@@ -15,7 +15,9 @@ CUDA graph of each is compared in the first settings and for few images. Whoever
 its own function in float64, with as much error as the definition makes in its dtype.
 
 On AMD processors vptm sends its frozen linears to oneDNN, where PyTorch would take MKL: "vptm with MKL" does not, and
-what it reaches over every peer stands in `extra_info["forms"]`, as for every other form of vptm.
+what it reaches over every peer stands in `extra_info["forms"]`, as for every other form of vptm. "vptm frozen" is vptm
+after `freeze_for_inference`: prompts are projected once, as those of the prefix are here, and weights packed where that
+is faster. On a CPU that multiplies bfloat16 a few settings are timed in it as well, beside vptm's own float32.
 
 BEiT-B/16 at 224 and batch 4 on a CPU: the smallest batch at which linear layers, not overhead, take the time. Its full
 grid has more numbers of prompts, other batches, and what is compiled or exported. On a GPU every size, resolution,
@@ -54,6 +56,7 @@ EAGER = (TIMM, peers.CONCATENATION)
 PEERS = {
     **{name: peers.PEERS[name] for name in (*EAGER, PREFIX)},
     **peers.with_mkl(),
+    **{name: peers.PEERS[name] for name in (peers.FROZEN, peers.FLOAT32)},
     **peers.compiled_peers(peers.CONCATENATION, PREFIX, TIMM, peers.OURS),
     **peers.graphed_peers(peers.OURS, peers.CONCATENATION, PREFIX, TIMM),
     **peers.RUNTIMES,
@@ -91,14 +94,17 @@ def _settings() -> list[tuple[Setting, torch.dtype]]:
     """With every dtype, most important first."""
     prompts = [("deep", 100), ("deep", 50), ("deep", 10), ("shallow", 100), ("shallow", 10), ("no", 0)]
     own = [("shallow", 10), ("deep", 100)]
-    dtypes, full = timing.selection.dtypes, timing.selection.full
+    dtypes, full = timing.selection.of_models(), timing.selection.full
     if not CUDA and not TINY:
         found = [Setting("deep", 100, 4), Setting("shallow", 10, 4), Setting("no", 0, 4)]
         found += [Setting(*each, 4, readout="mask") for each in own[: None if full else 1]]
         if full:
             found += [setting for each in prompts if (setting := Setting(*each, 4)) not in found]
             found += [Setting("deep", 100, batch) for batch in (1, 16)] + [Setting("shallow", 10, 1, readout="mask")]
-        return list(product(found, dtypes))
+        if full or timing.selection.dtypes == dtypes:
+            return list(product(found, dtypes))
+        beside = [found[0], found[0]._replace(batch=1), found[-1]]
+        return [*product(found, dtypes[:-1]), *product(beside, dtypes[-1:])]
     first = [Setting(*each, 64) for each in (("deep", 100), ("shallow", 10), ("deep", 50), ("no", 0))]
     first += [Setting(*each, 64, readout="mask") for each in own]
     first += [Setting("deep", 100, batch) for batch in (1, 8)]
@@ -255,13 +261,21 @@ def _peers(setting: Setting, dtype: torch.dtype) -> dict[str, Callable[[], Tenso
     model, images = prompted(setting, dtype), _images(setting.batch, setting.side, dtype)
     eager = dict(found)
     every, prefix = _in_every_form(setting), _prefix_in_every_form(setting)
+    if peers.FROZEN in present:
+        sealed = cache(lambda: peers.frozen(model))
+        found[peers.FROZEN] = lambda: _read(setting, sealed(), images)
+    if peers.FLOAT32 in present and dtype == torch.bfloat16:
+        wide = cache(lambda: copy.deepcopy(model).float())
+        wider = images.float()
+        found[peers.FLOAT32] = lambda: _read(setting, wide(), wider).to(dtype)
     in_forms = {name: run for name, run in eager.items() if every or (prefix and name == PREFIX)}
-    if peers.WITH_MKL in present and (every or timing.selection.full):
+    # MKL and the other runtimes are for float32
+    if peers.WITH_MKL in present and dtype == torch.float32 and (every or timing.selection.full):
         found[peers.WITH_MKL] = timing.without_onednn(eager["vptm"])
     found |= peers.compiled(in_forms)
     if every or setting.batch <= 8:  # launches of few images take longer than their work
         found |= peers.graphed(eager)
-    if prefix and PREFIX in eager:
+    if prefix and PREFIX in eager and dtype == torch.float32:
         prefixes = _prefixes(model)
         functions = {"prefix": lambda model, images: _scores(model, _with_prefixes(model, prefixes, images))}
         if every:

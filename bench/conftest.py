@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
     grid = config.getoption("--grid") or ("full" if device == "cuda" else "small")
     dtypes = tuple(DTYPES[name] for name in names) or timing.DTYPES[device]
     peers = _split(config.getoption("--peers"))
-    timing.select(timing.Selection(device, dtypes, peers, grid in ("full", "tiny"), grid == "tiny"))
+    timing.select(timing.Selection(device, dtypes, peers, grid in ("full", "tiny"), grid == "tiny", not names))
     config.stash[STARTED] = time.monotonic()
     state = timing.gpu_state() if device == "cuda" and torch.cuda.is_available() else None
     config.stash[BEFORE] = {"load average before": timing.load_average(), "gpu state before": state}

@@ -28,11 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from bench import timing
+from vptm import PromptedBEiT
 from vptm_kernels._runtime.frozen_linear import onednn_is_faster
 
 OURS, CONCATENATION, PREFIX, TIMM = "vptm", "concatenation", "PEFT-style prefix", "timm without prompts"
 TRANSFORMERS = "transformers without prompts"
 WITH_MKL = f"{OURS} with MKL"
+FROZEN = f"{OURS} frozen"
+FLOAT32 = f"{OURS}'s own float32"
 REDUCE_OVERHEAD = " reduce-overhead"
 
 # colours that differ for every kind of colour vision (Okabe and Ito)
@@ -108,6 +111,8 @@ def _nothing() -> None:
 PEERS: dict[str, timing.Peer] = {
     **EAGER,
     WITH_MKL: timing.Peer(needs=("cpu",)),
+    FROZEN: timing.Peer(needs=("cpu",)),
+    FLOAT32: timing.Peer(needs=("cpu",), function=FLOAT32),
     **compiled_peers(*EAGER),
     **graphed_peers(*EAGER),
     **RUNTIMES,
@@ -143,6 +148,14 @@ def alike(form: str, peer: str) -> bool:
 def with_mkl() -> dict[str, timing.Peer]:
     """On processors where vptm sends linears to oneDNN: vptm without that."""
     return {WITH_MKL: PEERS[WITH_MKL]} if onednn_is_faster() else {}
+
+
+def frozen(model: PromptedBEiT) -> PromptedBEiT:
+    """A copy that is frozen for inference."""
+    with torch.inference_mode(False):
+        twin = copy.deepcopy(model)
+        twin.freeze_for_inference()
+    return twin
 
 
 def compiled(runs: Mapping[str, Callable[[], Any]], *, backend: str = "inductor") -> dict[str, Callable[[], Any]]:

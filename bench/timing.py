@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.profiler import profile
 
 from vptm.messages import error_line
+from vptm_kernels._runtime.frozen_linear import multiplies_bfloat16
 from vptm_kernels.testing import assert_close_to_exact
 
 Run = Callable[[], object]
@@ -45,13 +46,19 @@ DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16)}
 @dataclass(frozen=True)
 class Selection:
     """What the command line of a bench run asks for; empty `peers` means all of them. tiny: a rehearsal of a GPU's run,
-    whose peers are all tried, those that need a GPU too."""
+    whose peers are all tried, those that need a GPU too. any_dtype: no dtype was asked for."""
 
     device: str = DEVICE
     dtypes: tuple[torch.dtype, ...] = DTYPES[DEVICE]
     peers: tuple[str, ...] = ()
     full: bool = DEVICE == "cuda"
     tiny: bool = False
+    any_dtype: bool = True
+
+    def of_models(self) -> tuple[torch.dtype, ...]:
+        """Dtypes of whole models: on a CPU that multiplies bfloat16 that as well, where none was asked for."""
+        beside = self.any_dtype and self.device == "cpu" and not self.tiny and multiplies_bfloat16()
+        return (*self.dtypes, torch.bfloat16) if beside else self.dtypes
 
     def missing(self) -> str | None:
         """Why nothing can be timed with this device and these dtypes; None when it can."""

@@ -134,6 +134,21 @@ def step_info(setting, name="vptm"):
     return benchmark.extra_info
 
 
+def test_bfloat16_of_a_cpu_is_timed_beside_float32_and_sealed(monkeypatch, tiny_model):
+    """Whoever gains least by bfloat16 must be seen; a form that a bench cannot build would be refused, not timed."""
+    monkeypatch.setattr(timing, "multiplies_bfloat16", lambda: True)
+    assert timing.Selection("cpu").of_models() == (FP32, torch.bfloat16)
+    assert timing.Selection("cpu", any_dtype=False).of_models() == (FP32,)
+    monkeypatch.setattr(timing, "selection", timing.Selection("cpu", peers=(peers.FROZEN, peers.FLOAT32)))
+    inference, step = Benchmark(), Benchmark()
+    bench_model.bench_inference(inference, "vptm", tiny_model, torch.bfloat16)
+    assert set(inference.extra_info["microseconds"]) >= {"vptm", peers.FROZEN, peers.FLOAT32}
+    assert set(inference.extra_info["forms"]) == {peers.FROZEN}
+    bench_training_step.bench_training_step(step, "vptm", tiny_model, torch.bfloat16)
+    assert f"speed-up over {peers.FLOAT32}" in step.extra_info
+    assert "refused" not in inference.extra_info | step.extra_info
+
+
 def test_the_whole_model_bench_sees_a_slower_vptm(counted, tiny_model, monkeypatch):
     """The ratio of the README's first table, with vptm made to do everything three times: a third must be left."""
     honest = model_info(tiny_model)["speed-up over concatenation"]
