@@ -19,6 +19,9 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
 import vptm
+from vptm.export.program import export_program
+from vptm_kernels._runtime import frozen_linear
+from vptm_kernels.testing import assert_close_to_exact
 
 KINDS = ("beit, mask row and prototypes", "beit, bias of every block", "vit")
 
@@ -603,6 +606,49 @@ def test_a_sealed_model_learns_and_is_traced_as_it_is() -> None:
         expected = textbook(twin, batch)
         assert relative_error(compiled(batch), expected) <= 1e-11
         assert relative_error(torch.export.export(model, (batch,)).module()(batch), expected) <= 1e-11
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_of_a_sealed_model_stand_in_nothings_way(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN's layout cannot be copied, traced or differentiated: whatever needs that goes on, by weights as they
+    are, and a copy packs its own."""
+    monkeypatch.setattr(frozen_linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(frozen_linear, "_FEWEST_WEIGHTS", 0)
+    read: list[bool] = []
+    packs: list[int] = []
+    product, pack = frozen_linear._onednn, frozen_linear.onednn_pack
+    monkeypatch.setattr(
+        frozen_linear, "_onednn", lambda x, weight, *more: read.append(weight.is_mkldnn) or product(x, weight, *more)
+    )
+    monkeypatch.setattr(frozen_linear, "onednn_pack", lambda *given: packs.append(1) or pack(*given))
+    model, batch = make(KINDS[0])
+    model, batch = model.to(dtype), batch.to(dtype)
+    exact, eager = textbook(copy.deepcopy(model).double(), batch.double()), textbook(model, batch)
+    model.freeze_for_inference()
+    with torch.no_grad():
+        found = model(batch)
+        assert_close_to_exact("packed", found, exact, eager, factor=2)
+        assert read.count(True) == 4 + 3 and len(packs) == 2 * 4  # the last block multiplies no keys or values
+        for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            read.clear()
+            assert torch.equal(same(batch), found) and read.count(True) == 4 + 3
+        packs.clear()
+        model.load_learned_state_dict({name: tensor.clone() for name, tensor in model.learned_state_dict().items()})
+        assert torch.equal(model(batch), found) and not packs, "what is learned is none of these"
+        read.clear()
+        torch._dynamo.reset()
+        traced = (
+            torch.compile(model, fullgraph=True, backend="eager"),
+            torch.export.export(model, (batch,)).module(),
+            export_program(model).module(),
+        )
+        for graph in traced:
+            assert_close_to_exact("traced", graph(batch), exact, eager, factor=2)
+    model(batch).square().sum().backward()
+    assert model.prompts.weight.grad is not None and not any(read)
 
 
 def test_a_tensor_in_place_of_a_parameter_learns() -> None:

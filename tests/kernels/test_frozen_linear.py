@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vptm_kernels._runtime import frozen_linear as module
-from vptm_kernels._runtime.frozen_linear import frozen_linear, runs_onednn
+from vptm_kernels._runtime.frozen_linear import frozen_linear, pack_weight, runs_onednn
 from vptm_kernels.testing import assert_close_to_exact
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
@@ -56,6 +56,10 @@ def test_equals_linear_and_gelu(onednn: bool, shape: tuple[int, ...], dtype: tor
     assert found.shape == (*shape[:-1], 3) and found.dtype == dtype
     exact = textbook(x.double(), weight.double(), bias.double())
     assert_close_to_exact("frozen_linear", found, exact, textbook(x, weight, bias), factor=2)
+    packed = pack_weight(weight)
+    assert (packed is not None) == onednn
+    found = frozen_linear(x, weight, bias, gelu=gelu, packed=packed)
+    assert_close_to_exact("packed", found, exact, textbook(x, weight, bias), factor=2)
 
 
 @pytest.mark.parametrize("gelu", [False, True])

@@ -83,11 +83,20 @@ def test_a_frozen_linear_is_the_public_one_where_its_operator_is_not_there(monke
     monkeypatch.setattr(frozen_linear, "_FEWEST_WEIGHTS", 0)
     monkeypatch.setattr(frozen_linear, "onednn_linear", None)
     x, weight, bias = torch.randn(2, 7), torch.randn(3, 7), torch.randn(3)
-    assert not frozen_linear.runs_onednn(x, weight)
+    assert not frozen_linear.runs_onednn(x, weight) and frozen_linear.pack_weight(weight) is None
     eager = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias))
     exact = torch.nn.functional.gelu(torch.nn.functional.linear(*(t.double() for t in (x, weight, bias))))
     found = frozen_linear.frozen_linear(x, weight, bias, gelu=True)
     assert_close_to_exact("frozen_linear", found, exact, eager, factor=2)
+
+
+def test_weights_are_multiplied_as_they_are_where_nothing_packs_them(monkeypatch):
+    monkeypatch.setattr(frozen_linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(frozen_linear, "_FEWEST_WEIGHTS", 0)
+    weight = torch.randn(3, 7)
+    assert frozen_linear.pack_weight(weight) is not None
+    monkeypatch.setattr(frozen_linear, "onednn_pack", None)
+    assert frozen_linear.pack_weight(weight) is None
 
 
 def test_ranges_are_read_at_every_call_where_nobody_counts_edits(monkeypatch):

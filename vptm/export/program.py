@@ -61,7 +61,7 @@ def _without_views(folded: Folded) -> Folded:
             made[key] = tensor.clone(memory_format=torch.contiguous_format)
         return made[key]
 
-    twin = copy.copy(folded)
+    twin = folded.packed(False)
     twin.blocks = [block._replace(qkv_weight=own(block.qkv_weight)) for block in folded.blocks]
     for name in ("biases", "square_biases", "wide_biases", "sealed_prefixes"):
         setattr(twin, name, [own(tensor) for tensor in getattr(folded, name)])

@@ -57,12 +57,13 @@ class FrozenEncoder:
         self._seal: Folded | None = None
         self._seal_watch: Watch | None = None
         self._bare: Folded | None = None
+        self._packs = False
         self._seal_backbone: Watch | None = None
         self._prompted = prompted
         self._without_prompts: tuple[Folded, Folded] | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_seal": self._seal, "_bare": self._bare, "_prompted": self._prompted}
+        return {name: self.__dict__[name] for name in ("_seal", "_bare", "_packs", "_prompted")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__()  # type: ignore[misc]
@@ -210,18 +211,21 @@ class FrozenEncoder:
             self.seal(model, self._seal)
         return self._seal
 
-    def seal(self, model: PromptedRows, folded: Folded) -> None:
-        """Be all there is of the frozen weights, and keep what is learned projected and folded as it is now."""
+    def seal(self, model: PromptedRows, folded: Folded, *, pack: bool = False) -> None:
+        """Be all there is of the frozen weights, and keep what is learned projected and folded as it is now; with
+        `pack` weights as well as this processor reads them fastest, now and whenever it is made again."""
         learned = [*model.prompts.modules(), *model.verbalizer.modules()]
         learned += [] if model.lm_head is None else model.lm_head.modules()
         with self._lock:
             watch = Watch(learned, [model._modules])
             with torch.inference_mode(False), torch.no_grad():
+                self._packs |= pack
                 unsealed = folded.sealed(None, None)
-                seal = unsealed.sealed(unsealed.prefixes(model, 1), model.verbalizer.prepare(model.lm_head))
+                seal = unsealed.packed(self._packs)
+                seal = seal.sealed(unsealed.prefixes(model, 1), model.verbalizer.prepare(model.lm_head))
             if self._seal_backbone is None:
                 self._seal_backbone = Watch(model.backbone.modules(), values=False)
-            self._seal, self._bare, self._seal_watch, self._made = seal, unsealed, watch, None
+            self._seal, self._bare, self._seal_watch, self._made = seal, unsealed.packed(False), watch, None
 
     def forget_learned(self) -> None:
         """Project and fold what is learned again, after an edit that PyTorch does not count."""

@@ -12,6 +12,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vptm.frozen.parts import ATTENTIONS, MODELESS, NORMS, is_tensor, oddity
+from vptm_kernels._runtime.frozen_linear import pack_weight
+
+
+class PackedWeights(NamedTuple):
+    """Weights of a block once more, as the linears of this processor read them fastest; None where that is how they
+    are. Not to be copied, sliced or saved."""
+
+    qkv: Tensor | None = None
+    proj: Tensor | None = None
+    fc1: Tensor | None = None
+    fc2: Tensor | None = None
 
 
 class FrozenBlock(NamedTuple):
@@ -32,6 +43,14 @@ class FrozenBlock(NamedTuple):
     eps_2: float
     activation: nn.Module
     heads: int
+    packed: PackedWeights = PackedWeights()
+
+    def with_packed(self) -> FrozenBlock:
+        """The same with its weights packed, too; itself where they are."""
+        if any(weight is not None for weight in self.packed):
+            return self
+        weights = self.qkv_weight, self.proj_weight, self.fc1_weight, self.fc2_weight
+        return self._replace(packed=PackedWeights._make(map(pack_weight, weights)))
 
 
 def _holds_tensors(module: nn.Module) -> bool:
@@ -178,4 +197,6 @@ def fold_block(block: Any, dtype: torch.dtype) -> FrozenBlock:
     scales = [None if fold_scale or gamma is None else gamma.to(dtype) for gamma in gammas]
     # what nothing was folded into is copied all the same: a constant is never the weight itself
     constants = [tensor.to(dtype, copy=isinstance(tensor, nn.Parameter)) for tensor in tensors]
-    return FrozenBlock._make([*constants, *scales, block.norm1.eps, block.norm2.eps, block.mlp.act, heads])
+    return FrozenBlock._make(
+        [*constants, *scales, block.norm1.eps, block.norm2.eps, block.mlp.act, heads, PackedWeights()]
+    )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vptm.frozen.fold import FrozenBlock, fold_block
+from vptm.frozen.fold import FrozenBlock, PackedWeights, fold_block
 from vptm.frozen.parts import is_plain_linear, oddity
 from vptm.frozen.pooling import pool_rows
 from vptm.frozen.rows import PreparedHead, PromptedRows
@@ -144,9 +144,15 @@ class Folded:
         if not self.bias_without_prompts:
             self.wide_biases = [None if bias is None else bias[:, :num_tokens] for bias in biases]
 
+    def __copy__(self) -> Folded:
+        """On the same tensors, views and packed weights too."""
+        twin = object.__new__(Folded)
+        twin.__dict__ |= self.__dict__
+        return twin
+
     def __getstate__(self) -> dict[str, object]:
-        """Without views, which a pickle would write as often as there are any."""
-        blocks = [block._replace(qkv_weight=torch.empty(0)) for block in self.blocks]
+        """Without views, which a pickle would write as often as there are any, and without packed weights."""
+        blocks = [block._replace(qkv_weight=torch.empty(0), packed=PackedWeights()) for block in self.blocks]
         views: dict[str, object] = {"prefix_weights": None, "read_weights": (), "read_query_bias": None}
         views |= {"square_biases": [], "wide_biases": []}
         return self.__dict__ | views | {"blocks": blocks}
@@ -177,8 +183,17 @@ class Folded:
         twin.sealed_prefixes, twin.sealed_head = prefixes, head
         return twin
 
+    def packed(self, wanted: bool) -> Folded:
+        """The same, where `wanted` with its weights once more as linears read them fastest that neither learn nor are
+        traced, else without those. A copy or a pickle has none."""
+        twin = copy.copy(self)
+        twin._take_weights(
+            [block.with_packed() if wanted else block._replace(packed=PackedWeights()) for block in self.blocks]
+        )
+        return twin
+
     def constants(self) -> Iterator[Tensor]:
-        """Every tensor derived from frozen weights."""
+        """Every tensor derived from frozen weights, packed ones left out."""
         for block in self.blocks:
             yield from (value for value in block if isinstance(value, Tensor))
         yield from (bias for bias in self.biases if bias is not None)
@@ -224,7 +239,12 @@ class Folded:
                 for layer in range(depth)
             ]
         rows = prompts.weight if prompts.projection is None else prompts.projection(prompts.weight)
-        return torch.bmm(self._normalise(rows, self.prefix_eps), self.prefix_weights).unbind()
+        rows = self._normalise(rows, self.prefix_eps)
+        if self.for_gpu:
+            return torch.bmm(rows, self.prefix_weights).unbind()
+        # on a CPU launches cost nothing, and a product of many matrices is the slower one
+        width = model.num_features
+        return [frozen_linear(row, block.qkv_weight[width:]) for row, block in zip(rows.unbind(), self.blocks)]
 
     def _takes_prefix(self, model: PromptedRows, layer: int) -> bool:
         """Whether block `layer` gets fresh prompts, of all images together, that attend to nothing."""
@@ -233,7 +253,7 @@ class Folded:
 
     def _prefix(self, model: PromptedRows, layer: int, batch: int) -> Tensor:
         rows = self._normalise(model.prompts.rows(layer, batch), self.blocks[layer].eps_1)
-        return F.linear(rows, self.blocks[layer].qkv_weight[model.num_features :])
+        return self._linear(rows, self.blocks[layer].qkv_weight[model.num_features :])
 
     def _prompts_attend(self, model: PromptedRows, layer: int) -> bool:
         """Whether anything reads what block `layer` makes of its prompt rows."""
@@ -293,18 +313,23 @@ class Folded:
         if self.for_gpu:
             return F.linear(x, block.qkv_weight, block.qkv_bias)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or runs_onednn(x, block.qkv_weight):
-            return frozen_linear(x, block.qkv_weight, block.qkv_bias)
+            return frozen_linear(x, block.qkv_weight, block.qkv_bias, packed=block.packed.qkv)
         qkv = F.linear(x, block.qkv_weight)
         qkv[..., : x.shape[-1]] += block.qkv_bias[: x.shape[-1]]
         return qkv
 
-    def _add_linear(self, x: Tensor, inner: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias) if self.for_gpu else frozen_linear(x, weight, bias)
+
+    def _add_linear(
+        self, x: Tensor, inner: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, packed: Tensor | None
+    ) -> Tensor:
         """`x + scale * linear(inner)`."""
         if self.for_gpu:
             return _residual(x, F.linear(inner, weight, bias), scale)
         added = scale is None and x.dtype == inner.dtype == weight.dtype
         if not added or torch.is_grad_enabled() or torch.compiler.is_compiling() or runs_onednn(inner, weight):
-            return _residual(x, frozen_linear(inner, weight, bias), scale)
+            return _residual(x, frozen_linear(inner, weight, bias, packed=packed), scale)
         # on a CPU the product is added to x where it is: without rows of bias to add it to, and without adding x after
         out = x.reshape(-1, x.shape[-1]) + bias
         return torch.addmm(out, inner.reshape(-1, inner.shape[-1]), weight.t(), out=out).view(x.shape)
@@ -317,14 +342,18 @@ class Folded:
             x = F.linear(x, block.fc1_weight, block.fc1_bias)
             return F.gelu(x) if exact_gelu else act(x)
         if exact_gelu:
-            return frozen_linear(x, block.fc1_weight, block.fc1_bias, gelu=True)
-        return act(frozen_linear(x, block.fc1_weight, block.fc1_bias))
+            return frozen_linear(x, block.fc1_weight, block.fc1_bias, gelu=True, packed=block.packed.fc1)
+        return act(frozen_linear(x, block.fc1_weight, block.fc1_bias, packed=block.packed.fc1))
 
     def _mlp(self, x: Tensor, block: FrozenBlock) -> Tensor:
         return self._add_mlp(x, self._normalise(x, block.eps_2), block)
 
     def _add_mlp(self, x: Tensor, normed: Tensor, block: FrozenBlock) -> Tensor:
-        return self._add_linear(x, self._mlp_inner(normed, block), block.fc2_weight, block.fc2_bias, block.scale_2)
+        inner = self._mlp_inner(normed, block)
+        return self._add_linear(x, inner, block.fc2_weight, block.fc2_bias, block.scale_2, block.packed.fc2)
+
+    def _add_attended(self, x: Tensor, mixed: Tensor, block: FrozenBlock) -> Tensor:
+        return self._add_linear(x, mixed, block.proj_weight, block.proj_bias, block.scale_1, block.packed.proj)
 
     def _block(self, model: PromptedRows, x: Tensor, layer: int, prefix: Prefix, qkv: Tensor | None = None) -> Tensor:
         block = self.blocks[layer]
@@ -353,7 +382,7 @@ class Folded:
         if prefix is None and rows == tokens and model.prompts.role(layer) == "own":
             if self._prompts_attend(model, layer):  # the same rows for every image, which attend like the others
                 fresh = model.prompts.rows(layer, x.shape[0])
-                prompt_qkv = F.linear(self._normalise(fresh, block.eps_1), block.qkv_weight, block.qkv_bias)
+                prompt_qkv = self._linear(self._normalise(fresh, block.eps_1), block.qkv_weight, block.qkv_bias)
             else:
                 prefix = self._prefix(model, layer, x.shape[0])
         queries = None if rows > tokens or fresh is not None else tokens
@@ -380,9 +409,9 @@ class Folded:
     def _join(self, x: Tensor, mixed: Tensor, fresh: Tensor | None, block: FrozenBlock) -> Tensor:
         """Rows after attention: its projection added to them."""
         if fresh is None:
-            return self._add_linear(x, mixed, block.proj_weight, block.proj_bias, block.scale_1)
+            return self._add_attended(x, mixed, block)
         tokens = self.num_tokens
-        update = F.linear(mixed, block.proj_weight, block.proj_bias)
+        update = self._linear(mixed, block.proj_weight, block.proj_bias)
         if block.scale_1 is not None:
             update = update * block.scale_1
         update = update.to(torch.promote_types(update.dtype, x.dtype))
@@ -394,7 +423,7 @@ class Folded:
         """Attention and residual of some rows, (B, rows, C); no prompt row attends."""
         block, tokens = self.blocks[layer], self.num_tokens
         if x.shape[1] > tokens:  # prompts that were rows until here
-            prefix = F.linear(self._normalise(x[:, tokens:], block.eps_1), block.qkv_weight[model.num_features :])
+            prefix = self._linear(self._normalise(x[:, tokens:], block.eps_1), block.qkv_weight[model.num_features :])
             x = x[:, :tokens]
         elif prefix is None and model.prompts.role(layer) == "own":
             prefix = self._prefix(model, layer, x.shape[0])
@@ -406,7 +435,7 @@ class Folded:
         mixed = prompted_attention(
             qkv, **_prompt_arguments(prefix), num_heads=block.heads, bias=bias, scale=1.0, impl=model.impl
         )
-        return self._add_linear(x[:, rows], mixed[:, rows], block.proj_weight, block.proj_bias, block.scale_1)
+        return self._add_attended(x[:, rows], mixed[:, rows], block)
 
     def _mean_block(self, model: PromptedRows, x: Tensor, layer: int, prefix: Prefix) -> Tensor:
         """The last block and the final norm for the rows that are averaged or pooled by attention, (B, C).
@@ -424,14 +453,14 @@ class Folded:
         if type(norm) is not nn.Identity:
             return norm(self._mlp(x, block)).mean(dim=1)
         inner = self._mlp_inner(self._normalise(x, block.eps_2), block).mean(dim=1)
-        return norm(_residual(x.mean(dim=1), F.linear(inner, block.fc2_weight, block.fc2_bias), block.scale_2))
+        return norm(_residual(x.mean(dim=1), self._linear(inner, block.fc2_weight, block.fc2_bias), block.scale_2))
 
     def _last_block(self, model: PromptedRows, x: Tensor, row: int, layer: int, prefix: Prefix) -> Tensor:
         """The block for one query row (B, C), without a key or a value of any token."""
         block, prompts = self.blocks[layer], model.prompts
         weight_q, weight_k, weight_v = self.read_weights
         row_in = x[:, row]
-        query = F.linear(self._normalise(row_in, block.eps_1), weight_q, self.read_query_bias)
+        query = self._linear(self._normalise(row_in, block.eps_1), weight_q, self.read_query_bias)
         if prefix is None and x.shape[1] == self.num_tokens and prompts.role(layer) == "own":
             # a row of its own for every image, as dropout draws it, is cheaper as one more token than projected
             x = torch.cat([x, prompts.rows(layer, x.shape[0]).to(x.dtype)], dim=1)
@@ -453,5 +482,5 @@ class Folded:
             scale=1.0,
             impl=model.impl,
         )
-        out = self._add_linear(row_in, value, block.proj_weight, block.proj_bias, block.scale_1)
+        out = self._add_attended(row_in, value, block)
         return self._mlp(out, block)

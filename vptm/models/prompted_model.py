@@ -180,7 +180,9 @@ class PromptedModel(Pretrained):
         and training can unfreeze, and folded copies in the encoder, which run. Afterwards the block's four linear
         weights in `backbone` are without values (on the meta device; a module that was passed in keeps its own): the
         model is for inference as it stands, on its device, in its dtype and with the parts, modes and hooks it has.
-        Prompts are projected, and token head and projection multiplied, once, for calls that record no gradient.
+        Prompts are projected, and token head and projection multiplied, once, for calls that record no gradient. On AMD
+        processors with AVX-512 such calls read weights in a layout of oneDNN's, held beside the folded ones: what the
+        originals took is taken again, unless `torch.backends.mkldnn.enabled` is False.
         `state_dict`, `load_state_dict`, `train`, `unfreeze`, `refresh`, `.to` and the
         reference path then raise RuntimeError; edits of the norms and biases that are left change nothing.
         `learned_state_dict`, `vptm.save_adapter` and `weight_hash` go on working. A pickle of such a model, as a
@@ -215,7 +217,7 @@ class PromptedModel(Pretrained):
                 for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
                     linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
             self.backbone.register_load_state_dict_pre_hook(_refuse_dropped_weights)
-            self._encoder.seal(self, folded)
+            self._encoder.seal(self, folded, pack=True)
         return self
 
     def _twin(self, encoder: FrozenEncoder) -> PromptedModel:

@@ -4,6 +4,7 @@ who listens to a call       where nobody can be asked somebody may: every call t
 attention on a CPU          lse and gradients are written out with public operations
 gradients of a softmax      the same
 oneDNN's linear             `torch.nn.functional.linear` and `gelu`
+oneDNN's packed weights     weights are multiplied as they are
 the counter of edits        a tensor is looked at in every call
 """
 
@@ -51,6 +52,8 @@ activation_gradients = {
 
 # (x, weight, bias, activation, scalars, algorithm) -> activation(linear(x))
 onednn_linear = _operator("mkldnn", "_linear_pointwise")
+# (weight, rows that are expected) -> the same in the layout that this operator multiplies by, without a storage
+onednn_pack = _operator("mkldnn", "_reorder_linear_weight")
 
 
 def listened_to() -> bool:
