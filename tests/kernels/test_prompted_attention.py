@@ -483,6 +483,43 @@ def test_stored_scores_of_bfloat16_on_a_cpu_keep_the_error_budget(prompts, bias,
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a form for CPUs")
+@pytest.mark.parametrize("operator", [True, False])
+@pytest.mark.parametrize("prompts,bias", [(case.prompts, case.bias) for case in KINDS if case.valid])
+def test_stored_scores_of_bfloat16_on_a_cpu_have_the_gradients(prompts, bias, operator, monkeypatch):
+    """Training takes this form where inference does, with PyTorch's gradient of a softmax or without."""
+    from vptm_kernels.prompted_attention import torch_impl
+
+    taken = []
+    backward = torch_impl._by_products_backward
+    monkeypatch.setattr(torch_impl, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(torch_impl, "_by_products_backward", lambda *given: taken.append(1) or backward(*given))
+    if not operator:
+        monkeypatch.setattr(torch_impl, "activation_gradients", {})
+    case = AttentionCase(tokens=33, prompts=prompts, bias=bias, dtype=torch.bfloat16)
+    if bias == "table":
+        case = replace(case, window=(4, 8))
+    call = case.inputs(DEVICE, requires_grad=True)
+    if isinstance(call.get("bias"), RelativePositionBias):
+        call["bias"] = call["bias"]._replace(table=call["bias"].table.detach())
+    elif call.get("bias") is not None:
+        call["bias"] = call["bias"].detach()  # one that learns is written out
+    learned = [call[name] for name in ("qkv", "prompt_kv", "prompt_qkv") if call.get(name) is not None]
+
+    def gradients(of, tensors):
+        return torch.autograd.grad(of.square().sum(), tensors)
+
+    found = gradients(prompted_attention(**call, impl="torch"), learned)
+    assert taken
+    results = []
+    for dtype in (torch.float64, case.dtype):
+        own = case.converted(call, dtype)
+        leaves = [own[name] for name in ("qkv", "prompt_kv", "prompt_qkv") if own.get(name) is not None]
+        results.append(gradients(reference(own)[0], leaves))
+    for actual, exact, eager in zip(found, *results):
+        assert_close_to_exact(str(case), actual, exact, eager, factor=3)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a form for CPUs")
 @pytest.mark.parametrize("masked, stored", [(slice(None), False), (slice(0, 5), True), (slice(5, 9), True)])
 def test_stored_scores_leave_a_row_that_is_masked_as_a_whole_to_the_other_form(masked, stored, monkeypatch):
     """softmax of a row of -inf is NaN, and the contract says zeros; a row that is masked in part stays."""

@@ -17,6 +17,7 @@ from .._runtime.tracing import nothing_traces
 from .._runtime.triton_support import choose, float32_precision
 from .bias import RelativePositionBias, table_rows
 from .ops import direct_attention, planned_attention, prompted_attention_op, run_attention, run_plan
+from .torch_impl import products_are_faster
 
 if TYPE_CHECKING:
     from .triton_impl import Plan
@@ -177,9 +178,12 @@ def prompted_attention(
 
         _checked.keep(key, plan_of(*tensors, *options))
     learned = torch.is_grad_enabled() and _learned(qkv, prompts, table)
-    with_lse = return_lse or (learned and (impl == "triton" or qkv.device.type == "cpu"))
+    plain = nothing_traces(*tensors)
+    # what is traced must not depend on the processor
+    kept = impl == "triton" or (qkv.device.type == "cpu" and not (plain and products_are_faster(qkv)))
+    with_lse = return_lse or (learned and kept)
     run: Callable[..., tuple[Tensor, Tensor]] = prompted_attention_op
-    if nothing_traces(*tensors):
+    if plain:
         run = direct_attention if learned else run_attention
     out, lse = run(*tensors, *options, with_lse, impl)
     return (out, lse) if return_lse else out

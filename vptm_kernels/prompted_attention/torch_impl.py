@@ -2,7 +2,8 @@
 
 Forward is scaled_dot_product_attention on a bias with aligned rows. No concatenated keys and values are kept for
 backward, which builds them again. On a CPU it is that kernel's own backward, given lse; where the bias or lse have
-gradients, and on a GPU, it is written out and works on slices of the batch, so that score matrices stay small.
+gradients, and on a GPU, it is written out and works on slices of the batch, so that score matrices stay small. On a CPU
+that multiplies bfloat16, both passes of such tensors store the scores of one image at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._runtime.frozen_linear import multiplies_bfloat16
-from .._runtime.private_torch import cpu_attention, cpu_attention_backward
+from .._runtime.private_torch import activation_gradients, cpu_attention, cpu_attention_backward
 from .._runtime.sizes import accumulator
 from .bias import ROW_ALIGNMENT, expand_table, reduce_to_table
 
@@ -43,7 +44,7 @@ def forward(
     dense = _dense(bias, token_ids, window)
     for images, chosen in _lengths(ranges) if ranges is not None else _groups(batch, prompts, None, batch):
         own = None if prompts is None else prompts[chosen]
-        if not with_lse and _products_are_faster(qkv):
+        if not with_lse and products_are_faster(qkv):
             bias_16 = _mask(dense, rows, tokens + (0 if own is None else own.shape[-2]), qkv.dtype)
             # a row that is masked as a whole would be NaN here
             if bias_16 is None or not _may_mask_a_row(bias_16):
@@ -103,12 +104,17 @@ def backward(
 
     keys = tokens + (0 if prompts is None else max_prompt_length if ranges is not None else prompts.shape[-2])
     flash = lse.numel() > 0 and ddense is None and grad_lse is None and cpu_attention is not None and _on_cpu(grad_out)
-    slice_size = batch if flash else max(1, _SCORES_PER_SLICE // max(1, heads * keys * keys))
+    stored = lse.numel() == 0 and ddense is None and grad_lse is None and products_are_faster(grad_out)
+    stored = stored and (dense is None or not _may_mask_a_row(dense))
+    slice_size = batch if flash or stored else max(1, _SCORES_PER_SLICE // max(1, heads * keys * keys))
     for images, chosen in _groups(batch, prompts, ranges, slice_size):
         q, k, v = _project(qkv[images], None if prompts is None else prompts[chosen], heads, prompt_queries)
         if q.shape[2] == 0:  # nobody attends
             continue
-        if flash and cpu_attention_backward is not None:
+        if stored:
+            mask = _mask(dense, q.shape[2], k.shape[2], q.dtype)
+            dq, dk, dv = _by_products_backward(grad_out[images], q, k, v, mask, scale)
+        elif flash and cpu_attention_backward is not None:
             mask = _mask(dense, q.shape[2], k.shape[2], _mask_type(q))
             attended = out[images].unflatten(2, (heads, head_dim)).transpose(1, 2)
             shift = lse[images].masked_fill(lse[images] == float("-inf"), 0)
@@ -208,8 +214,9 @@ def _mask_type(q: Tensor) -> torch.dtype:
     return torch.float32 if q.device.type == "cpu" and q.dtype in (torch.float16, torch.bfloat16) else q.dtype
 
 
-def _products_are_faster(qkv: Tensor) -> bool:
-    """Whether scores of bfloat16 that are stored take less time than attention that does not store them."""
+def products_are_faster(qkv: Tensor) -> bool:
+    """Whether scores of bfloat16 that are stored take less time than attention that does not store them, forward and
+    backward; lse is no part of that."""
     return qkv.dtype == torch.bfloat16 and _on_cpu(qkv) and multiplies_bfloat16()
 
 
@@ -237,12 +244,38 @@ def _by_products(
             joined[:, :, tokens:] = given if given.ndim == 4 else given[i]
         q = joined[0] if parts == 3 else sections[0, i]
         k, v = joined[-2], joined[-1]
-        if bias is None:
-            scores = torch.bmm(q, k.mT).mul_(scale)
-        else:
-            scores = torch.baddbmm(bias[0], q, k.mT, alpha=scale)
-        out[i] = torch.bmm(scores.softmax(-1), v).transpose(0, 1)
+        out[i] = torch.bmm(_weights(q, k, bias, scale), v).transpose(0, 1)
     return out.flatten(2)
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Of one image, (H, rows, keys)."""
+    if bias is None:
+        return torch.bmm(q, k.mT).mul_(scale).softmax(-1)
+    return torch.baddbmm(bias[0], q, k.mT, alpha=scale).softmax(-1)
+
+
+def _by_products_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, (B, H, rows or keys, D), from that of the output, as `_by_products` computes that."""
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    for i in range(q.shape[0]):
+        # each enters two or three products, which would copy it each time
+        own_q, own_k, own_v, dout = (t[i].contiguous() for t in (q, k, v, grad))
+        weights = _weights(own_q, own_k, bias, scale)
+        dv[i] = torch.bmm(weights.mT, dout)
+        dscores = _softmax_gradient(torch.bmm(dout, own_v.mT), weights)
+        dq[i] = torch.bmm(dscores, own_k)
+        dk[i] = torch.bmm(dscores.mT, own_q)
+    return (dq, dk, dv) if scale == 1 else (dq.mul_(scale), dk.mul_(scale), dv)
+
+
+def _softmax_gradient(grad: Tensor, weights: Tensor) -> Tensor:
+    if "softmax" in activation_gradients:
+        found: Tensor = activation_gradients["softmax"](grad, weights, -1, weights.dtype)
+        return found
+    return (grad - (weights * grad).sum(-1, keepdim=True)) * weights
 
 
 def _mask(dense: Tensor | None, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
