@@ -401,7 +401,8 @@ class RunSettings(PictureSettings):
         str,
         Help(
             "builtin, fashion-mnist, digits, mnist5k, stamps, a folder of class folders, a .csv of "
-            "path,label[,split], a published list (train800.txt, train.json, split_zhou_NAME.json), "
+            "path,label[,split], a published list (train800.txt, train.json, split_zhou_NAME.json), a .jsonl for "
+            "--multi-label, "
             "hf:NAME_OR_FOLDER of datasets, wds/SHARDS, or torch/NAME:FOLDER."
         ),
     ] = "builtin"
@@ -464,6 +465,11 @@ class RunSettings(PictureSettings):
             raise ValueError(f"--prototype-lr must be finite and > 0, got {self.prototype_lr}")
         if parse_weights(self.train_settings.class_weights) == "balanced" and self.balanced_sampler:
             raise ValueError("--balanced-sampler and --class-weights balanced exclude each other: each does it all")
+        if self.model_settings.multi_label:
+            only = {"shots": "all", "balanced_sampler": False, "prototype_steps": 0, "prototype_init": "xavier"}
+            for name, value in only.items():
+                if (given := getattr(self, name)) != value:
+                    raise ValueError(f"{self._label(name)} must be {value} with --multi-label, got {given}")
         verbalizer = self.model_settings.verbalizer
         for name, unused in (("prototype_steps", 0), ("prototype_init", "xavier")):
             if getattr(self, name) != unused and verbalizer != "prototypical":

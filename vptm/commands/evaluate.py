@@ -66,8 +66,14 @@ def evaluate(
         print(json.dumps({**facts, **scores}))
         return
     columns = {"recall": "per_class", "precision": "precision_per_class", "F1": "f1_per_class"}
+    if "map" in scores:
+        columns = {"average precision": "ap_per_class", **columns, "recall": "recall_per_class"}
     shares = zip(*(["-" if one is None else format(one, ".2%") for one in scores[name]] for name in columns.values()))
     print_columns([("", *columns), *((name, *row) for name, row in zip(found.classes, shares))])
+    if "map" in scores:
+        print(f"macro-F1 {scores['macro_f1']:.4f}, micro-F1 {scores['micro_f1']:.4f} at a probability of 0.5")
+        print(f"{found.split} mAP {scores['map']:.4f} of {scores['n']} images, loss {scores['loss']:.4f}")
+        return
     print(
         f"balanced accuracy {scores['balanced_accuracy']:.2%}, macro-F1 {scores['macro_f1']:.4f}, "
         f"calibration error {scores['ece']:.4f}"

@@ -30,5 +30,6 @@ def inspect(
         run = read_run(Path(path))
         rows.append(("command", str(run.get("command"))))
         if test := (run.get("result") or {}).get("test"):
-            rows.append(("test accuracy", f"{test['accuracy']:.2%} of {test['n']} images"))
+            quality = ("mAP", f"{test['map']:.4f}") if "map" in test else ("accuracy", f"{test['accuracy']:.2%}")
+            rows.append((f"test {quality[0]}", f"{quality[1]} of {test['n']} images"))
     print_columns(rows)

@@ -64,6 +64,8 @@ def train(
     if run.stopped is not None:
         say(f"vptm: interrupted {run.stopped}, continue with: {resume_command(run.folder)}")
         raise typer.Exit(1)
+    if run.val_map is not None:
+        print(f"validation mAP       {run.val_map:.4f} at epoch {run.best_epoch}")
     if run.best_val_accuracy is not None:
         print(f"validation accuracy  {run.best_val_accuracy:.2%} at epoch {run.best_epoch}")
     if losses := run.prototype_losses:
@@ -71,16 +73,26 @@ def train(
         steps = settings.prototype_steps
         print(f"prototypes           ProtoVerb loss {losses[0]:.4f}, after {steps} steps {losses[-1]:.4f}{after}")
     if run.test is not None:
-        print(f"test accuracy        {run.test['accuracy']:.2%} of {run.test['n']} images, {test_line(run.test)}")
-    drawn = "curves.png" if run.test is None else "curves.png, confusion.png"
+        quality = (
+            f"accuracy        {run.test['accuracy']:.2%}"
+            if "accuracy" in run.test
+            else (f"mAP             {run.test['map']:.4f}")
+        )
+        print(f"test {quality} of {run.test['n']} images, {test_line(run.test)}")
+    drawn = "curves.png" if "confusion" not in (run.test or ()) else "curves.png, confusion.png"
     print(f"run folder           {run.folder} (adapter, run.json, split.csv, metrics.csv, {drawn})")
     print(f"next                 vptm predict {shlex.quote(str(run.folder))} IMAGE.png")
 
 
 def test_line(scores: Mapping[str, Any]) -> str:
     """What is said of test images beside accuracy; a run of an older version kept fewer numbers."""
-    kinds = {"loss": ".4f", "balanced_accuracy": ".2%", "macro_f1": ".4f", "ece": ".4f"}
-    shown = {"balanced_accuracy": "balanced", "macro_f1": "macro-F1", "ece": "calibration error"}
+    kinds = {"loss": ".4f", "balanced_accuracy": ".2%", "macro_f1": ".4f", "micro_f1": ".4f", "ece": ".4f"}
+    shown = {
+        "balanced_accuracy": "balanced",
+        "macro_f1": "macro-F1",
+        "micro_f1": "micro-F1",
+        "ece": "calibration error",
+    }
     return ", ".join(f"{shown.get(name, name)} {scores[name]:{kind}}" for name, kind in kinds.items() if name in scores)
 
 

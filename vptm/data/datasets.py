@@ -64,15 +64,31 @@ class ImageDataset(Dataset[tuple[Any, int]]):
                 f"images, labels and keys must have one length, got {len(images)}, {len(labels)}, {len(keys)}"
             )
         self.images = images
-        self.labels = np.asarray(labels, dtype=np.int64)
-        check_labels(self.labels, len(classes))
+        self.labels = self._checked(labels, len(classes))
         self.classes = list(classes)
         self.keys = list(keys)
         self.transform = transform
         self.background, self.value_range = background, value_range
 
+    def _checked(self, labels: Any, classes: int) -> np.ndarray:
+        found = np.asarray(labels, dtype=np.int64)
+        check_labels(found, classes)
+        return found
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    def label(self, index: int) -> Any:
+        """The label of one image."""
+        return int(self.labels[index])
+
+    def counts(self) -> np.ndarray:
+        """Images of each class, (K,)."""
+        return np.bincount(self.labels, minlength=len(self.classes))
+
+    def renumbered(self, numbers: np.ndarray, classes: list[str]) -> ImageDataset:
+        """The same images with class k as class `numbers[k]` of `classes`."""
+        return self.with_labels(numbers[self.labels], classes)
 
     def image(self, index: int) -> Image.Image:
         """The untransformed image; raises `BadImageError` where its file or record cannot be decoded."""
@@ -87,11 +103,11 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.image(index)
-        return (image if self.transform is None else self.transform(image)), int(self.labels[index])
+        return (image if self.transform is None else self.transform(image)), self.label(index)
 
     def _with(self, **changes: Any) -> ImageDataset:
         names = ("images", "labels", "classes", "keys", "transform", "background", "value_range")
-        return ImageDataset(**({name: getattr(self, name) for name in names} | changes))
+        return type(self)(**({name: getattr(self, name) for name in names} | changes))
 
     def subset(self, indices: Iterable[int] | np.ndarray) -> ImageDataset:
         """The images at `indices`, in that order, with the same transform."""

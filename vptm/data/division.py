@@ -17,7 +17,7 @@ def check_classes(part: ImageDataset, name: str, *, complete: bool = True) -> No
     if len(part.classes) < 2:
         only = f"only {_named(part.classes[0])}" if part.classes else "none"
         raise ValueError(f"{name} must have at least two classes, got {only}")
-    counts = np.bincount(part.labels, minlength=len(part.classes))
+    counts = part.counts()
     if complete and not counts.all():
         empty = _named(part.classes[int(counts.argmin())])
         raise ValueError(f"{name}: the class {empty} has no readable training image")
@@ -27,7 +27,7 @@ def _named(label: str) -> str:
     return one_line(repr(label), 200)
 
 
-def _hash_order(seed: int, keys: Sequence[str]) -> np.ndarray:
+def hash_order(seed: int, keys: Sequence[str]) -> np.ndarray:
     """A permutation that depends on the seed and each key alone, on every machine and version."""
     # names of files may be no UTF-8
     texts = (f"{seed}/{key}".encode("utf-8", "surrogateescape") for key in keys)
@@ -48,7 +48,7 @@ def stratified_split(whole: ImageDataset, seed: int, shares: Mapping[str, float]
                 f"class {_named(name)} has {len(members)} images, at least {len(shares) + 1} are needed to divide it "
                 f"into train, {' and '.join(shares)}"
             )
-        order = members[_hash_order(seed, [whole.keys[i] for i in members])]
+        order = members[hash_order(seed, [whole.keys[i] for i in members])]
         start = 0
         for split, share in shares.items():
             count = max(1, round(share * len(members)))
@@ -70,7 +70,9 @@ def few_shot(dataset: ImageDataset, shots: int, *, seed: int = 0) -> ImageDatase
     """
     if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
         raise ValueError(f"shots must be an integer >= 1, got {shots!r}")
-    counts = np.bincount(dataset.labels, minlength=len(dataset.classes))
+    if dataset.labels.ndim > 1:
+        raise ValueError(f"shots must be all for images of several labels, got {shots}")
+    counts = dataset.counts()
     fewest = int(counts.min()) if len(counts) else 0
     name = _named(dataset.classes[int(counts.argmin())]) if len(counts) else "none"
     if not fewest:
@@ -82,5 +84,5 @@ def few_shot(dataset: ImageDataset, shots: int, *, seed: int = 0) -> ImageDatase
     chosen: list[int] = []
     for label in range(len(dataset.classes)):
         members = np.flatnonzero(dataset.labels == label)
-        chosen += members[_hash_order(seed, [dataset.keys[i] for i in members])[:shots]].tolist()
+        chosen += members[hash_order(seed, [dataset.keys[i] for i in members])[:shots]].tolist()
     return dataset.subset(sorted(chosen))

@@ -12,7 +12,7 @@ import numpy as np
 from vptm.data.datasets import ImageDataset
 from vptm.messages import one_line
 
-_ORDER = ("all", "train", "val", "test")
+ORDER = ("all", "train", "val", "test")
 
 
 class Entry(NamedTuple):
@@ -40,7 +40,7 @@ def parts_of(entries: Iterable[Entry], where: object, classes: Sequence[str] | N
         classes = sorted(trained, key=natural)
     numbers = {label: index for index, label in enumerate(classes)}
     parts = {}
-    for split in _ORDER:
+    for split in ORDER:
         chosen = [entry for entry in found if entry.split == split]
         if not chosen:
             continue

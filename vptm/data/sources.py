@@ -18,6 +18,7 @@ from vptm.data.division import check_classes, stratified_split
 from vptm.data.folders import read_folder
 from vptm.data.hf_datasets import read_hf_dataset
 from vptm.data.named_datasets import DATASET_NAMES, read_named
+from vptm.data.several_labels import divided, read_jsonl_file
 from vptm.data.torchvision_datasets import read_torchvision
 from vptm.data.webdataset_shards import read_shards
 from vptm.messages import error_line, hint, listed, one_line, one_of
@@ -39,6 +40,7 @@ def load_data(
     holdout: bool = True,
     background: str = BACKGROUND,
     value_range: tuple[float, float] | None = None,
+    multi_label: bool = False,
 ) -> ImageData:
     """Load images and labels as train, val and test data sets.
 
@@ -64,6 +66,9 @@ def load_data(
             once here, broken ones are dropped and reported in `notes`.
         seed: of the division.
         holdout: False leaves an undivided source whole, in `test`.
+        multi_label: the images have any number of labels, for a model with `multi_label=True`: `source` is a .jsonl
+            list, see `vptm.data.several_labels.read_jsonl_file`, and items have labels (K,) of 0 and 1. Without splits
+            the images are divided as they come, not within classes.
         background, value_range: how pictures with transparency, or of more than 8 bits, are read, see
             `vptm.data.decoding.to_8_bit`.
 
@@ -87,15 +92,16 @@ def load_data(
     with one_line_errors(one_line(source, 200)):
         read = _read_source(source, notes, background)
     name = read.name
+    _check_labels_of(next(iter(read.parts.values())), name, multi_label)
     parts = {split: part.read_as(background, value_range) for split, part in read.parts.items()}
     if list(parts) == ["all"]:
         whole = parts["all"]
         if holdout:
             check_classes(whole, name)
-            parts = stratified_split(whole, seed, {"test": _TEST_SHARE, "val": _VAL_SHARE})
-            notes.append(
-                f"no splits given: divided within each class by seed {seed} into 70 % train, 10 % val, 20 % test"
-            )
+            divide, within = (divided, "") if multi_label else (stratified_split, " within each class")
+            parts = divide(whole, seed, {"test": _TEST_SHARE, "val": _VAL_SHARE})
+            check_classes(parts["train"], name)
+            notes.append(f"no splits given: divided{within} by seed {seed} into 70 % train, 10 % val, 20 % test")
         else:
             parts = {"test": whole}
     elif "train" in parts:
@@ -103,7 +109,7 @@ def load_data(
             parts |= stratified_split(parts["train"], seed, {"val": _VAL_SHARE})
             notes.append(f"10 % of the training images, drawn by seed {seed}, are val")
         check_classes(parts["train"], name, complete=read.complete)
-        counts = np.bincount(parts["train"].labels, minlength=len(parts["train"].classes))
+        counts = parts["train"].counts()
         if without := [label for label, count in zip(parts["train"].classes, counts) if not count]:
             notes.append(f"classes without a training image: {listed(without, 10)}")
         notes += [f"no {split} images" for split in ("val", "test") if split not in parts]
@@ -126,6 +132,16 @@ def load_data(
         notes=tuple(notes),
         flip=read.flip,
     )
+
+
+def _check_labels_of(part: ImageDataset, name: str, multi_label: bool) -> None:
+    if (part.labels.ndim > 1) == multi_label:
+        return
+    if multi_label:
+        raise ValueError(
+            f"--multi-label (multi_label=True) needs a .jsonl list with several labels an image, {name} has one each"
+        )
+    raise ValueError(f"{name} has several labels an image, which vptm train --multi-label (multi_label=True) learns")
 
 
 def absolute(source: str) -> str:
@@ -174,8 +190,12 @@ def _read_source(source: str | Path, notes: list[str], background: str) -> _Sour
         return _Source(_image_folder(path, notes), path.resolve().name)
     if exists:
         kind = path.suffix.lower()
-        if kind not in (".csv", *LISTS) or not path.is_file():
-            raise ValueError(f"data must be a folder of class folders or a .csv, .txt or .json list, got {text}")
+        if kind not in (".csv", ".jsonl", *LISTS) or not path.is_file():
+            raise ValueError(
+                f"data must be a folder of class folders or a .csv, .txt, .json or .jsonl list, got {text}"
+            )
+        if kind == ".jsonl":
+            return _Source(read_jsonl_file(path), path.stem)
         if kind == ".csv":
             return _Source(read_csv_file(path), path.stem)
         return _Source(read_list(path), path.resolve().parent.name, complete=False)

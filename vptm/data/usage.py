@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-import numpy as np
-
 from vptm.data.datasets import ImageDataset
 from vptm.data.decoding import BadImageError
 from vptm.messages import one_line
@@ -14,8 +12,8 @@ from vptm.messages import one_line
 def class_lines(parts: Mapping[str, ImageDataset | None], pool: ImageDataset, shown: int = 20) -> Iterator[str]:
     """How many images of each class are used, and how many of those to train on, `pool`, are left out."""
     names = [one_line(name) for name in pool.classes]
-    counts = {split: np.bincount(part.labels, minlength=len(names)) for split, part in parts.items() if part}
-    left_out = np.bincount(pool.labels, minlength=len(names)) - counts["train"]
+    counts = {split: part.counts() for split, part in parts.items() if part}
+    left_out = pool.counts() - counts["train"]
     width = max(len(name) for name in names[:shown])
     yield f"{len(names)} classes, images of each:"
     for k, name in enumerate(names[:shown]):

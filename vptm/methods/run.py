@@ -52,6 +52,7 @@ class TrainedRun:
     `confusion.png`. stopped: where it was interrupted, None where it is done. best_epoch, best_val_accuracy: of the
     epoch that is kept. prototype_losses: before and after the steps on the prototypes alone, after which validation
     accuracy is val_accuracy. test: scores on the test images, where they were read, by the names of the classes.
+    val_map: mean average precision of that epoch on validation images, of a multi-label run, which has no accuracy.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class TrainedRun:
     prototype_losses: list[float] | None = None
     val_accuracy: float | None = None
     test: dict[str, Any] | None = None
+    val_map: float | None = None
 
 
 def train_run(
@@ -105,7 +107,8 @@ def train_run(
     if ranks.index:
         report = _silent
     with asking_for_moved_data(resume):
-        data = load_data(settings.data, on_bad_image=settings.on_bad_image, **settings.reading())
+        several = settings.model_settings.multi_label
+        data = load_data(settings.data, on_bad_image=settings.on_bad_image, multi_label=several, **settings.reading())
     parts = _parts(settings, data, report)
     seed = settings.train_settings.seed
     torch.manual_seed(seed)
@@ -163,6 +166,8 @@ def train_run(
         run.stopped = "before the test"
         return run
     outcome = {"best_epoch": run.best_epoch, "val_accuracy": run.val_accuracy, "test": run.test}
+    if model.multi_label:
+        run.val_map = outcome["val_map"] = result.best_val_map
     update_run_file(folder, result=outcome, cost=_cost(model, result, len(parts["train"]), peak_memory(place)))
     return run
 
@@ -245,8 +250,9 @@ def _finish(
             extra = {"epoch": run.best_epoch, "val_accuracy": run.val_accuracy, "prototype_steps": steps}
             save_adapter(model, run.folder, extra=extra | {"prototype_losses": run.prototype_losses})
     if run.test is None and "test" in loaders:
-        found = evaluate(model, loaders["test"], precision=precision, confusion=True)
-        plot_confusion(found["confusion"], classes, run.folder / CONFUSION_FILE)
+        found = evaluate(model, loaders["test"], precision=precision, confusion=not model.multi_label)
+        if "confusion" in found:
+            plot_confusion(found["confusion"], classes, run.folder / CONFUSION_FILE)
         run.test = by_name(found, classes)
 
 

@@ -66,7 +66,7 @@ def evaluate_run(
         data: as `vptm.load_data` takes it; None is what the run was trained on.
         split: "test", "val" or "train".
         include_trained: count what the run learned from, too.
-        confusion: also give the confusion matrix.
+        confusion: also give the confusion matrix, where an image has one label.
         on_bad_image, batch_size, workers: of reading.
         source: backbone weights, where they moved since training.
         device, impl, precision, compile: what computes.
@@ -88,7 +88,8 @@ def evaluate_run(
     # a division made at training time is kept, so test images are never training images
     same = own is not None and located("data", chosen) == own
     listed = SplitList.read(run)
-    read = {"transform": transforms(model), "on_bad_image": on_bad_image, **picture_options(model)}
+    read: dict[str, Any] = {"transform": transforms(model), "on_bad_image": on_bad_image, **picture_options(model)}
+    read["multi_label"] = model.multi_label
     with asking_for_moved_data(data is None):
         loaded = load_data(chosen, holdout=same, **read)
     if not same and listed is not None and listed.is_within(loaded.parts()):
@@ -105,6 +106,7 @@ def evaluate_run(
     elif not same:
         report(f"{run} keeps no list of its images: whether it was trained on some of these is not known")
     loader = loader_of(_with_labels_of(model, part), batch_size, workers, place)
+    confusion = confusion and not model.multi_label
     scores = evaluate(model, loader, device=place, confusion=confusion, precision=precision, compile=compile)
     names = class_labels(model.class_names, model.num_classes)
     return RunEvaluation(split, loaded.name, names, left_out, scores)
@@ -158,4 +160,4 @@ def _with_labels_of(model: PromptedModel, part: ImageDataset) -> ImageDataset:
     if unknown := [name for name in part.classes if name not in names]:
         raise ValueError(one_line(f"the data has the label {unknown[0]!r}, the run knows {', '.join(names)}"))
     number = np.array([names.index(name) for name in part.classes])
-    return part.with_labels(number[part.labels], names)
+    return part.renumbered(number, names)
