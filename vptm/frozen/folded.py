@@ -14,7 +14,7 @@ Each is exact in real arithmetic and used only where it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -212,6 +212,15 @@ class Folded:
         x, _ = self._run(model, images, len(self.blocks), None)
         return model.backbone.norm(x if model.pools_prompts else x[:, : self.num_tokens])
 
+    def intermediates(
+        self, model: PromptedRows, images: Tensor, chosen: Collection[int], blocks: int
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Rows before the final norm after `blocks` blocks, and `[prefix | patches | mask?]` after each that is chosen
+        of them."""
+        kept: dict[int, Tensor] = {}
+        x, _ = self._run(model, images, blocks, None, kept, chosen)
+        return x if model.pools_prompts else x[:, : self.num_tokens], kept
+
     def row(self, model: PromptedRows, images: Tensor, row: int, start: Start | None = None) -> Tensor:
         """One of those rows, (B, C), with the last block computed for it alone."""
         last = len(self.blocks) - 1
@@ -261,8 +270,17 @@ class Folded:
             return model.pools_prompts
         return model.prompts.role(layer + 1) in ("mixed", "carried")
 
-    def _run(self, model: PromptedRows, images: Tensor, blocks: int, start: Start | None) -> tuple[Tensor, Prefix]:
-        """Rows entering block `blocks`, prompt rows last where they are rows, and the prefix of that block."""
+    def _run(
+        self,
+        model: PromptedRows,
+        images: Tensor,
+        blocks: int,
+        start: Start | None,
+        kept: dict[int, Tensor] | None = None,
+        chosen: Collection[int] = (),
+    ) -> tuple[Tensor, Prefix]:
+        """Rows entering block `blocks`, prompt rows last where they are rows, and the prefix of that block; token rows
+        after chosen blocks go into `kept`."""
         x = model.embed(images, self.patch_embed) if start is None else start.rows
         qkv = None if start is None else start.qkv
         batch, prompts, depth = x.shape[0], model.prompts, len(self.blocks)
@@ -285,6 +303,9 @@ class Folded:
             if not straight:
                 x = self._enter(model, x, layer)
             x = model.run_block(self._block, model, x, layer, prefix(layer), qkv if layer == 0 else None)
+            if kept is not None and layer in chosen:
+                rows = x[:, : self.num_tokens]
+                kept[layer] = rows if straight else rows.clone()  # what enters the next block may change in place
         if blocks == depth:
             return x, None
         return x if straight else self._enter(model, x, blocks), prefix(blocks)

@@ -6,6 +6,8 @@ own model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,17 @@ from vptm.frozen.parts import softmax_attention
 from vptm.frozen.rows import AttentionFunction, PromptedRows
 
 
-def reference_features(model: PromptedRows, images: Tensor, attention: AttentionFunction = softmax_attention) -> Tensor:
+def reference_features(
+    model: PromptedRows,
+    images: Tensor,
+    attention: AttentionFunction = softmax_attention,
+    observe: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
     """Rows `[prefix | patches | mask?]` after the last block and the backbone's final norm, (B, T, C); with the prompts
-    last where the read-out averages them too."""
+    last where the read-out averages them too.
+
+    `observe(layer, rows before, rows after)` is called for every block, with all of its rows, prompts last.
+    """
     x = rows = model.reference_embed(images)
     batch, tokens = x.shape[:2]
     carried = None
@@ -25,7 +35,9 @@ def reference_features(model: PromptedRows, images: Tensor, attention: Attention
             first = model.backbone.num_prefix_tokens
             before, patches, rest = x.split([first, model.num_patches, tokens - first - model.num_patches], dim=1)
             x = torch.cat([before, patches + added, rest], dim=1)
-        rows = torch.cat([x, model.prompts(layer, batch, carried).to(x.dtype)], dim=1)
-        rows = model.run_block(model.reference_block, layer, rows, attention)
+        entering = torch.cat([x, model.prompts(layer, batch, carried).to(x.dtype)], dim=1)
+        rows = model.run_block(model.reference_block, layer, entering, attention)
+        if observe is not None:
+            observe(layer, entering, rows)
         x, carried = rows[:, :tokens], rows[:, tokens:]
     return model.backbone.norm(rows if model.pools_prompts else x)

@@ -81,6 +81,11 @@ class PromptedRows(nn.Module):
         raise NotImplementedError
 
     @abstractmethod
+    def attention_weights(self, layer: int, rows: Tensor) -> Tensor:
+        """What each of the rows (B, T, C) that enter block `layer` attends to, (B, H, T, T), softmax over the last."""
+        raise NotImplementedError
+
+    @abstractmethod
     def forward_hidden(self, images: Tensor) -> Tensor:
         """The normalised read-out row (B, C)."""
         raise NotImplementedError

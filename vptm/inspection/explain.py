@@ -16,8 +16,6 @@ from vptm.data.decoding import read_image
 from vptm.data.labels import class_labels
 from vptm.data.transforms import picture_options, transforms
 from vptm.frozen.modes import eval_mode
-from vptm.frozen.parts import softmax_attention
-from vptm.frozen.reference import reference_features
 from vptm.inspection.figures import new_figure, write_png
 from vptm.models.prompted_beit import PromptedBEiT
 from vptm.models.prompted_model import PromptedModel
@@ -144,17 +142,7 @@ def inspect_tokens(
 def readout_attention_weights(model: PromptedBEiT, images: Tensor, layer: int = -1) -> Tensor:
     """Softmax weights (B, H, T) of the row that is read, over the rows `[class | patches | mask? | prompts]` of block
     `layer`; the mean over the averaged rows where a mean is read."""
-    model.check_images(images)
-    model._refuse_dropped("the attention of the reference path")
-    kept: list[Tensor] = []
-
-    def keeping(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        identity = torch.eye(value.shape[2], dtype=value.dtype, device=value.device)
-        kept.append(softmax_attention(query, key, identity, bias))
-        return kept[-1] @ value
-
-    reference_features(model, images, keeping)
-    weights, row = kept[layer], model._readout_row()
+    weights, row = model.attention_maps(images, [layer])[0], model._readout_row()
     return weights[:, :, model.mean_rows()].mean(2) if row is None else weights[:, :, row]
 
 

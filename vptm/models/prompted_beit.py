@@ -14,7 +14,7 @@ from timm.models import register_model
 from timm.models.beit import Attention, Beit
 from torch import Tensor, nn
 
-from vptm.frozen.parts import BiasedAttention, biased_attention, block_forward
+from vptm.frozen.parts import BiasedAttention, biased_attention, block_forward, softmax_attention
 from vptm.frozen.rows import AttentionFunction
 from vptm.messages import one_of
 from vptm.models.position_bias import extended_index, parse_extra_bias
@@ -280,6 +280,20 @@ class PromptedBEiT(PromptedModel):
         if bias is not None:
             bias = bias[None, :, :count, :count]
         return block_forward(self.backbone.blocks[layer], rows, bias, attention)
+
+    def attention_weights(self, layer: int, rows: Tensor) -> Tensor:
+        """What each of the rows (B, T, C) that enter block `layer` attends to, (B, H, T, T), softmax over the last."""
+        kept: list[Tensor] = []
+
+        def keeping(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+            identity = torch.eye(value.shape[2], dtype=value.dtype, device=value.device)
+            kept.append(softmax_attention(query, key, identity, bias))
+            return kept[-1] @ value
+
+        self.reference_block(layer, rows, keeping)
+        if not kept:
+            raise ValueError(f"attention maps need timm's attention in block {layer}, got another")
+        return kept[0]
 
     def position_bias(self, layer: int, *, learned: bool = True) -> Tensor | None:
         """Bias (H, T, T) of the table's entries for rows `[class | patches | mask? | prompts]`, with `prompt_bias`

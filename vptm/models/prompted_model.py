@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from vptm.frozen.sharing import unshare_storage
 from vptm.messages import one_of
 from vptm.models.adapter_hub import Pretrained
 from vptm.models.config import LabelledOutput, ModelConfig
+from vptm.models.intermediates import FORMATS, as_timm, chosen_blocks
 from vptm.models.prompts import PromptBank
 from vptm.models.verbalizers import ClassEmbeddings, LinearVerbalizer, PrototypicalVerbalizer
 from vptm.settings import PromptSettings, names
@@ -323,6 +324,112 @@ class PromptedModel(Pretrained):
         folded = self.folded_constants()
         return self._plain_features(images) if folded is None else folded.features(self, images)
 
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """Patch rows after some blocks, as timm's `forward_intermediates` gives them, with prompts at work.
+
+        Prompts are among the keys of every block and, as a mask row that is inserted, in none of what is returned but
+        the features. Without prompts it equals timm's.
+
+        Args:
+            images: (B, channels, height, width), normalised.
+            indices: blocks: all for None, the last n for a number, or each by its number, from the end where negative.
+            return_prefix_tokens: each with the rows before the patches, (B, prefix, C), in a pair.
+            norm: through the final norm.
+            stop_early: run no block after the last that is asked for; the features are then those after it.
+            output_fmt: "NCHW", (B, C, rows, columns), or "NLC", (B, N, C).
+            intermediates_only: without the features.
+            output_dict: "image_intermediates", "image_intermediates_prefix" and "image_features" in place of a tuple.
+
+        Returns:
+            (`forward_features(images)`, list in the order of the blocks), or as the arguments say.
+
+        Raises:
+            ValueError: an index or a format that there is not, or images of another size.
+
+        Example:
+            >>> model = vptm.PromptedBEiT("builtin", num_classes=3)
+            >>> features, maps = model.forward_intermediates(torch.zeros(2, 1, 28, 28), indices=2)
+            >>> features.shape, [one.shape for one in maps]
+            (torch.Size([2, 18, 192]), [torch.Size([2, 192, 4, 4]), torch.Size([2, 192, 4, 4])])
+        """
+        one_of("output_fmt", output_fmt, FORMATS)
+        self.check_images(images)
+        depth, final = len(self.backbone.blocks), self.backbone.norm
+        chosen = chosen_blocks(indices, depth)
+        tokens = self.num_rows - self.prompts.length
+        folded = self.folded_constants()
+        features: Tensor | None = None
+        if folded is not None:
+            rows, kept = folded.intermediates(self, images, chosen, chosen[-1] + 1 if stop_early else depth)
+            features = None if stop_early or intermediates_only else final(rows)
+        else:
+            kept = {}
+
+            def observe(layer: int, _: Tensor, rows: Tensor) -> None:
+                if layer in chosen:
+                    kept[layer] = rows[:, :tokens]
+
+            features = self._plain_features(images, observe)
+        if intermediates_only:
+            features = None
+        elif stop_early and chosen[-1] + 1 < depth:
+            features = final(kept[chosen[-1]])
+        elif features is None:
+            features = final(rows)
+        return as_timm(
+            {layer: final(one) for layer, one in kept.items()} if norm else kept,
+            features,
+            prefix=self.backbone.num_prefix_tokens,
+            grid=tuple(self.backbone.patch_embed.grid_size),
+            output_fmt=output_fmt,
+            return_prefix_tokens=return_prefix_tokens,
+            output_dict=output_dict,
+        )
+
+    def attention_maps(self, images: Tensor, indices: int | Sequence[int] | None = None) -> list[Tensor]:
+        """What every row attends to in some blocks, by the reference path, the only one that stores it.
+
+        Args:
+            images: (B, channels, height, width), normalised.
+            indices: blocks, as in `forward_intermediates`.
+
+        Returns:
+            For each block (B, H, T, T + P): rows `[prefix | patches | mask?]` over the same and, last, the prompts of
+            that block; the last dimension sums to 1. It has a gradient.
+
+        Raises:
+            ValueError: an index that there is not, images of another size, or blocks without one plain attention.
+            RuntimeError: after `freeze_for_inference` dropped the weights.
+
+        Example:
+            >>> model = vptm.PromptedBEiT("builtin", num_classes=3, prompt_length=10)
+            >>> [one.shape for one in model.attention_maps(torch.zeros(2, 1, 28, 28), indices=[-1])]
+            [torch.Size([2, 6, 18, 28])]
+        """
+        self.check_images(images)
+        self._refuse_dropped("attention_maps()")
+        refuse_unread(self.backbone)
+        chosen = chosen_blocks(indices, len(self.backbone.blocks))
+        tokens = self.num_rows - self.prompts.length
+        kept: list[Tensor] = []
+
+        def observe(layer: int, rows: Tensor, _: Tensor) -> None:
+            if layer in chosen:
+                kept.append(self.attention_weights(layer, rows)[:, :, :tokens])
+
+        reference_features(self, images, softmax_attention, observe)
+        return kept
+
     def folded_constants(self) -> Folded | None:
         """The folded constants this model runs on now, None where it runs its modules.
 
@@ -336,7 +443,7 @@ class PromptedModel(Pretrained):
             self._refuse_exporters()
         return self._encoder.folded(self)
 
-    def _plain_features(self, images: Tensor) -> Tensor:
+    def _plain_features(self, images: Tensor, observe: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
         self._refuse_dropped("the reference path")
         refuse_unread(self.backbone)
         if self.impl == "triton":
@@ -346,7 +453,8 @@ class PromptedModel(Pretrained):
             )
         if learns(self.backbone):
             unshare_storage(self.backbone)
-        return reference_features(self, images, softmax_attention if self.impl == "reference" else sdpa)
+        attention = softmax_attention if self.impl == "reference" else sdpa
+        return reference_features(self, images, attention, observe)
 
     def _refuse_exporters(self) -> None:
         """Those that would record ops of vptm's and not know how to write them."""

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from einops import rearrange
 from timm.layers import AttentionPoolLatent
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from vptm.frozen.rows import AttentionFunction
@@ -163,6 +164,16 @@ class PromptedViT(PromptedModel):
     def reference_block(self, layer: int, rows: Tensor, attention: AttentionFunction) -> Tensor:
         """timm's own block, of whatever kind; `attention` is timm's choice."""
         return self.backbone.blocks[layer](rows)
+
+    def attention_weights(self, layer: int, rows: Tensor) -> Tensor:
+        """What each of the rows (B, T, C) that enter block `layer` attends to, (B, H, T, T), softmax over the last."""
+        block: Any = self.backbone.blocks[layer]
+        attn: Any = getattr(block, "attn", None)
+        if type(block) not in (Block, ResPostBlock) or type(attn) is not Attention:
+            raise ValueError(f"attention maps need blocks of one Attention after another, got {type(block).__name__}")
+        x = rows if type(block) is ResPostBlock else block.norm1(rows)
+        query, key, _ = rearrange(attn.qkv(x), "b t (three h d) -> three b h t d", three=3, h=attn.num_heads)
+        return (attn.q_norm(query) * attn.scale @ attn.k_norm(key).mT).softmax(dim=-1)
 
     @property
     def attention_pool(self) -> nn.Module | None:
