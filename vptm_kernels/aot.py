@@ -413,6 +413,9 @@ class IdleDriver:
         return self.target
 
 
+CHOSEN_POINTER = re.compile(r"arith\.select .*!tt\.ptr")
+
+
 def _gpu_target(name: str) -> Any:
     from triton.backends.compiler import GPUTarget
 
@@ -450,6 +453,8 @@ def intercept(target: str, case: str, spills_only: bool = False) -> Iterator[lis
             dots=len(re.findall(r"tt\.dot .*: tensor<\d+x\d+x(?:f16|bf16)>", compiled.asm.get("ttir", ""))),
             constants=constants,
         )
+        if CHOSEN_POINTER.search(compiled.asm.get("ttir", "")):
+            report.error = "chooses between pointers: for AMD, Triton 3.6 and 3.7 end the process where they compile it"
         if spills_only and target.startswith("sm"):
             _read_nvidia_resources(report, compiled)
             reports.append(report)

@@ -123,9 +123,11 @@ def mixed_rows(t, of, first_token, first_prompt, left, LAYOUT: tl.constexpr, WIT
     ptr = of.tokens + tl.minimum(first_token + t, of.N - 1).to(LAYOUT.INDEX) * LAYOUT.STRIDE_N
     if WITH_PROMPTS:
         prompt = tl.maximum(tl.minimum(first_prompt + tl.maximum(t - left, 0), of.P - 1), 0)
-        ptr = tl.where(t < left, ptr, of.prompts + prompt.to(LAYOUT.INDEX) * LAYOUT.STRIDE_P)
+        # Chosen as integers: Triton 3.6 and 3.7 end the process where they compile a choice of two pointers for AMD.
+        other = of.prompts + prompt.to(LAYOUT.INDEX) * LAYOUT.STRIDE_P
+        ptr = tl.where(t < left, ptr.to(tl.int64), other.to(tl.int64)).to(of.tokens.dtype)
         if LAYOUT.ALIGNED:
-            # A choice of two pointers forgets what is known about both: without this, reads are 2 bytes wide.
+            # A choice forgets what is known about both: without this, reads are 2 bytes wide.
             ptr = tl.multiple_of(ptr, 16)
     return ptr
 
