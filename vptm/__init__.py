@@ -18,7 +18,7 @@ _HOME = {
     "PromptedBEiT": "models.prompted_beit",
     "PromptedViT": "models.prompted_vit",
     "check": "inspection.check",
-    "load_backbone": "weights.backbones",
+    "load_backbone": "weights.beits",
     "weight_hash": "weights.files",
     "PrototypicalVerbalizer": "models.verbalizers",
     "LinearVerbalizer": "models.verbalizers",
@@ -81,7 +81,7 @@ if TYPE_CHECKING:
     from vptm.serving.task_bank import TaskBank
     from vptm.training.evaluate import evaluate
     from vptm.training.fit import fit
-    from vptm.weights.backbones import load_backbone
+    from vptm.weights.beits import load_backbone
     from vptm.weights.files import weight_hash
 
 

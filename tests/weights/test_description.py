@@ -14,7 +14,7 @@ from tiny_models import tiny_vit
 
 from vptm import PromptedBEiT, save_adapter
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE
-from vptm.weights.backbones import load_backbone
+from vptm.weights.beits import load_backbone
 from vptm.weights.description import describe
 from vptm.weights.vits import load_vit
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import vptm
 from vptm.models.opening import kind_of, open_model
-from vptm.weights.backbones import load_backbone
+from vptm.weights.beits import load_backbone
 from vptm.weights.vits import LoadedViT, load_vit
 
 State = dict[str, Tensor]

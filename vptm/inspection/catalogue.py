@@ -14,7 +14,7 @@ from timm.models import get_pretrained_cfg
 
 from vptm.models.opening import kind_of
 from vptm.settings import MODEL_SETTINGS
-from vptm.weights.backbones import load_backbone, probe
+from vptm.weights.beits import load_backbone, probe
 from vptm.weights.families import TIMM_MODULES
 from vptm.weights.vits import check_backbone
 

@@ -18,7 +18,7 @@ from vptm.models.prompted_model import PromptedModel
 from vptm.models.prompted_vit import PromptedViT
 from vptm.settings import MODEL_SETTINGS, ViTSettings, names
 from vptm.weights.adapter_format import CONFIG_FILE, read_adapter_config
-from vptm.weights.backbones import LoadedBackbone, is_timm_name, probe
+from vptm.weights.beits import LoadedBackbone, is_timm_name, probe
 from vptm.weights.containers import told_of
 from vptm.weights.families import Told, family_of_timm
 from vptm.weights.files import one_line_errors

@@ -29,7 +29,7 @@ from vptm.settings import (
     TokenActivation,
     VerbalizerName,
 )
-from vptm.weights.backbones import LoadedBackbone, LoadReport, load_backbone
+from vptm.weights.beits import LoadedBackbone, LoadReport, load_backbone
 
 PROMPT_LOCATIONS = ("after_cls", "after_mask", "before_mask", "end")
 MASKED_MODELLING_WEIGHTS = (

@@ -35,7 +35,7 @@ from vptm.training.scores import validation_score
 from vptm.training.state import STATE_FILE, read_state, write_state
 from vptm.training.step import TrainStep
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, read_adapter_tensors
-from vptm.weights.backbones import is_timm_name
+from vptm.weights.beits import is_timm_name
 from vptm.weights.files import WriteError, read_json, weight_hash, write_atomically
 
 METRICS_FILE, CURVES_FILE, CONFUSION_FILE, RUN_FILE = "metrics.csv", "curves.png", "confusion.png", "run.json"

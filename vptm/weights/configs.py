@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.models.beit import Beit
 
-from vptm.weights.architecture import mlp_ratio_of, pair
+from vptm.weights.beit_architecture import mlp_ratio_of, pair
 from vptm.weights.families import MODEL_TYPES, ROTARY, Family, family_of_timm
 from vptm.weights.files import read_json
 from vptm.weights.preprocessing import INTERPOLATIONS, floats, interpolation_name, positive, share

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vptm.messages import WITH_PATHS, error_line, one_line
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, read_adapter_config, read_adapter_tensors
-from vptm.weights.backbones import folded_names, is_timm_name, load_backbone, probe, report_of_name
+from vptm.weights.beits import folded_names, is_timm_name, load_backbone, probe, report_of_name
 from vptm.weights.containers import read_checkpoint, told_of
 from vptm.weights.files import check_values, weight_hash
 from vptm.weights.key_maps import WRAPPERS, canonical_names, is_huggingface, is_index, unwrap
@@ -40,7 +40,7 @@ _PARTS = {
 def describe(source: str | os.PathLike[str]) -> Rows:
     """(label, value) rows of what a source of a model, or an adapter or run folder, holds.
 
-    A backbone that loads is described by the report of its loader (`vptm.weights.backbones.LoadReport`,
+    A backbone that loads is described by the report of its loader (`vptm.weights.beits.LoadReport`,
     `vptm.weights.vits.ViTReport`), a timm model of another class and an adapter by what they state. Of one that does
     not load all that can be read is shown, and why it does not load in a row "problem". Nothing is downloaded for a
     timm name; a hub id is.

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vptm.messages import error_line, listed
-from vptm.weights.architecture import mlp_ratio_of
+from vptm.weights.beit_architecture import mlp_ratio_of
 from vptm.weights.vit_architecture import window_of_positions
 
 _PREFIXES = ("", "opt/target/", "params/", "params/img/")

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from vptm.messages import listed
-from vptm.weights.architecture import check_size, mlp_ratio_of, window_of
+from vptm.weights.beit_architecture import check_size, mlp_ratio_of, window_of
 from vptm.weights.families import ROTARY
 
 VIT_EPS = 1e-6

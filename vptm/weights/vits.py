@@ -1,7 +1,7 @@
 """ViT weights from timm, Google's .npz, MAE, MoCo-v3, DINO, DINOv2 and Hugging Face, under timm's parameter names.
 
 `load_vit` reads any of them into a `timm.models.vision_transformer.VisionTransformer`. As with BEiTs
-(`vptm.weights.backbones`) nothing is guessed silently, a file that does not fit is refused in one line, and no file can
+(`vptm.weights.beits`) nothing is guessed silently, a file that does not fit is refused in one line, and no file can
 run code.
 """
 
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from vptm.frozen.sharing import shared_twin
 from vptm.messages import WITH_PATHS, error_line, hint, listed, one_line
-from vptm.weights.architecture import check_size, pair, window_of
-from vptm.weights.backbones import folded_names, is_timm_name, numbers, probe, resized_names
+from vptm.weights.beit_architecture import check_size, pair, window_of
+from vptm.weights.beits import folded_names, is_timm_name, numbers, probe, resized_names
 from vptm.weights.configs import HUGGINGFACE_EPS, SourceFacts
 from vptm.weights.containers import Checkpoint, read_checkpoint
 from vptm.weights.families import family_of_names, refuse_rotary

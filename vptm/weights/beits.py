@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from vptm.frozen.sharing import shared_twin
 from vptm.messages import WITH_PATHS, error_line, listed, one_line
-from vptm.weights.architecture import (
+from vptm.weights.beit_architecture import (
     architecture_of,
     check_family,
     check_size,

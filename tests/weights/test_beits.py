@@ -30,8 +30,8 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from vptm.weights.architecture import TIMM_RESIZES_RECTANGLES
-from vptm.weights.backbones import LoadedBackbone, load_backbone
+from vptm.weights.beit_architecture import TIMM_RESIZES_RECTANGLES
+from vptm.weights.beits import LoadedBackbone, load_backbone
 from vptm.weights.files import weight_hash
 from vptm.weights.key_maps import canonical_state_dict
 
