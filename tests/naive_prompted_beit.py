@@ -191,7 +191,7 @@ def naive_logits(model: PromptedBEiT, hidden: Tensor) -> Tensor:
         embedding = embedding + model.verbalizer.projection.bias
     return torch.stack(
         [
-            embedding @ prototype / (embedding.norm() * prototype.norm()) / model.verbalizer.log_temperature.exp()
+            embedding @ prototype / (embedding.norm() * prototype.norm()) / model.verbalizer.log_temperature[0].exp()
             for prototype in model.verbalizer.prototypes
         ]
     )

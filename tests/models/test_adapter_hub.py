@@ -74,7 +74,7 @@ def test_a_deployed_adapter_of_beit_b_takes_1200_kilobytes() -> None:
         "verbalizer.projection.weight": torch.zeros(dim, width, dtype=torch.bfloat16),
         "verbalizer.projection.bias": torch.zeros(dim, dtype=torch.bfloat16),
         "verbalizer.prototypes": torch.zeros(classes, dim, dtype=torch.bfloat16),
-        "verbalizer.log_temperature": torch.zeros((), dtype=torch.bfloat16),
+        "verbalizer.log_temperature": torch.zeros(1, dtype=torch.bfloat16),
     }
     assert sum(t.numel() * 2 for t in tensors.values()) < 1_200_000
     from vptm.models.adapter_saving import deployed

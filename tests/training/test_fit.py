@@ -30,7 +30,7 @@ from vptm.data.split_list import SplitList
 from vptm.training.losses import protoverb_loss
 from vptm.training.progress import TrainProgress
 from vptm.training.run_folder import CONFUSION_FILE, CURVES_FILE, METRICS_FILE, RUN_FILE, RUN_FILES
-from vptm.training.state import STATE_FILE
+from vptm.training.state import STATE_FILE, read_state, write_state
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE
 from vptm.weights.files import WriteError
 
@@ -929,6 +929,24 @@ def test_states_of_the_first_version_resume(backbone: Path, tmp_path: Path) -> N
     model = make_model(backbone)
     model.unfreeze()
     fit(model, *loaders(model), epochs=2, lr=1e-3, progress=False, run_dir=tmp_path / "r", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "r")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
+def test_states_with_a_scalar_temperature_resume_bitwise(backbone: Path, tmp_path: Path, optimizer: str) -> None:
+    """As all had it before version 3, in what was learned and in what the optimiser holds for it."""
+    run(make_model(backbone), tmp_path / "whole", epochs=3, optimizer=optimizer)
+    stopped_run(make_model(backbone), tmp_path / "r", 3, optimizer=optimizer)
+    path = tmp_path / "r" / STATE_FILE
+    state = {name: value for name, value in read_state(path).items() if name != "version"}
+    name = "verbalizer.log_temperature"
+    for part in ("learned", "best"):
+        state[part][name] = state[part][name].reshape(())
+    held = [one for one in state["optimizer"]["state"].values() if any(v.shape == (1,) for v in one.values())]
+    assert len(held) == 1
+    held[0].update({key: value.reshape(()) for key, value in held[0].items()})
+    write_state(path, state)
+    run(make_model(backbone), tmp_path / "r", epochs=3, resume=True, optimizer=optimizer)
     assert_same_run(tmp_path / "whole", tmp_path / "r")
 
 

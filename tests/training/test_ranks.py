@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from console import Console
 from tiny_data import write_backbone, write_pictures
 from tiny_runs import metrics
 from torch.utils.data import DataLoader, TensorDataset
 
-from vptm import PromptedBEiT, fit, load_adapter
+from vptm import PromptedBEiT, evaluate, fit, load_adapter
 from vptm.data.balance import balanced_sampler
 from vptm.training.state import STATE_FILE
 
@@ -64,6 +65,11 @@ class Pictures(TensorDataset):
         self.reads += 1
         image, label = super().__getitem__(index)
         return (image if self.act is None else self.act(self, index, image)), label
+
+
+def model_of(backbone: Path, **settings: Any) -> PromptedBEiT:
+    torch.manual_seed(3)
+    return PromptedBEiT(backbone, 3, **({"prototype_dim": 8} | settings)).double()
 
 
 def trained(backbone: Path, act: Any = None, model: Any = None, balanced: bool = False, **options: Any) -> Any:
@@ -116,7 +122,31 @@ def scenarios(backbone: Path, folder: Path) -> None:
             trained(backbone, **options)  # type: ignore[arg-type]
         except (FloatingPointError, ValueError) as error:
             errors.append(str(error))
-    Path(folder / f"seen-{os.environ['RANK']}.json").write_text(json.dumps([seen, errors]))
+    pictures = Pictures(count=9)
+    found = evaluate(model_of(backbone), DataLoader(pictures, batch_size=4), confusion=True, distributed=True)
+    facts = [seen, errors, [found, pictures.reads], [sharded(backbone, learned) for learned in (False, True)]]
+    Path(folder / f"seen-{os.environ['RANK']}.json").write_text(json.dumps(facts))
+
+
+def sharded(backbone: Path, learned: bool) -> float:
+    """Largest difference of values that three AdamW steps under FSDP2, of everything or of what is learned alone, make
+    from those that one process makes."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, alone = model_of(backbone), model_of(backbone)
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    fully_shard(model, ignored_params=frozen if learned else None)
+    rank, images, labels = int(os.environ["RANK"]), Pictures().tensors[0][:8], Pictures().tensors[1][:8]
+    for one, part in ((model, slice(rank, None, 2)), (alone, slice(None))):
+        optimiser = torch.optim.AdamW(one.trainable_parameters(), lr=0.02)
+        for _ in range(3):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(one(images[part]), labels[part]).backward()
+            optimiser.step()
+    values: dict[str, Any] = model.state_dict()
+    assert all(hasattr(values[name], "full_tensor") for name, one in alone.named_parameters() if one.requires_grad)
+    whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in values.items()}
+    return max(float((whole[name] - value).detach().abs().max()) for name, value in alone.state_dict().items())
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +156,20 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_train_as_one_does(backbone: Path, tmp_path: Path) -> None:
     """Losses to 1e-10 in float64, where a batch has a picture for one of them alone; a resumed run is bitwise the same;
-    one that sees NaN stops both; what does not work together is refused in both."""
+    one that sees NaN stops both; what does not work together is refused in both. Every image is evaluated once, and
+    FSDP2 takes the model."""
     code = f"{IMPORTS}\nt.scenarios(P({str(backbone)!r}), P({str(tmp_path)!r}))"
     for status, _, errors in outcomes(start("-c", code)):
         assert status == 0, errors
-    seen, errors = json.loads((tmp_path / "seen-0.json").read_text())
-    others, same = json.loads((tmp_path / "seen-1.json").read_text())
+    seen, errors, *evaluated = json.loads((tmp_path / "seen-0.json").read_text())
+    others, same, *evaluated_there = json.loads((tmp_path / "seen-1.json").read_text())
+    assert evaluated == evaluated_there
+    (found, reads), shards = evaluated
+    expected = evaluate(model_of(backbone), DataLoader(Pictures(count=9), batch_size=4), confusion=True)
+    for name in ("loss", "ece"):
+        assert found.pop(name) == pytest.approx(expected.pop(name), rel=1e-12)
+    assert found == expected and reads == 2 + 2 + 1, "each reads its share alone"
+    assert max(shards) <= 1e-12, "FSDP2 trains other values"
     for name, options in CASES.items():
         alone = trained(backbone, **options)[1].history
         for history in (seen[name], others[name]):
@@ -167,13 +205,51 @@ def test_a_killed_process_ends_the_run_and_leaves_a_usable_folder(backbone: Path
     assert len(result.history) == 2
 
 
-def test_the_command_writes_and_prints_once(backbone: Path, tmp_path: Path) -> None:
+COMMANDS = """
+import vptm.commands.app as app, vptm.training.evaluate as evaluation
+ask = evaluation.ask
+def asked(*arguments, **options):
+    print("asked", options["ranks"].count, file=sys.stderr)
+    return ask(*arguments, **options)
+evaluation.ask = asked
+for arguments in {commands!r}:
+    try:
+        app.main(arguments)
+    except SystemExit as end:
+        if end.code: raise
+"""
+
+
+def test_the_commands_write_and_print_once(backbone: Path, tmp_path: Path, vptm: Console) -> None:
+    """Both processes test, evaluate and predict; what one of them fitted after training both have."""
     write_pictures(tmp_path / "pictures", 8)
-    more = ["--readout", "cls", "--verbalizer", "linear", "--token-activation", "hidden", "--out", str(tmp_path / "r")]
+    more = ["--prototype-dim", "4", "--prototype-steps", "2", "--out", str(tmp_path / "r")]
     where = ["--model", str(backbone), "--data", str(tmp_path / "pictures"), "--device", "cpu"]
-    found = outcomes(start("-m", "vptm", "train", *where, "--shots", "4", "--epochs", "2", *more))
+    train = ["train", *where, "--shots", "4", "--epochs", "2", *more]
+    names = ["predict", str(tmp_path / "r"), str(tmp_path / "pictures" / "*" / "*"), "--out", str(tmp_path / "n.csv")]
+    code = COMMANDS.format(commands=[train, ["evaluate", str(tmp_path / "r")], names])
+    found = outcomes(start("-c", IMPORTS + code))
     assert [status for status, _, _ in found] == [0, 0], found[0][2] + found[1][2]
-    assert "test accuracy" in found[0][1] and found[1][1] == "" and "epoch" not in found[1][2]
+    assert found[0][1].count("test accuracy") == 2 and found[1][1] == "" and "epoch" not in found[1][2]
+    # the test and `vptm evaluate`; prototypes are validated by the one that fitted them
+    assert [errors.count("asked 2") for _, _, errors in found] == [2, 2] and found[0][2].count("asked 1") == 1
     assert len(metrics(tmp_path / "r")) == 2
     facts = json.loads((tmp_path / "r" / "run.json").read_text())
-    assert facts["result"]["test"]["n"] == facts["data"]["images"]["test"]
+    test = facts["result"]["test"]
+    assert test["n"] == facts["data"]["images"]["test"]
+    alone = json.loads(vptm("evaluate", tmp_path / "r", "--json")[1])
+    assert (alone["n"], alone["accuracy"]) == (test["n"], test["accuracy"])
+    assert alone["loss"] == pytest.approx(test["loss"], rel=1e-5), "what is tested is what was fitted"
+    assert vptm("predict", *names[1:-1], tmp_path / "whole.csv")[0] == 0
+    parts = [(tmp_path / f"n-{rank}-of-2.csv").read_text().splitlines() for rank in range(2)]
+    assert abs(len(parts[0]) - len(parts[1])) <= 1
+    rows = [[field.split(",")[:2] for field in lines[1:]] for lines in parts]
+    whole = [line.split(",")[:2] for line in (tmp_path / "whole.csv").read_text().splitlines()[1:]]
+    assert sorted(rows[0] + rows[1]) == sorted(whole)
+
+
+def test_several_processes_predict_into_files(vptm: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = "vptm: 2 processes need --out, and pictures that each of them can list, got"
+    assert vptm.refused("predict", tmp_path, "x.png") == (2, f"{line} no --out")
+    assert vptm.refused("predict", tmp_path, "-", "--out", tmp_path / "n.csv") == (2, f"{line} - for stdin")

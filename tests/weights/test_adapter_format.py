@@ -20,7 +20,7 @@ from tiny_data import write_backbone
 
 from vptm import PromptedBEiT, PromptedViT, load_adapter, save_adapter
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, read_adapter_config
-from vptm.weights.files import write_atomically
+from vptm.weights.files import weight_hash, write_atomically
 
 
 def trained(source: Any, **arguments: Any) -> PromptedBEiT:
@@ -76,7 +76,7 @@ def test_only_learned_tensors_are_written(folder: Path, backbone: Path) -> None:
 
 def test_the_config_says_how_to_rebuild_the_model(folder: Path, backbone: Path) -> None:
     config = json.loads((folder / CONFIG_FILE).read_text())
-    assert config["schema_version"] == 3 and config["extra"] == {"epoch": 3}
+    assert config["schema_version"] == 4 and config["extra"] == {"epoch": 3}
     assert config["backbone"]["source"] == config["base_model_name_or_path"] == backbone.name
     assert config["peft_type"] == "VPTM" and config["task_type"] == "IMAGE_CLASSIFICATION"
     assert (folder / config["backbone"]["path"]).resolve() == backbone.resolve()
@@ -147,7 +147,7 @@ def edit(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 4}, "has schema_version 4, this vptm .* reads up to 3: update vptm"),
+        ({"schema_version": 5}, "has schema_version 5, this vptm .* reads up to 4: update vptm"),
         ({"peft_type": "LORA"}, "must have peft_type 'VPTM', got 'LORA'"),
         ({"extras": {}}, "must have no entry 'extras'"),
         ({"schema_version": "1"}, "must have an integer schema_version, got '1'"),
@@ -572,3 +572,23 @@ def test_adapters_of_older_schemas_hold_the_whole_path(backbone: Path, folder: P
         del config["trained"], config["backbone"]["dtype"]
     (folder / CONFIG_FILE).write_text(json.dumps(config | {"schema_version": schema}))
     assert torch.equal(load_adapter(folder)(IMAGES), want)
+
+
+def test_adapters_with_a_scalar_temperature_load(folder: Path) -> None:
+    """As all had it up to schema 3; a changed value is still seen, and so is one in a whole state dict."""
+    model = load_adapter(folder)
+    want = model(IMAGES)
+    assert model.verbalizer.log_temperature.shape == (1,) and model.verbalizer.temperature.ndim == 0
+    tensors = load_file(folder / TENSORS_FILE)
+    old = tensors | {"verbalizer.log_temperature": tensors["verbalizer.log_temperature"].reshape(())}
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps(config | {"schema_version": 3}))
+    save_file(old, folder / TENSORS_FILE, metadata={"vptm_hash": weight_hash(old)})
+    assert torch.equal(load_adapter(folder)(IMAGES), want)
+    state = model.state_dict() | {"verbalizer.log_temperature": torch.tensor(1.5)}
+    model.load_state_dict(state)
+    assert model.verbalizer.log_temperature.tolist() == [1.5] and state["verbalizer.log_temperature"].ndim == 0
+    changed = old | {"verbalizer.log_temperature": torch.tensor(1.5)}
+    save_file(changed, folder / TENSORS_FILE, metadata={"vptm_hash": weight_hash(old)})
+    with pytest.raises(ValueError, match="is damaged: its tensors do not have the hash written with them"):
+        load_adapter(folder)

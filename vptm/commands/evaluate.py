@@ -43,6 +43,7 @@ def evaluate(
       vptm evaluate runs/photos --data more-photos/ --json
     """
     from vptm.training.evaluate_run import evaluate_run
+    from vptm.training.ranks import is_first
 
     found = evaluate_run(
         run,
@@ -60,6 +61,8 @@ def evaluate(
         compile=compile,
         report=say,
     )
+    if not is_first():  # of several processes
+        return
     scores = found.scores
     if as_json:
         facts = {"split": found.split, "data": found.data, "classes": found.classes, "left_out": found.left_out}

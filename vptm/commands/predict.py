@@ -59,7 +59,8 @@ def predict(
     is a JSON list of [label, score] pairs, best first. Of a multi-label run scores are sigmoids, and only labels with
     --threshold or more are named, which may be none. With --adapter every picture has a row of each, and a column
     task says whose, by the folder's name. Pictures that cannot be read are named at the end, and make the command fail
-    unless --on-bad-image skip. After a kill, the same command with --resume leaves out what --out has.
+    unless --on-bad-image skip. After a kill, the same command with --resume leaves out what --out has. Of several
+    processes that torchrun starts each takes a part of the pictures, and writes a file: names-0-of-2.csv for names.csv.
 
     \b
     Example:
@@ -74,6 +75,7 @@ def predict(
     from vptm.settings import RunSettings, choices
     from vptm.training.devices import device_of
     from vptm.training.precision import dtype_of, resolve_precision
+    from vptm.training.ranks import first_reports, local_device, rank_and_count
 
     one_of("--on-bad-image", on_bad_image, choices(RunSettings, "on_bad_image"))
     by_name = "jsonl" if out is not None and out.suffix in (".jsonl", ".ndjson") else "csv"
@@ -81,12 +83,19 @@ def predict(
     chosen: RowFormat = "jsonl" if (form or by_name) == "jsonl" else "csv"
     if resume and out is None:
         raise ValueError("--resume needs --out, the file to continue")
+    rank, count = rank_and_count()
+    if count > 1:
+        if out is None or "-" in images:
+            given = "- for stdin" if "-" in images else "no --out"
+            raise ValueError(f"{count} processes need --out, and pictures that each of them can list, got {given}")
+        out = out.with_name(f"{out.stem}-{rank}-of-{count}{out.suffix}")
     if out is not None and out.exists() and not resume:
         raise ValueError(f"--out must be a new file, {out} is there: continue it with --resume, or take another")
-    listed = picture_files([image for image in images if image != "-"], report=say)
+    listed = picture_files([image for image in images if image != "-"], report=first_reports(say))
+    listed = listed[rank::count]
     stdin = (Path(line) for line in map(str.strip, sys.stdin) if line) if "-" in images else iter(())
     names = _names([run, *(adapter or [])])
-    place = device_of(device)
+    place = local_device(device_of(device))
     model = load_adapter(run, source=source, impl=impl).to(place)
     tasks: PromptedModel | TaskBank = model
     if adapter:

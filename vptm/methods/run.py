@@ -34,7 +34,7 @@ from vptm.training.evaluate import evaluate
 from vptm.training.evaluate_run import asking_for_moved_data
 from vptm.training.facts import peak_memory
 from vptm.training.fit import FitResult, fit
-from vptm.training.ranks import join, local_device
+from vptm.training.ranks import Ranks, first_reports, join, local_device
 from vptm.training.run_folder import CONFUSION_FILE, RUN_FILE, holds_progress, read_run, update_run_file
 from vptm.training.scores import by_name
 from vptm.weights.adapter_format import read_adapter_config
@@ -104,8 +104,7 @@ def train_run(
     check_settings(settings.train_settings)
     place = local_device(device_of(settings.device))
     ranks = join(place)
-    if ranks.index:
-        report = _silent
+    report = first_reports(report)
     with asking_for_moved_data(resume):
         several = settings.model_settings.multi_label
         data = load_data(settings.data, on_bad_image=settings.on_bad_image, multi_label=several, **settings.reading())
@@ -152,18 +151,18 @@ def train_run(
         images=listed,
         callbacks=[TensorBoard(folder / settings.log)] if settings.log == "tensorboard" else [],
     )
-    if ranks.index:  # the first process writes and tests
-        return TrainedRun(folder, None, result.best_epoch, result.best_val_accuracy)
-    if resume:
+    if resume and not ranks.index:
         update_run_file(folder, settings=settings.options())  # where the data lies now
     run = TrainedRun(folder, None, result.best_epoch, result.best_val_accuracy, None, result.best_val_accuracy)
     if result.interrupted:
         run.stopped = f"after epoch {len(result.history)} of {settings.train_settings.epochs}"
         return run
     try:
-        _finish(settings, model, loaders, data.classes, run)
+        _finish(settings, model, loaders, data.classes, run, ranks)
     except KeyboardInterrupt:
         run.stopped = "before the test"
+        return run
+    if ranks.index:  # the first process writes
         return run
     outcome = {"best_epoch": run.best_epoch, "val_accuracy": run.val_accuracy, "test": run.test}
     if model.multi_label:
@@ -231,29 +230,43 @@ def _finish(
     loaders: dict[str, DataLoader[Any]],
     classes: list[str],
     run: TrainedRun,
+    ranks: Ranks,
 ) -> None:
-    """Steps on the prototypes alone, and the test, where the run did not have one."""
-    if not (run.folder / RUN_FILE).is_file():
-        raise WriteError(f"run folder {run.folder} is gone, it was removed while the run trained")
-    run.test = (read_run(run.folder).get("result") or {}).get("test")
-    precision = settings.train_settings.precision
-    if steps := settings.prototype_steps:
-        kept = read_adapter_config(run.folder).get("extra") or {}
-        fitted = kept.get("prototype_losses")
-        if kept.get("prototype_steps") == steps and isinstance(fitted, list) and len(fitted) == 2:
-            run.prototype_losses, run.val_accuracy = fitted, kept.get("val_accuracy")  # the adapter of a finished run
-        else:
-            losses = fit_prototypes(model, loaders["support"], steps=steps, lr=settings.prototype_lr)
-            run.prototype_losses = [losses[0], losses[-1]]
-            if "val" in loaders:
-                run.val_accuracy = evaluate(model, loaders["val"], precision=precision)["accuracy"]
-            extra = {"epoch": run.best_epoch, "val_accuracy": run.val_accuracy, "prototype_steps": steps}
-            save_adapter(model, run.folder, extra=extra | {"prototype_losses": run.prototype_losses})
+    """Steps on the prototypes alone, by the first process, and the test, by all, where the run did not have one."""
+    if not ranks.index:
+        if not (run.folder / RUN_FILE).is_file():
+            raise WriteError(f"run folder {run.folder} is gone, it was removed while the run trained")
+        run.test = (read_run(run.folder).get("result") or {}).get("test")
+        if settings.prototype_steps:
+            _fit_prototypes(settings, model, loaders, run)
+    run.test = ranks.first(run.test)
+    if settings.prototype_steps and ranks.count > 1:
+        learned = ranks.first({name: tensor.cpu() for name, tensor in model.learned_state_dict().items()})
+        model.load_learned_state_dict(learned)
     if run.test is None and "test" in loaders:
-        found = evaluate(model, loaders["test"], precision=precision, confusion=not model.multi_label)
-        if "confusion" in found:
-            plot_confusion(found["confusion"], classes, run.folder / CONFUSION_FILE)
+        precision, several = settings.train_settings.precision, model.multi_label
+        found = evaluate(model, loaders["test"], precision=precision, confusion=not several, distributed=True)
         run.test = by_name(found, classes)
+        if "confusion" in found and not ranks.index:
+            plot_confusion(found["confusion"], classes, run.folder / CONFUSION_FILE)
+
+
+def _fit_prototypes(
+    settings: RunSettings, model: PromptedModel, loaders: dict[str, DataLoader[Any]], run: TrainedRun
+) -> None:
+    """Steps on the prototypes alone, where the adapter does not have them."""
+    steps = settings.prototype_steps
+    kept = read_adapter_config(run.folder).get("extra") or {}
+    fitted = kept.get("prototype_losses")
+    if kept.get("prototype_steps") == steps and isinstance(fitted, list) and len(fitted) == 2:
+        run.prototype_losses, run.val_accuracy = fitted, kept.get("val_accuracy")  # the adapter of a finished run
+        return
+    losses = fit_prototypes(model, loaders["support"], steps=steps, lr=settings.prototype_lr)
+    run.prototype_losses = [losses[0], losses[-1]]
+    if "val" in loaders:
+        run.val_accuracy = evaluate(model, loaders["val"], precision=settings.train_settings.precision)["accuracy"]
+    extra = {"epoch": run.best_epoch, "val_accuracy": run.val_accuracy, "prototype_steps": steps}
+    save_adapter(model, run.folder, extra=extra | {"prototype_losses": run.prototype_losses})
 
 
 def _cost(model: PromptedModel, result: FitResult, images: int, memory: int) -> dict[str, Any]:
@@ -262,10 +275,6 @@ def _cost(model: PromptedModel, result: FitResult, images: int, memory: int) -> 
     seconds = sum(row["seconds"] for row in result.history)
     speed = images * len(result.history) / seconds if seconds else None
     return {"trainable_parameters": trained, "images_per_second": speed, "peak_memory": memory}
-
-
-def _silent(line: str) -> None:
-    """What processes other than the first report."""
 
 
 def _free_folder(name: str) -> Path:

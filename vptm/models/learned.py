@@ -12,6 +12,7 @@ from vptm.frozen.encoder import FrozenEncoder
 from vptm.frozen.rows import PromptedRows
 from vptm.frozen.sharing import unshare_storage
 from vptm.models.verbalizers import PrototypicalVerbalizer
+from vptm.weights.adapter_format import with_one_element
 from vptm.weights.files import weight_hash
 
 
@@ -59,7 +60,7 @@ class LearnedParts(PromptedRows):
         Raises:
             ValueError: a missing, unknown, wrongly shaped or non-finite tensor; nothing is copied then.
         """
-        learned = self.learned_state_dict()
+        learned, state = self.learned_state_dict(), with_one_element(state)
         missing, unknown = sorted(learned.keys() - state.keys()), sorted(state.keys() - learned.keys())
         if missing or unknown:
             raise ValueError(

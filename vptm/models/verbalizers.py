@@ -67,7 +67,7 @@ class PrototypicalVerbalizer(nn.Module):
     Attributes:
         projection: `nn.Linear(in_features, d)` or None.
         prototypes: (K, d) parameter, Xavier-uniform at the start; `init_prototypes` starts them at class means.
-        log_temperature: 0-d parameter, or buffer when fixed; the logarithm keeps the temperature positive in training.
+        log_temperature: (1,) parameter, or buffer when fixed; the logarithm keeps the temperature positive in training.
 
     Example:
         >>> verbalizer = PrototypicalVerbalizer(16, 3, prototype_dim=4, token_activation="hidden")
@@ -101,16 +101,17 @@ class PrototypicalVerbalizer(nn.Module):
             self.projection = nn.Linear(in_features, prototype_dim, bias=projection_bias)
         self.prototypes = nn.Parameter(torch.empty(num_classes, prototype_dim or in_features))
         nn.init.xavier_uniform_(self.prototypes)
-        log_temperature = torch.tensor(math.log(0.1 if temperature is None else temperature))
+        log_temperature = torch.tensor([math.log(0.1 if temperature is None else temperature)])
         if temperature is None:
             self.log_temperature = nn.Parameter(log_temperature)
         else:
             self.register_buffer("log_temperature", log_temperature)
+        self.register_load_state_dict_pre_hook(_take_scalar)
 
     @property
     def temperature(self) -> Tensor:
         """The temperature that divides the cosines, a 0-d tensor."""
-        return self.log_temperature.exp()
+        return self.log_temperature.exp().reshape(())  # without dimensions it leaves the type of the cosines alone
 
     def embed(self, hidden: Tensor, lm_head: nn.Linear | None = None) -> Tensor:
         """What is compared to the prototypes: (B, d) projections of what is read from the rows (B, C)."""
@@ -209,6 +210,13 @@ class PrototypicalVerbalizer(nn.Module):
     ) -> Tensor:
         """Class scores (B, K) = cosine / temperature; arguments as in `cosine`."""
         return self.cosine(hidden, lm_head, impl, token_head, prepared) / self.temperature
+
+
+def _take_scalar(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before it had one element the temperature was saved as a scalar."""
+    name = f"{prefix}log_temperature"
+    if name in state and state[name].ndim == 0:
+        state[name] = state[name].reshape(1)
 
 
 def folded_verbalizer(verbalizer: Any, lm_head: nn.Linear | None) -> PrototypicalVerbalizer | LinearVerbalizer:

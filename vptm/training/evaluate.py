@@ -13,7 +13,7 @@ from vptm.models.prompted_model import PromptedModel
 from vptm.training.batches import images_and_labels
 from vptm.training.label_kinds import labels_of
 from vptm.training.precision import compiled, dtype_of, float32_products, in_type, resolve_precision
-from vptm.training.ranks import Ranks, rank_loader
+from vptm.training.ranks import Ranks, join, rank_loader
 from vptm.training.scores import Answers, SeveralAnswers
 
 
@@ -25,6 +25,7 @@ def evaluate(
     confusion: bool = False,
     precision: str | None = None,
     compile: bool = False,
+    distributed: bool = False,
 ) -> dict[str, Any]:
     """Accuracy, mean cross-entropy and scikit-learn's scores of `model` on `loader`, in eval mode; the model's mode is
     put back.
@@ -38,6 +39,9 @@ def evaluate(
         precision: "fp32", "tf32", "bf16", "fp16" or "auto", see `vptm.fit`: a copy of the model in that type answers,
             and images are cast to it. None computes in the model's own type, which images must have.
         compile: `torch.compile` the model, see `vptm.fit`.
+        distributed: the processes that `torchrun` started all call this with the same model and loader: each answers
+            for its share of every batch, every image is counted once, and all have the scores of all. It needs
+            Accelerate where there is more than one.
 
     Returns:
         `accuracy` (share in 0..1), `balanced_accuracy` (mean of the shares of the classes with images), `macro_f1`
@@ -80,7 +84,7 @@ def evaluate(
     if compile:
         runs = compiled(runs)
     with float32_products(kind):
-        answers = ask(runs, loader, dtype=dtype)
+        answers = ask(runs, loader, dtype=dtype, ranks=join(weight.device) if distributed else Ranks())
     return answers.scores(inner.num_classes, confusion=confusion)
 
 

@@ -21,6 +21,7 @@ from vptm.models.prompted_model import PromptedModel
 from vptm.settings import EVALUATION_BATCH, Split
 from vptm.training.devices import device_of, loader_of
 from vptm.training.evaluate import evaluate
+from vptm.training.ranks import first_reports, join, local_device
 from vptm.training.run_folder import located, recorded_data
 
 SPLITS = get_args(Split)
@@ -55,7 +56,7 @@ def evaluate_run(
     compile: bool = False,
     report: Callable[[str], None] = print,
 ) -> RunEvaluation:
-    """Measure a run on its test images or on other data.
+    """Measure a run on its test images or on other data, in the processes that `torchrun` started each its share.
 
     Other data must have labels that the run knows; without splits of its own it is evaluated whole. The run's own data
     is known again where it moved. Images that the run was trained on, or whose accuracy chose its epoch, are counted
@@ -79,7 +80,9 @@ def evaluate_run(
     one_of("split", split, SPLITS)
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    place = device_of(device)
+    place = local_device(device_of(device))
+    join(place)
+    report = first_reports(report)
     model = load_adapter(run, source=source, impl=impl)
     own = recorded_data(run)
     if data is None and own is None:
@@ -107,7 +110,9 @@ def evaluate_run(
         report(f"{run} keeps no list of its images: whether it was trained on some of these is not known")
     loader = loader_of(_with_labels_of(model, part), batch_size, workers, place)
     confusion = confusion and not model.multi_label
-    scores = evaluate(model, loader, device=place, confusion=confusion, precision=precision, compile=compile)
+    scores = evaluate(
+        model, loader, device=place, confusion=confusion, precision=precision, compile=compile, distributed=True
+    )
     names = class_labels(model.class_names, model.num_classes)
     return RunEvaluation(split, loaded.name, names, left_out, scores)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -84,9 +84,19 @@ class SeveralRanks(Ranks):
             ) from error
 
 
+def rank_and_count() -> tuple[int, int]:
+    """Which of how many processes this is, as `torchrun` and `accelerate launch` say in the environment."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_first() -> bool:
     """Whether this process writes and prints for the run: the first of several, or one alone."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank_and_count()[0] == 0
+
+
+def first_reports(report: Callable[[str], None]) -> Callable[[str], None]:
+    """`report` in the first process, and nothing in the others."""
+    return report if is_first() else lambda line: None
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -101,7 +111,7 @@ def join(device: torch.device) -> Ranks:
     Raises:
         ValueError: there are several, and Accelerate is not installed.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    _, count = rank_and_count()
     if count == 1:
         return Ranks()
     if find_spec("accelerate") is None:

@@ -63,9 +63,18 @@ def read_state(path: Path) -> dict[str, Any]:
             same = False
         if not same:
             raise ValueError(f"{path} is damaged: its entries do not have the digest written with them; use overwrite")
+    _take_scalars(state["optimizer"].get("state"))
     if not len(state["history"]) == state["epoch"] >= state["best_epoch"] >= 0:
         raise ValueError(f"{path} is damaged: its epochs do not agree; use overwrite")
     return state
+
+
+def _take_scalars(steps: Any) -> None:
+    """What an optimiser holds for a parameter that was a scalar, the temperature, as for the one element that it is."""
+    for held in steps.values() if isinstance(steps, dict) else ():
+        tensors = {name: value for name, value in held.items() if isinstance(value, Tensor) and name != "step"}
+        if all(value.ndim == 0 for value in tensors.values()):
+            held |= {name: value.reshape(1) for name, value in tensors.items()}
 
 
 def _digest(value: Any) -> str:

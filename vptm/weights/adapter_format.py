@@ -30,8 +30,9 @@ from vptm.weights.files import (
 from vptm.weights.preprocessing import preprocessing_error
 
 # 1 had no "trained", and its hash left out what the constructor makes trainable and no more; 2 had no "peft_type",
-# "task_type" and "base_model_name_or_path", and the whole path of a file in backbone.source
-SCHEMA_VERSION = 3
+# "task_type" and "base_model_name_or_path", and the whole path of a file in backbone.source;
+# 3 had the temperature without a dimension
+SCHEMA_VERSION = 4
 PEFT_TYPE, TASK_TYPE = "VPTM", "IMAGE_CLASSIFICATION"
 TENSORS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # What every adapter has since a schema; what came within one, as "architecture" of a PromptedViT, may be missing.
@@ -175,14 +176,32 @@ def _missing(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def with_one_element(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` with the temperature as (1,), as it is since schema 4, and not as the scalar it was before.
+
+    Example:
+        >>> with_one_element({"verbalizer.log_temperature": torch.tensor(0.5)})
+        {'verbalizer.log_temperature': tensor([0.5000])}
+    """
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if name == "verbalizer.log_temperature" and tensor.ndim == 0:
+            found[name] = tensor.reshape(1)
+    return found
+
+
 def read_adapter_tensors(folder: str | Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors of an adapter by name, and the hash that was written with them, for `check_adapter_tensors`.
+    """The tensors of an adapter by name, and the hash that was written with them, for `check_adapter_tensors`; both as
+    the present schema has them.
 
     Raises:
         ValueError: not a whole safetensors file.
     """
     tensors, metadata = read_safetensors(Path(folder) / TENSORS_FILE)
-    return tensors, metadata.get("vptm_hash")
+    stated, found = metadata.get("vptm_hash"), with_one_element(tensors)
+    if any(found[name] is not tensor for name, tensor in tensors.items()) and stated == weight_hash(tensors):
+        stated = weight_hash(found)
+    return found, stated
 
 
 def check_adapter_tensors(
