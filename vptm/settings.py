@@ -33,7 +33,6 @@ VerbalizerName = Literal["prototypical", "linear", "class_embeddings"]
 TokenActivation = Literal["hidden", "logits", "softmax", "log_softmax"]
 Schedule = Literal["cosine", "tanh", "none", "vpt", "spt", "provp"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-Logger = Literal["tensorboard"]
 LearnedGroup = Literal["prompts", "verbalizer", "temperature", "mask_token", "lm_head", "backbone"]
 PromptStart = Literal["uniform", "random", "mean", "max", "kmeans"]
 PrototypeStart = Literal["xavier", "class_means"]
@@ -444,9 +443,13 @@ class RunSettings(PictureSettings):
     workers: Annotated[
         int | None, Help("Processes that read images; by default up to 8 where a GPU computes, else none.")
     ] = None
-    log: Annotated[Logger | None, Help("Also write curves that it shows, in the run folder; nothing by default.")] = (
-        None
-    )
+    log: Annotated[
+        str | None,
+        Help(
+            "Also show curves in tensorboard, in the run folder, or in a tracker that Accelerate knows: wandb, mlflow, "
+            "comet_ml, aim, clearml, dvclive, swanlab or trackio."
+        ),
+    ] = None
     model_settings: Annotated[ModelSettings, NO_OPTION] = field(default_factory=lambda: BEiTSettings(pretrained=True))
     train_settings: Annotated[TrainSettings, NO_OPTION] = field(
         default_factory=lambda: TrainSettings(

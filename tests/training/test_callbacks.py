@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -115,3 +117,88 @@ def test_a_logger_that_is_not_installed_is_refused_at_once(
     assert not (tmp_path / "r").exists()
     with pytest.raises(ValueError, match=line):
         TensorBoard(tmp_path)
+
+
+class Remembering:
+    """A tracker as those of Accelerate are."""
+
+    requires_logging_directory = True
+    told: list[Any]
+
+    def __init__(self, project: str, folder: str) -> None:
+        self.told.append((project, folder))
+
+    def start(self) -> None:
+        self.told.append("start")
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        if self.told.count("start") > 1:
+            raise RuntimeError("no network\nsee the manual")
+        self.told.append(values)
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.told.append((step, values))
+
+    def finish(self) -> None:
+        self.told.append("finish")
+
+
+@pytest.fixture
+def trackers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What two trackers of Accelerate are told, of which one is installed; Accelerate need not be."""
+    told: list[Any] = []
+    module: Any = ModuleType("accelerate.tracking")
+    known = {name: type(name, (Remembering,), {"told": told}) for name in ("wandb", "comet_ml")}
+    module.LOGGER_TYPE_TO_CLASS, module.get_available_trackers = known, lambda: ["wandb"]
+    monkeypatch.setitem(sys.modules, "accelerate", ModuleType("accelerate"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(callbacks, "find_spec", lambda name: object())
+    return told
+
+
+def test_a_tracker_has_the_settings_and_every_epoch(
+    vptm: Console, backbone: Path, tmp_path: Path, trackers: list[Any]
+) -> None:
+    """What cannot start says so in one line."""
+    write_pictures(tmp_path / "pictures", 8)
+    where = ["--model", backbone, "--data", tmp_path / "pictures", "--log", "wandb", "--no-test", "--shots", 4]
+    assert vptm("train", *where, "--epochs", 2, "--lr-of", "prompts=0.1", "--out", tmp_path / "r")[0] == 0
+    assert trackers[:2] == [("vptm", str(tmp_path / "r" / "wandb")), "start"] and trackers[-1] == "finish"
+    settings, *epochs = trackers[2:-1]
+    assert settings["epochs"] == 2 and settings["lr_of"] == "prompts=0.1" and settings["value_range"] is None
+    rows = metrics(tmp_path / "r")
+    assert [step for step, _ in epochs] == [1, 2]
+    for (_, values), row in zip(epochs, rows):
+        assert {name: str(value) for name, value in values.items() if name != "seconds"} == {
+            name: value for name, value in row.items() if name != "epoch"
+        }
+    refused = vptm.refused("train", *where, "--out", tmp_path / "again")
+    assert refused == (2, "vptm: log wandb could not start: no network")
+
+
+def test_a_tracker_that_is_not_there_is_refused_at_once(vptm: Console, tmp_path: Path, trackers: list[Any]) -> None:
+    for name, line in (
+        ("comet_ml", "log comet_ml needs a package that is not installed: pip install comet-ml"),
+        ("wandbb", "log must be one of wandb, comet_ml, got 'wandbb', did you mean 'wandb'?"),
+    ):
+        assert vptm.refused("train", "--log", name, "--out", tmp_path / "r") == (2, f"vptm: {line}")
+    assert not (tmp_path / "r").exists() and not trackers
+
+
+def test_accelerate_lists_the_trackers(tmp_path: Path) -> None:
+    """What `Tracker` relies on, where Accelerate is installed; and that it is asked for where it is not."""
+    if find_spec("accelerate") is None:
+        with pytest.raises(ValueError, match="log wandb needs Accelerate and what it logs to: pip install accelerate"):
+            callbacks.check_log("wandb")
+        return
+    tracking = import_module("accelerate.tracking")
+    assert {"wandb", "mlflow", "comet_ml"} <= tracking.LOGGER_TYPE_TO_CLASS.keys()
+    for kind in tracking.LOGGER_TYPE_TO_CLASS.values():
+        assert isinstance(kind.requires_logging_directory, bool)
+        assert all(callable(getattr(kind, name)) for name in ("store_init_configuration", "log", "finish"))
+    missing = [
+        name for name in tracking.LOGGER_TYPE_TO_CLASS if name not in map(str, tracking.get_available_trackers())
+    ]
+    for name in {"tensorboard"}.symmetric_difference(missing) - {"tensorboard"}:
+        with pytest.raises(ValueError, match=f"log {name} needs a package that is not installed"):
+            callbacks.check_log(name)

@@ -26,7 +26,7 @@ from vptm.models.adapter_saving import save_adapter
 from vptm.models.opening import open_model
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import EVALUATION_BATCH, BEiTSettings, RunSettings, parse_shots
-from vptm.training.callbacks import TensorBoard, check_log
+from vptm.training.callbacks import check_log, logger_of
 from vptm.training.checks import check_settings
 from vptm.training.confusion import plot_confusion
 from vptm.training.devices import device_of, loader_of
@@ -149,7 +149,7 @@ def train_run(
             },
         },
         images=listed,
-        callbacks=[TensorBoard(folder / settings.log)] if settings.log == "tensorboard" else [],
+        callbacks=[] if ranks.index else logger_of(settings.log, folder, settings.options()),
     )
     if resume and not ranks.index:
         update_run_file(folder, settings=settings.options())  # where the data lies now
