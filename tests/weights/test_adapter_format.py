@@ -482,7 +482,11 @@ def test_nothing_is_fetched_unless_the_source_is_passed(folder: Path, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     config = json.loads((folder / CONFIG_FILE).read_text())
     hub = config["backbone"] | {"source": "nobody/no-such-beit", "path": None}
-    vit = {"num_classes": 3, "pretrained": True}
+    own = {"mask_mode", "train_mask_token", "extra_bias", "vocab_size"}  # of a BEiT
+    vit = {name: value for name, value in config["model"].items() if name not in own} | {
+        "readout": "cls",
+        "pretrained": True,
+    }
     for changes in (
         {"backbone": hub},
         {
@@ -537,13 +541,14 @@ def test_no_value_of_the_config_escapes_as_another_error(folder: Path, value: An
             assert torch.equal(loaded(IMAGES), expected), (section, name)
 
 
-@pytest.mark.parametrize("schema", [1, 2, 3])
+@pytest.mark.parametrize("schema", [1, 2, 3, 4])
 def test_an_entry_that_its_schema_has_is_not_made_up(folder: Path, schema: int) -> None:
     """A default in its place would be another model or preprocessing; what the schema did not have yet is fine."""
     config = json.loads((folder / CONFIG_FILE).read_text()) | {"schema_version": schema}
     later = {
         1: {"model_class", "trained", "dtype", "prompt_options"},
         2: {"peft_type", "task_type", "base_model_name_or_path", "path"},
+        3: {"multi_label"},
     }
     allowed = set().union(*(names for since, names in later.items() if since >= schema))
     allowed |= {"interpolation", "crop_pct", "crop_mode", "background", "value_range", "schema_version"}

@@ -31,12 +31,12 @@ from vptm.weights.preprocessing import preprocessing_error
 
 # 1 had no "trained", and its hash left out what the constructor makes trainable and no more; 2 had no "peft_type",
 # "task_type" and "base_model_name_or_path", and the whole path of a file in backbone.source;
-# 3 had the temperature without a dimension
+# 3 had the temperature without a dimension, and no "multi_label"
 SCHEMA_VERSION = 4
 PEFT_TYPE, TASK_TYPE = "VPTM", "IMAGE_CLASSIFICATION"
 TENSORS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # What every adapter has since a schema; what came within one, as "architecture" of a PromptedViT, may be missing.
-_SINCE = {
+_SINCE: dict[int, dict[str, tuple[str, ...]]] = {
     1: {
         "": ("schema_version", "vptm_version", "backbone", "model", "class_names", "preprocessing", "extra"),
         "backbone": ("source", "architecture", "weight_hash", "unfrozen"),
@@ -49,9 +49,10 @@ _SINCE = {
     },
     2: {"": ("model_class", "trained"), "backbone": ("dtype",), "model": ("prompt_options",)},
     3: {"": ("peft_type", "task_type", "base_model_name_or_path"), "backbone": ("path",)},
+    4: {"model": ("multi_label",)},
 }
 _OF_A_BEIT = ("mask_mode", "train_mask_token", "extra_bias", "vocab_size")
-_ENTRIES = {name for since in _SINCE.values() for name in since[""]}
+_ENTRIES = {name for since in _SINCE.values() for name in since.get("", ())}
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "background", "value_range")
 
 
