@@ -44,7 +44,7 @@ def test_lightning_module(run) -> None:
     pytest.importorskip("lightning", reason="an example of it")
     import vptm
 
-    printed = run("lightning_module.py", "--steps", "10")
+    printed = run("lightning_module.py", "--steps", "5")
     assert float(re.search(r"validation accuracy (\d+\.\d+)%", printed)[1]) > 20  # type: ignore[index]
     vptm.load_adapter("clothing")  # refused where the backbone is not what it was
     assert list(Path("checkpoints").glob("*.ckpt"))
@@ -57,7 +57,7 @@ def test_accelerate_loop(run) -> None:
     import vptm
 
     try:
-        printed = run("accelerate_loop.py", "--epochs", "2", "--precision", "bf16")
+        printed = run("accelerate_loop.py", "--epochs", "1", "--precision", "bf16")
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)  # one for the whole process
     assert float(re.search(r"test accuracy (\d+\.\d+)%", printed)[1]) > 20  # type: ignore[index]
