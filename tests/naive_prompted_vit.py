@@ -70,6 +70,10 @@ def naive_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: float =
     if "patch_embed.proj.bias" in state:
         patches = patches + state["patch_embed.proj.bias"]
     batch = len(images)
+    rows, columns = model.backbone.patch_embed.grid_size
+    centre = rows // 2 * columns + columns // 2
+    if config["readout"] == "mask":
+        patches = torch.cat([patches[:, :centre], model.mask_token.expand(batch, 1, -1), patches[:, centre + 1 :]], 1)
     prefix = [state[name].expand(batch, -1, -1) for name in ("cls_token", "dist_token", "reg_token") if name in state]
     prefix = torch.cat(prefix, 1) if prefix else patches[:, :0]
     first = prefix.shape[1]
@@ -91,6 +95,8 @@ def naive_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: float =
     x = norm(x, state, "norm", eps)
     if config["readout"] == "cls":
         read = x[:, 0]
+    elif config["readout"] == "mask":
+        read = x[:, first + length + centre]
     else:
         start = 0 if model.backbone.pool_include_prefix else first
         picked = [x[:, start:first], x[:, first + length :]]

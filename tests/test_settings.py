@@ -79,7 +79,7 @@ def test_an_option_of_another_kind_of_model_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"readout": "mask"}, "readout must be one of cls, mean, map, mean_with_prompts, got 'mask'"),
+        ({"readout": "row"}, "readout must be one of cls, mean, map, mean_with_prompts, mask, got 'row'"),
         ({"prompt_after": "dropp"}, "after must be one of carry, drop, got 'dropp', did you mean 'drop'"),
         ({"prompt_init": "k-means"}, "--prompt-init must be one of .*, did you mean 'kmeans'"),
         ({"batch_size": 0}, "--batch-size must be >= 1, got 0"),

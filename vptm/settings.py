@@ -27,7 +27,7 @@ AfterPrompts = Literal["carry", "drop"]
 DropoutPer = Literal["sample", "batch"]
 Readout = Literal["mask", "cls", "mean", "map", "mean_with_prompts"]
 BEiTReadout = Literal["mask", "cls", "mean"]
-ViTReadout = Literal["cls", "mean", "map", "mean_with_prompts"]
+ViTReadout = Literal["cls", "mean", "map", "mean_with_prompts", "mask"]
 MaskMode = Literal["insert", "replace"]
 VerbalizerName = Literal["prototypical", "linear", "class_embeddings"]
 TokenActivation = Literal["hidden", "logits", "softmax", "log_softmax"]
@@ -812,7 +812,7 @@ def choices(group: type[SettingsGroup], name: str) -> tuple[str, ...]:
 
     Example:
         >>> choices(ViTSettings, "readout")
-        ('cls', 'mean', 'map', 'mean_with_prompts')
+        ('cls', 'mean', 'map', 'mean_with_prompts', 'mask')
     """
     return _allowed(_types(group)[name])
 

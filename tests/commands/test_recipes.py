@@ -200,7 +200,7 @@ def test_vision_transformers_by_name(vptm: Console, material: Path, monkeypatch:
     code, line = vptm.refused(*arguments, "--recipe", "vpt-deep", "--mask-mode", "replace")
     assert code == 2 and "--mask-mode is for BEiT models" in line
     code, line = vptm.refused(*arguments, "--readout", "mask")
-    assert code == 2 and "readout must be one of cls" in line
+    assert code == 2 and "readout='mask' needs a mask token in the encoder, vit_tiny_patch16_224 has none" in line
     arguments[2] = "deit_tiny_patch16_224"  # a ViT by another name, with the defaults of its kind
     code, out, err = vptm(*arguments, "--out", "deit")
     assert code == 0 and "test accuracy" in out, err

@@ -20,6 +20,7 @@ from torch import nn
 import vptm
 from vptm import PromptedViT
 from vptm.frozen.encoder import FrozenEncoder
+from vptm.weights.vits import load_vit
 
 # what the weights of each family look like to timm
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -130,6 +131,31 @@ def test_an_attention_pooling_of_another_kind_runs_as_the_module_it_is() -> None
         batch = pictures(model)
         expected = twin.forward_head(twin.forward_features(batch), pre_logits=True)
         assert relative_error(model.forward_hidden(batch), expected) <= 1e-12, change
+
+
+@pytest.mark.parametrize("prompt_mode", ["shallow", "deep", "progressive"])
+def test_a_mask_row_equals_the_naive_model(prompt_mode: str) -> None:
+    """readout="mask": the mask token in place of the centre patch, with its position; values and gradients, registers
+    and sizes that are read as rows and columns too."""
+    for family in ({}, {"reg_tokens": 2, "no_embed_class": True}, {"dynamic_img_size": True}):
+        loaded = load_vit(tiny_vit((3, 4), **family))
+        loaded.mask_token = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(2))
+        model = build_vit(loaded, prompt_mode=prompt_mode, readout="mask", progressive_alpha=0.3)
+        assert FrozenEncoder.supports(model) and not model.mask_token.requires_grad
+        batch = pictures(model)
+        hidden, expected = model.forward_hidden(batch), naive_hidden(model, batch, heads=HEADS)
+        assert relative_error(hidden, expected) <= 1e-12, family
+        for tensor, error in vptm.check(model, batch).items():
+            assert error <= (1e-10 if tensor.startswith("grad") else 1e-12), (family, tensor, error)
+        found, wanted = (torch.autograd.grad(one.square().sum(), model.prompts.weight)[0] for one in (hidden, expected))
+        assert relative_error(found, wanted) <= 1e-10
+        with torch.no_grad():
+            model.mask_token += 1  # frozen, yet followed
+        assert relative_error(model.forward_hidden(batch), naive_hidden(model, batch, heads=HEADS)) <= 1e-12
+    loaded.backbone.head = nn.Linear(16, 7)  # a codebook of the user's
+    tokens = build_vit(loaded, readout="mask", token_activation="logits", verbalizer="prototypical")
+    assert tokens.lm_head is not None and tokens(pictures(tokens)).shape == (2, 5)
+    assert max(vptm.check(tokens, pictures(tokens)).values()) <= 1e-10
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -314,7 +340,11 @@ def test_timm_names() -> None:
         (lambda: PromptedViT("beit_base_patch16_224", 2), "is a Beit: use PromptedBEiT"),
         (lambda: PromptedViT("eva02_tiny_patch14_224", 2), "is a Eva"),
         (lambda: PromptedViT(tiny_beit(), 2), "is a Beit: use PromptedBEiT"),
-        (lambda: PromptedViT(tiny_vit(), 2, readout="mask"), "readout must be one of cls, mean"),
+        (
+            lambda: PromptedViT(tiny_vit(), 2, readout="masks"),
+            "readout must be one of cls, .* did you mean 'mask'",
+        ),
+        (lambda: PromptedViT(tiny_vit(), 2, readout="mask"), "readout='mask' needs a mask token in the encoder, Vis"),
         (lambda: PromptedViT(tiny_vit(), 2, prompt_mode="deeper"), "prompt_mode must be one of .* did you mean 'deep'"),
         (lambda: PromptedViT(tiny_vit(), 2, prompt_length=-1), "prompt_length must be an integer >= 0, got -1"),
         (lambda: PromptedViT(tiny_vit(), 2, img_size=32), "img_size must be None for an instance"),

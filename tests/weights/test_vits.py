@@ -23,6 +23,7 @@ from tiny_models import relative_error, tiny_vit
 from torch import Tensor, nn
 
 import vptm
+from vptm.models.adapter_loading import load_on
 from vptm.models.opening import kind_of, open_model
 from vptm.weights.beits import load_backbone
 from vptm.weights.vits import LoadedViT, load_vit
@@ -252,8 +253,17 @@ def test_hugging_face_folders_compute_what_transformers_computes(name: str, tmp_
         images = images_for(loaded)
         pooled = loaded.backbone.forward_head(loaded.backbone.forward_features(images), pre_logits=True)
         assert relative_error(pooled, model(images).pooler_output) <= 1e-5
-    if kind == "Dinov2WithRegisters":
-        assert loaded.mask_token is not None and loaded.mask_token.shape == (1, 1, 24)
+    if kind == "Dinov2":  # its own masked forward, at the patch that is read
+        prompted = open_model(str(tmp_path), 2, readout="mask", prompt_length=0)
+        images, masked = images_for(loaded), torch.arange(9).expand(2, 9) == 4
+        rows = model(images, bool_masked_pos=masked).last_hidden_state
+        assert relative_error(prompted.forward_hidden(images), rows[:, 1 + 4]) <= 1e-5
+        prompted = open_model(str(tmp_path), 2, readout="mask", verbalizer="prototypical", prompt_length=3)
+        vptm.save_adapter(prompted, tmp_path / "adapter")
+        again = vptm.load_adapter(tmp_path / "adapter")
+        assert torch.equal(again(images), prompted.eval()(images)), "the mask token is not in the adapter"
+        assert "mask_token" not in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        assert torch.equal(load_on(prompted, tmp_path / "adapter")(images), prompted(images))
     # the names of the modules as they are in memory, which transformers 5 changed
     torch.save(model.state_dict(), tmp_path / "other.bin")
     if name != "Dinov2 giant":

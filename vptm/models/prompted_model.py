@@ -129,7 +129,7 @@ class PromptedModel(Pretrained):
     def _freeze(self) -> None:
         self.backbone.requires_grad_(False)
         if self.mask_token is not None:
-            self.mask_token.requires_grad_(self.config["train_mask_token"])
+            self.mask_token.requires_grad_(bool(self.config.get("train_mask_token")))
         if self.lm_head is not None:
             self.lm_head.requires_grad_(self.config["train_lm_head"])
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from einops import rearrange
 from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
@@ -44,14 +45,19 @@ class PromptedViT(PromptedModel):
             "dropout_per", "patch_values".
         readout: "cls"; "mean" over the patch rows (and class and register rows where the source's own mean takes them);
             "map", the source's own attention pooling (SigLIP's), whose one query attends to the normalised patch rows
-            (and to the prefix where the source's does) and to no prompt; or "mean_with_prompts": the rows of "mean" and
-            the last block's prompt rows, as VPT does on MAE weights. The source's own norms stay where it has them:
+            (and to the prefix where the source's does) and to no prompt; "mask", an extension of VPTM to weights that
+            were pre-trained with a mask token and have no head over visual tokens (DINOv2's files): the mask token
+            stands in place of the patch in the centre, before positions are added, as in that pre-training, and its
+            row is read; or "mean_with_prompts": the rows of "mean" and the last block's prompt rows, as VPT does on MAE
+            weights. MAE's mask token is its decoder's: no row of the encoder is a mask row, and it is refused, as are
+            timm's weights of DINOv2, which leave the token out. The source's own norms stay where it has them:
             timm's MAE models norm every row and then average, VPT averages first, through a norm that its checkpoint
             lacks and that it keeps at the identity; for that pass a model made with `global_pool="avg"`.
         verbalizer: "linear", "prototypical", or "class_embeddings", which `vptm.set_class_embeddings` fills.
         prototype_dim, projection_bias, temperature: see `vptm.PrototypicalVerbalizer`.
         token_activation: what the verbalizer reads: "hidden", or "logits", "softmax" or "log_softmax" of the source's
-            own classifier, kept frozen as `lm_head`.
+            own classifier, kept frozen as `lm_head`. For a mask row that is the user's own codebook, a linear layer as
+            `head` of what `vptm.weights.vits.load_vit` gave: the weights bring none.
         train_lm_head: also learn that classifier.
         img_size: pixels, int or (height, width); None keeps the source's, as an instance has to. Position embeddings
             are resized by timm's rule.
@@ -130,8 +136,18 @@ class PromptedViT(PromptedModel):
             "depth": len(backbone.blocks),
             "prefix_tokens": backbone.num_prefix_tokens,
         }
-        self.default_cfg = loaded.default_cfg
-        self.mask_token = self.prompt_bias = self.lm_head = None
+        self.default_cfg = dict(loaded.default_cfg)
+        self.prompt_bias = self.lm_head = None
+        self.mask_token = None if loaded.mask_token is None else nn.Parameter(loaded.mask_token.detach().clone())
+        self.replaced_patch: int | None = None
+        if readout == "mask":
+            if self.mask_token is None:
+                raise ValueError(
+                    f"readout='mask' needs a mask token in the encoder, {loaded.report.source} has none: expected "
+                    "DINOv2 weights as their repository or transformers keeps them"
+                )
+            rows, columns = backbone.patch_embed.grid_size
+            self.replaced_patch = (rows // 2) * columns + columns // 2
         if token_activation != "hidden":
             plain = type(backbone).forward_head is VisionTransformer.forward_head
             if not isinstance(backbone.head, nn.Linear) or not plain:
@@ -149,17 +165,24 @@ class PromptedViT(PromptedModel):
     def embed(self, images: Tensor, patch_embed: nn.Module | None = None) -> Tensor:
         """Rows `[class | registers | patches]` with positions, after `norm_pre`."""
         backbone = self.backbone
-        patches = (patch_embed or backbone.patch_embed)(images)
+        patches = self._masked((patch_embed or backbone.patch_embed)(images))
         return backbone.norm_pre(backbone._pos_embed(patches))
 
-    def loaded(self) -> VisionTransformer:
-        """The backbone of this model, as a source of others."""
-        return self.backbone
+    def _masked(self, patches: Tensor) -> Tensor:
+        """Patches (B, N, C), or (B, rows, columns, C), with the mask token in the place of one where it is read."""
+        if self.mask_token is None or self.replaced_patch is None:
+            return patches
+        numbers = torch.arange(self.num_patches, device=patches.device).view(*patches.shape[1:-1], 1)
+        return torch.where(numbers == self.replaced_patch, self.mask_token.view(-1).to(patches.dtype), patches)
+
+    def loaded(self) -> LoadedViT:
+        """What `vptm.weights.vits.load_vit` gave for this model, as it is now."""
+        return LoadedViT(self.backbone, self.mask_token, True, self.report, self.default_cfg)
 
     def reference_embed(self, images: Tensor) -> Tensor:
         """The same rows by timm's code alone."""
         backbone = self.backbone
-        return backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(images)))
+        return backbone.norm_pre(backbone._pos_embed(self._masked(backbone.patch_embed(images))))
 
     def reference_block(self, layer: int, rows: Tensor, attention: AttentionFunction) -> Tensor:
         """timm's own block, of whatever kind; `attention` is timm's choice."""
@@ -194,4 +217,6 @@ class PromptedViT(PromptedModel):
         return slice(prefix, self.num_rows - (0 if self.pools_prompts else self.prompts.length))
 
     def _readout_row(self) -> int | None:
+        if self.replaced_patch is not None:
+            return int(self.backbone.num_prefix_tokens) + self.replaced_patch
         return 0 if self.readout == "cls" else None

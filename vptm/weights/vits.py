@@ -252,7 +252,7 @@ def _from_checkpoint(
         tensors = {key: value for key, value in tensors.items() if key.startswith(_VISUAL)}
     tensors = canonical_names(tensors, label)
     surplus = {key for key in tensors if _SURPLUS.match(key)}
-    if any(key.startswith("decoder") for key in surplus) and "mask_token" in tensors:
+    if any(key.startswith("decoder_") for key in surplus) and "mask_token" in tensors:
         surplus.add("mask_token")  # MAE's decoder has it, its encoder never saw one
     if any(key.startswith("pre_logits.") for key in surplus):
         surplus |= {"head.weight", "head.bias"} & tensors.keys()  # timm has no place for the layer between
