@@ -297,6 +297,9 @@ class TrainSettings(SettingsGroup):
         ),
     ] = None
     compile: Annotated[bool, Help("Compile the model; the first steps then take long.", switch=True)] = False
+    cuda_graph: Annotated[
+        bool, Help("Record what a batch launches on a GPU once, and replay it as one launch.", switch=True)
+    ] = False
     accumulate: Annotated[int, Help("Parts that a batch is computed in, one after the other, to save memory.")] = 1
     grad_checkpointing: Annotated[
         bool, Help("Compute the blocks again in backward rather than keep what they made.", switch=True)
@@ -527,6 +530,7 @@ class ComputeSettings(PictureSettings):
 
     precision: Annotated[Precision, Help("As in `vptm train`.")] = "auto"
     compile: Annotated[bool, Help("As in `vptm train`.", switch=True)] = False
+    cuda_graph: Annotated[bool, Help("As in `vptm train`.", switch=True)] = False
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ def compare(**options: Any) -> None:
     arguments = ["--model", located("model", settings.model), "--device", settings.device]
     arguments += ["--background", settings.background, "--precision", settings.precision]
     arguments += ["--compile"] if settings.compile else []
+    arguments += ["--cuda-graph"] if settings.cuda_graph else []
     arguments += [] if settings.value_range is None else [f"--value-range={settings.value_range}"]
     results = run(
         names,

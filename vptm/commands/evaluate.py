@@ -7,7 +7,18 @@ from typing import Annotated, get_args
 
 import typer
 
-from vptm.commands.options import Backbone, Compile, Device, Impl, OnBadImage, PrecisionOption, Run, Workers, choice
+from vptm.commands.options import (
+    Backbone,
+    Compile,
+    CudaGraph,
+    Device,
+    Impl,
+    OnBadImage,
+    PrecisionOption,
+    Run,
+    Workers,
+    choice,
+)
 from vptm.settings import EVALUATION_BATCH, Split
 from vptm.terminal import print_columns, say
 
@@ -30,6 +41,7 @@ def evaluate(
     impl: Impl = "auto",
     precision: PrecisionOption = "auto",
     compile: Compile = False,
+    cuda_graph: CudaGraph = False,
 ) -> None:
     """Measure a run on its test images or other data.
 
@@ -59,6 +71,7 @@ def evaluate(
         impl=impl,
         precision=precision,
         compile=compile,
+        cuda_graph=cuda_graph,
         report=say,
     )
     if not is_first():  # of several processes

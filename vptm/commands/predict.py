@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from vptm.commands.options import Backbone, Compile, Device, Impl, PrecisionOption, Run, choice
+from vptm.commands.options import Backbone, Compile, CudaGraph, Device, Impl, PrecisionOption, Run, choice
 from vptm.settings import EVALUATION_BATCH, OnBadImage, RowFormat
 from vptm.terminal import SECONDS_PER_LINE, progress_bar, say
 
@@ -52,6 +52,7 @@ def predict(
     impl: Impl = "auto",
     precision: PrecisionOption = "auto",
     compile: Compile = False,
+    cuda_graph: CudaGraph = False,
 ) -> None:
     """Name what pictures show.
 
@@ -111,6 +112,7 @@ def predict(
         batch_size=batch_size,
         precision=precision,
         compile=compile,
+        cuda_graph=cuda_graph,
     )
     counted = None if "-" in images else len(listed)
     bad, written = _write(found, missing, names if adapter else [None], counted, out, chosen)

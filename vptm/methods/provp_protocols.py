@@ -210,6 +210,7 @@ def _run(
         reformation_temperature=settings.temperature,
         precision=settings.precision,
         compile=settings.compile,
+        cuda_graph=settings.cuda_graph,
         progress=False,
     )
 

@@ -34,6 +34,7 @@ from vptm.training.evaluate import evaluate
 from vptm.training.evaluate_run import asking_for_moved_data
 from vptm.training.facts import peak_memory
 from vptm.training.fit import FitResult, fit
+from vptm.training.graphs import check_graph
 from vptm.training.ranks import Ranks, first_reports, join, local_device
 from vptm.training.run_folder import CONFUSION_FILE, RUN_FILE, holds_progress, read_run, update_run_file
 from vptm.training.scores import by_name
@@ -103,6 +104,7 @@ def train_run(
     check_log(settings.log)
     check_settings(settings.train_settings)
     place = local_device(device_of(settings.device))
+    check_graph(settings.train_settings.cuda_graph, place)
     ranks = join(place)
     report = first_reports(report)
     with asking_for_moved_data(resume):

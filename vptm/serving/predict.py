@@ -23,6 +23,7 @@ from vptm.models.opening import load_adapter
 from vptm.models.prompted_model import PromptedModel
 from vptm.serving.task_bank import TaskBank, TaskInfo
 from vptm.settings import EVALUATION_BATCH, RunSettings, choices
+from vptm.training.graphs import InferenceGraph, check_graph
 from vptm.training.precision import compiled, dtype_of, float32_products, in_type, resolve_precision
 
 _THRESHOLD = 0.5
@@ -87,6 +88,7 @@ def predictions(
     batch_size: int = EVALUATION_BATCH,
     precision: str | None = None,
     compile: bool = False,
+    cuda_graph: bool = False,
 ) -> Iterator[Prediction | Unreadable]:
     """What `predict` gives, one after the other while images are still read; a file that cannot be read is said to be.
 
@@ -100,6 +102,7 @@ def predictions(
         batch_size: images at a time.
         precision: what computes, as in `vptm.evaluate`; None is the model's own type. A bank has its own.
         compile: `torch.compile` the model; not a bank.
+        cuda_graph: as in `vptm.evaluate`; not of a bank.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: a file that is not there, what is no image, an argument out of range.
@@ -112,7 +115,7 @@ def predictions(
     tasks: dict[str | None, PromptedModel | TaskInfo] = {None: model} if isinstance(model, PromptedModel) else {}
     if isinstance(model, TaskBank):
         tasks |= {name: model.info(name) for name in model.names}
-    run = _runner(model, precision, compile)
+    run = _runner(model, precision, compile, cuda_graph)
     prepare = {name: (transforms(task), picture_options(task)) for name, task in tasks.items()}
     source = iter(images)
     with ThreadPoolExecutor(_READERS) as readers:
@@ -136,6 +139,7 @@ def predict(
     on_bad_image: str = "error",
     precision: str | None = None,
     compile: bool = False,
+    cuda_graph: bool = False,
     report: Callable[[str], None] = print,
 ) -> list[Prediction]:
     """The labels of pictures.
@@ -154,6 +158,7 @@ def predict(
         on_bad_image: "error" stops at a file that cannot be read, "skip" reports it and goes on.
         precision: what computes, as in `vptm.evaluate`; None is the model's own type.
         compile: `torch.compile` the model; one alone.
+        cuda_graph: as in `vptm.evaluate`; of one model alone.
         report: called with a line for every file that is skipped, and on what of a folder is left out.
 
     Returns:
@@ -184,6 +189,7 @@ def predict(
         listed += picture_files([image], report) if isinstance(image, str | Path) else [image]
     found: list[Prediction] = []
     options: dict[str, Any] = {"threshold": threshold, "precision": precision, "compile": compile}
+    options["cuda_graph"] = cuda_graph
     for each in predictions(asked, listed, top=top, batch_size=batch_size, **options):
         if isinstance(each, Prediction):
             found.append(each)
@@ -211,17 +217,22 @@ def _bank(models: Mapping[str, PromptedModel | str | Path], precision: str | Non
 _Run = Callable[["str | None", Tensor], Tensor]
 
 
-def _runner(model: PromptedModel | TaskBank, precision: str | None, compile: bool) -> _Run:
+def _runner(model: PromptedModel | TaskBank, precision: str | None, compile: bool, cuda_graph: bool) -> _Run:
     """Scores of a batch by the task of a name."""
     if isinstance(model, TaskBank):
-        if compile:
-            raise ValueError("compile must be False for several tasks: a bank runs as it is")
+        for name, asked in (("compile", compile), ("cuda_graph", cuda_graph)):
+            if asked:
+                raise ValueError(f"{name} must be False for several tasks: a bank runs as it is")
         return lambda name, images: model.predict(images.to(model.device, model.dtype), [str(name)] * len(images))
     place = model.prompts.weight.device
+    check_graph(cuda_graph, place)
+    if cuda_graph and compile:
+        raise ValueError("cuda_graph must be False with compile")
     kind = resolve_precision(precision, place, training=False)
     runs = in_type(model, dtype_of(kind), place)
     dtype = runs.prompts.weight.dtype
-    sealed = compiled(runs) if compile else runs.sealed_twin()
+    sealed: Any = compiled(runs) if compile else runs.sealed_twin()
+    sealed = InferenceGraph(sealed) if cuda_graph else sealed
 
     def run(_: str | None, images: Tensor) -> Tensor:
         with float32_products(kind):

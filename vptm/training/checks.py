@@ -39,6 +39,17 @@ def check_settings(settings: TrainSettings) -> None:
         raise ValueError(f"accumulate must be 1 with {name}, which compares the images of a batch with each other")
     if settings.compile and settings.reformation:
         raise ValueError("compile must be False with reformation, whose frozen features are kept between steps")
+    if settings.cuda_graph:
+        kept = "reformation, whose frozen features are kept between steps"
+        again = "grad_checkpointing, which asks for random states"
+        for name, off, why in (
+            ("compile", False, "compile"),
+            ("accumulate", 1, "accumulate"),
+            ("reformation", 0.0, kept),
+            ("grad_checkpointing", False, again),
+        ):
+            if getattr(settings, name) != off:
+                raise ValueError(f"cuda_graph must be False with {why}")
     known, optimizer = [str(name) for name in list_optimizers()], settings.optimizer
     if optimizer not in known:
         raise ValueError(

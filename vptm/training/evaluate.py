@@ -11,6 +11,7 @@ from vptm.frozen.modes import eval_mode
 from vptm.models.adapter_saving import unwrapped
 from vptm.models.prompted_model import PromptedModel
 from vptm.training.batches import images_and_labels
+from vptm.training.graphs import InferenceGraph, check_graph
 from vptm.training.label_kinds import labels_of
 from vptm.training.precision import compiled, dtype_of, float32_products, in_type, resolve_precision
 from vptm.training.ranks import Ranks, join, rank_loader
@@ -25,6 +26,7 @@ def evaluate(
     confusion: bool = False,
     precision: str | None = None,
     compile: bool = False,
+    cuda_graph: bool = False,
     distributed: bool = False,
 ) -> dict[str, Any]:
     """Accuracy, mean cross-entropy and scikit-learn's scores of `model` on `loader`, in eval mode; the model's mode is
@@ -39,6 +41,7 @@ def evaluate(
         precision: "fp32", "tf32", "bf16", "fp16" or "auto", see `vptm.fit`: a copy of the model in that type answers,
             and images are cast to it. None computes in the model's own type, which images must have.
         compile: `torch.compile` the model, see `vptm.fit`.
+        cuda_graph: record what a GPU does for a batch, once for every size that comes twice, and replay it.
         distributed: the processes that `torchrun` started all call this with the same model and loader: each answers
             for its share of every batch, every image is counted once, and all have the scores of all. It needs
             Accelerate where there is more than one.
@@ -78,13 +81,18 @@ def evaluate(
     kind = resolve_precision(precision, weight.device, training=False)
     dtype = dtype_of(kind)
     asked = {"precision": dtype not in (None, weight.dtype) and kind, "compile": compile}
+    asked["cuda_graph"] = cuda_graph
     for name in filter(asked.get, asked if model is not inner else ()):
         raise ValueError(f"{name} must be left out for a model in a wrapper, got {asked[name]!r}: pass the model")
     runs = in_type(inner, dtype, weight.device) if asked["precision"] else model
+    check_graph(cuda_graph, weight.device)
+    if cuda_graph and compile:
+        raise ValueError("cuda_graph must be False with compile")
     if compile:
         runs = compiled(runs)
     with float32_products(kind):
-        answers = ask(runs, loader, dtype=dtype, ranks=join(weight.device) if distributed else Ranks())
+        ranks = join(weight.device) if distributed else Ranks()
+        answers = ask(runs, loader, dtype=dtype, ranks=ranks, cuda_graph=cuda_graph)
     return answers.scores(inner.num_classes, confusion=confusion)
 
 
@@ -96,7 +104,12 @@ def check_loader(loader: Any) -> None:
 
 @torch.no_grad()
 def ask(
-    forward: Any, loader: DataLoader[Any], *, dtype: torch.dtype | None = None, ranks: Ranks | None = None
+    forward: Any,
+    loader: DataLoader[Any],
+    *,
+    dtype: torch.dtype | None = None,
+    ranks: Ranks | None = None,
+    cuda_graph: bool = False,
 ) -> Answers | SeveralAnswers:
     """The answers of a model, or a wrapper of it, in eval mode to every image of `loader`, cast to `dtype` where there
     is one; see `evaluate`. With `ranks` every process answers for its share, and has the answers of all."""
@@ -110,6 +123,7 @@ def ask(
         # what was compiled runs compiled
         seals = isinstance(model, PromptedModel) and "_orig_mod" not in forward._modules
         runs = model.sealed_twin() if seals else forward
+        runs = InferenceGraph(runs) if cuda_graph else runs
         for number, batch in enumerate(loader):
             images, labels = images_and_labels(batch)
             labels = kind.read(labels)

@@ -21,6 +21,7 @@ from vptm.models.prompted_model import PromptedModel
 from vptm.settings import EVALUATION_BATCH, Split
 from vptm.training.devices import device_of, loader_of
 from vptm.training.evaluate import evaluate
+from vptm.training.graphs import check_graph
 from vptm.training.ranks import first_reports, join, local_device
 from vptm.training.run_folder import located, recorded_data
 
@@ -54,6 +55,7 @@ def evaluate_run(
     impl: str = "auto",
     precision: str = "auto",
     compile: bool = False,
+    cuda_graph: bool = False,
     report: Callable[[str], None] = print,
 ) -> RunEvaluation:
     """Measure a run on its test images or on other data, in the processes that `torchrun` started each its share.
@@ -70,7 +72,7 @@ def evaluate_run(
         confusion: also give the confusion matrix, where an image has one label.
         on_bad_image, batch_size, workers: of reading.
         source: backbone weights, where they moved since training.
-        device, impl, precision, compile: what computes.
+        device, impl, precision, compile, cuda_graph: what computes.
         report: called with lines on what is found.
 
     Raises:
@@ -81,6 +83,7 @@ def evaluate_run(
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     place = local_device(device_of(device))
+    check_graph(cuda_graph, place)
     join(place)
     report = first_reports(report)
     model = load_adapter(run, source=source, impl=impl)
@@ -110,9 +113,8 @@ def evaluate_run(
         report(f"{run} keeps no list of its images: whether it was trained on some of these is not known")
     loader = loader_of(_with_labels_of(model, part), batch_size, workers, place)
     confusion = confusion and not model.multi_label
-    scores = evaluate(
-        model, loader, device=place, confusion=confusion, precision=precision, compile=compile, distributed=True
-    )
+    how: dict[str, Any] = {"precision": precision, "compile": compile, "cuda_graph": cuda_graph, "distributed": True}
+    scores = evaluate(model, loader, device=place, confusion=confusion, **how)
     names = class_labels(model.class_names, model.num_classes)
     return RunEvaluation(split, loaded.name, names, left_out, scores)
 

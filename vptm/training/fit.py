@@ -22,6 +22,7 @@ from vptm.training.batches import images_and_labels
 from vptm.training.callbacks import Callback
 from vptm.training.checks import check_data, check_loaders, check_model, check_settings, check_together
 from vptm.training.evaluate import ask
+from vptm.training.graphs import check_graph
 from vptm.training.label_kinds import labels_of
 from vptm.training.objective import make_objective
 from vptm.training.precision import dtype_of, float32_products, in_type, resolve_precision, slow_note
@@ -85,6 +86,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     precision: Precision | None = None,
     compile: bool = False,
+    cuda_graph: bool = False,
     accumulate: int = 1,
     clip_norm: float | None = None,
     lr_of: Mapping[str, float] | None = None,
@@ -159,6 +161,8 @@ def fit(
             compute capability 8.0 for tf32 and bf16; fp16 is trained on GPUs only.
         compile: `torch.compile` the step's forward, without graph breaks, once for all batch sizes
             (and once more for a batch of one image).
+        cuda_graph: record what a GPU does for the scores of a batch and their gradients, once for the size of the first
+            batch, and replay it; batches of other sizes, loss, optimiser and validation run without.
         accumulate: parts that every batch is computed in, one after the other, for a part of the memory: gradients add
             up to those of the whole batch. It divides the batch size.
         clip_norm: longest gradient of a step over all that is learned; longer ones are scaled to it. None takes any.
@@ -199,6 +203,7 @@ def fit(
     steps = epoch_steps(train, steps_per_epoch)
     inner = unwrapped(model)
     place = next(inner.parameters()).device if device is None else local_device(torch.device(device))
+    check_graph(settings.cuda_graph, place)
     ranks = join(place)
     check_together(settings, train, ranks, wrapped=model is not inner)
     kind = resolve_precision(settings.precision, place, training=True)
@@ -269,6 +274,7 @@ def _working_model(model: Any, dtype: torch.dtype | None, device: torch.device, 
     if model is inner:
         return in_type(inner, dtype, device)
     asked = {"precision": dtype not in (None, next(inner.parameters()).dtype), "compile": settings.compile}
+    asked["cuda_graph"] = settings.cuda_graph
     for name in filter(asked.get, asked):
         value = getattr(settings, name)
         raise ValueError(f"{name} must be left out for a model in a wrapper, got {value!r}: pass the model itself")

@@ -12,6 +12,7 @@ from vptm.models.adapter_saving import unwrapped
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import TrainSettings
 from vptm.training.averaging import Average
+from vptm.training.graphs import TrainingGraph
 from vptm.training.groups import parameter_groups
 from vptm.training.losses import protoverb_loss
 from vptm.training.masters import MasterWeights
@@ -64,6 +65,10 @@ class TrainStep:
         if settings.compile:
             self.forward = compiled(self.model)
             self._hidden = compiled(self.model.forward_hidden)
+        self._scores: Any = self.forward
+        if settings.cuda_graph:  # validation has a graph of its own, of a sealed model
+            self._scores = TrainingGraph(self.model, "forward")
+            self._hidden = TrainingGraph(self.model, "forward_hidden")
         self.ranks = ranks
         self.masters = MasterWeights(self.model, given, ranks)
         self.average = Average(self.masters, settings.ema)
@@ -115,7 +120,7 @@ class TrainStep:
     def _scores_and_contrast(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         weight, model = self.settings.protoverb_weight, self.model
         if not weight and self.reform is None:
-            return self.forward(images), None
+            return self._scores(images), None
         # a wrapper's forward gives scores alone
         hidden, held = (self._hidden(images), None) if self.reform is None else self.reform(images)
         if not weight:
