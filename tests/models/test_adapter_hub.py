@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,26 @@ def test_the_hub_gives_and_takes_what_a_folder_holds(tmp_path: Path, monkeypatch
         asked.append((name, options["allow_patterns"]))
         return str(hub)
 
-    monkeypatch.setattr("vptm.models.adapter_hub.snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert PromptedBEiT.from_pretrained("me/clothes").num_classes == 4
     assert asked == [("me/clothes", [TENSORS_FILE, CONFIG_FILE])]
+
+
+def test_a_hub_that_is_not_reached_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the hub's library reports of every attempt is not shown, and its reports are as they were afterwards."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+
+    def download(name: str, **_: Any) -> str:
+        logger.warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("no such host\nplease check your connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    want = "^me/clothes: no such folder, and the Hugging Face hub did not give it: no such host$"
+    with pytest.raises(FileNotFoundError, match=want):
+        PromptedBEiT.from_pretrained("me/clothes")
+    assert not caplog.records
+    logger.warning("another")
+    assert [record.message for record in caplog.records] == ["another"]

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelHubMixin
 
 from vptm.messages import one_of
 from vptm.models.adapter_loading import load
 from vptm.models.adapter_saving import Saved, deployed, frozen_part, save_compared
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, read_adapter_config
+from vptm.weights.containers import from_hub
 from vptm.weights.files import one_line_errors, write_atomically
 
 CARD = "README.md"
@@ -87,16 +88,13 @@ class Pretrained(Saved):
             revision, local_files_only, token: of the hub.
 
         Raises:
-            FileNotFoundError: the folder, one of its files or the backbone is missing.
+            FileNotFoundError: the folder, one of its files or the backbone is missing, or the hub does not give it.
             ValueError: damaged files, a newer schema, another class or backbone, or tensors that do not fit.
         """
         folder = Path(name)
         if not folder.exists() and isinstance(name, str) and name.count("/") == 1 and not name.startswith("."):
-            files = [TENSORS_FILE, CONFIG_FILE]
-            fetched = snapshot_download(
-                name, revision=revision, local_files_only=local_files_only, token=token, allow_patterns=files
-            )
-            folder = Path(str(fetched))
+            options = {"revision": revision, "local_files_only": local_files_only, "token": token}
+            folder = from_hub(name, name, [TENSORS_FILE, CONFIG_FILE], **options)
         with one_line_errors(folder):
             config = read_adapter_config(folder)
             kind = config["model_class"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.resources
+import logging
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,26 +159,44 @@ def _read_folder(folder: Path, label: str) -> Checkpoint:
 
 
 def _download(repo: str, label: str) -> Path:
+    configs = ["config.json", "preprocessor_config.json"]
+    folder = from_hub(repo, label, [*configs, "model*.safetensors", "model.safetensors.index.json"])
+    if not any((folder / name).exists() for name in _WEIGHT_FILES):
+        folder = from_hub(repo, label, [*configs, "pytorch_model*.bin", "pytorch_model.bin.index.json"])
+    return folder
+
+
+def from_hub(repo: str, label: str, patterns: Sequence[str], **options: Any) -> Path:
+    """The folder of the files of a hub's repository that match `patterns`, downloaded where the cache lacks them.
+
+    Every attempt that the hub's library would report on by itself is left to the one error at the end.
+
+    Args:
+        repo: "owner/name" on the Hugging Face hub.
+        label: what messages begin with.
+        options: of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        FileNotFoundError: the hub does not give it, or is not reached.
+        ValueError: the hub's library is not installed.
+    """
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ValueError(
             f"{label}: no such folder; to download it from the Hugging Face hub, pip install 'vptm[hf]'"
         ) from error
-    configs = ["config.json", "preprocessor_config.json"]
+    library = logging.getLogger("huggingface_hub")
+    before = library.level
+    library.setLevel(logging.ERROR)
     try:
-        folder = Path(
-            snapshot_download(repo, allow_patterns=[*configs, "model*.safetensors", "model.safetensors.index.json"])
-        )
-        if not any((folder / name).exists() for name in _WEIGHT_FILES):
-            folder = Path(
-                snapshot_download(repo, allow_patterns=[*configs, "pytorch_model*.bin", "pytorch_model.bin.index.json"])
-            )
+        return Path(str(snapshot_download(repo, allow_patterns=list(patterns), **options)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{label}: no such folder, and the Hugging Face hub did not give it: {error_line(error, first=True)}"
         ) from error
-    return folder
+    finally:
+        library.setLevel(before)
 
 
 @contextmanager
