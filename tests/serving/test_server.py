@@ -208,6 +208,53 @@ def test_a_batcher_passes_errors_on_and_ends() -> None:
         batcher.ask(torch.ones(1, 1, 2), "good")
 
 
+def test_no_request_fails_for_another_s_sake() -> None:
+    """One batch with a task that was removed meanwhile: the others have their answers."""
+
+    def predict(images: torch.Tensor, names: list[str]) -> torch.Tensor:
+        if "removed" in names:
+            raise ValueError("no such task")
+        return images.flatten(1)
+
+    batcher = Batcher(predict, batch_size=3, patience=10, most_waiting=8)
+    try:
+        asked = [batcher.ask(torch.full((1, 1, 2), float(i)), name) for i, name in enumerate(["a", "removed", "b"])]
+        assert asked[0].result(10).tolist() == [0, 0] and asked[2].result(10).tolist() == [2, 2]
+        with pytest.raises(ValueError, match="no such task"):
+            asked[1].result(10)
+    finally:
+        batcher.close()
+
+
+def test_tasks_come_and_go_while_they_are_asked(served: tuple[Any, int]) -> None:
+    """Clients of a task that stays get 200 alone, those of one that comes and goes 200 or 404; the load of the bench
+    counts each of its answers."""
+    from bench.serve_load import load
+
+    server, port = served
+    model, stop = server.models["shoes"], threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            server.bank.add("guest", model)
+            time.sleep(0.01)
+            server.bank.remove("guest")
+
+    churning = threading.Thread(target=churn)
+    churning.start()
+    try:
+        statuses: dict[str, list[int]] = {"shoes": [], "guest": []}
+        with ThreadPoolExecutor(2) as clients:
+            asked = {name: clients.submit(load, port, [name], [picture()], 4, 0.5) for name in statuses}
+            for name, found in asked.items():
+                statuses[name] = [status for status, seconds in found.result() if seconds > 0]
+    finally:
+        stop.set()
+        churning.join()
+    assert len(statuses["shoes"]) >= 4 and set(statuses["shoes"]) == {200}
+    assert set(statuses["guest"]) <= {200, 404}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("playwright") is None or BROWSER is None, reason="there is no browser")
 def test_a_person_drops_a_picture_and_sees_labels(served: tuple[Any, int], tmp_path: Path) -> None:
     """In a real browser: the labels, the picture with what the mask row looked at, and the words of a refusal."""

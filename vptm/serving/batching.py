@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +20,15 @@ class Overloaded(RuntimeError):
 class _Asked(NamedTuple):
     image: Tensor
     task: str
-    answer: Future[Tensor]
+    answer: Future[Any]
 
 
 class Batcher:
     """One thread that predicts what waits, as many at a time as there are, up to a batch.
 
     Args:
-        predict: (images (B, ...), tasks) -> scores (B, K), as `vptm.TaskBank.predict`.
+        predict: (images (B, ...), tasks) -> an answer for each, as `vptm.TaskBank.predict`; one that fails is called
+            again for each image by itself, so that no request fails for another's sake.
         batch_size: most images of a batch.
         patience: seconds that the first of a batch waits for others; 0 takes what is there.
         most_waiting: requests in the queue before `ask` refuses.
@@ -35,7 +36,7 @@ class Batcher:
 
     def __init__(
         self,
-        predict: Callable[[Tensor, list[str]], Tensor],
+        predict: Callable[[Tensor, list[str]], Sequence[Any] | Tensor],
         *,
         batch_size: int,
         patience: float,
@@ -55,13 +56,13 @@ class Batcher:
         """Requests in the queue."""
         return len(self._waiting)
 
-    def ask(self, image: Tensor, task: str) -> Future[Tensor]:
-        """The scores (K,) of one image (channels, height, width), when they are there.
+    def ask(self, image: Tensor, task: str, answer: Future[Any] | None = None) -> Future[Any]:
+        """The answer for one image (channels, height, width), when it is there; in `answer`, where one is given.
 
         Raises:
             Overloaded: as many wait as may, or the batcher was closed.
         """
-        answer: Future[Tensor] = Future()
+        answer = Future() if answer is None else answer
         with self._changed:
             if self._ended or len(self._waiting) >= self.most_waiting:
                 raise Overloaded(f"{len(self._waiting)} requests wait, at most {self.most_waiting} may")
@@ -82,14 +83,20 @@ class Batcher:
             if not asked:
                 continue
             try:
-                scores = self._predict(torch.stack([each.image for each in asked]), [each.task for each in asked])
-                for each, own in zip(asked, scores):
-                    each.answer.set_result(own)
-            except Exception as error:
+                self._answer(asked)
+            except Exception:  # as that of a task that was removed meanwhile: it is told to whom it concerns
                 for each in asked:
-                    each.answer.set_exception(error)
+                    try:
+                        self._answer([each])
+                    except Exception as error:
+                        each.answer.set_exception(error)
             self.images += len(asked)
             self.batches += 1
+
+    def _answer(self, asked: list[_Asked]) -> None:
+        answers = self._predict(torch.stack([each.image for each in asked]), [each.task for each in asked])
+        for each, own in zip(asked, answers, strict=True):
+            each.answer.set_result(own)
 
     def _next(self) -> list[_Asked]:
         """What is predicted next; empty at the end."""

@@ -265,18 +265,23 @@ def _read(
     return path, pixels
 
 
+def best_classes(scores: Tensor, top: int, threshold: float | None = None) -> list[list[tuple[int, float]]]:
+    """For every row of class scores (B, K) the best classes with their softmax probability, best first, those of score
+    -inf last; with a threshold those with at least that sigmoid probability."""
+    scores = scores.float().cpu()
+    best = scores.topk(min(top, scores.shape[1])).indices
+    shares, least = (scores.softmax(1) if threshold is None else scores.sigmoid()).gather(1, best), threshold or 0.0
+    return [
+        [(k, value) for k, value in zip(classes, values) if value >= least]
+        for classes, values in zip(best.tolist(), shares.tolist())
+    ]
+
+
 def best_labels(
     scores: Tensor, labels: Sequence[str], top: int, threshold: float | None = None
 ) -> list[list[tuple[str, float]]]:
-    """For every row of class scores (B, K) the best labels with their softmax probability, best first; with a threshold
-    those with at least that sigmoid probability."""
-    scores = scores.float()
-    shares = scores.softmax(1) if threshold is None else scores.sigmoid()
-    best, least = shares.cpu().topk(min(top, len(labels))), threshold or 0.0
-    return [
-        [(labels[k], value) for k, value in zip(indices, values) if value >= least]
-        for indices, values in zip(best.indices.tolist(), best.values.tolist())
-    ]
+    """`best_classes` by their labels."""
+    return [[(labels[k], share) for k, share in row] for row in best_classes(scores, top, threshold)]
 
 
 def _threshold(model: PromptedModel | TaskBank, given: float | None) -> float | None:

@@ -9,9 +9,11 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +36,8 @@ from vptm.models.prompted_beit import PromptedBEiT
 from vptm.models.prompted_model import PromptedModel
 from vptm.serving.batching import Batcher, Overloaded
 from vptm.serving.limits import Limits
-from vptm.serving.predict import best_labels
-from vptm.serving.task_bank import TaskBank
+from vptm.serving.predict import best_classes
+from vptm.serving.task_bank import TaskBank, TaskInfo
 from vptm.weights.adapter_format import CONFIG_FILE
 
 PAGE = Path(__file__).with_name("page.html")
@@ -71,6 +73,18 @@ def open_tasks(
     return bank, models
 
 
+class _Known(NamedTuple):
+    """Of a task that is asked often: what it says of itself, and what follows from that."""
+
+    info: TaskInfo
+    prepare: Callable[[Image.Image], torch.Tensor]
+    options: dict[str, Any]
+    labels: list[str]
+
+
+_MOST_KNOWN = 1000
+
+
 class Server:
     """The application, and what it counts; `close` ends its thread.
 
@@ -90,7 +104,7 @@ class Server:
     ) -> None:
         self.bank, self.models, self.limits = bank, dict(models or {}), limits or Limits()
         self.batcher = Batcher(
-            bank.predict,
+            self._labelled,
             batch_size=self.limits.batch_size,
             patience=self.limits.patience,
             most_waiting=self.limits.most_waiting,
@@ -98,22 +112,26 @@ class Server:
         self.answers: Counter[int] = Counter()
         self.seconds = 0.0
         self.reading = 0
+        self._counting = threading.Lock()
+        self._known: dict[str, _Known] = {}
+        self._readers = ThreadPoolExecutor(thread_name_prefix="vptm pictures")
         self._look = threading.Lock()
         self.app = Starlette(
-            routes=[
+            routes=[  # matched one after the other
+                Route("/predict/{task}", self._predict, methods=["POST"]),
+                Route("/predict", self._predict, methods=["POST"]),
+                Route("/look/{task}", self._look_at, methods=["POST"]),
                 Route("/", self._page),
                 Route("/tasks", self._tasks),
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
-                Route("/predict", self._predict, methods=["POST"]),
-                Route("/predict/{task}", self._predict, methods=["POST"]),
-                Route("/look/{task}", self._look_at, methods=["POST"]),
             ],
             exception_handlers={HTTPException: self._refused},
         )
 
     def close(self) -> None:
         """Answer what waits, and end."""
+        self._readers.shutdown()
         self.batcher.close()
 
     async def _refused(self, _: Request, error: Exception) -> Response:
@@ -176,52 +194,81 @@ class Server:
             raise HTTPException(400, "the body must be a picture, got nothing")
         return bytes(content)
 
+    def _know(self, task: str) -> _Known:
+        """Raises ValueError where the task was removed."""
+        info, known = self.bank.info(task), self._known.get(task)
+        if known is None or known.info is not info:
+            labels = list(class_labels(info.class_names, info.num_classes))
+            known = _Known(info, transforms(info), picture_options(info), labels)
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[task] = known
+        return known
+
     def _opened(self, content: bytes, task: str) -> Image.Image:
         try:
-            options = picture_options(self.bank.info(task))
-            return read_upload(content, **options, most_pixels=self.limits.most_pixels)
+            return read_upload(content, **self._know(task).options, most_pixels=self.limits.most_pixels)
         except BadImageError as error:
             raise HTTPException(415, str(error)) from None
         except ValueError:  # removed meanwhile
             raise HTTPException(404, f"no task {task!r}") from None
 
-    def _prepared(self, content: bytes, task: str) -> torch.Tensor:
-        picture = self._opened(content, task)
-        return transforms(self.bank.info(task))(picture).to(self.bank.device, self.bank.dtype)
+    def _read(self, content: bytes, task: str, answer: Future[Any]) -> None:
+        """Make an image of a picture and ask for its labels, on a thread of its own."""
+        try:
+            picture = self._opened(content, task)
+            image = self._know(task).prepare(picture).to(self.bank.device, self.bank.dtype)
+            self.batcher.ask(image, task, answer)
+        except Exception as error:
+            with suppress(InvalidStateError):  # its client is gone
+                answer.set_exception(error)
+        finally:
+            self._left()
+
+    def _labelled(self, images: torch.Tensor, tasks: list[str]) -> list[list[dict[str, Any]]]:
+        """The best labels of each image by its own task."""
+        labels = [self._know(task).labels for task in tasks]
+        best = best_classes(self.bank.predict(images, tasks), self.limits.top)
+        return [
+            [{"label": own[k], "score": round(share, 6)} for k, share in row if k < len(own)]
+            for own, row in zip(labels, best, strict=True)
+        ]
 
     def _enter(self) -> None:
         """One more request is read; refused at once where too many are."""
-        if self.reading + self.batcher.waiting >= self.limits.most_waiting:
+        with self._counting:
             waiting = self.reading + self.batcher.waiting
-            raise HTTPException(503, f"{waiting} requests wait, try again later", {"Retry-After": "1"})
-        self.reading += 1
+            if waiting < self.limits.most_waiting:
+                self.reading += 1
+                return
+        raise HTTPException(503, f"{waiting} requests wait, try again later", {"Retry-After": "1"})
+
+    def _left(self) -> None:
+        """One of those that are read is not any more."""
+        with self._counting:
+            self.reading -= 1
 
     async def _predict(self, request: Request) -> Response:
         started = time.perf_counter()
         task = self._task(request)
         self._enter()
         try:
-            image = await run_in_threadpool(self._prepared, await self._body(request), task)
-            try:
-                answer = self.batcher.ask(image, task)
-            except Overloaded as error:
-                raise HTTPException(503, str(error), {"Retry-After": "1"}) from None
-        finally:
-            self.reading -= 1
+            content = await self._body(request)
+        except BaseException:
+            self._left()
+            raise
+        # one future from the picture's bytes to its labels: a thread reads it, another computes, this one wakes once
+        answer: Future[list[dict[str, Any]]] = Future()
+        self._readers.submit(self._read, content, task, answer)
         try:
-            scores = await asyncio.wrap_future(answer)
+            labels = await asyncio.wrap_future(answer)
+        except Overloaded as error:
+            raise HTTPException(503, str(error), {"Retry-After": "1"}) from None
         except ValueError as error:  # the task was removed while this waited
             raise HTTPException(404, str(error)) from None
-        labels = self._labels(task, scores)
         self.seconds += time.perf_counter() - started
         self.answers[200] += 1
         return JSONResponse({"task": task, "labels": labels})
-
-    def _labels(self, task: str, scores: torch.Tensor) -> list[dict[str, Any]]:
-        info = self.bank.info(task)
-        labels = class_labels(info.class_names, info.num_classes)
-        (best,) = best_labels(scores[None, : info.num_classes], labels, self.limits.top)
-        return [{"label": label, "score": round(share, 6)} for label, share in best]
 
     async def _look_at(self, request: Request) -> Response:
         task = self._task(request)
@@ -233,7 +280,7 @@ class Server:
             picture = await run_in_threadpool(self._opened, await self._body(request), task)
             found = await run_in_threadpool(self._looked, model, picture)
         finally:
-            self.reading -= 1
+            self._left()
         self.answers[200] += 1
         return Response(json.dumps({"task": task} | found), media_type="application/json")
 
