@@ -656,6 +656,7 @@ def refusals(material: Path, tmp: Path) -> dict[str, tuple[list[Any], int, str]]
         "bad images": (["--on-bad-image", "hide"], 2, "must be one of error, skip"),
         "unwritable": (["--out", tmp / "file" / "run"], 2, "cannot be written"),
         "out is a file": (["--out", tmp / "file"], 2, "is a file"),
+        "a full folder, before data is read": (["--out", material, "--data", "nowhere/x"], 2, "is not empty"),
         "nothing to resume": (["--resume"], 2, "no run.json"),
         "both": (["--resume", "--overwrite"], 2, "exclude each other"),
         "diverges": (["--lr", 1e30, "--optimizer", "sgd", "--epochs", 5], 1, "loss became"),

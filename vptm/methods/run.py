@@ -36,7 +36,14 @@ from vptm.training.facts import peak_memory
 from vptm.training.fit import FitResult, fit
 from vptm.training.graphs import check_graph
 from vptm.training.ranks import Ranks, first_reports, join, local_device
-from vptm.training.run_folder import CONFUSION_FILE, RUN_FILE, holds_progress, read_run, update_run_file
+from vptm.training.run_folder import (
+    CONFUSION_FILE,
+    RUN_FILE,
+    check_run_folder,
+    holds_progress,
+    read_run,
+    update_run_file,
+)
 from vptm.training.scores import by_name
 from vptm.weights.adapter_format import read_adapter_config
 from vptm.weights.files import WriteError
@@ -107,6 +114,8 @@ def train_run(
     check_graph(settings.train_settings.cuda_graph, place)
     ranks = join(place)
     report = first_reports(report)
+    if out is not None and not ranks.index:
+        check_run_folder(out, resume=resume, overwrite=overwrite)  # before every image is decoded
     with asking_for_moved_data(resume):
         several = settings.model_settings.multi_label
         data = load_data(settings.data, on_bad_image=settings.on_bad_image, multi_label=several, **settings.reading())

@@ -289,6 +289,27 @@ class Run:
             self.masters.load(current)
 
 
+def check_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuse a folder that `prepare_run_folder` would, as far as its files' names say; nothing is written.
+
+    Raises:
+        ValueError: as there.
+    """
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other, both were given")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run folder must be a folder, {folder} is a file")
+    if resume and not (folder / RUN_FILE).is_file():
+        raise ValueError(f"nothing to resume: {folder} has no {RUN_FILE}")
+    if not resume and not overwrite and folder.is_dir() and not all(map(_is_leftover, folder.iterdir())):
+        raise ValueError(f"run folder {folder} exists and is not empty: pass resume, overwrite or another folder")
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a file is what a killed run was about to rename."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
 def prepare_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
     """Make `folder` ready for a run and return the state to resume from, or None for a fresh run.
 
@@ -298,31 +319,18 @@ def prepare_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = 
         ValueError: it holds files and neither `resume` nor `overwrite` was given, both were, there is nothing to
             resume, its state is damaged, or it cannot be written. Nothing is deleted then.
     """
-    if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other, both were given")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"run folder must be a folder, {folder} is a file")
-    leftovers: list[Path] = []
-    others: list[Path] = []
-    if folder.is_dir():
-        for path in folder.iterdir():
-            (leftovers if path.name.startswith(".") and path.suffix == ".tmp" else others).append(path)
+    check_run_folder(folder, resume=resume, overwrite=overwrite)
     state = None
     if resume:
-        if not (folder / RUN_FILE).is_file():
-            raise ValueError(f"nothing to resume: {folder} has no {RUN_FILE}")
         # a kill before the first state was written leaves run.json alone: the run starts again
         state = _finished_state(folder)
         if state is None and (folder / STATE_FILE).is_file():
             state = read_state(folder / STATE_FILE)
-    elif others and not overwrite:
-        raise ValueError(f"run folder {folder} exists and is not empty: pass resume, overwrite or another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe.tmp"
         probe.touch()
-        probe.unlink()
-        for path in leftovers:
+        for path in filter(_is_leftover, folder.iterdir()):
             path.unlink(missing_ok=True)
         if overwrite:
             for name in RUN_FILES:
