@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import timm
+import torch
 from beit_factory import tiny_beit
-from tiny_models import tiny_vit
+from tiny_models import relative_error, tiny_vit
 
 from vptm.models.opening import kind_of, open_model
 from vptm.settings import MODEL_SETTINGS
@@ -41,6 +42,15 @@ def test_every_source_has_the_class_and_defaults_that_suit_it(
     assert (model.config["prompt_mode"], model.prompts.length, model.num_classes) == (mode, 2, 3)
     if not size:
         assert open_model(source, 3, readout="mean").readout == "mean", "what is given goes before the defaults"
+
+
+def test_a_module_in_double_precision_goes_in_as_it_is() -> None:
+    """Features of the very weights that were passed, prompts and verbalizer in their type."""
+    for source in (tiny_vit().double(), tiny_beit().double()):
+        model = open_model(source, 3, prompt_length=0)
+        images = torch.randn(2, 3, 8, 12, dtype=torch.float64)
+        assert relative_error(model.forward_features(images), source.forward_features(images)) <= 1e-12
+        assert model(images).dtype == open_model(source, 3)(images).dtype == torch.float64
 
 
 def test_a_mask_row_that_is_asked_for_brings_its_verbalizer() -> None:

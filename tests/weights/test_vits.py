@@ -266,6 +266,11 @@ def test_hugging_face_folders_compute_what_transformers_computes(name: str, tmp_
         assert torch.equal(load_on(prompted, tmp_path / "adapter")(images), prompted(images))
     # the names of the modules as they are in memory, which transformers 5 changed
     torch.save(model.state_dict(), tmp_path / "other.bin")
+    if kind in ("CLIPVision", "SiglipVision"):
+        (tmp_path / "alone").mkdir()
+        torch.save(model.state_dict(), tmp_path / "alone" / "x.bin")
+        with pytest.raises(ValueError, match=r"config\.json must be beside weights of CLIP or SigLIP"):
+            load_vit(tmp_path / "alone" / "x.bin")
     if name != "Dinov2 giant":
         again = load_vit(tmp_path / "other.bin")
         images = images_for(loaded)
@@ -344,22 +349,42 @@ def save_npz(model: Any, path: Path, layout: str = "original", **more: np.ndarra
         arrays |= {f"Transformer/encoderblock/{name}": np.stack([one[name] for one in blocks]) for name in blocks[0]}
     else:
         arrays |= {f"Transformer/encoderblock_{k}/{name}": one[name] for k, one in enumerate(blocks) for name in one}
-    prefix = {"original": "", "big_vision": "params/", "stacked": "params/img/"}[layout]
+    if "attn_pool.latent" in state:
+        pool, rows = "attn_pool", "MAPHead_0/MultiHeadDotProductAttention_0"
+        arrays["MAPHead_0/probe"] = state[f"{pool}.latent"]
+        kv = {kind: np.split(state[f"{pool}.kv.{kind}"], 2) for kind in ("weight", "bias")}
+        parts = {"query": (state[f"{pool}.q.weight"], state[f"{pool}.q.bias"])}
+        parts |= {part: (kv["weight"][k], kv["bias"][k]) for k, part in enumerate(("key", "value"))}
+        for part, (weight, bias) in parts.items():
+            arrays[f"{rows}/{part}/kernel"] = weight.T.reshape(width, heads, -1)
+            arrays[f"{rows}/{part}/bias"] = bias.reshape(heads, -1)
+        arrays[f"{rows}/out/kernel"] = state[f"{pool}.proj.weight"].T.reshape(heads, -1, width)
+        arrays[f"{rows}/out/bias"] = state[f"{pool}.proj.bias"]
+        arrays |= {f"MAPHead_0/LayerNorm_0/{kind}": value for kind, value in norm(f"{pool}.norm").items()}
+        for k in (0, 1):
+            dense = linear(f"{pool}.mlp.fc{k + 1}")
+            arrays |= {f"MAPHead_0/MlpBlock_0/Dense_{k}/{kind}": value for kind, value in dense.items()}
+    prefix = {"original": "", "big_vision": "params/"}.get(layout, "params/img/")
     np.savez(path, **{prefix + name: value for name, value in arrays.items()}, **more)
 
 
-@pytest.mark.parametrize("layout", ["original", "big_vision", "stacked"])
+@pytest.mark.parametrize("layout", ["original", "big_vision", "stacked", "SigLIP"])
 def test_googles_npz_computes_what_timm_loads_from_it(layout: str, tmp_path: Path) -> None:
     """The number of heads is in the file: 2 of 32 here, where width 64 alone would say 1."""
-    model = vit(
-        num_heads=2, **({} if layout == "original" else {"class_token": False, "global_pool": "avg", "fc_norm": False})
-    )
+    options = {} if layout == "original" else {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    options |= {"global_pool": "map"} if layout == "SigLIP" else {}
+    model = vit(num_heads=2, **options)
     save_npz(model, tmp_path / "ViT-T_4.npz", layout, opt_step=np.ones(1))
     loaded = load_vit(tmp_path / "ViT-T_4.npz")
     assert loaded.report.format == "jax" and loaded.report.dropped == ("opt_step",)
     assert loaded.report.architecture["num_heads"] == 2
-    assert kind_of(tmp_path / "ViT-T_4.npz") == ("vit" if layout == "original" else "classless_vit")
+    kinds = {"original": "vit", "SigLIP": "pooled_vit"}
+    assert kind_of(tmp_path / "ViT-T_4.npz") == kinds.get(layout, "classless_vit")
     assert_is(loaded, of_timm(model))
+    if layout == "SigLIP":
+        features = model.forward_features(images_for(loaded))
+        pooled = [one.forward_head(features, pre_logits=True) for one in (loaded.backbone, model)]
+        assert relative_error(*pooled) <= 1e-5
     assert loaded.default_cfg["mean"] == (0.5, 0.5, 0.5)
     assert torch.equal(loaded.backbone.head.weight, model.head.weight)
 
@@ -414,6 +439,38 @@ def test_architecture_says_what_tensors_do_not(tmp_path: Path) -> None:
     images = images_for(loaded)
     assert torch.equal(loaded.backbone.forward_features(images), model.forward_features(images))
     assert not torch.equal(load_vit(path).backbone.forward_features(images), model.forward_features(images))
+
+
+def test_clips_own_names_need_an_architecture(tmp_path: Path) -> None:
+    """OpenAI's and OpenCLIP's names are alike and their activations are not: nothing is guessed."""
+    sizes = {"depth": 2, "embed_dim": 64, "num_heads": 2, "patch_size": 4, "img_size": 12}
+    name = "vit_base_patch32_clip_quickgelu_224"
+    model = timm.create_model(name, num_classes=5, **sizes).eval()
+    randomize(model)
+    state = dict(model.state_dict())
+    with torch.no_grad():
+        state["head.bias"].zero_()  # CLIP's projection has none
+    named = (
+        *(("patch_embed.proj", "conv1"), ("norm_pre", "ln_pre"), ("norm1", "ln_1"), ("norm2", "ln_2")),
+        *(("norm.", "ln_post."), ("attn.qkv.", "attn.in_proj_"), ("attn.proj", "attn.out_proj")),
+        *(("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"), ("blocks.", "transformer.resblocks.")),
+    )
+    clip = {"visual.class_embedding": state.pop("cls_token")[0, 0], "visual.proj": state.pop("head.weight").T}
+    clip |= {"visual.positional_embedding": state.pop("pos_embed")[0], "logit_scale": torch.ones(())}
+    for key, value in state.items():
+        for ours, theirs in named:
+            key = key.replace(ours, theirs, 1) if not key.startswith("head") else key
+        clip |= {} if key.startswith("head") else {f"visual.{key}": value}
+    clip |= {"transformer.resblocks.0.ln_1.weight": torch.ones(3), "token_embedding.weight": torch.ones(3, 3)}
+    torch.save(clip, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"architecture must be given for CLIP's own names \(visual\.\*\)"):
+        load_vit(tmp_path / "pytorch_model.bin")
+    config = {"architecture": name, "model_args": sizes, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_vit(tmp_path)
+    assert {"logit_scale", "token_embedding.weight"} <= set(loaded.report.dropped)
+    assert_is(loaded, of_timm(model))
+    assert relative_error(loaded.backbone(images_for(loaded)), model(images_for(loaded))) <= 1e-5
 
 
 def test_what_is_opened_trains_as_vpt_and_comes_back(tmp_path: Path) -> None:

@@ -64,6 +64,14 @@ class PromptedModel(Pretrained):
         self.config = ModelConfig(self.config)
         self.class_names: list[str] | None = None
         self._frozen = True
+        dtype = self.backbone.patch_embed.proj.weight.dtype
+        if dtype != torch.float32:  # of a module that was passed in
+            for name, child in self.named_children():
+                if name != "backbone":
+                    child.to(dtype)
+            for parameter in self._parameters.values():
+                if parameter is not None:
+                    parameter.data = parameter.data.to(dtype)
         self._encoder = FrozenEncoder()
         self.register_load_state_dict_pre_hook(_refuse_loading)
         self.register_load_state_dict_post_hook(_refresh_loaded)

@@ -43,6 +43,7 @@ _SURPLUS = re.compile(
     r"text_model\.|text_projection|logit_(scale|bias)$|.*position_ids$"
 )
 _VISUAL = "visual."
+_CLIP_NAMES = re.compile(r"(^|\.)embeddings\.patch_embedding\.")
 _RANDOM = "random weights: pretrained=True loads timm's"
 
 
@@ -236,7 +237,7 @@ def _from_checkpoint(
     refuse_rotary(tensors, label)
     if facts.family == "beit" or (facts.family is None and family_of_names(tensors) == "beit"):
         raise ValueError(f"{label}: must be a ViT, got a BEiT{_mark(tensors)}: use PromptedBEiT or vptm.open_model")
-    huggingface = is_huggingface(tensors)
+    huggingface, raw_names = is_huggingface(tensors), list(tensors)
     moco = any(key.startswith("base_encoder.") for key in tensors)
     if moco:
         dropped += [key for key in tensors if not key.startswith("base_encoder.")]
@@ -270,7 +271,13 @@ def _from_checkpoint(
 
     name, arguments = architecture or facts.timm_name, {} if architecture else facts.timm_arguments
     if name is None:
-        eps = facts.eps or (HUGGINGFACE_EPS if huggingface else VIT_EPS)
+        if huggingface and facts.model_type is None and any(map(_CLIP_NAMES.search, raw_names)):
+            raise ValueError(
+                f"{label}: config.json must be beside weights of CLIP or SigLIP, or architecture be given: "
+                "nothing else tells their activation and eps"
+            )
+        plain = huggingface and "blocks.0.ls1.gamma" not in state  # DINOv2 has another default than ViT
+        eps = facts.eps or (HUGGINGFACE_EPS if plain else VIT_EPS)
         if facts.eps is None:
             notes.append(f"eps {eps:g}: the default of this format is assumed, nothing beside the weights states it")
         heads = 12 if moco and state.get("cls_token", torch.empty(0)).shape[-1:] == (384,) else None  # its ViT-S
@@ -342,7 +349,11 @@ def _window_of_name(
     if not timm.is_model(base):
         known = timm.list_models(module="vision_transformer")
         raise ValueError(f"{label}: architecture must be a timm name, got {name!r}{hint(base, known)}")
-    model: Any = probe(base)
+    try:
+        model: Any = timm.create_model(base, device="meta", **arguments) if arguments else probe(base)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        why = error_line(error, first=True)
+        raise ValueError(f"{label}: config.json must have model_args that timm's {base} takes: {why}") from error
     check_backbone(model, f"{label}: {name}")
     stated_heads, heads = facts.architecture.get("num_heads"), model.blocks[0].attn.num_heads
     if stated_heads not in (None, heads):
