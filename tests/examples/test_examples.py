@@ -39,6 +39,13 @@ def test_drop_in(run) -> None:
     assert re.search(r"test accuracy \d+\.\d+%", printed) and "PromptedBEiT is back" in printed
 
 
+def test_many_tasks(run) -> None:
+    """Were a picture answered by the other task, it would be right by chance: a tenth of the kinds, and fewer shoes."""
+    printed = run("many_tasks.py", "--shots", "4", "--epochs", "3")
+    kind, shoe = map(int, re.fullmatch(r"kind (\d+)%, shoe (\d+)%\n", printed).groups())  # type: ignore[union-attr]
+    assert kind > 35 and shoe > 80
+
+
 def test_lightning_module(run) -> None:
     """Lightning validates first, in inference mode, what it then trains, and moves and saves it."""
     pytest.importorskip("lightning", reason="an example of it")
