@@ -50,7 +50,12 @@ def _settings() -> list[Setting]:
 
 
 CHOSEN = _settings()
-SETTINGS = list(product(CHOSEN, timing.selection.of_models()))
+# what is timed beside the dtypes that were asked for, in the first setting alone unless all are
+SETTINGS = [
+    (setting, dtype)
+    for setting, dtype in product(CHOSEN, timing.selection.of_models())
+    if FULL or dtype in timing.selection.dtypes or setting == CHOSEN[0]
+]
 FIRST = CHOSEN[:2] if CUDA else CHOSEN[:1]
 EAGER = (peers.OURS, peers.CONCATENATION, PREFIX)
 PEERS = {
