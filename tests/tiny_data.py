@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,3 +73,20 @@ def write_pictures(root: Path, per_class: int, classes: tuple[str, ...] = CLASSE
         for k in range(first, first + per_class):
             picture(kind, k).save(root / name / f"{k}.png")
     return root
+
+
+SEVERAL = ([], ["left", "some"], ["right", "some"])
+
+
+def write_list(folder: Path, count: int = 24, splits: str | None = "train,train,val,test") -> Path:
+    """`folder/metadata.jsonl` of pictures of three kinds: one without a label, two with two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for k in range(count):
+        picture(k % 3, k).save(folder / f"{k}.png")
+        row: dict[str, Any] = {"file_name": f"{k}.png", "labels": SEVERAL[k % 3]}
+        if splits is not None:
+            row["split"] = splits.split(",")[k // 3 % 4]
+        lines.append(json.dumps(row))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
+    return folder / "metadata.jsonl"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from console import Console
 from PIL import Image
-from tiny_data import picture
+from tiny_data import write_list
 from torch.utils.data import DataLoader
 
 from vptm.data.division import few_shot
@@ -20,22 +19,6 @@ from vptm.data.several_labels import SeveralLabelsDataset
 from vptm.data.sources import load_data
 from vptm.data.transforms import transforms
 from vptm.models.opening import load_adapter
-
-LABELS = ([], ["left", "some"], ["right", "some"])
-
-
-def write_list(folder: Path, count: int = 24, splits: str | None = "train,train,val,test") -> Path:
-    """`folder/metadata.jsonl` of pictures of three kinds: one without a label, two with two."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for k in range(count):
-        picture(k % 3, k).save(folder / f"{k}.png")
-        row: dict[str, Any] = {"file_name": f"{k}.png", "labels": LABELS[k % 3]}
-        if splits is not None:
-            row["split"] = splits.split(",")[k // 3 % 4]
-        lines.append(json.dumps(row))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
-    return folder / "metadata.jsonl"
 
 
 def test_lists_are_read_as_they_say(tmp_path: Path) -> None:

@@ -24,6 +24,12 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out with its own arguments.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    synthetic: Annotated[
+        bool,
+        typer.Option(
+            "--synthetic", help="Only measure whether reading pictures limits the speed: with synthetic ones, too."
+        ),
+    ] = False,
     prompt_location: Annotated[str | None, typer.Option(hidden=True)] = None,
     **options: Any,
 ) -> None:
@@ -42,6 +48,8 @@ def train(
     """
     if resume and out is None:
         raise ValueError("--resume needs --out, the run folder to continue")
+    if synthetic and (resume or overwrite or out is not None):
+        raise ValueError("--synthetic writes no run: leave out --out, --resume and --overwrite")
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if prompt_location is not None:
@@ -53,6 +61,11 @@ def train(
         settings = _resumed(out, values, given) if out is not None and resume else _fresh(values, given)
     for warning in caught:
         say(f"vptm: {warning.category.__name__}: {warning.message}")
+    if synthetic:
+        from vptm.methods.feeding import measure_feeding
+
+        print("\n".join(measure_feeding(settings, report=say).lines()))
+        return
     from vptm.methods.run import resume_command, train_run
     from vptm.training.ranks import is_first
 

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -116,24 +116,8 @@ def train_run(
     report = first_reports(report)
     if out is not None and not ranks.index:
         check_run_folder(out, resume=resume, overwrite=overwrite)  # before every image is decoded
-    with asking_for_moved_data(resume):
-        several = settings.model_settings.multi_label
-        data = load_data(settings.data, on_bad_image=settings.on_bad_image, multi_label=several, **settings.reading())
-    parts = _parts(settings, data, report)
-    seed = settings.train_settings.seed
-    torch.manual_seed(seed)
-    model = open_model(settings.model, len(data.classes), **settings.model_settings.keywords())
-    model.class_names = data.classes
-    model.default_cfg |= settings.reading()  # kept with the adapter, so that other pictures are read in the same way
-    chosen = settings.model_settings
-    if type(chosen) is not BEiTSettings:
-        how = f"{chosen.prompt_mode} prompts, read-out {chosen.readout}, verbalizer {chosen.verbalizer}"
-        report(f"{settings.model} is {chosen.whom}: {how}")
-    if settings.model == "builtin" and data.name not in ("builtin", "fashion-mnist"):
-        report(f"the built-in model is {DEMONSTRATION}")
-    if settings.finetune:
-        model.unfreeze()
-    loaders = _loaders(settings, data, parts, model, place)
+    run_of = opened(settings, place, resume=resume, report=report)
+    data, parts, model, loaders = run_of.data, run_of.parts, run_of.model, run_of.loaders
     folder = ranks.first(_free_folder(data.name) if out is None else out)
     if not (resume and holds_progress(folder)):
         _start(settings, model, loaders, place)
@@ -180,6 +164,40 @@ def train_run(
         run.val_map = outcome["val_map"] = result.best_val_map
     update_run_file(folder, result=outcome, cost=_cost(model, result, len(parts["train"]), peak_memory(place)))
     return run
+
+
+class OpenedRun(NamedTuple):
+    """What a run is made of: its data, the images that are used by split, the model before it has learned, and batches
+    of each split, and of the training images as they are, "support"."""
+
+    data: ImageData
+    parts: dict[str, ImageDataset]
+    model: PromptedModel
+    loaders: dict[str, DataLoader[Any]]
+
+
+def opened(
+    settings: RunSettings, place: torch.device, *, resume: bool = False, report: Callable[[str], None] = print
+) -> OpenedRun:
+    """What `train_run` trains on, and what it trains; see there."""
+    with asking_for_moved_data(resume):
+        several = settings.model_settings.multi_label
+        data = load_data(settings.data, on_bad_image=settings.on_bad_image, multi_label=several, **settings.reading())
+    parts = _parts(settings, data, report)
+    seed = settings.train_settings.seed
+    torch.manual_seed(seed)
+    model = open_model(settings.model, len(data.classes), **settings.model_settings.keywords())
+    model.class_names = data.classes
+    model.default_cfg |= settings.reading()  # kept with the adapter, so that other pictures are read in the same way
+    chosen = settings.model_settings
+    if type(chosen) is not BEiTSettings:
+        how = f"{chosen.prompt_mode} prompts, read-out {chosen.readout}, verbalizer {chosen.verbalizer}"
+        report(f"{settings.model} is {chosen.whom}: {how}")
+    if settings.model == "builtin" and data.name not in ("builtin", "fashion-mnist"):
+        report(f"the built-in model is {DEMONSTRATION}")
+    if settings.finetune:
+        model.unfreeze()
+    return OpenedRun(data, parts, model, _loaders(settings, data, parts, model, place))
 
 
 def _parts(settings: RunSettings, data: ImageData, report: Callable[[str], None]) -> dict[str, ImageDataset]:
@@ -281,11 +299,14 @@ def _fit_prototypes(
 
 
 def _cost(model: PromptedModel, result: FitResult, images: int, memory: int) -> dict[str, Any]:
-    """What training took: parameters, training images a second with validation, peak memory in bytes."""
+    """What training took: parameters, training images a second with validation, peak memory in bytes, the share of the
+    time in which the model waited for data."""
     trained = sum(parameter.numel() for parameter in model.trainable_parameters())
     seconds = sum(row["seconds"] for row in result.history)
+    waiting = None if result.pace is None else result.pace.waiting
     speed = images * len(result.history) / seconds if seconds else None
-    return {"trainable_parameters": trained, "images_per_second": speed, "peak_memory": memory}
+    facts = {"trainable_parameters": trained, "images_per_second": speed, "peak_memory": memory}
+    return facts | {"waiting_for_data": waiting}
 
 
 def _free_folder(name: str) -> Path:

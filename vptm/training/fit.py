@@ -26,7 +26,7 @@ from vptm.training.graphs import check_graph
 from vptm.training.label_kinds import labels_of
 from vptm.training.objective import make_objective
 from vptm.training.precision import dtype_of, float32_products, in_type, resolve_precision, slow_note
-from vptm.training.progress import TrainProgress
+from vptm.training.progress import Pace, TrainProgress
 from vptm.training.ranks import RankBatches, join, local_device, rank_loader
 from vptm.training.run_folder import Run, listed_images, run_identity
 from vptm.training.scores import not_validated
@@ -43,7 +43,8 @@ class FitResult:
 
     `history` has one mapping per finished epoch with the columns of `metrics.csv`; accuracies are shares in 0..1.
     `stopped` says why a run was done before its last epoch, None where it was not. `best_val_map` is the mean average
-    precision of a multi-label model, which has no accuracy.
+    precision of a multi-label model, which has no accuracy. `pace` is how fast it trained and what share of the time it
+    waited for data, None of a run of up to two steps.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -53,6 +54,7 @@ class FitResult:
     run_dir: Path | None = None
     stopped: str | None = None
     best_val_map: float | None = None
+    pace: Pace | None = None
 
 
 def fit(
@@ -264,7 +266,14 @@ def fit(
         best = None if run.best_score is None else run.best_score[0]
         accuracy, mean_precision = (None, best) if inner.multi_label else (best, None)
         return FitResult(
-            run.history, run.best_epoch, accuracy, interrupted, run.folder, run.stopped, best_val_map=mean_precision
+            run.history,
+            run.best_epoch,
+            accuracy,
+            interrupted,
+            run.folder,
+            run.stopped,
+            best_val_map=mean_precision,
+            pace=bar.pace,
         )
 
 

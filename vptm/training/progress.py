@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from vptm.terminal import SECONDS_PER_LINE, progress_bar
 
 _FIRST_LINE = 2.0  # seconds without a word, where there is no terminal to draw a bar on
+
+
+_SETTLING = 2  # steps that make things ready
+
+
+class Pace(NamedTuple):
+    """How fast a run trained, with its validation, after its first two steps: images a second, and the share of the
+    time in which the model waited for data."""
+
+    images_per_second: float
+    waiting: float
 
 
 class TrainProgress:
@@ -28,7 +39,8 @@ class TrainProgress:
         self._images, self._waited = 0, 0.0
         self._bar = progress_bar(shown)
         self._task = self._bar.add_task("training", total=epochs * steps, completed=self._first, note="")
-        self._started = self._spoke = time.perf_counter()
+        self._started = self._spoke = self._ended = time.perf_counter()
+        self._settled: tuple[float, int, float] | None = None
         self._patience = _FIRST_LINE
 
     def __enter__(self) -> TrainProgress:
@@ -37,6 +49,7 @@ class TrainProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended = time.perf_counter()
         self._bar.stop()
 
     def step(self, images: int, waited: float) -> None:
@@ -44,15 +57,26 @@ class TrainProgress:
         self._count += 1
         self._images += images
         self._waited += waited
+        now = time.perf_counter()
+        if self._count - self._first == _SETTLING:
+            self._settled = now, self._images, self._waited
         if not self.shown:
             return
-        now = time.perf_counter()
         if not self._bar.disable:
             self._bar.update(self._task, advance=1, note=self.note(now - self._started))
         elif now - self._spoke >= self._patience:
             epoch, step = divmod(self._count - 1, self.steps)
             self._say(f"epoch {self._epoch(epoch + 1)}  step {step + 1}/{self.steps}  {self.note(now - self._started)}")
             self._patience = SECONDS_PER_LINE
+
+    @property
+    def pace(self) -> Pace | None:
+        """Of the whole run, once it has ended; None of one of so few steps."""
+        if self._settled is None or self._images == self._settled[1]:
+            return None
+        started, images, waited = self._settled
+        seconds = max(self._ended - started, 1e-9)
+        return Pace((self._images - images) / seconds, (self._waited - waited) / seconds)
 
     def note(self, seconds: float) -> str:
         """Images a second, the share of the time that was waiting for data, and the time left, `seconds` after the
