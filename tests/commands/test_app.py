@@ -80,7 +80,7 @@ def test_help_and_completion_know_the_choices(vptm: Console, monkeypatch: pytest
     code, out, _ = vptm("train", "--help")
     shown = " ".join(out.split())
     assert code == 0 and "--prompt-mode [shallow|deep|progressive]" in shown
-    assert "[default: (mask; cls for a BEiT without a mask token or a ViT)]" in shown
+    assert "[default: (mask; cls for a BEiT without a mask token or a ViT" in shown
     assert "--finetune " in shown and "--no-finetune" not in shown and "--augment / --no-augment" in shown
     monkeypatch.setenv("_VPTM_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "vptm train --prompt-mode s")

@@ -220,7 +220,7 @@ def test_older_adapters_and_runs_are_of_one_label(backbone: Path, tmp_path: Path
     path = tmp_path / "a" / "adapter_config.json"
     config = json.loads(path.read_text())
     assert config["model"].pop("multi_label") is False
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config | {"schema_version": 3}))
     assert load_adapter(tmp_path / "a").multi_label is False
     model = make_model(backbone)
     data = TensorDataset(torch.zeros(3, 1, 12, 12), torch.arange(3))
