@@ -22,9 +22,9 @@ def pool_rows(pool: Any, norm: Any, x: Tensor, impl: str) -> Tensor:
         return pooled
     weight, bias = pool.kv.weight, pool.kv.bias
     width = weight.shape[0] // 2
-    query = pool.q(pool.latent)[0]
+    query = pool.q(pool.latent)[0] * pool.scale
     mixed = readout_attention(
-        x,
+        x.contiguous(),  # sums of 16 and 32 bits under autocast may lie otherwise
         query.expand(x.shape[0], -1).contiguous(),
         norm.weight,
         norm.bias,
@@ -33,7 +33,7 @@ def pool_rows(pool: Any, norm: Any, x: Tensor, impl: str) -> Tensor:
         weight[width:],
         None if bias is None else bias[width:],
         num_heads=pool.num_heads,
-        scale=pool.scale,
+        scale=1.0,
         impl=impl,
     )
     out = pool.proj_drop(pool.proj(mixed))
