@@ -9,7 +9,7 @@ from tensors, beside the loops of `bench/training_loops.py`: the same with timm'
 and the structure of the loop that VPT published. A speed-up is the time of an epoch after the first: training images,
 and half as many validation images (VPT's loop evaluates as many test images as well, as published). What the whole
 process took, imports, reading of weights and checks of files included, stands beside it. Between the two kinds of data
-lies what decoding costs; `waiting for data` is what the progress line of `vptm train` says.
+lies what decoding costs; `waiting for data` is the share of time that `vptm train` notes in run.json.
 
 The step alone, in every precision, is `bench/bench_training_step.py`.
 """
@@ -19,7 +19,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -84,7 +83,7 @@ class Measured:
 
     epochs: list[float]
     whole: float
-    waiting: str | None = None
+    waiting: float | None = None
 
     @property
     def epoch(self) -> float:
@@ -172,8 +171,8 @@ def train_arguments(job: Job, out: Path) -> list[str]:
     ]
 
 
-def run_process(module: str, arguments: Sequence[str]) -> tuple[str, str, float]:
-    """What `python -m module` printed, on stdout and on stderr, and the seconds it took.
+def run_process(module: str, arguments: Sequence[str]) -> tuple[str, float]:
+    """What `python -m module` printed, and the seconds it took.
 
     Raises:
         RuntimeError: it failed, with its last line.
@@ -183,19 +182,19 @@ def run_process(module: str, arguments: Sequence[str]) -> tuple[str, str, float]
     done = subprocess.run([sys.executable, "-m", module, *arguments], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{module}: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout, done.stderr, time.perf_counter() - started
+    return done.stdout, time.perf_counter() - started
 
 
 def measure(name: str, job: Job) -> Measured:
     """One process of vptm or of a peer."""
     if name == peers.OURS and job.data != SYNTHETIC:
         with tempfile.TemporaryDirectory() as folder:
-            _, said, whole = run_process("vptm", train_arguments(job, Path(folder, "run")))
-            with Path(folder, "run", "metrics.csv").open(newline="") as rows:
+            run = Path(folder, "run")
+            _, whole = run_process("vptm", train_arguments(job, run))
+            with (run / "metrics.csv").open(newline="") as rows:
                 epochs = [float(row["seconds"]) for row in csv.DictReader(rows)]
-        waiting = re.findall(r"(\d+%) waiting for data", said)
-        return Measured(epochs, whole, waiting[-1] if waiting else None)
-    printed, _, whole = run_process("bench.training_loops", [name, job.json()])
+            return Measured(epochs, whole, json.loads((run / "run.json").read_text())["cost"]["waiting_for_data"])
+    printed, whole = run_process("bench.training_loops", [name, job.json()])
     return Measured(json.loads(printed.splitlines()[-1]), whole)
 
 

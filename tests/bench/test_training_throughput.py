@@ -22,15 +22,15 @@ SETTINGS = [Setting("jpeg", "shallow", 2, "mask"), Setting("synthetic", "deep", 
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A model of two blocks, eight pictures, and runs in this process."""
 
-    def run(module: str, arguments: Any) -> tuple[str, str, float]:
+    def run(module: str, arguments: Any) -> tuple[str, float]:
         if module == "vptm":
             with pytest.raises(SystemExit) as end:
                 main(list(arguments))
             if end.value.code:
                 raise RuntimeError("vptm: it failed")
-            return "", "epoch 1/2  step 1/2  3 images/s, 4% waiting for data, 0:00:01 left", 9.0
+            return "", 9.0
         name, job = arguments
-        return json.dumps(training_loops.seconds_of_epochs(name, training_loops.Job(**json.loads(job)))), "", 9.0
+        return json.dumps(training_loops.seconds_of_epochs(name, training_loops.Job(**json.loads(job)))), 9.0
 
     sizes = {"IMAGES": 8, "BATCH": 4, "EPOCHS": 2, "PIXELS": (40, 30), "VOCABULARY": 24, "run_process": run}
     for name, value in sizes.items():
@@ -70,7 +70,8 @@ def test_every_loop_is_timed_on_every_kind_of_data(tiny: None, setting: Setting)
     assert set(found["images per second by loop"]) == {peers.OURS, peers.CONCATENATION, VPT}
     assert all(rate > 0 for rate in found["images per second by loop"].values())
     assert found["images per second of the whole process"][VPT] == round(16 / 9, 3)
-    assert found["waiting for data"] == (["4%"] if setting.data == "jpeg" else [None])
+    (waiting,) = found["waiting for data"]
+    assert waiting is None if setting.data == "synthetic" else 0 <= waiting < 1
 
 
 def test_loops_of_peers_compute_what_vptm_does_and_learn_it(tiny: None) -> None:
@@ -121,5 +122,5 @@ def test_a_wrong_concatenation_stops_the_bench(tiny: None, monkeypatch: pytest.M
 def test_a_process_that_fails_is_named_by_its_last_line() -> None:
     with pytest.raises(RuntimeError, match=r"^no_such_module: .*No module named no_such_module"):
         bench_training_throughput.run_process("no_such_module", [])
-    printed, _, seconds = bench_training_throughput.run_process("platform", [])
+    printed, seconds = bench_training_throughput.run_process("platform", [])
     assert printed.strip() and seconds > 0
