@@ -50,9 +50,11 @@ def computed_bytes(model: vptm.PromptedBEiT, item: int) -> int:
     return item * (2 * layers * prompts * width + dim * (width + 1) + classes * dim)
 
 
-def timed(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def timed(
+    functions: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] | None = None
+) -> dict[str, list[float]]:
     """Seconds of every function in each of some rounds, in turns."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = clock or (time.thread_time if torch.get_num_threads() == 1 else time.perf_counter)
     found: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
