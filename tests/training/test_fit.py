@@ -29,6 +29,7 @@ from vptm.data.datasets import ImageDataset
 from vptm.data.split_list import SplitList
 from vptm.training.losses import protoverb_loss
 from vptm.training.progress import TrainProgress
+from vptm.training.ranks import Ranks
 from vptm.training.run_folder import CONFUSION_FILE, CURVES_FILE, METRICS_FILE, RUN_FILE, RUN_FILES
 from vptm.training.state import STATE_FILE, read_state, write_state
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE
@@ -510,6 +511,45 @@ def test_bad_arguments_are_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(kind, match=message):
         run(make_model(backbone), tmp_path / "r", **changes)
+    assert not (tmp_path / "r").exists()
+
+
+class Together(Ranks):
+    """The first of four processes, of which the others are not there: whatever would wait for them fails."""
+
+    index, count = 0, 4
+
+    def first(self, value: Any) -> Any:
+        raise AssertionError("a run that is refused must not wait for other processes")
+
+    sum = gather = sum_gradients = first
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "val_size", "changes", "message"),
+    [
+        (3, 4, {}, "train must have an image for each of 4 processes in a batch, got 3"),
+        (4, 3, {}, "val must have an image for each of 4 processes in a batch, got 3"),
+        (8, 4, {"accumulate": 4}, "accumulate must divide the 2 images of a process in a batch, got 4"),
+        (4, 4, {"protoverb_weight": 1.0}, "protoverb_weight must be 0 in 4 processes"),
+    ],
+)
+def test_what_processes_cannot_share_is_refused_before_a_folder_is_made(
+    backbone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    val_size: int,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    """Validation batches were looked at when the first epoch was trained, and the folder was there."""
+    monkeypatch.setattr("vptm.training.fit.join", lambda place: Together())
+    model = make_model(backbone)
+    train, val = loaders(model)
+    parts = DataLoader(train.dataset, batch_size=batch_size), DataLoader(val.dataset, batch_size=val_size)
+    with pytest.raises(ValueError, match=message):
+        fit(model, *parts, epochs=1, lr=0.1, run_dir=tmp_path / "r", **changes)
     assert not (tmp_path / "r").exists()
 
 

@@ -17,7 +17,7 @@ from vptm.settings import TrainSettings
 from vptm.training.batches import images_and_labels
 from vptm.training.groups import trained_groups
 from vptm.training.label_kinds import labels_of
-from vptm.training.ranks import Ranks
+from vptm.training.ranks import Ranks, check_shared
 from vptm.training.seeding import generators_kept
 
 
@@ -57,7 +57,9 @@ def check_settings(settings: TrainSettings) -> None:
         )
 
 
-def check_together(settings: TrainSettings, train: DataLoader[Any], ranks: Ranks, wrapped: bool) -> None:
+def check_together(
+    settings: TrainSettings, train: DataLoader[Any], val: DataLoader[Any] | None, ranks: Ranks, wrapped: bool
+) -> None:
     """ValueError where several processes cannot train as one does."""
     if ranks.count == 1:
         return
@@ -65,6 +67,9 @@ def check_together(settings: TrainSettings, train: DataLoader[Any], ranks: Ranks
         raise ValueError(f"model must be passed itself to {ranks.count} processes, not in a wrapper")
     if settings.protoverb_weight:
         raise ValueError(f"protoverb_weight must be 0 in {ranks.count} processes: it compares the images of a batch")
+    check_shared(train, ranks, "train")
+    if val is not None:
+        check_shared(val, ranks, "val")
     size, total = train.batch_size, 0 if isinstance(train.dataset, IterableDataset) else len(train.dataset)  # type: ignore[arg-type]
     if settings.reformation and size and not train.drop_last and 0 < total % size < ranks.count:
         raise ValueError(

@@ -207,7 +207,7 @@ def fit(
     place = next(inner.parameters()).device if device is None else local_device(torch.device(device))
     check_graph(settings.cuda_graph, place)
     ranks = join(place)
-    check_together(settings, train, ranks, wrapped=model is not inner)
+    check_together(settings, train, val, ranks, wrapped=model is not inner)
     kind = resolve_precision(settings.precision, place, training=True)
     work = _working_model(model, dtype_of(kind), place, settings)
     check_model(inner, settings)

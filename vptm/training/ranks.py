@@ -153,18 +153,26 @@ class RankBatches(Sampler[list[int]]):
             yield share or list(batch)[:1]
 
 
-def rank_loader(loader: DataLoader[Any], ranks: Ranks, name: str) -> tuple[DataLoader[Any], RankBatches | None]:
-    """A loader of this process's share, and the batches it takes; `loader` itself, and None, for one alone.
-
-    Raises:
-        ValueError: a stream, a loader without batches, or batches with fewer images than processes.
-    """
+def check_shared(loader: DataLoader[Any], ranks: Ranks, name: str) -> None:
+    """ValueError where the batches of `loader` cannot be shared out to several processes: a stream, a loader without
+    batches, or batches with fewer images than processes."""
     if ranks.count == 1:
-        return loader, None
+        return
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         raise ValueError(f"{name} must be a data set with batches for {ranks.count} processes, got a stream")
     if (size := loader.batch_size) is not None and size < ranks.count:
         raise ValueError(f"{name} must have an image for each of {ranks.count} processes in a batch, got {size}")
+
+
+def rank_loader(loader: DataLoader[Any], ranks: Ranks, name: str) -> tuple[DataLoader[Any], RankBatches | None]:
+    """A loader of this process's share, and the batches it takes; `loader` itself, and None, for one alone.
+
+    Raises:
+        ValueError: what `check_shared` refuses.
+    """
+    check_shared(loader, ranks, name)
+    if ranks.count == 1:
+        return loader, None
     batches = RankBatches(loader.batch_sampler, ranks, draws_first=loader.generator is None)
     share: DataLoader[Any] = DataLoader(
         loader.dataset,
