@@ -33,11 +33,12 @@ def test_stages_add_up_and_name_the_right_block(mode: str) -> None:
     last = 4 * H * N * D + 4 * P * D if mode == "deep" else 4 * H * rows * D  # projected prompts
     assert stages[L].flops["vptm"] == B * (24 * D**2 + last)
     assert stages[-1].flops["vptm"] == B * 2 * D * K
-    # the float64 of these models: two norm inputs, qkv, attention's out, the MLP's inner rows, statistics
-    kept = 8 * B * (N if mode == "deep" else rows) * (10 * D + H + 4)
+    # the float64 of these models: two norm inputs, qkv, attention's out, the MLP's inner rows, statistics; and keys and
+    # values of a block's own prompts, on a CPU
+    kept = 8 * B * (N if mode == "deep" else rows) * (10 * D + H + 4) + (8 * P * 2 * D if mode == "deep" else 0)
     assert stages[2].saved["vptm"] == pytest.approx(kept, rel=0.02)
-    if mode == "deep":  # keys and values of the prompts of all blocks are one tensor, kept by the first that reads it
-        assert stages[1].saved["vptm"] == pytest.approx(kept - 8 * B * N * D + 8 * L * P * 2 * D, rel=0.03)
+    if mode == "deep":  # what block 0 projects needs no gradient
+        assert stages[1].saved["vptm"] == pytest.approx(kept - 8 * B * N * D, rel=0.03)
     assert all(stage.seconds[path] > 0 for stage in stages for path in stage.seconds)
 
 
