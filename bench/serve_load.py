@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -92,8 +93,9 @@ class Client:
 
 def load(port: int, names: list[str], content: list[bytes], clients: int, seconds: float) -> list[tuple[int, float]]:
     """Post pictures for some seconds; (status, seconds) of each answer."""
+    head = "POST /predict/{} HTTP/1.1\r\nHost: bench\r\nContent-Length: {}\r\n\r\n"
     requests = [
-        f"POST /predict/{name} HTTP/1.1\r\nHost: bench\r\nContent-Length: {len(picture)}\r\n\r\n".encode() + picture
+        head.format(quote(name, safe=""), len(picture)).encode() + picture
         for name, picture in zip(itertools.cycle(names), content)
     ]
     found: list[tuple[int, float]] = []

@@ -227,8 +227,8 @@ def test_no_request_fails_for_another_s_sake() -> None:
 
 
 def test_tasks_come_and_go_while_they_are_asked(served: tuple[Any, int]) -> None:
-    """Clients of a task that stays get 200 alone, those of one that comes and goes 200 or 404; the load of the bench
-    counts each of its answers."""
+    """Clients of a task that stays get 200 alone, those of one that comes and goes, whatever its name, 200 or 404; the
+    load of the bench counts each of its answers."""
     from bench.serve_load import load
 
     server, port = served
@@ -236,14 +236,14 @@ def test_tasks_come_and_go_while_they_are_asked(served: tuple[Any, int]) -> None
 
     def churn() -> None:
         while not stop.is_set():
-            server.bank.add("guest", model)
+            server.bank.add("a guest/of ours", model)
             time.sleep(0.01)
-            server.bank.remove("guest")
+            server.bank.remove("a guest/of ours")
 
     churning = threading.Thread(target=churn)
     churning.start()
     try:
-        statuses: dict[str, list[int]] = {"shoes": [], "guest": []}
+        statuses: dict[str, list[int]] = {"shoes": [], "a guest/of ours": []}
         with ThreadPoolExecutor(2) as clients:
             asked = {name: clients.submit(load, port, [name], [picture()], 4, 0.5) for name in statuses}
             for name, found in asked.items():
@@ -252,7 +252,12 @@ def test_tasks_come_and_go_while_they_are_asked(served: tuple[Any, int]) -> None
         stop.set()
         churning.join()
     assert len(statuses["shoes"]) >= 4 and set(statuses["shoes"]) == {200}
-    assert set(statuses["guest"]) <= {200, 404}
+    assert set(statuses["a guest/of ours"]) <= {200, 404}
+    server.bank.add("a guest/of ours", model)
+    try:
+        assert ask(port, "/predict/a%20guest%2Fof%20ours", picture())[0] == 200
+    finally:
+        server.bank.remove("a guest/of ours")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("playwright") is None or BROWSER is None, reason="there is no browser")

@@ -118,9 +118,9 @@ class Server:
         self._look = threading.Lock()
         self.app = Starlette(
             routes=[  # matched one after the other
-                Route("/predict/{task}", self._predict, methods=["POST"]),
+                Route("/predict/{task:path}", self._predict, methods=["POST"]),
                 Route("/predict", self._predict, methods=["POST"]),
-                Route("/look/{task}", self._look_at, methods=["POST"]),
+                Route("/look/{task:path}", self._look_at, methods=["POST"]),
                 Route("/", self._page),
                 Route("/tasks", self._tasks),
                 Route("/health", self._health),
