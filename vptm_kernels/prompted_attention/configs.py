@@ -109,7 +109,7 @@ def forward_config(
     if interpreted:
         return ForwardConfig(*_interpreted(tokens), scores_resident=few)
     if dtype_bits >= 32:
-        return ForwardConfig(32, 32, 4, 1)
+        return ForwardConfig(32, 32, 8 if arch == "sm120" else 4, 1)  # four spill 8 bytes there with Triton 3.6
     if head_dim > 64:
         if _asynchronous_tensor_cores(arch):
             return ForwardConfig(64, 32, 4, 1)
@@ -171,10 +171,12 @@ def query_grad_config(
     *,
     prompts_attend: bool = False,
     prompt_columns: bool = False,
+    bias_bits: int = 0,
     interpreted: bool = False,
 ) -> Config:
     """prompts_attend: queries come from two tensors, and those of prompts sum over images, which takes registers.
-    prompt_columns: the bias has columns of prompts.
+    prompt_columns: the bias has columns of prompts. bias_bits: of an element; on sm120 with Triton 3.6 64 columns in
+    float32 spill 8 bytes.
     """
     if interpreted:
         return _interpreted(tokens)
@@ -194,7 +196,7 @@ def query_grad_config(
     if arch == "sm80":
         return Config(32 if prompts_attend else 64, 32, 4, 1)
     # Larger blocks spill a few registers on sm120; 32 x 32 has a fifth fewer instructions and half of the warps.
-    return Config(32, 16, 4, 1) if prompts_attend else Config(16, 64, 4, 1)
+    return Config(32, 16, 4, 1) if prompts_attend else Config(16, 32 if bias_bits > 16 else 64, 4, 1)
 
 
 def query_grad_candidates(arch: str, dtype_bits: int, head_dim: int, tokens: int) -> list[Config]:

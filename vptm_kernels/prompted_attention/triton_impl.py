@@ -543,6 +543,7 @@ class _Backward:
             plan.tokens,
             prompts_attend=plan.prompt_queries,
             prompt_columns=plan.bias.prompt_columns,
+            bias_bits=8 * plan.bias.dtype.itemsize if plan.bias.kind else 0,
             interpreted=plan.interpreted,
         )
         constants = {

@@ -42,7 +42,9 @@ def forward_config(arch: str, dtype_bits: int, dim: int, aligned: bool, log_soft
     # On sm100 64 channels at a time spill 8 to 24 bytes, 64 tokens up to 80 and eight warps 32, by version of Triton.
     if arch == "sm100":
         return Config(64, 32, 32, dims, 4, stages)
-    return Config(64, 64, 32 if log_softmax and arch == "sm90" else 64, dims, 8, stages)
+    # On sm120 with Triton 3.6 64 channels at a time spill 16 bytes.
+    narrow = (log_softmax and arch == "sm90") or arch == "sm120"
+    return Config(64, 64, 32 if narrow else 64, dims, 8, stages)
 
 
 def reader_grad_config(arch: str, dtype_bits: int, dim: int, aligned: bool) -> Config:
@@ -89,6 +91,11 @@ def combine_config(arch: str, splits: int, dim: int) -> CombineConfig:
         return CombineConfig(2, 16, 16, 4)
     # 16 a step spill 8 bytes on sm90 and sm100 with Triton 3.6.
     return CombineConfig(min(8, next_power_of_2(splits)), 4, min(32, max(16, next_power_of_2(dim))), 4)
+
+
+def cosine_warps(arch: str, dtype_bits: int) -> int:
+    """Of prototypes. Four spill 16 bytes on sm120 in float32 with Triton 3.6."""
+    return 8 if arch == "sm120" and dtype_bits >= 32 else 4
 
 
 def task_linear_blocks(arch: str) -> tuple[int, int]:

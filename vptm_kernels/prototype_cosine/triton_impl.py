@@ -20,6 +20,7 @@ from .configs import (
     Config,
     channels,
     combine_config,
+    cosine_warps,
     forward_config,
     hidden_grad_config,
     reader_grad_config,
@@ -338,7 +339,7 @@ def _similarity_launch(
         **sizes,
         "PRECISION": dot_precision(prototypes.dtype, arch) if precise else "tf32x3",
         "BLOCK_B": 16,
-        **_launch_options(4, 1),
+        **_launch_options(cosine_warps(arch, prototypes.element_size() * 8), 1),
     }
     return Launch(_cosine_kernel, (cdiv(batch, 16), columns), (batch, widest, dim, stride, eps), constants)
 
