@@ -82,8 +82,6 @@ class LoadReport:
     def lines(self) -> list[tuple[str, str]]:
         """(label, value) rows for a terminal; the label "note" may repeat."""
         arch = self.architecture
-        height, width = arch["img_size"]
-        rows, columns = window_of(arch["img_size"], arch["patch_size"])
         position = [
             name
             for name, used in (
@@ -96,26 +94,12 @@ class LoadReport:
         lines = [
             ("source", self.source),
             ("format", self.format),
-            (
-                "architecture",
-                f"{arch['depth']} blocks, {arch['embed_dim']} wide, {arch['num_heads']} heads of "
-                f"{arch['embed_dim'] // arch['num_heads']}, MLP {mlp_width(arch)}"
-                + (", LayerScale" if arch["init_values"] else ", no LayerScale"),
-            ),
-            (
-                "input",
-                f"{arch['in_chans']} x {height} x {width}, patch {arch['patch_size']}, window {rows} x {columns}",
-            ),
+            *size_rows(arch, mlp_width(arch), bool(arch["init_values"])),
             ("position", ", ".join(position) or "none"),
             ("final norm", "fc_norm, after pooling" if norm_is_after_pooling(arch) else "norm, on every token"),
             ("LayerNorm eps", f"{self.eps:g}"),
-            ("mean / std", f"{numbers(self.mean)} / {numbers(self.std)}"),
-            ("dropped", folded_names(self.dropped)),
-            ("missing", folded_names(self.missing)),
-            ("resized", resized_names(self.resized)),
         ]
-        lines += [("note", note) for note in self.notes]
-        return [(label, one_line(value, WITH_PATHS)) for label, value in lines]  # names and notes are the file's own
+        return with_outcome(lines, self)
 
 
 @dataclass
@@ -450,6 +434,33 @@ def _norm_notes(architecture: Mapping[str, Any]) -> list[str]:
     if not norm_is_after_pooling(architecture):
         return []
     return ["no trained norm for single tokens: fc_norm, trained after pooling, is what there is for a cls or mask row"]
+
+
+def size_rows(arch: Mapping[str, Any], mlp: int, scaled: bool) -> list[tuple[str, str]]:
+    """Rows of a report: blocks and input of a vision transformer, by timm's names of its arguments."""
+    (height, width), patch = arch["img_size"], arch["patch_size"]
+    rows, columns = window_of(arch["img_size"], patch)
+    blocks = f"{arch['depth']} blocks, {arch['embed_dim']} wide, {arch['num_heads']} heads of "
+    blocks += f"{arch['embed_dim'] // arch['num_heads']}, MLP {mlp}, {'LayerScale' if scaled else 'no LayerScale'}"
+    size = patch if isinstance(patch, int) else " x ".join(map(str, patch))
+    return [
+        ("architecture", blocks),
+        ("input", f"{arch['in_chans']} x {height} x {width}, patch {size}, window {rows} x {columns}"),
+    ]
+
+
+def with_outcome(rows: list[tuple[str, str]], report: Any) -> list[tuple[str, str]]:
+    """Rows of a `LoadReport` or `ViTReport`, followed by what was made of the source; names and notes are the file's
+    own, so each is made one line."""
+    rows = [
+        *rows,
+        ("mean / std", f"{numbers(report.mean)} / {numbers(report.std)}"),
+        ("dropped", folded_names(report.dropped)),
+        ("missing", folded_names(report.missing)),
+        ("resized", resized_names(report.resized or {})),
+        *(("note", note) for note in report.notes),
+    ]
+    return [(label, one_line(value, WITH_PATHS)) for label, value in rows]
 
 
 def numbers(values: Iterable[float]) -> str:

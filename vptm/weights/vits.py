@@ -25,9 +25,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vptm.frozen.sharing import shared_twin
-from vptm.messages import WITH_PATHS, error_line, hint, listed, one_line
+from vptm.messages import error_line, hint, listed, one_line
 from vptm.weights.beit_architecture import check_size, pair, window_of
-from vptm.weights.beits import folded_names, is_timm_name, numbers, probe, resized_names
+from vptm.weights.beits import is_timm_name, probe, size_rows, with_outcome
 from vptm.weights.configs import HUGGINGFACE_EPS, SourceFacts
 from vptm.weights.containers import Checkpoint, read_checkpoint
 from vptm.weights.families import family_of_names, refuse_rotary
@@ -70,34 +70,17 @@ class ViTReport:
     def lines(self) -> list[tuple[str, str]]:
         """(label, value) rows for a terminal; the label "note" may repeat."""
         arch = self.architecture
-        rows, columns = window_of(arch["img_size"], arch["patch_size"])
-        height, width = arch["img_size"]
         lines = [
             ("source", self.source),
             ("format", self.format),
-            (
-                "architecture",
-                f"{arch['depth']} blocks, {arch['embed_dim']} wide, {arch['num_heads']} heads of "
-                f"{arch['embed_dim'] // arch['num_heads']}, MLP {arch['mlp']}"
-                + (", LayerScale" if arch["layer_scale"] else ", no LayerScale"),
-            ),
-            (
-                "input",
-                f"{arch['in_chans']} x {height} x {width}, patch {' x '.join(map(str, arch['patch_size']))}, "
-                f"window {rows} x {columns}",
-            ),
+            *size_rows(arch, arch["mlp"], arch["layer_scale"]),
             ("rows before the patches", ", ".join(arch["prefix"]) or "none"),
             ("position", arch["position"]),
             ("final norm", arch["final_norm"]),
             ("LayerNorm eps", f"{arch['eps']:g}"),
             ("classifier", f"{arch['num_classes']} classes" if arch["num_classes"] else "none"),
-            ("mean / std", f"{numbers(self.mean)} / {numbers(self.std)}"),
-            ("dropped", folded_names(self.dropped)),
-            ("missing", folded_names(self.missing)),
-            ("resized", resized_names(self.resized or {})),
         ]
-        lines += [("note", note) for note in self.notes]
-        return [(label, one_line(value, WITH_PATHS)) for label, value in lines]
+        return with_outcome(lines, self)
 
 
 @dataclass
