@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 
 _LONGEST = 500
@@ -55,6 +56,45 @@ def number(argument: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {value!r}")
     return float(value)
+
+
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "finite and > 0": lambda value: 0 < value < math.inf,
+    "finite and >= 0": lambda value: 0 <= value < math.inf,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 1)": lambda value: 0 < value < 1,
+}
+
+
+def real(argument: str, value: object, allowed: str, *, optional: str | None = None) -> None:
+    """TypeError unless `value` is a number, ValueError unless it is what `allowed` says, a range in words.
+
+    None is taken where `optional` says what it means, as "or None".
+
+    Example:
+        >>> real("clip_norm", float("nan"), "finite and > 0", optional="or None")
+        Traceback (most recent call last):
+        ValueError: clip_norm must be finite and > 0, or None, got nan
+    """
+    if optional is not None and value is None:
+        return
+    if not _RANGES[allowed](number(argument, value)):
+        raise ValueError(f"{argument} must be {allowed}{f', {optional}' if optional else ''}, got {value!r}")
+
+
+def whole(argument: str, value: object, lowest: int, *, optional: bool = False) -> None:
+    """ValueError unless `value` is an integer >= `lowest`, or None where it is `optional`.
+
+    Example:
+        >>> whole("prompt_length", -1, 0)
+        Traceback (most recent call last):
+        ValueError: prompt_length must be an integer >= 0, got -1
+    """
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ValueError(f"{argument} must be an integer >= {lowest}{' or None' if optional else ''}, got {value!r}")
 
 
 def error_line(error: BaseException, longest: int = _LONGEST, *, first: bool = False) -> str:

@@ -18,7 +18,7 @@ from inspect import get_annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
-from vptm.messages import number, one_line, one_of
+from vptm.messages import one_line, one_of, real, whole
 
 Implementation = Literal["auto", "triton", "torch", "reference"]
 PromptMode = Literal["shallow", "deep", "progressive"]
@@ -162,6 +162,10 @@ class PromptSettings(SettingsGroup):
     )
     patch_values: Annotated[int | None, NO_OPTION] = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole("prompt_dim", self.prompt_dim, 1, optional=True)
+
 
 @dataclass(frozen=True)
 class ModelSettings(SettingsGroup):
@@ -188,6 +192,16 @@ class ModelSettings(SettingsGroup):
         Help("An image has any number of labels: sigmoid, binary cross-entropy, mean average precision.", switch=True),
     ] = False
     impl: Annotated[Implementation, Help("What computes.")] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole("prompt_length", self.prompt_length, 0)
+        real("prompt_dropout", self.prompt_dropout, "in [0, 1)")
+        whole("prototype_dim", self.prototype_dim, 1, optional=True)
+        real("temperature", self.temperature, "finite and > 0", optional="or None to learn it")
+        alpha = self.progressive_alpha
+        for value in alpha if isinstance(alpha, list | tuple) else [alpha]:
+            real("progressive_alpha", value, "in [0, 1]")
 
     def config(self) -> dict[str, Any]:
         """What an adapter keeps, with values that JSON has: every setting but the implementation."""
@@ -333,16 +347,13 @@ class TrainSettings(SettingsGroup):
             raise ValueError(f"lr must be finite and > 0, got {self.lr}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        for name in ("weight_decay", "protoverb_weight", "reformation", "prompt_weight_decay", "head_weight_decay"):
-            value, none = getattr(self, name), ", or None" if name.endswith("_weight_decay") else ""
-            if not (none and value is None) and not 0 <= number(name, value) < math.inf:
-                raise ValueError(f"{name} must be finite and >= 0{none}, got {value!r}")
-        if not 0 < number("reformation_temperature", self.reformation_temperature) < math.inf:
-            raise ValueError(f"reformation_temperature must be finite and > 0, got {self.reformation_temperature!r}")
-        if self.clip_norm is not None and not 0 < number("clip_norm", self.clip_norm) < math.inf:
-            raise ValueError(f"clip_norm must be finite and > 0, or None, got {self.clip_norm!r}")
-        if self.ema is not None and not 0 < number("ema", self.ema) < 1:
-            raise ValueError(f"ema must be in (0, 1), or None, got {self.ema!r}")
+        for name in ("weight_decay", "protoverb_weight", "reformation"):
+            real(name, getattr(self, name), "finite and >= 0")
+        for name in ("prompt_weight_decay", "head_weight_decay"):
+            real(name, getattr(self, name), "finite and >= 0", optional="or None")
+        real("reformation_temperature", self.reformation_temperature, "finite and > 0")
+        real("clip_norm", self.clip_norm, "finite and > 0", optional="or None")
+        real("ema", self.ema, "in (0, 1)", optional="or None")
         for name, group in (("prompt_weight_decay", "prompts"), ("head_weight_decay", "verbalizer")):
             if getattr(self, name) is not None and group in (self.weight_decay_of or {}):
                 raise ValueError(f"weight_decay_of must leave {group} out where {name} is given, got both")
@@ -465,6 +476,7 @@ class RunSettings(PictureSettings):
         parse_shots(self.shots)
         self._at_least(1, "batch_size")
         self._at_least(0, "workers", "prototype_steps")
+        self._at_least(1, "init_images")
         if not 0 <= self.train_settings.seed < 2**32:
             raise ValueError(f"--seed must be in 0..2^32-1, got {self.train_settings.seed}")
         if not 0 < self.prototype_lr < math.inf:
@@ -597,7 +609,19 @@ class ProtocolSettings(ComputeSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(1, "seeds")
+        self._at_least(1, "seeds", "epochs")
+        self._at_least(0, "prompt_length")
+        published = "or left out"
+        for name, allowed, optional in (
+            ("lr", "finite and > 0", None),
+            ("temperature", "finite and > 0", None),
+            ("ridge", "finite and > 0", None),
+            ("logit_scale", "finite and > 0", published),
+            ("weight_decay", "finite and >= 0", published),
+            ("reformation", "finite and >= 0", None),
+            ("alpha", "in [0, 1]", None),
+        ):
+            real(self._label(name), getattr(self, name), allowed, optional=optional)
         self.counts()
 
     def counts(self) -> list[int] | None:
@@ -649,7 +673,8 @@ class MapSettings(PictureSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(1, "batch_size", "m")
+        self._at_least(1, "batch_size", "m", "epochs", "image_size", "border")
+        real("--lr", self.lr, "finite and > 0")
         parse_shots(self.shots)
         if self.method == "ilm" and self.prompt is None:
             raise ValueError(
@@ -784,8 +809,7 @@ def _of_groups(argument: str, values: Any) -> dict[str, float] | None:
     groups = get_args(LearnedGroup)
     for name, value in values.items():
         one_of(argument, name, groups)
-        if not 0 <= number(f"{argument}[{name!r}]", value) < math.inf:
-            raise ValueError(f"{argument}[{name!r}] must be finite and >= 0, got {value!r}")
+        real(f"{argument}[{name!r}]", value, "finite and >= 0")
     return {name: float(values[name]) for name in groups if name in values}
 
 

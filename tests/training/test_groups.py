@@ -139,6 +139,12 @@ def test_wrong_numbers_are_refused_before_data_is_opened(vptm: Console, tmp_path
     for option, value, line in (
         ("--lr", "nan", "lr must be finite and > 0, got nan"),
         ("--epochs", "0", "epochs must be >= 1, got 0"),
+        ("--prompt-length", "-1", "prompt_length must be an integer >= 0, got -1"),
+        ("--prompt-dropout", "nan", "prompt_dropout must be in [0, 1), got nan"),
+        ("--progressive-alpha", "2", "progressive_alpha must be in [0, 1], got 2.0"),
+        ("--temperature", "nan", "temperature must be finite and > 0, or None to learn it, got nan"),
+        ("--prototype-dim", "0", "prototype_dim must be an integer >= 1 or None, got 0"),
+        ("--init-images", "0", "--init-images must be >= 1, got 0"),
         ("--label-smoothing", "1", "label_smoothing must be in [0, 1), got 1.0"),
         ("--clip-norm", "-1", "clip_norm must be finite and > 0, or None, got -1.0"),
         ("--weight-decay", "inf", "weight_decay must be finite and >= 0, got inf"),
@@ -153,3 +159,11 @@ def test_wrong_numbers_are_refused_before_data_is_opened(vptm: Console, tmp_path
     ):
         status, said = vptm.refused("train", "--data", tmp_path / "none", option, value)
         assert status == 2 and said.startswith(f"vptm: {line}"), said
+    for command, option, value, line in (
+        (("protocol", "few-shot"), "--lr", "nan", "--lr must be finite and > 0, got nan"),
+        (("protocol", "few-shot"), "--epochs", "0", "--epochs must be >= 1, got 0"),
+        (("protocol", "few-shot"), "--logit-scale", "0", "--logit-scale must be finite and > 0, or left out, got 0.0"),
+        (("map",), "--lr", "inf", "--lr must be finite and > 0, got inf"),
+        (("map",), "--border", "0", "--border must be >= 1, got 0"),
+    ):
+        assert vptm.refused(*command, "--data", tmp_path / "none", option, value) == (2, f"vptm: {line}")

@@ -11,7 +11,7 @@ from einops import repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vptm.messages import number, one_of
+from vptm.messages import number, one_of, real, whole
 from vptm.settings import AfterPrompts, DropoutPer, Placement, PromptMode, PromptSettings
 
 
@@ -80,14 +80,8 @@ class PromptBank(nn.Module):
         super().__init__()
         one_of("prompt_mode", mode, get_args(PromptMode))
         PromptSettings.of(locals())  # checks what stands there
-        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-            raise ValueError(f"prompt_length must be an integer >= 0, got {length!r}")
-        if not 0.0 <= number("prompt_dropout", dropout) < 1.0:
-            raise ValueError(f"prompt_dropout must be in [0, 1), got {dropout!r}")
-        if prompt_dim is not None and (
-            isinstance(prompt_dim, bool) or not isinstance(prompt_dim, int) or prompt_dim < 1
-        ):
-            raise ValueError(f"prompt_dim must be an integer >= 1 or None, got {prompt_dim!r}")
+        whole("prompt_length", length, 0)
+        real("prompt_dropout", dropout, "in [0, 1)")
         if blocks is not None and (
             isinstance(blocks, bool) or not isinstance(blocks, int) or not 1 <= abs(blocks) <= depth
         ):
@@ -173,6 +167,5 @@ def _alphas(alpha: float | Sequence[float], depth: int) -> list[float]:
     if len(values) != depth - 1:
         raise ValueError(f"progressive_alpha must be a number or {depth - 1} of them, got {len(values)}")
     for value in values or [alpha]:
-        if not 0.0 <= number("progressive_alpha", value) <= 1.0:
-            raise ValueError(f"progressive_alpha must be in [0, 1], got {value!r}")
+        real("progressive_alpha", value, "in [0, 1]")
     return [number("progressive_alpha", value) for value in values]
