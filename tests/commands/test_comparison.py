@@ -118,11 +118,12 @@ def test_a_comparison_goes_on_where_its_data_moved(run: Any, calls: list[list[st
         run("linear", seeds=1, data=str(Path("newer").resolve()))
 
 
-def unfinished(folder: str) -> None:
-    """A finished run as a stop before its test leaves it."""
+def unfinished(folder: str, *more: str) -> None:
+    """A finished run as a stop before its test leaves it; without "finished" it stopped while it trained."""
     path = Path(folder, "run.json")
     facts = json.loads(path.read_text())
-    del facts["result"], facts["cost"]
+    for name in ("result", "cost", *more):
+        del facts[name]
     path.write_text(json.dumps(facts))
 
 
@@ -153,7 +154,7 @@ def test_unfinished_runs_that_cannot_be_resumed_start_anew(run: Any, calls: list
     (result,) = run("mine.yaml", seeds=1)
     assert result.runs[0]["settings"]["lr"] == 0.01
     for file in ("state.pt", "run.json"):
-        unfinished("out/mine/seed-0")
+        unfinished("out/mine/seed-0", "finished")  # of a run that is finished the state is not needed
         Path("out/mine/seed-0", file).write_bytes(b"damaged")
         assert 0 in run("mine.yaml", seeds=1)[0].runs, file
     assert [call[3] for call in calls] == ["--overwrite", "--resume", "--overwrite", "--overwrite", "--overwrite"]
