@@ -63,10 +63,11 @@ def test_accelerate_loop(run) -> None:
 
     import vptm
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # one for the whole process, also what other tests left
     try:
         printed = run("accelerate_loop.py", "--epochs", "1", "--precision", "bf16")
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)  # one for the whole process
+        AcceleratorState._reset_state(reset_partial_state=True)
     assert float(re.search(r"test accuracy (\d+\.\d+)%", printed)[1]) > 20  # type: ignore[index]
     vptm.load_adapter("clothing")
 
