@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
@@ -265,14 +267,14 @@ def _load_width(opcode: str) -> str | None:
     return {"U16": "16", "S16": "16", "U8": "8", "S8": "8"}.get(width[1], width[1]) if width else "32"
 
 
+@functools.cache
+def _group(opcode: str) -> str | None:
+    return next((group for group, pattern in _GROUPS.items() if re.match(pattern, opcode)), None)
+
+
 def _count(opcodes: list[str]) -> dict[str, int]:
-    counts = Counter({"total": len(opcodes)})
-    for opcode in opcodes:
-        for group, pattern in _GROUPS.items():
-            if re.match(pattern, opcode):
-                counts[group] += 1
-                break
-    return dict(counts)
+    counts = Counter(group for opcode in opcodes if (group := _group(opcode)) is not None)
+    return {"total": len(opcodes), **counts}
 
 
 def _disassemble(cubin: bytes) -> list[tuple[str | None, str, str]]:
@@ -324,10 +326,11 @@ def _read_nvidia_resources(report: Report, compiled: Any) -> None:
     report.dots, report.tensor_core_kind = 0, "not read"
 
 
-def _read_nvidia(report: Report, compiled: Any) -> None:
+def _ptxas_log(compiled: Any, target: str) -> str:
+    """What ptxas says of a kernel that came from Triton's cache, compiled once more as Triton does it."""
     from triton.backends.nvidia import compiler
 
-    capability = int(report.target[2:])
+    capability = int(target[2:])
     ptxas = compiler.get_ptxas(capability)
     suffix = "a" if capability >= 90 else ""
     source = Path(compiler.__file__).read_text()
@@ -336,8 +339,10 @@ def _read_nvidia(report: Report, compiled: Any) -> None:
         path = os.path.join(folder, "kernel.ptx")
         Path(path).write_text(compiled.asm["ptx"])
         command = [ptxas.path, "-lineinfo", "-v", *flags, f"--gpu-name=sm_{capability}{suffix}", path]
-        log = subprocess.run([*command, "-o", path + ".cubin"], capture_output=True, text=True, check=True).stderr
+        return subprocess.run([*command, "-o", path + ".cubin"], capture_output=True, text=True, check=True).stderr
 
+
+def _read_nvidia(report: Report, compiled: Any, log: str) -> None:
     def number(pattern: str) -> int:
         found = re.search(pattern, log)
         return int(found[1]) if found else 0
@@ -437,7 +442,9 @@ def intercept(target: str, case: str, spills_only: bool = False) -> Iterator[lis
         # Compiled kernels are cached by device number, and every target here is device 0.
         self.device_caches.clear()
         touched.append(self)
-        compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        with contextlib.redirect_stdout(io.StringIO()) as printed, triton.knobs.nvidia.scope():
+            triton.knobs.nvidia.dump_ptxas_log = True
+            compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
         bound = without_groups(dict(zip(self.arg_names, args)) | kwargs)
         constants = {name: value for name, value in bound.items() if isinstance(value, (bool, int, float, str))}
         metadata = compiled.metadata
@@ -459,7 +466,10 @@ def intercept(target: str, case: str, spills_only: bool = False) -> Iterator[lis
             _read_nvidia_resources(report, compiled)
             reports.append(report)
             return compiled
-        (_read_nvidia if target.startswith("sm") else _read_amd)(report, compiled)
+        if target.startswith("sm"):
+            _read_nvidia(report, compiled, printed.getvalue() or _ptxas_log(compiled, target))
+        else:
+            _read_amd(report, compiled)
         report.programs = math.prod(grid)
         report.cache_bytes, report.memory_bytes = traffic(self.fn, bound)
         report.waves, report.tail_efficiency = waves(report.programs, report.blocks_per_sm, target)

@@ -307,7 +307,7 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path, columns: dict[str, A
 
 def test_without_the_package_the_command_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vptm.data.hf_datasets.find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="hf:x expects the package datasets: install it with: pip install dat"):
+    with pytest.raises(FileNotFoundError, match="hf:x needs datasets: pip install dat"):
         load_data("hf:x")
 
 

@@ -10,46 +10,44 @@ import pytest
 
 pytest.importorskip("triton")
 
+from compiled import each, reports
+
 from vptm_kernels import aot
 
 
-@pytest.fixture(scope="module")
-def reports():
-    return aot.run(aot.TARGETS, pattern="prompted_attention", ci=True)
-
-
-def of(reports, target, kernel=None):
-    found = [r for r in reports if r.target == target and kernel in (None, r.kernel)]
+def of(target, kernel=None):
+    found = [r for r in reports(target, "prompted_attention") if kernel in (None, r.kernel)]
     assert found, f"nothing compiled for {target} {kernel or ''}"
     return found
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
-def test_no_spills_no_serialised_tensor_cores_and_matrix_instructions_everywhere(reports, target):
+@pytest.mark.parametrize("target", each())
+def test_no_spills_no_serialised_tensor_cores_and_matrix_instructions_everywhere(target):
     """Each costs more than any tuning wins, and none shows in a result."""
-    for report in of(reports, target):
+    for report in of(target):
         assert not report.problems, report.row()
 
 
-def test_nothing_is_lost_against_the_committed_baseline(reports, against_baseline):
+@pytest.mark.parametrize("target", each())
+def test_nothing_is_lost_against_the_committed_baseline(target, against_baseline):
     """More spills, mma for wgmma or a kernel that is gone fails; every other difference is printed at the end."""
-    against_baseline(reports)
+    against_baseline(of(target))
 
 
-@pytest.mark.parametrize(
-    "target,kind",
-    [("sm80", "mma"), ("sm90", "wgmma"), ("sm100", "tcgen05"), ("gfx942", "mfma"), ("gfx950", "mfma")],
-)
-def test_the_tensor_core_of_the_architecture_is_used(reports, target, kind):
+KINDS = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05", "sm120": "mma", "gfx942": "mfma", "gfx950": "mfma"}
+
+
+@pytest.mark.parametrize("target", each())
+def test_the_tensor_core_of_the_architecture_is_used(target):
     """Short tails and narrow prompt blocks may use any; blocks of 64 must use the architecture's own."""
     for kernel in ("forward", "query_grad"):
-        for report in of(reports, target, kernel):
-            assert report.tensor_core_kind == kind, report.row()
+        for report in of(target, kernel):
+            assert report.tensor_core_kind == KINDS[target], report.row()
 
 
-@pytest.mark.parametrize("target", ["sm80", "sm90", "sm100"])
-def test_no_two_byte_loads_of_aligned_inputs(reports, target):
-    for report in of(reports, target):
+@pytest.mark.parametrize("target", each(["sm80", "sm90", "sm100", "sm120"]))
+def test_no_two_byte_loads_of_aligned_inputs(target):
+    for report in of(target):
         assert not report.loads.get("16") and not report.loads.get("8"), report.row()
         # Kernels without products read ids and entries of a table.
         assert not report.dots or report.loads.get("128", 0) + report.loads.get("async", 0) > 0, report.row()
@@ -66,28 +64,28 @@ def scores_and_counts(report):
     return constants["BLOCK_M"] * keys / (report.num_warps * 32), counts
 
 
-@pytest.mark.parametrize("target", ["sm80", "sm90"])
-def test_softmax_is_computed_once(reports, target):
+@pytest.mark.parametrize("target", each(["sm80", "sm90", "sm120"]))
+def test_softmax_is_computed_once(target):
     """Twice as many exponentials as scores would mean that the scores exist in two layouts."""
-    for report in of(reports, target, "forward"):
+    for report in of(target, "forward"):
         scores, counts = scores_and_counts(report)
         assert counts["MUFU"] <= 1.15 * scores + 8, report.row()
         assert counts["FMNMX"] <= 1.35 * scores + 16, report.row()
 
 
-def test_size_of_the_forward_loop_on_sm90(reports):
+def test_size_of_the_forward_loop_on_sm90():
     """Instructions for 32 scores a thread, 299 to 320 with a bias; compilers differ by a few."""
-    for report in of(reports, "sm90", "forward"):
+    for report in of("sm90", "forward"):
         tile = report.constants["BLOCK_M"], report.constants["BLOCK_N"], report.num_warps
         assert tile in ((64, 64, 4), (128, 64, 8)), report.row()
         if not report.constants["SCORES_RESIDENT"]:
             assert report.main_loop["total"] <= 326, report.row()
 
 
-def test_queries_that_come_scaled_take_larger_programs_on_sm90(reports):
+def test_queries_that_come_scaled_take_larger_programs_on_sm90():
     """128 rows for 64: a third fewer bytes through the cache and 16 warps for 12. Without the cap on registers one such
     program would fit a multiprocessor, and one register more than the cap spills."""
-    one = {r.case.rpartition("/")[2]: r for r in of(reports, "sm90", "forward")}
+    one = {r.case.rpartition("/")[2]: r for r in of("sm90", "forward")}
     folded = [r for name, r in one.items() if name.endswith("-folded")]
     assert len(folded) >= 3
     for report in folded:
@@ -100,12 +98,12 @@ def test_queries_that_come_scaled_take_larger_programs_on_sm90(reports):
     assert small.programs == 3072 and small.tail_efficiency > 0.9
 
 
-def test_resident_scores_save_instructions_and_leave_room_for_three_blocks_on_sm90(reports):
+def test_resident_scores_save_instructions_and_leave_room_for_three_blocks_on_sm90():
     """The whole program for N=197 with up to 11 prompts; streaming it takes over 1700 instructions.
 
     Prompts that attend cost 280 more, for rows without a bias.
     """
-    resident = [r for r in of(reports, "sm90", "forward") if r.constants["SCORES_RESIDENT"]]
+    resident = [r for r in of("sm90", "forward") if r.constants["SCORES_RESIDENT"]]
     assert len(resident) >= 3
     for report in resident:
         limit = 1830 if report.constants["PROMPT_QUERIES"] else 1550
@@ -133,19 +131,20 @@ def test_occupancy_of_amd_targets(waves, shared, warps, target, expected):
     assert aot.amd_occupancy(waves, shared, warps, target) == expected
 
 
-@pytest.mark.parametrize("target,smallest", [("gfx942", 100), ("gfx950", 60)])
-def test_loops_and_occupancy_of_amd_kernels_are_read(reports, target, smallest):
+@pytest.mark.parametrize("target", each(["gfx942", "gfx950"]))
+def test_loops_and_occupancy_of_amd_kernels_are_read(target):
     """Kernels that stream over keys or images have a loop, with matrix instructions and exponentials in it."""
-    for report in of(reports, target, "query_grad"):
+    smallest = {"gfx942": 100, "gfx950": 60}[target]
+    for report in of(target, "query_grad"):
         assert report.blocks_per_sm >= 1 and 0 < report.occupancy <= 1, report.row()
         assert smallest < report.main_loop["total"] < report.instructions and report.main_loop["MUFU"] > 0, report.row()
 
 
-@pytest.mark.parametrize("target", ["gfx942", "gfx950"])
-def test_amd_kernels_compute_softmax_once(reports, target):
+@pytest.mark.parametrize("target", each(["gfx942", "gfx950"]))
+def test_amd_kernels_compute_softmax_once(target):
     """A matrix instruction too large for the tile makes warps repeat each other's scores: twice the exponentials."""
     for kernel in ("forward", "query_grad"):
-        for report in of(reports, target, kernel):
+        for report in of(target, kernel):
             block_m, block_n = report.constants["BLOCK_M"], report.constants["BLOCK_N"]
             if block_m >= 64:
                 scores = block_m * block_n / (report.num_warps * 64)

@@ -3,23 +3,17 @@
 import importlib.util
 
 import pytest
-
-from vptm_kernels import aot
+from compiled import each, reports
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the triton package is not installed"
 )
 
 
-@pytest.fixture(scope="module")
-def reports():
-    return aot.run(aot.TARGETS, "prototype_cosine/", ci=True)
-
-
-@pytest.mark.parametrize("target", aot.TARGETS)
-def test_kernels_compile_without_spills(target, reports, against_baseline):
+@pytest.mark.parametrize("target", each())
+def test_kernels_compile_without_spills(target, against_baseline):
     """A spill, a lost tensor-core instruction or a kernel that is gone costs more than any tuning wins."""
-    found = [report for report in reports if report.target == target]
+    found = reports(target, "prototype_cosine/")
     assert {report.kernel for report in found} >= {"readout", "combine", "reader_grad", "hidden_grad", "cosine"}
     assert not [report.row() for report in found if report.problems]
     against_baseline(found)

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import each, reports
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_case import converted
 
 import vptm_kernels
-from vptm_kernels import aot
 from vptm_kernels._runtime.triton_support import has_triton
 from vptm_kernels.residual_norm import residual_norm
 from vptm_kernels.residual_norm.ops import residual_norm_backward_op, residual_norm_op
@@ -398,11 +398,11 @@ def test_it_is_not_among_the_public_ops():
 
 
 @needs_triton
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("target", each())
 def test_kernels_compile_without_spills(target, against_baseline):
-    reports = aot.run([target], "residual_norm/", ci=True)
-    assert {report.kernel for report in reports} == {"forward", "backward"}
-    assert not [report.row() for report in reports if report.problems]
+    found = reports(target, "residual_norm/")
+    assert {report.kernel for report in found} == {"forward", "backward"}
+    assert not [report.row() for report in found if report.problems]
     if target.startswith("sm"):
-        assert all(report.loads.get("128") for report in reports), "rows are read 16 bytes at a time"
-    against_baseline(reports)
+        assert all(report.loads.get("128") for report in found), "rows are read 16 bytes at a time"
+    against_baseline(found)

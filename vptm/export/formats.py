@@ -152,7 +152,7 @@ def _check_compiler() -> None:
     if compiler is not None and shutil.which(compiler) is None:
         raise ModuleNotFoundError(f"export to aoti needs a C++ compiler, CXX={compiler!r} is none: set it to one")
     if compiler is None and shutil.which("g++") is None and shutil.which("clang++") is None:
-        raise ModuleNotFoundError("export to aoti needs a C++ compiler, found none: install g++ or set CXX")
+        raise ModuleNotFoundError("export to aoti needs a C++ compiler: install g++ or set CXX")
 
 
 def _compile(program: torch.export.ExportedProgram, file: Path, said: Mapping[str, str]) -> None:

