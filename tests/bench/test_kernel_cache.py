@@ -24,6 +24,7 @@ def packed(tmp_path_factory):
     return archive, kernel_cache.pack(archive, kernel_cache.TARGET, ["probe"], folder / "cache")
 
 
+@pytest.mark.slow
 def test_triton_takes_unpacked_kernels_and_compiles_what_is_not_there(packed, tmp_path):
     """Their group files name the folder in which they were compiled, which is gone: read as they are, nothing would be
     found and a GPU's time go to compiling."""
@@ -90,6 +91,7 @@ print(json.dumps([len(tried), tuned, sorted({name for name, _ in seen})]))
 """
 
 
+@pytest.mark.slow
 def test_every_candidate_and_every_model_is_called(tmp_path):
     """A plan kept from the candidate before would be compiled again instead of the next, and the search would wait; a
     model on another path would compile nothing."""

@@ -50,8 +50,13 @@ def every_pair() -> list[dict[str, object]]:
     return found
 
 
-@pytest.mark.parametrize("part", range(4))  # several processes share what takes minutes in the interpreter
-@pytest.mark.parametrize("impl", ["torch", *(["triton"] if importlib.util.find_spec("triton") else [])])
+# Several processes share what takes minutes in the interpreter.
+PARTS = [pytest.param("torch", part) for part in range(4)]
+if importlib.util.find_spec("triton"):
+    PARTS += [pytest.param("triton", part, marks=[pytest.mark.slow] if part else []) for part in range(4)]
+
+
+@pytest.mark.parametrize("impl,part", PARTS)
 def test_encoder_equals_reference_for_every_pair_of_options(impl: str, part: int) -> None:
     """Mode, read-out, bias mode, shared or per-block bias, LayerScale or none, and prompt count meet in pairs."""
     if impl == "triton" and torch.cuda.is_available():
