@@ -56,8 +56,7 @@ def serve(
     # what is loaded stays: looking through it for garbage takes a third of the time of a request outside its model
     gc.collect()
     gc.freeze()
-    quiet = {"log_level": "warning", "access_log": False, "proxy_headers": False}
     try:
-        uvicorn.run(server.app, host=host, port=port, **quiet)
+        uvicorn.run(server.app, host=host, port=port, log_level="warning", access_log=False, proxy_headers=False)
     finally:
         server.close()
