@@ -67,13 +67,13 @@ _RANGES: dict[str, Callable[[float], bool]] = {
 }
 
 
-def real(argument: str, value: object, allowed: str, *, optional: str | None = None) -> None:
+def check_range(argument: str, value: object, allowed: str, *, optional: str | None = None) -> None:
     """TypeError unless `value` is a number, ValueError unless it is what `allowed` says, a range in words.
 
     None is taken where `optional` says what it means, as "or None".
 
     Example:
-        >>> real("clip_norm", float("nan"), "finite and > 0", optional="or None")
+        >>> check_range("clip_norm", float("nan"), "finite and > 0", optional="or None")
         Traceback (most recent call last):
         ValueError: clip_norm must be finite and > 0, or None, got nan
     """
@@ -83,11 +83,11 @@ def real(argument: str, value: object, allowed: str, *, optional: str | None = N
         raise ValueError(f"{argument} must be {allowed}{f', {optional}' if optional else ''}, got {value!r}")
 
 
-def whole(argument: str, value: object, lowest: int, *, optional: bool = False) -> None:
+def check_integer(argument: str, value: object, lowest: int, *, optional: bool = False) -> None:
     """ValueError unless `value` is an integer >= `lowest`, or None where it is `optional`.
 
     Example:
-        >>> whole("prompt_length", -1, 0)
+        >>> check_integer("prompt_length", -1, 0)
         Traceback (most recent call last):
         ValueError: prompt_length must be an integer >= 0, got -1
     """

@@ -18,7 +18,7 @@ from inspect import get_annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
-from vptm.messages import one_line, one_of, real, whole
+from vptm.messages import check_integer, check_range, one_line, one_of
 
 Implementation = Literal["auto", "triton", "torch", "reference"]
 PromptMode = Literal["shallow", "deep", "progressive"]
@@ -164,7 +164,7 @@ class PromptSettings(SettingsGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole("prompt_dim", self.prompt_dim, 1, optional=True)
+        check_integer("prompt_dim", self.prompt_dim, 1, optional=True)
 
 
 @dataclass(frozen=True)
@@ -195,13 +195,13 @@ class ModelSettings(SettingsGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole("prompt_length", self.prompt_length, 0)
-        real("prompt_dropout", self.prompt_dropout, "in [0, 1)")
-        whole("prototype_dim", self.prototype_dim, 1, optional=True)
-        real("temperature", self.temperature, "finite and > 0", optional="or None to learn it")
+        check_integer("prompt_length", self.prompt_length, 0)
+        check_range("prompt_dropout", self.prompt_dropout, "in [0, 1)")
+        check_integer("prototype_dim", self.prototype_dim, 1, optional=True)
+        check_range("temperature", self.temperature, "finite and > 0", optional="or None to learn it")
         alpha = self.progressive_alpha
         for value in alpha if isinstance(alpha, list | tuple) else [alpha]:
-            real("progressive_alpha", value, "in [0, 1]")
+            check_range("progressive_alpha", value, "in [0, 1]")
 
     def config(self) -> dict[str, Any]:
         """What an adapter keeps, with values that JSON has: every setting but the implementation."""
@@ -348,12 +348,12 @@ class TrainSettings(SettingsGroup):
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         for name in ("weight_decay", "protoverb_weight", "reformation"):
-            real(name, getattr(self, name), "finite and >= 0")
+            check_range(name, getattr(self, name), "finite and >= 0")
         for name in ("prompt_weight_decay", "head_weight_decay"):
-            real(name, getattr(self, name), "finite and >= 0", optional="or None")
-        real("reformation_temperature", self.reformation_temperature, "finite and > 0")
-        real("clip_norm", self.clip_norm, "finite and > 0", optional="or None")
-        real("ema", self.ema, "in (0, 1)", optional="or None")
+            check_range(name, getattr(self, name), "finite and >= 0", optional="or None")
+        check_range("reformation_temperature", self.reformation_temperature, "finite and > 0")
+        check_range("clip_norm", self.clip_norm, "finite and > 0", optional="or None")
+        check_range("ema", self.ema, "in (0, 1)", optional="or None")
         for name, group in (("prompt_weight_decay", "prompts"), ("head_weight_decay", "verbalizer")):
             if getattr(self, name) is not None and group in (self.weight_decay_of or {}):
                 raise ValueError(f"weight_decay_of must leave {group} out where {name} is given, got both")
@@ -621,7 +621,7 @@ class ProtocolSettings(ComputeSettings):
             ("reformation", "finite and >= 0", None),
             ("alpha", "in [0, 1]", None),
         ):
-            real(self._label(name), getattr(self, name), allowed, optional=optional)
+            check_range(self._label(name), getattr(self, name), allowed, optional=optional)
         self.counts()
 
     def counts(self) -> list[int] | None:
@@ -674,7 +674,7 @@ class MapSettings(PictureSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(1, "batch_size", "m", "epochs", "image_size", "border")
-        real("--lr", self.lr, "finite and > 0")
+        check_range("--lr", self.lr, "finite and > 0")
         parse_shots(self.shots)
         if self.method == "ilm" and self.prompt is None:
             raise ValueError(
@@ -809,7 +809,7 @@ def _of_groups(argument: str, values: Any) -> dict[str, float] | None:
     groups = get_args(LearnedGroup)
     for name, value in values.items():
         one_of(argument, name, groups)
-        real(f"{argument}[{name!r}]", value, "finite and >= 0")
+        check_range(f"{argument}[{name!r}]", value, "finite and >= 0")
     return {name: float(values[name]) for name in groups if name in values}
 
 

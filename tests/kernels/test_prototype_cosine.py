@@ -40,7 +40,7 @@ def force_plan(monkeypatch):
         def room(batch, width, tokens, dim, activation, squares, has_gram, needs, itemsize, keeping):
             return {"keep": batch * tokens, "fold": dim * width, "stream": 0}[name] if any(needs) else 0
 
-        monkeypatch.setattr(api, "room_to_keep", room)
+        monkeypatch.setattr(api, "size_to_keep", room)
         # Shapes this small are left to autograd otherwise: "keep" would not reach the registered op.
         monkeypatch.setattr(api, "_autograd_keeps", lambda *arguments: False)
         monkeypatch.setattr(torch_impl, "choose_plan", lambda *arguments: name)
@@ -379,7 +379,7 @@ def largest_tensor(impl, activation, head):
         call.get("projection", call["prototypes"]),
         None,
     )
-    room = plan.room_to_keep(batch, 10, tokens, dim, activation, squares, False, needs, 4, impl == "torch")
+    room = plan.size_to_keep(batch, 10, tokens, dim, activation, squares, False, needs, 4, impl == "torch")
     with LargestTensor() as largest:
         outputs = module.forward(*inputs, activation, squares, needs, room)
         grad_squared = torch.ones(batch, device=DEVICE) if squares else None
@@ -501,8 +501,8 @@ def test_the_documented_break_even_points():
 
 def test_logits_above_16_megabytes_are_not_kept():
     arguments = (768, 8192, 128, "softmax", False, False, [True, False, False, True], 4, True)
-    assert plan.room_to_keep(512, *arguments) == 512 * 8192
-    assert plan.room_to_keep(513, *arguments) == 0
+    assert plan.size_to_keep(512, *arguments) == 512 * 8192
+    assert plan.size_to_keep(513, *arguments) == 0
 
 
 @pytest.mark.parametrize("biases", [True, False])

@@ -50,7 +50,7 @@ def test_opcheck_token_readout(case, needs, impl):
     reader, gram = call.get("projection", call["prototypes"]), call.get("token_gram")
     squares = case.head != "projection"
     inputs = (call["hidden"], call["token_weight"], call["token_bias"], reader, gram)
-    room = plan.room_to_keep(
+    room = plan.size_to_keep(
         3, 8, 37, len(reader), case.activation, squares, gram is not None, needs, 4, impl == "torch"
     )
     options = (case.activation, squares, needs)

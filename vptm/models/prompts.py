@@ -11,7 +11,7 @@ from einops import repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vptm.messages import number, one_of, real, whole
+from vptm.messages import check_integer, check_range, number, one_of
 from vptm.settings import AfterPrompts, DropoutPer, Placement, PromptMode, PromptSettings
 
 
@@ -80,8 +80,8 @@ class PromptBank(nn.Module):
         super().__init__()
         one_of("prompt_mode", mode, get_args(PromptMode))
         PromptSettings.of(locals())  # checks what stands there
-        whole("prompt_length", length, 0)
-        real("prompt_dropout", dropout, "in [0, 1)")
+        check_integer("prompt_length", length, 0)
+        check_range("prompt_dropout", dropout, "in [0, 1)")
         if blocks is not None and (
             isinstance(blocks, bool) or not isinstance(blocks, int) or not 1 <= abs(blocks) <= depth
         ):
@@ -167,5 +167,5 @@ def _alphas(alpha: float | Sequence[float], depth: int) -> list[float]:
     if len(values) != depth - 1:
         raise ValueError(f"progressive_alpha must be a number or {depth - 1} of them, got {len(values)}")
     for value in values or [alpha]:
-        real("progressive_alpha", value, "in [0, 1]")
+        check_range("progressive_alpha", value, "in [0, 1]")
     return [number("progressive_alpha", value) for value in values]

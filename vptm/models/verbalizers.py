@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vptm.frozen.parts import is_plain_linear
 from vptm.frozen.rows import PreparedHead, PromptedRows
-from vptm.messages import number, one_of, whole
+from vptm.messages import check_integer, number, one_of
 from vptm.models.support_set import support_rows
 from vptm.settings import TokenActivation
 from vptm_kernels import fold_head, prototype_cosine
@@ -43,7 +43,7 @@ def read_tokens(hidden: Tensor, lm_head: nn.Linear | None, token_activation: str
 
 def _check_sizes(in_features: int, num_classes: int) -> None:
     for name, size in (("in_features", in_features), ("num_classes", num_classes)):
-        whole(name, size, 1)
+        check_integer(name, size, 1)
 
 
 class PrototypicalVerbalizer(nn.Module):
@@ -87,7 +87,7 @@ class PrototypicalVerbalizer(nn.Module):
         super().__init__()
         _check_sizes(in_features, num_classes)
         one_of("token_activation", token_activation, TOKEN_ACTIVATIONS)
-        whole("prototype_dim", prototype_dim, 1, optional=True)
+        check_integer("prototype_dim", prototype_dim, 1, optional=True)
         # as the float32 it is kept as
         if temperature is not None and not 0 < torch.tensor(float(number("temperature", temperature))) < math.inf:
             raise ValueError(f"temperature must be finite and > 0, or None to learn it, got {temperature!r}")

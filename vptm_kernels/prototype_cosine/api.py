@@ -19,7 +19,7 @@ from .activations import ACTIVATIONS, activate
 from .cosine import cosine, cosine_, task_cosine
 from .folding import FoldedHead
 from .ops import per_task, readout, similarity
-from .plan import KEEP_BYTES, can_fold, room_to_keep
+from .plan import KEEP_BYTES, can_fold, size_to_keep
 
 # Class offsets, widest task, implementation and eps of calls that passed the checks, by all that checks ask for. Ids of
 # tasks are checked at every call, for their values.
@@ -258,19 +258,19 @@ def _readout(
     needs = [asked and t is not None and t.requires_grad for t in (hidden, weight, bias, reader)]
     tokens, keeping = weight.shape[0], impl == "torch"
     if torch.compiler.is_compiling():
-        # One graph serves all batch sizes: room for whichever plan the op takes when it runs.
-        room: int | torch.SymInt = 0
+        # One graph serves all batch sizes: enough is kept for whichever plan the op takes when it runs.
+        kept_size: int | torch.SymInt = 0
         if any(needs):
             if keeping:
-                room = _smaller(hidden.shape[0] * tokens, KEEP_BYTES // hidden.element_size())
+                kept_size = _smaller(hidden.shape[0] * tokens, KEEP_BYTES // hidden.element_size())
             if can_fold(activation, squares, gram is not None, needs):
-                room = _larger(room, reader.shape[0] * hidden.shape[1])
+                kept_size = _larger(kept_size, reader.shape[0] * hidden.shape[1])
     else:
         shape = (hidden.shape[0], hidden.shape[1], tokens, reader.shape[0])
-        room = room_to_keep(*shape, activation, squares, gram is not None, needs, hidden.element_size(), keeping)
-    if any(needs) and impl == "torch" and _autograd_keeps(hidden, tokens, room):
+        kept_size = size_to_keep(*shape, activation, squares, gram is not None, needs, hidden.element_size(), keeping)
+    if any(needs) and impl == "torch" and _autograd_keeps(hidden, tokens, kept_size):
         return _by_autograd(hidden, weight, bias, reader, activation, squares)
-    out = readout(hidden, weight, bias, reader, gram, activation, squares, needs, room, impl)
+    out = readout(hidden, weight, bias, reader, gram, activation, squares, needs, kept_size, impl)
     return out[0], out[1]
 
 
@@ -284,11 +284,11 @@ def _larger(a: int | torch.SymInt, b: int | torch.SymInt) -> int | torch.SymInt:
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_max(a, b)
 
 
-def _autograd_keeps(hidden: Tensor, tokens: int, room: int | torch.SymInt) -> bool:
+def _autograd_keeps(hidden: Tensor, tokens: int, kept_size: int | torch.SymInt) -> bool:
     """Whether the logits are kept, in a dtype that sums need not leave, by a call that nothing traces."""
     if not nothing_traces(hidden) or hidden.dtype != accumulator(hidden.dtype):
         return False
-    return bool(room == hidden.shape[0] * tokens)
+    return bool(kept_size == hidden.shape[0] * tokens)
 
 
 def _by_autograd(

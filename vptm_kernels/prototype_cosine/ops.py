@@ -40,11 +40,11 @@ def token_readout_op(
     activation: str,
     squares: bool,
     needs: Sequence[bool],
-    room: int,
+    kept_size: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a @ reader.T (B, D), sum of a² (B,), Triton's softmax statistics (2, B), `room` elements kept for backward."""
-    return _run_readout(hidden, token_weight, token_bias, reader, gram, activation, squares, needs, room, impl)
+    """a @ reader.T (B, D), sum of a² (B,), Triton's softmax statistics (2, B), `kept_size` elements for backward."""
+    return _run_readout(hidden, token_weight, token_bias, reader, gram, activation, squares, needs, kept_size, impl)
 
 
 def _run_readout(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -64,7 +64,7 @@ def _(
     activation: str,
     squares: bool,
     needs: Sequence[bool],
-    room: int,
+    kept_size: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     exact, batch = accumulator(hidden.dtype), hidden.shape[0]
@@ -72,7 +72,7 @@ def _(
         hidden.new_empty(batch, reader.shape[0], dtype=exact),
         hidden.new_empty(batch if squares else 0, dtype=exact),
         hidden.new_empty((2, batch) if impl == "triton" and activation != "logits" else (0,), dtype=exact),
-        hidden.new_empty(room),
+        hidden.new_empty(kept_size),
     )
 
 
@@ -133,7 +133,7 @@ def _(
 
 
 def _readout_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.activation, ctx.squares, ctx.needs, _room, ctx.impl = inputs
+    *tensors, ctx.activation, ctx.squares, ctx.needs, _kept_size, ctx.impl = inputs
     ctx.mark_non_differentiable(output[2], output[3])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
@@ -386,12 +386,12 @@ def _readout_flops(
     activation: str,
     squares: bool,
     needs: Sequence[bool],
-    room: int,
+    kept_size: int,
     impl: str,
 ) -> int:
     """FLOPs of the plan these arguments run by: part 0 forward, 1 backward."""
     shape = (hidden[0], hidden[1], token_weight[0], reader[0])
-    plan = choose_plan(*shape, activation, squares, gram is not None, needs, room, impl == "torch")
+    plan = choose_plan(*shape, activation, squares, gram is not None, needs, kept_size, impl == "torch")
     return 2 * multiply_adds(plan, *shape, activation, squares, needs)[part]
 
 

@@ -58,15 +58,15 @@ def choose_plan(
     squares: bool,
     has_gram: bool,
     needs: Sequence[bool],
-    room: int,
+    kept_size: int,
     keeping: bool,
 ) -> str:
-    """ "keep", "stream" or "fold". room: elements that may be kept for backward."""
+    """ "keep", "stream" or "fold". kept_size: elements that may be kept for backward."""
     training = any(needs)
     plans = ["stream"]
-    if training and keeping and batch * tokens <= room:
+    if training and keeping and batch * tokens <= kept_size:
         plans.append("keep")
-    if can_fold(activation, squares, has_gram, needs) and (not training or dim * width <= room):
+    if can_fold(activation, squares, has_gram, needs) and (not training or dim * width <= kept_size):
         if not keeping:
             return "fold"
         plans.append("fold")
@@ -74,7 +74,7 @@ def choose_plan(
     return min(plans, key=lambda plan: sum(multiply_adds(plan, *shape)))
 
 
-def room_to_keep(
+def size_to_keep(
     batch: int,
     width: int,
     tokens: int,

@@ -33,11 +33,11 @@ def plan_of(
     activation: str,
     squares: bool,
     needs: Sequence[bool],
-    room: int,
+    kept_size: int,
     keeping: bool,
 ) -> str:
     shape = (hidden.shape[0], hidden.shape[1], token_weight.shape[0], reader.shape[0])
-    return choose_plan(*shape, activation, squares, gram is not None, needs, room, keeping)
+    return choose_plan(*shape, activation, squares, gram is not None, needs, kept_size, keeping)
 
 
 def forward(
@@ -49,14 +49,14 @@ def forward(
     activation: str,
     squares: bool,
     needs: Sequence[bool],
-    room: int,
+    kept_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out = a @ reader.T (B, D), row sums of a² (B,) if wanted, nothing that Triton would save, what backward keeps."""
     exact, tokens = accumulator(hidden.dtype), token_weight.shape[0]
     out = hidden.new_empty(hidden.shape[0], reader.shape[0], dtype=exact)
     squared = hidden.new_empty(hidden.shape[0] if squares else 0, dtype=exact)
-    kept = hidden.new_empty(room)
-    plan = plan_of(hidden, token_weight, reader, gram, activation, squares, needs, room, True)
+    kept = hidden.new_empty(kept_size)
+    plan = plan_of(hidden, token_weight, reader, gram, activation, squares, needs, kept_size, True)
     if plan == "fold":
         fold_forward(hidden, token_weight, token_bias, reader, gram, out, squared, kept)
     elif plan == "stream" and activation == "logits" and hidden.shape[0] >= FEW_ROWS:

@@ -60,11 +60,11 @@ def forward(
     activation: str,
     squares: bool,
     needs: Sequence[bool],
-    room: int,
+    kept_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a @ reader.T (B, D), sum of a² (B,), [log-sum-exp, sum of a] (2, B), and `room` elements kept for backward."""
+    """a @ reader.T (B, D), sum of a² (B,), [log-sum-exp, sum of a] (2, B), `kept_size` elements kept for backward."""
     tensors = (hidden, token_weight, token_bias, reader)
-    options = (activation, squares, tuple(needs), room)
+    options = (activation, squares, tuple(needs), kept_size)
     key = (*map(signature, tensors), gram is not None, options, float32_precision(hidden.dtype))
     plan = _readouts.get(key)
     if plan is None:
@@ -115,13 +115,13 @@ class _Plan:
         activation: str,
         squares: bool,
         needs: tuple[bool, ...],
-        room: int,
+        kept_size: int,
     ) -> None:
         (self.batch, self.width), self.tokens, self.dim = hidden.shape, token_weight.shape[0], reader.shape[0]
-        self.activation, self.squares, self.needs, self.room = activation, squares, needs, room
+        self.activation, self.squares, self.needs, self.kept_size = activation, squares, needs, kept_size
         self.exact = accumulator(hidden.dtype)
         matrices = (hidden, token_weight, reader, gram)
-        self.folds = torch_impl.plan_of(*matrices, activation, squares, needs, room, False) == "fold"
+        self.folds = torch_impl.plan_of(*matrices, activation, squares, needs, kept_size, False) == "fold"
         self.arch, self.bits = architecture(hidden.device), 8 * hidden.element_size()
         self.aligned = _aligned(hidden, token_weight, reader)
         self.strides = (hidden.stride(0), token_weight.stride(0), reader.stride(0))
@@ -177,7 +177,7 @@ class _Readout(_Plan):
         out = hidden.new_empty((batch, self.dim), dtype=exact)
         squared = hidden.new_empty((batch if self.squares else 0,), dtype=exact)
         saved = hidden.new_empty((2, batch) if self.activation != "logits" else (0,), dtype=exact)
-        kept = hidden.new_empty((self.room,))
+        kept = hidden.new_empty((self.kept_size,))
         if batch == 0:
             return out, squared, saved, kept
         if self.folds:
