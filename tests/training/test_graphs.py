@@ -54,7 +54,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     monkeypatch.setattr(graphs, "record", record)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
     for name in ("vptm.training.fit", "vptm.training.evaluate", "vptm.serving.predict"):
-        monkeypatch.setattr(f"{name}.check_graph", lambda asked, place: None)
+        monkeypatch.setattr(f"{name}.check_graph", lambda asked, place, compile=False: None)
     return shapes
 
 
@@ -114,6 +114,12 @@ def test_what_cannot_be_recorded_is_refused(
     with pytest.raises(ValueError, match=message):
         run(make_model(backbone), tmp_path / "r", cuda_graph=True, **changes)
     assert not (tmp_path / "r").exists()
+
+
+def test_what_is_compiled_is_not_recorded_where_it_answers() -> None:
+    with pytest.raises(ValueError, match="cuda_graph must be False with compile"):
+        graphs.check_graph(True, torch.device("cuda"), compile=True)
+    graphs.check_graph(True, torch.device("cuda"))
 
 
 def test_a_cpu_refuses_a_graph_at_once(vptm: Console, backbone: Path, tmp_path: Path) -> None:

@@ -225,9 +225,7 @@ def _runner(model: PromptedModel | TaskBank, precision: str | None, compile: boo
                 raise ValueError(f"{name} must be False for several tasks: a bank runs as it is")
         return lambda name, images: model.predict(images.to(model.device, model.dtype), [str(name)] * len(images))
     place = model.prompts.weight.device
-    check_graph(cuda_graph, place)
-    if cuda_graph and compile:
-        raise ValueError("cuda_graph must be False with compile")
+    check_graph(cuda_graph, place, compile=compile)
     kind = resolve_precision(precision, place, training=False)
     runs = in_type(model, dtype_of(kind), place)
     dtype = runs.prompts.weight.dtype

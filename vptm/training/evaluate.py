@@ -85,9 +85,7 @@ def evaluate(
     for name in filter(asked.get, asked if model is not inner else ()):
         raise ValueError(f"{name} must be left out for a model in a wrapper, got {asked[name]!r}: pass the model")
     runs = in_type(inner, dtype, weight.device) if asked["precision"] else model
-    check_graph(cuda_graph, weight.device)
-    if cuda_graph and compile:
-        raise ValueError("cuda_graph must be False with compile")
+    check_graph(cuda_graph, weight.device, compile=compile)
     if compile:
         runs = compiled(runs)
     with float32_products(kind):

@@ -97,7 +97,9 @@ class TrainingGraph:
         return found
 
 
-def check_graph(cuda_graph: bool, device: torch.device) -> None:
-    """ValueError where a CUDA graph is asked of a CPU."""
+def check_graph(cuda_graph: bool, device: torch.device, *, compile: bool = False) -> None:
+    """ValueError where a CUDA graph is asked of a CPU, or of what is compiled."""
     if cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph needs a GPU, got device {device}")
+    if cuda_graph and compile:
+        raise ValueError("cuda_graph must be False with compile")
