@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vptm_kernels import RelativePositionBias, prompted_attention
@@ -22,7 +23,7 @@ from vptm_kernels._runtime.plans import forget_plans
 from vptm_kernels._runtime.triton_support import has_triton
 from vptm_kernels.prompted_attention.bias import table_rows
 from vptm_kernels.testing import AttentionCase, assert_close_to_exact
-from vptm_kernels.testing.prompted_attention import BIASES, LAYOUTS, PROMPTS, differentiable, reference
+from vptm_kernels.testing.prompted_attention import BIASES, LAYOUTS, PROMPTS, ROTARIES, differentiable, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ["torch", "triton"] if has_triton() else ["torch"]
@@ -232,13 +233,18 @@ def test_pairwise_grid(row, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "prompts,bias", [("shared", "table"), ("queries", "dense"), ("pool", "aligned"), ("image", "none")]
+    "prompts,bias,rotary",
+    [
+        ("shared", "table", "none"),
+        ("queries", "dense", "none"),
+        ("pool", "aligned", "none"),
+        ("image", "none", "none"),
+        ("shared", "none", "shared"),
+    ],
 )
-def test_error_budget(prompts, bias, dtype, impl):
-    check(
-        AttentionCase(prompts=prompts, bias=bias, dtype=dtype, tokens=50, window=(7, 7), prompt_length=10, head_dim=64),
-        impl,
-    )
+def test_error_budget(prompts, bias, rotary, dtype, impl):
+    sizes = {"tokens": 50, "window": (7, 7), "prompt_length": 10, "head_dim": 64}
+    check(AttentionCase(prompts=prompts, bias=bias, rotary=rotary, dtype=dtype, **sizes), impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -305,6 +311,7 @@ def test_random_cases(data, impl):
             head_dim=st.sampled_from([16, 20, 32, 48]),
             prompts=st.sampled_from(PROMPTS),
             bias=st.sampled_from(BIASES),
+            rotary=st.sampled_from(ROTARIES),
             layout=st.sampled_from(LAYOUTS),
             scale=st.sampled_from([None, 0.0, 1.0]),
             seed=st.integers(0, 9),
@@ -317,7 +324,7 @@ def test_random_cases(data, impl):
 @pytest.mark.parametrize("prompts", ["shared", "image", "pool", "queries"])
 def test_gradcheck(prompts, impl):
     """Numerical derivatives of out and lse, so that the definition's own autograd is not the only witness."""
-    case = AttentionCase(batch=2, heads=1, tokens=3, prompt_length=2, prompts=prompts, bias="dense")
+    case = AttentionCase(batch=2, heads=1, tokens=3, prompt_length=2, prompts=prompts, bias="dense", rotary="shared")
     call = case.inputs(DEVICE, requires_grad=True)
     leaves = differentiable(call)
 
@@ -325,6 +332,48 @@ def test_gradcheck(prompts, impl):
         return prompted_attention(**{**call, **dict(zip(leaves, tensors))}, return_lse=True, impl=impl)
 
     assert torch.autograd.gradcheck(run, tuple(leaves.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_rotary_positions_are_those_of_timm(prompts, impl):
+    """Queries and keys that timm turned, in halves and in neighbouring channels, per head too: fails if another pair of
+    channels, the other direction, values or prompts are turned, or another head's angles are read."""
+    for half, rotary in ((True, "shared"), (True, "heads"), (False, "shared"), (False, "heads")):
+        case = AttentionCase(tokens=11, prompts=prompts, bias="dense", rotary=rotary)
+        call = case.inputs(DEVICE)
+        cos, sin = call.pop("rotary")
+        parts = case.heads, case.head_dim
+        if half:
+            embedding, order = torch.cat([sin, sin, cos, cos], -1), torch.arange(parts[1])
+        else:  # the halves are the even and the odd channels
+            embedding = torch.cat([sin.repeat_interleave(2, -1), cos.repeat_interleave(2, -1)], -1)
+            order = torch.arange(parts[1]).view(-1, 2).T.flatten()
+
+        def turned(t, embedding=embedding, half=half, parts=parts):
+            return apply_rot_embed_cat(t.unflatten(2, parts).transpose(1, 2), embedding, half=half).transpose(1, 2)
+
+        def ordered(t, sections, order=order, parts=parts):
+            """Channels of queries and keys in `order`, those of values as they are."""
+            if t is None:
+                return None
+            found = t.unflatten(-1, (sections, *parts)).clone()
+            found[..., :-1, :, :] = found[..., :-1, :, order]
+            return found.flatten(-3)
+
+        q, k, v = call["qkv"].chunk(3, -1)
+        expected = reference({**call, "qkv": torch.cat([turned(q).flatten(2), turned(k).flatten(2), v], -1)})
+        names = {"qkv": 3, "prompt_kv": 2, "prompt_qkv": 3}
+        found = prompted_attention(
+            **{**call, **{name: ordered(call.get(name), sections) for name, sections in names.items()}},
+            rotary=(cos, sin),
+            return_lse=True,
+            impl=impl,
+        )
+        for actual, want in zip(found, expected):
+            torch.testing.assert_close(actual, want, rtol=0, atol=1e-12)
+        plain = prompted_attention(**call, impl=impl)
+        assert (plain - expected[0]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("impl", EXACT_IMPLS)
@@ -656,6 +705,23 @@ BAD_INPUT = {
         "bias": RelativePositionBias(torch.randn(18, 2), (2, 3), torch.arange(7)),
     },
     "bias.window must be two positive ints": lambda c: {**c, "bias": RelativePositionBias(torch.randn(18, 2), (2, 0))},
+    "rotary[0] (cos) must be a floating point (N, D/2) = (7, 8) or (H, N, D/2) = (2, 7, 8), got (7, 16)": lambda c: {
+        **c,
+        "rotary": (torch.ones(7, 16), torch.zeros(7, 16)),
+    },
+    "rotary[1] (sin) must be a constant, got one that requires a gradient": lambda c: {
+        **c,
+        "rotary": (torch.ones(7, 8), torch.zeros(7, 8, requires_grad=True)),
+    },
+    "rotary[1] (sin) must be on the device of qkv, cpu, got meta": lambda c: {
+        **c,
+        "rotary": (torch.ones(7, 8), torch.zeros(7, 8, device="meta")),
+    },
+    "rotary must come with an even head dimension, got D = 3": lambda c: {
+        "qkv": torch.randn(2, 7, 18),
+        "num_heads": 2,
+        "rotary": (torch.ones(7, 1), torch.zeros(7, 1)),
+    },
     "scale must be a finite number, got nan": lambda c: {**c, "scale": float("nan")},
     "impl must be one of ('auto', 'triton', 'torch'), got 'cuda'": lambda c: {**c, "impl": "cuda"},
     "prompt_ranges must come with prompt_kv": lambda c: {
@@ -698,6 +764,13 @@ def test_bad_input_is_refused_by_name_and_value(message):
 def test_wrong_types_are_refused_by_name(name):
     with pytest.raises(TypeError, match=f"{name} must be a tensor"):
         prompted_attention(**shared_call(**{name: [1.0]}))
+
+
+def test_a_rotary_that_is_no_pair_is_refused():
+    with pytest.raises(TypeError, match=r"rotary must be a pair of tensors \(cos, sin\), got Tensor"):
+        prompted_attention(**shared_call(rotary=torch.ones(7, 16)))
+    with pytest.raises(TypeError, match=r"rotary\[1\] \(sin\) must be a tensor"):
+        prompted_attention(**shared_call(rotary=(torch.ones(7, 8), None)))
 
 
 def test_ranges_changed_in_place_are_checked_again():

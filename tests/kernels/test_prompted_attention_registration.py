@@ -53,7 +53,7 @@ def test_opcheck(case, impl):
 def test_fullgraph_compile_forward_and_backward(backend, impl):
     """Inductor asserts the strides that the fakes promise, so it sees a wrong fake that opcheck misses."""
     torch._dynamo.reset()
-    case = AttentionCase(tokens=7, dtype=torch.float32, bias="table", window=(2, 3))
+    case = AttentionCase(tokens=7, dtype=torch.float32, bias="table", window=(2, 3), rotary="heads")
     call = case.inputs(DEVICE, requires_grad=True)
 
     def run(**call):

@@ -17,6 +17,7 @@ from .._runtime.tracing import nothing_traces
 from .._runtime.triton_support import choose, float32_precision
 from .bias import RelativePositionBias, table_rows
 from .ops import direct_attention, planned_attention, prompted_attention_op, run_attention, run_plan
+from .rotary import Rotary, check_rotary, rotate
 from .torch_impl import products_are_faster
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def prompted_attention(
     prompt_qkv: Tensor | None = ...,
     num_heads: int,
     bias: Bias = ...,
+    rotary: Rotary | None = ...,
     prompt_ranges: Tensor | None = ...,
     max_prompt_length: int | None = ...,
     scale: float | None = ...,
@@ -52,6 +54,7 @@ def prompted_attention(
     prompt_qkv: Tensor | None = ...,
     num_heads: int,
     bias: Bias = ...,
+    rotary: Rotary | None = ...,
     prompt_ranges: Tensor | None = ...,
     max_prompt_length: int | None = ...,
     scale: float | None = ...,
@@ -67,6 +70,7 @@ def prompted_attention(
     prompt_qkv: Tensor | None = None,
     num_heads: int,
     bias: Bias = None,
+    rotary: Rotary | None = None,
     prompt_ranges: Tensor | None = None,
     max_prompt_length: int | None = None,
     scale: float | None = None,
@@ -86,6 +90,11 @@ def prompted_attention(
             (H, N, N+P) with prompt columns last; with `prompt_qkv` also (H, N+P, N+P). A leading dimension of 1 is
             accepted. Or a `RelativePositionBias`. A dense bias on rows of a multiple of 16 elements, as
             `RelativePositionBias.dense` makes it, is read in place; others are copied once per call.
+        rotary: (cos, sin), each (N, D/2), or (H, N, D/2) where heads differ: queries and keys of token n are turned by
+            these angles, channel i of a head with channel i + D/2 (RoPE in halves, arXiv 2104.09864). A row that has no
+            position has cos 1 and sin 0; prompts are not turned. Constants: they get no gradient. For tables of
+            neighbouring channels 2i and 2i + 1 permute the rows of the query and key weights: scores do not change.
+            Queries and keys are turned in a pass before the attention kernel, which reads and writes qkv once.
         prompt_ranges: (B, 2) int32, start and length of every image's rows of the pool. Ranges may overlap. On the
             device of qkv, read back to be checked when it is first seen; or on the CPU, checked there and copied.
         max_prompt_length: an upper bound of the lengths in `prompt_ranges`.
@@ -111,6 +120,13 @@ def prompted_attention(
         scores = q @ cat([k, pk], 2).mT * scale + cat([bias, zeros(H, N, P)], 2)
         out = (scores.softmax(-1) @ cat([v, pv], 2)).transpose(1, 2).flatten(2)
 
+    With `rotary`, first::
+
+        def turned(x):  # (B, H, N, D)
+            a, b = x.chunk(2, -1)
+            return cat([a * cos - b * sin, b * cos + a * sin], -1)
+        q, k = turned(q), turned(k)
+
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
 
@@ -126,6 +142,9 @@ def prompted_attention(
     >>> prompts.grad.shape
     torch.Size([10, 128])
     """
+    if rotary is not None:
+        _check_qkv(tensor("qkv", qkv), num_heads)
+        qkv = rotate(qkv, check_rotary(rotary, qkv, num_heads), num_heads)
     if isinstance(prompt_ranges, Tensor) and isinstance(qkv, Tensor) and prompt_ranges.device != qkv.device:
         prompt_ranges = _check_ranges(qkv, prompt_kv, prompt_ranges, max_prompt_length)
     key = _signature(qkv, prompt_kv, prompt_qkv, num_heads, bias, prompt_ranges, max_prompt_length, scale, impl)

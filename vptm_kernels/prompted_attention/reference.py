@@ -18,11 +18,16 @@ def prompted_attention_reference(
     prompt_qkv: Tensor | None = None,
     num_heads: int,
     bias: Tensor | RelativePositionBias | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
     prompt_ranges: Tensor | None = None,
     max_prompt_length: int | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of `vptm_kernels.prompted_attention`, whose docstring describes the arguments."""
+    if rotary is not None:
+        query, key, value = qkv.chunk(3, -1)
+        turned = [_turned(section.unflatten(2, (num_heads, -1)), *rotary) for section in (query, key)]
+        qkv = torch.cat([*(section.flatten(2).to(qkv.dtype) for section in turned), value], -1)
     if prompt_ranges is not None:
         assert prompt_kv is not None
         rows = [
@@ -62,3 +67,10 @@ def prompted_attention_reference(
     weights = scores.masked_fill(masked, 0).softmax(-1).masked_fill(masked, 0)
     out = weights @ v
     return out.transpose(1, 2).flatten(2), lse
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, N, H, D), every channel i < D/2 turned with channel i + D/2, tables (N, D/2) or (H, N, D/2)."""
+    cos, sin = (table[:, None] if table.ndim == 2 else table.transpose(0, 1) for table in (cos, sin))
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

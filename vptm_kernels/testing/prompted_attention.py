@@ -14,6 +14,7 @@ from ..prompted_attention.reference import prompted_attention_reference
 
 PROMPTS = ("none", "shared", "image", "pool", "queries")
 BIASES = ("none", "dense", "dense4", "columns", "square", "table", "aligned")
+ROTARIES = ("none", "shared", "heads")
 LAYOUTS = ("contiguous", "sliced", "expanded", "unaligned")
 
 
@@ -24,6 +25,7 @@ class AttentionCase:
     prompts: "none", "shared", "image" (per image), "pool" (ranges into a pool, the first of them empty) or "queries".
     bias: "none", "dense" (H, N, N), "dense4" (1, H, N, N), "columns" (H, N, N+P), "square" (H, N+P, N+P), "table"
         (shuffled ids, some without a position) or "aligned" (H, N, N) on aligned rows.
+    rotary: "none", "shared" (N, D/2) or "heads" (H, N, D/2), angles of any size and a first row that is not turned.
     layout of qkv: "contiguous", "sliced" (from wider rows), "expanded" (one image for all), "unaligned" (odd offset).
     """
 
@@ -34,6 +36,7 @@ class AttentionCase:
     head_dim: int = 16
     prompts: str = "shared"
     bias: str = "none"
+    rotary: str = "none"
     layout: str = "contiguous"
     dtype: torch.dtype = torch.float64
     window: tuple[int, int] | None = None
@@ -85,6 +88,13 @@ class AttentionCase:
             rows = n + p if self.bias == "square" else n
             columns = n + p if self.bias in ("columns", "square") else n
             call["bias"] = random(*([1] if self.bias == "dense4" else []), heads, rows, columns)
+        if self.rotary != "none":
+            leading = (heads,) if self.rotary == "heads" else ()
+            angles = 4 * torch.randn(*leading, n, self.head_dim // 2, generator=generator, dtype=torch.float64)
+            angles[..., :1, :] = 0
+            # 16-bit calls have tables of 32 bits, as models do
+            exact = torch.promote_types(self.dtype, torch.float32)
+            call["rotary"] = angles.cos().to(device, exact), angles.sin().to(device, exact)
         return call
 
     def _lay_out(self, random: Any, width: int) -> Tensor:
@@ -103,6 +113,8 @@ class AttentionCase:
         def convert(value: Any) -> Any:
             if isinstance(value, RelativePositionBias):
                 return value._replace(table=convert(value.table))
+            if isinstance(value, tuple):  # tables of 32 bits stay so in a 16-bit call
+                return tuple(t.to(torch.promote_types(dtype, torch.float32)) for t in value)
             if isinstance(value, Tensor) and value.is_floating_point():
                 return value.detach().to(dtype).requires_grad_(value.requires_grad)
             return value
