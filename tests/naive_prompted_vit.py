@@ -5,6 +5,8 @@ It reads tensors by their state_dict names and knows no module of timm but its c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -59,8 +61,17 @@ def pooled_by_attention(x: Tensor, state: dict[str, Tensor], heads: int, eps: fl
     return out + linear(gelu(linear(norm(out, pool, "norm", eps), pool, "mlp.fc1"), kind), pool, "mlp.fc2")
 
 
-def naive_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: float = 1e-6, kind: str = "erf") -> Tensor:
-    """The read-out row (B, C) that `model` should give for images (B, channels, height, width)."""
+def naive_hidden(
+    model: PromptedViT,
+    images: Tensor,
+    *,
+    heads: int,
+    eps: float = 1e-6,
+    kind: str = "erf",
+    run: Callable[[Tensor, dict[str, Tensor], int], Tensor] | None = None,
+) -> Tensor:
+    """The read-out row (B, C) that `model` should give for images (B, channels, height, width); `run(rows, state,
+    layer)` is its block where it is none of a ViT."""
     state = dict(model.backbone.state_dict())
     config, prompts = model.config, model.prompts.weight
     weight = state["patch_embed.proj.weight"]
@@ -91,14 +102,14 @@ def naive_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: float =
             alpha = config["progressive_alpha"] if config["prompt_mode"] == "progressive" else 0.0
             rows = alpha * x[:, first : first + length] + (1 - alpha) * prompts[layer]
             x = torch.cat([x[:, :first], rows, x[:, first + length :]], 1)
-        x = block(x, state, f"blocks.{layer}", heads, eps, kind)
+        x = block(x, state, f"blocks.{layer}", heads, eps, kind) if run is None else run(x, state, layer)
     x = norm(x, state, "norm", eps)
     if config["readout"] == "cls":
         read = x[:, 0]
     elif config["readout"] == "mask":
         read = x[:, first + length + centre]
     else:
-        start = 0 if model.backbone.pool_include_prefix else first
+        start = 0 if getattr(model.backbone, "pool_include_prefix", config["readout"] == "map") else first
         picked = [x[:, start:first], x[:, first + length :]]
         if config["readout"] == "mean_with_prompts":
             picked.append(x[:, first : first + length])

@@ -207,6 +207,10 @@ def test_vision_transformers_by_name(vptm: Console, material: Path, monkeypatch:
     settings = json.loads(Path("deit/run.json").read_text())["settings"]
     assert (settings["prompt_mode"], settings["readout"], settings["verbalizer"]) == ("deep", "cls", "linear")
     assert "deit_tiny_patch16_224 is a ViT: deep prompts, read-out cls, verbalizer linear" in err
+    eva = [*arguments[:2], "eva02_tiny_patch14_224", "--img-size", 28, *arguments[5:]]
+    code, out_eva, err = vptm(*eva, "--out", "eva")
+    assert code == 0 and "test accuracy" in out_eva, err
+    assert "eva02_tiny_patch14_224 is a ViT: deep prompts, read-out cls, verbalizer linear" in err
     code, again, _ = vptm("train", "--resume", "--out", "deit")
     assert code == 0 and again == out, "a finished run that is resumed is read again"
 

@@ -20,6 +20,8 @@ SMALL = (
     "deit_tiny_distilled_patch16_224",
     "vit_base_patch16_siglip_224",
     "beit_base_patch16_224",
+    "eva02_tiny_patch14_224",
+    "vit_small_patch16_dinov3",
 )
 
 
@@ -42,7 +44,9 @@ def test_every_published_weight_of_a_class_that_opens_is_listed(monkeypatch: pyt
     monkeypatch.setattr(catalogue, "looked_up", refused)
     found = {model.name: model for model in catalogue.openable_models()}
     assert len(found) > 200 and [model.name for model in found.values() if model.token_head] == ["builtin"]
-    assert not [name for name in found if name.startswith(("eva02", "vit_base_patch16_dinov3", "resnet"))]
+    assert not [name for name in found if name.startswith(("resnet", "swin"))]
+    assert found["vit_pe_core_gigantic_patch14_448.fb"].readout == "map"
+    assert found["eva02_tiny_patch14_224.mim_in22k"].kind == found["vit_small_patch16_dinov3.lvd1689m"].kind == "ViT"
     model = found["vit_base_patch16_siglip_224.webli"]
     assert (model.readout, model.input_size, model.kind) == ("map", (3, 224, 224), "ViT with attention pooling")
     for name in list(found)[1::40]:

@@ -24,9 +24,10 @@ VPTM = ("mask", "prototypical", "logits")
         (tiny_beit(), "PromptedBEiT", "shallow", VPT),
         (tiny_vit(class_token=False, global_pool="map"), "PromptedViT", "deep", ("map", "linear", "hidden")),
         (tiny_vit(class_token=False, global_pool="avg"), "PromptedViT", "deep", ("mean", "linear", "hidden")),
+        ("eva02_tiny_patch14_224", "PromptedViT", "deep", VPT),
         ("vit_base_patch16_siglip_224", "PromptedViT", "deep", ("map", "linear", "hidden")),
     ],
-    ids=["builtin", "name", "ViT", "BEiT", "pooled by attention", "no class token", "name of SigLIP"],
+    ids=["builtin", "name", "ViT", "BEiT", "pooled by attention", "no class token", "EVA-02", "name of SigLIP"],
 )
 def test_every_source_has_the_class_and_defaults_that_suit_it(
     source: object, kind: str, mode: str, reads: tuple[str, ...]
@@ -35,7 +36,7 @@ def test_every_source_has_the_class_and_defaults_that_suit_it(
     if source == "vit_base_patch16_siglip_224":  # too large to build here
         assert MODEL_SETTINGS[kind_of(source)]().readout == "map"
         return
-    size = {"img_size": 32} if source == "deit_tiny_patch16_224" else {}
+    size = {"img_size": 2 * int(source[-6:-4])} if isinstance(source, str) and source != "builtin" else {}
     model = open_model(source, 3, prompt_length=2, **size)
     assert type(model).__name__ == kind
     assert tuple(model.config[name] for name in ("readout", "verbalizer", "token_activation")) == reads
@@ -65,7 +66,7 @@ def test_a_mask_row_that_is_asked_for_brings_its_verbalizer() -> None:
         ("builtin", {"readouts": "cls"}, TypeError, "takes no readouts for a BEiT, did you mean 'readout'"),
         ("vit_tiny_patch16_224", {"mask_mode": "insert"}, TypeError, "takes no mask_mode for a ViT"),
         ("builtin", {"readout": "mean_with_prompts"}, ValueError, "readout must be one of mask, cls, mean"),
-        (timm.create_model("resnet10t"), {}, ValueError, "VisionTransformer class, ResNet is a ResNet"),
+        (timm.create_model("resnet10t"), {}, ValueError, "VisionTransformer and Eva classes, ResNet is a ResNet"),
         ("none.pth", {}, FileNotFoundError, "none.pth: no such file"),
         ("beit_base_patch16_22", {}, ValueError, "beit_base_patch16_224"),
     ],

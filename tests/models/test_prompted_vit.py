@@ -352,7 +352,6 @@ def test_timm_names() -> None:
         (lambda: PromptedViT("vit_tiny_patch16_2240", 2), "did you mean 'vit_tiny_patch16_224'"),
         (lambda: PromptedViT("resnet18", 2), "resnet18 is a ResNet"),
         (lambda: PromptedViT("beit_base_patch16_224", 2), "is a Beit: use PromptedBEiT"),
-        (lambda: PromptedViT("eva02_tiny_patch14_224", 2), "is a Eva"),
         (lambda: PromptedViT(tiny_beit(), 2), "is a Beit: use PromptedBEiT"),
         (
             lambda: PromptedViT(tiny_vit(), 2, readout="masks"),

@@ -52,7 +52,7 @@ def test_what_is_there_is_told_where_a_part_is_missing(tmp_path: Path) -> None:
     [
         ("deit_tiny_patch16_224", "architecture", "12 blocks, 192 wide, 3 heads of 64"),
         ("beit_base_patch16_224", "missing", "mask_token, lm_head.weight, lm_head.bias"),
-        ("resnet10t", "problem", "prompts go into timm's Beit and VisionTransformer, this is a ResNet"),
+        ("resnet10t", "problem", "prompts go into timm's Beit, VisionTransformer and Eva, this is a ResNet"),
     ],
 )
 def test_every_timm_name_is_described(name: str, label: str, value: str) -> None:

@@ -28,7 +28,7 @@ def reference_features(
     """
     x = rows = model.reference_embed(images)
     batch, tokens = x.shape[:2]
-    carried = None
+    carried, rotary = None, model.rotary_embedding()
     for layer in range(len(model.backbone.blocks)):
         added = model.prompts.added(layer, batch)
         if added is not None:
@@ -36,7 +36,7 @@ def reference_features(
             before, patches, rest = x.split([first, model.num_patches, tokens - first - model.num_patches], dim=1)
             x = torch.cat([before, patches + added, rest], dim=1)
         entering = torch.cat([x, model.prompts(layer, batch, carried).to(x.dtype)], dim=1)
-        rows = model.run_block(model.reference_block, layer, entering, attention)
+        rows = model.run_block(model.reference_block, layer, entering, attention, rotary)
         if observe is not None:
             observe(layer, entering, rows)
         x, carried = rows[:, :tokens], rows[:, tokens:]

@@ -76,8 +76,11 @@ class PromptedRows(nn.Module):
         raise NotImplementedError
 
     @abstractmethod
-    def reference_block(self, layer: int, rows: Tensor, attention: AttentionFunction) -> Tensor:
-        """Block `layer` on all rows (B, T, C), prompts last, in eager PyTorch."""
+    def reference_block(
+        self, layer: int, rows: Tensor, attention: AttentionFunction, rotary: Tensor | None = None
+    ) -> Tensor:
+        """Block `layer` on all rows (B, T, C), prompts last, in eager PyTorch; `rotary` is what `rotary_embedding`
+        gave."""
         raise NotImplementedError
 
     @abstractmethod
@@ -104,6 +107,11 @@ class PromptedRows(nn.Module):
     def reference_embed(self, images: Tensor) -> Tensor:
         """`embed` as the textbook writes it."""
         return self.embed(images)
+
+    def rotary_embedding(self) -> Tensor | None:
+        """What turns queries and keys of patches, as `vptm.frozen.rotary` has it, asked for once in a forward pass: a
+        backbone in training may draw it. None without rotary positions."""
+        return None
 
     def position_bias(self, layer: int, *, learned: bool = True) -> Tensor | None:
         """Bias (H, T, T) that block `layer` adds to its scores, None where it adds nothing."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from timm.layers import AttentionPoolLatent
 from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -36,13 +37,15 @@ def open_model(source: Any, num_classes: int, **settings: Any) -> PromptedModel:
 
     Masked-modelling weights become a `PromptedBEiT` that is read at its mask row (VPTM). A BEiT without mask token and
     token head, which timm's names and instances are, becomes one that is read at its class row by a linear verbalizer
-    (VPT); so do ViTs, as a `PromptedViT`: every other timm name or instance, and files and folders of their weights.
+    (VPT); so do ViTs, as a `PromptedViT`: every other timm name or instance, EVA-02, DINOv3 and what else is of timm's
+    `Eva` class included, and files and folders of their weights.
     One without a class token is read by the attention pooling that its source has (SigLIP), or the mean of its patches.
     A setting that is given goes before these defaults.
 
     Args:
         source: "builtin", a checkpoint file (`.pth`, `.safetensors`, Google's `.npz`), a Hugging Face folder or id, a
-            timm name, or a timm `Beit` or `VisionTransformer`; a registered timm name goes before a file of that name.
+            timm name, or a timm `Beit`, `VisionTransformer` or `Eva`; a registered timm name goes before a file of that
+            name.
         num_classes: K.
         settings: keywords of the class, see `vptm.PromptedBEiT` and `vptm.PromptedViT`.
 
@@ -90,10 +93,10 @@ def kind_of(source: Any, readout: str | None = None) -> str:
 
 
 def _told_of_module(module: Any) -> Told:
-    if not isinstance(module, VisionTransformer):
+    if not isinstance(module, VisionTransformer | Eva):
         return Told("beit" if isinstance(module, Beit) else "vit")
     pools = isinstance(module.attn_pool, AttentionPoolLatent)
-    return Told("vit", "cls" if module.has_class_token else "map" if pools else "mean")
+    return Told("vit", "cls" if module.cls_token is not None else "map" if pools else "mean")
 
 
 def load_adapter(folder: str | Path, *, source: Any = None, impl: str = "auto") -> PromptedModel:

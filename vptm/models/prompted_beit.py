@@ -274,7 +274,9 @@ class PromptedBEiT(PromptedModel):
             rows.append(repeat(mask_token, "1 1 c -> b 1 c", b=batch))
         return backbone.pos_drop(torch.cat(rows, dim=1))
 
-    def reference_block(self, layer: int, rows: Tensor, attention: AttentionFunction) -> Tensor:
+    def reference_block(
+        self, layer: int, rows: Tensor, attention: AttentionFunction, rotary: Tensor | None = None
+    ) -> Tensor:
         """Block `layer` on rows `[class | patches | mask? | prompts]`, of which the last may be missing."""
         bias, count = self.position_bias(layer), rows.shape[1]
         if bias is not None:

@@ -1,4 +1,4 @@
-"""PromptedViT: visual prompt tuning of any timm VisionTransformer, on the folded encoder."""
+"""PromptedViT: visual prompt tuning of any timm VisionTransformer or Eva, on the folded encoder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from einops import rearrange
 from timm.layers import AttentionPoolLatent
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
+from vptm.frozen.rotary import of_block, rotary_embedding
 from vptm.frozen.rows import AttentionFunction
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import Implementation, PromptMode, TokenActivation, VerbalizerName, ViTReadout, ViTSettings
@@ -20,7 +23,7 @@ from vptm.weights.vits import LoadedViT, load_vit
 
 
 class PromptedViT(PromptedModel):
-    """A frozen timm `VisionTransformer` with learned prompts and a verbalizer (VPT, arXiv:2203.12119).
+    """A frozen timm `VisionTransformer` or `Eva` with learned prompts and a verbalizer (VPT, arXiv:2203.12119).
 
     Supervised, MAE, MoCo-v3, DINO and DINOv2 (with registers) and CLIP's visual weights are all of that class:
     position embeddings on all rows or on patches alone, class token or none, register tokens, a norm before the blocks,
@@ -28,13 +31,17 @@ class PromptedViT(PromptedModel):
     run folded. SwiGLU, query-key norm, parallel and post-norm blocks run unfolded through timm's own code; other block
     classes are refused by name. The defaults are VPT-deep.
 
+    Of timm's `Eva` class (EVA-02, DINOv3, Perception Encoder, RoPE-ViT) the queries and keys of patches are turned by
+    their rotary positions, those of class, register and prompt rows are not; a mask token in place of a patch is turned
+    as that patch. These models run unfolded, through timm's own blocks with prompts as rows.
+
     Everything is frozen but `prompts` and `verbalizer` (and `lm_head` with `train_lm_head`).
 
     Args:
         source: timm name, with its tag where it has one ("vit_base_patch16_224.mae"); `.pth`, `.safetensors` or
             Google's `.npz` file of supervised, MAE, MoCo-v3, DINO or DINOv2 weights; Hugging Face folder or id of a
-            ViT, ViTMAE, DeiT, DINOv2, CLIP or SigLIP; or a timm `VisionTransformer` instance (which stays as it is:
-            `backbone` is another module on the same storage). What was made of it is in `model.report`.
+            ViT, ViTMAE, DeiT, DINOv2, CLIP or SigLIP; or a timm `VisionTransformer` or `Eva` instance (which stays as
+            it is: `backbone` is another module on the same storage). What was made of it is in `model.report`.
         num_classes: K.
         prompt_length: prompts per layer P, 0 allowed.
         prompt_mode: "deep", "shallow" or "progressive", see `vptm.PromptBank`. Prompts are inserted after the position
@@ -82,7 +89,7 @@ class PromptedViT(PromptedModel):
 
     def __init__(
         self,
-        source: str | Path | VisionTransformer | LoadedViT,
+        source: str | Path | VisionTransformer | Eva | LoadedViT,
         num_classes: int,
         *,
         prompt_length: int = 10,
@@ -117,14 +124,14 @@ class PromptedViT(PromptedModel):
         backbone: Any = loaded.backbone
         self.backbone = backbone
         pools = isinstance(backbone.attn_pool, AttentionPoolLatent)
-        if readout == "cls" and not backbone.has_class_token:
+        if readout == "cls" and backbone.cls_token is None:
             instead = "map" if pools else "mean"
             raise ValueError(f"readout='cls' needs a class token, this backbone has none: use readout={instead!r}")
         if readout == "map" and not pools:
             found = type(backbone.attn_pool).__name__ if backbone.attn_pool is not None else "none"
             raise ValueError(
                 f"readout='map' needs the attention pooling of its source, AttentionPoolLatent, this backbone has "
-                f"{found}: use readout={'cls' if backbone.has_class_token else 'mean'!r}"
+                f"{found}: use readout={'mean' if backbone.cls_token is None else 'cls'!r}"
             )
         self.num_features = backbone.embed_dim
         self.num_patches = backbone.patch_embed.num_patches
@@ -149,7 +156,7 @@ class PromptedViT(PromptedModel):
             rows, columns = backbone.patch_embed.grid_size
             self.replaced_patch = (rows // 2) * columns + columns // 2
         if token_activation != "hidden":
-            plain = type(backbone).forward_head is VisionTransformer.forward_head
+            plain = type(backbone).forward_head in (VisionTransformer.forward_head, Eva.forward_head)
             if not isinstance(backbone.head, nn.Linear) or not plain:
                 raise ValueError(
                     f"token_activation={token_activation!r} reads the source's classifier, this backbone does not have "
@@ -164,9 +171,13 @@ class PromptedViT(PromptedModel):
 
     def embed(self, images: Tensor, patch_embed: nn.Module | None = None) -> Tensor:
         """Rows `[class | registers | patches]` with positions, after `norm_pre`."""
+        return self._placed((patch_embed or self.backbone.patch_embed)(images))
+
+    def _placed(self, patches: Tensor) -> Tensor:
+        """Rows of patches by timm's code."""
         backbone = self.backbone
-        patches = self._masked((patch_embed or backbone.patch_embed)(images))
-        return backbone.norm_pre(backbone._pos_embed(patches))
+        rows = backbone._pos_embed(self._masked(patches))
+        return backbone.norm_pre(rows[0] if isinstance(backbone, Eva) else rows)
 
     def _masked(self, patches: Tensor) -> Tensor:
         """Patches (B, N, C), or (B, rows, columns, C), with the mask token in the place of one where it is read."""
@@ -181,22 +192,53 @@ class PromptedViT(PromptedModel):
 
     def reference_embed(self, images: Tensor) -> Tensor:
         """The same rows by timm's code alone."""
-        backbone = self.backbone
-        return backbone.norm_pre(backbone._pos_embed(self._masked(backbone.patch_embed(images))))
+        return self._placed(self.backbone.patch_embed(images))
 
-    def reference_block(self, layer: int, rows: Tensor, attention: AttentionFunction) -> Tensor:
+    def rotary_embedding(self) -> Tensor | None:
+        """Of timm's Eva."""
+        return rotary_embedding(self.backbone)
+
+    def reference_block(
+        self, layer: int, rows: Tensor, attention: AttentionFunction, rotary: Tensor | None = None
+    ) -> Tensor:
         """timm's own block, of whatever kind; `attention` is timm's choice."""
-        return self.backbone.blocks[layer](rows)
+        block = self.backbone.blocks[layer]
+        return block(rows) if rotary is None else block(rows, rope=self._rotary_of(layer, rows, rotary))
+
+    def _rotary_of(self, layer: int, rows: Tensor, rotary: Tensor) -> Tensor:
+        return of_block(rotary, layer, rows.shape[1] - self.backbone.num_prefix_tokens - self.num_patches)
 
     def attention_weights(self, layer: int, rows: Tensor) -> Tensor:
         """What each of the rows (B, T, C) that enter block `layer` attends to, (B, H, T, T), softmax over the last."""
         block: Any = self.backbone.blocks[layer]
         attn: Any = getattr(block, "attn", None)
+        if type(block) in (EvaBlock, EvaBlockPostNorm):
+            x = block.norm1(rows) if type(block) is EvaBlock else rows
+            return self._eva_weights(attn, x, layer)
         if type(block) not in (Block, ResPostBlock) or type(attn) is not Attention:
             raise ValueError(f"attention maps need blocks of one Attention after another, got {type(block).__name__}")
         x = rows if type(block) is ResPostBlock else block.norm1(rows)
         query, key, _ = rearrange(attn.qkv(x), "b t (three h d) -> three b h t d", three=3, h=attn.num_heads)
         return (attn.q_norm(query) * attn.scale @ attn.k_norm(key).mT).softmax(dim=-1)
+
+    def _eva_weights(self, attn: Any, x: Tensor, layer: int) -> Tensor:
+        if attn.qkv is None:
+            query, key = attn.q_proj(x), attn.k_proj(x)
+        else:
+            query, key, _ = attn.qkv(x).chunk(3, -1)
+            if getattr(attn, "q_bias", None) is not None:
+                query, key = query + attn.q_bias, key + attn.k_bias
+        query, key = (rearrange(one, "b t (h d) -> b h t d", d=attn.head_dim) for one in (query, key))
+        query, key = attn.q_norm(query), attn.k_norm(key)
+        rotary = self.rotary_embedding()
+        if rotary is not None:
+            first, own = self.backbone.num_prefix_tokens, self._rotary_of(layer, x, rotary)
+            query, key = (
+                torch.cat([one[:, :, :first], apply_rot_embed_cat(one[:, :, first:], own, half=attn.rotate_half)], 2)
+                for one in (query, key)
+            )
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        return (query * attn.scale @ key.mT).softmax(dim=-1)
 
     @property
     def attention_pool(self) -> nn.Module | None:
@@ -212,7 +254,10 @@ class PromptedViT(PromptedModel):
     def mean_rows(self) -> slice:
         """Rows that a mean read-out averages, or attention pools."""
         backbone = self.backbone
-        with_prefix = backbone.pool_include_prefix and (backbone.attn_pool is None or self.readout == "map")
+        if isinstance(backbone, Eva):  # whose attention pooling takes every row, and whose mean the patches
+            with_prefix = self.readout == "map"
+        else:
+            with_prefix = backbone.pool_include_prefix and (backbone.attn_pool is None or self.readout == "map")
         prefix = 0 if with_prefix else backbone.num_prefix_tokens
         return slice(prefix, self.num_rows - (0 if self.pools_prompts else self.prompts.length))
 

@@ -25,6 +25,7 @@ import torch
 from timm.layers.mlp import Mlp, SwiGLU
 from timm.layers.norm import LayerNorm
 from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ from vptm.weights.beit_architecture import (
 )
 from vptm.weights.configs import HUGGINGFACE_EPS
 from vptm.weights.containers import Checkpoint, read_checkpoint
-from vptm.weights.families import refuse_rotary
+from vptm.weights.families import TIMM_MODULES, refuse_rotary
 from vptm.weights.files import (
     SUFFIXES,
     check_values,
@@ -249,7 +250,7 @@ def _from_timm_name(name: str, size: tuple[int, int] | None, pretrained: bool) -
     model_name, _, tag = name.partition(".")
     empty = probe(model_name)
     if not isinstance(empty, Beit):
-        other = ": use PromptedViT" if isinstance(empty, VisionTransformer) else ""
+        other = ": use PromptedViT" if isinstance(empty, VisionTransformer | Eva) else ""
         raise ValueError(
             f"{name}: PromptedBEiT runs timm's Beit class, {model_name} is a {type(empty).__name__}{other}"
         )
@@ -299,7 +300,7 @@ def probe(model_name: str) -> nn.Module:
 
 
 def _unknown_name(name: str) -> str:
-    known = [n for module in ("beit", "deit", "vision_transformer") for n in timm.list_models(module=module)]
+    known = [n for module in TIMM_MODULES for n in timm.list_models(module=module)]
     near = difflib.get_close_matches(
         name, ["builtin", *(n for n in known if not n.startswith("beit3"))], n=3, cutoff=0.5
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -88,7 +89,7 @@ def _timm_rows(name: str) -> Rows:
         rows = [("source", name), *report_of_name(base).lines()[1:]]
     else:
         rows = [("source", name), ("format", "timm-name"), ("class", type(model).__name__)]
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, VisionTransformer | Eva):
         size = " x ".join(map(str, (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)))
         patch = " x ".join(map(str, model.patch_embed.patch_size))
         window = " x ".join(map(str, model.patch_embed.grid_size))
@@ -103,8 +104,9 @@ def _timm_rows(name: str) -> Rows:
     rows.append(("pretrained weights", ", ".join(tags) or "none"))
     if tag and name not in tags:
         rows.append(("problem", f"pretrained tag must be one of {', '.join(tags)}"))
-    if not isinstance(model, VisionTransformer | Beit):
-        rows.append(("problem", f"prompts go into timm's Beit and VisionTransformer, this is a {type(model).__name__}"))
+    if not isinstance(model, VisionTransformer | Eva | Beit):
+        classes = "Beit, VisionTransformer and Eva"
+        rows.append(("problem", f"prompts go into timm's {classes}, this is a {type(model).__name__}"))
     return rows
 
 

@@ -21,7 +21,7 @@ class Told(NamedTuple):
     readout: Literal["cls", "map", "mean"] = "cls"
 
 
-TIMM_MODULES = ("beit", "vision_transformer", "deit")
+TIMM_MODULES = ("beit", "vision_transformer", "deit", "eva")
 """timm's modules whose models are of a family."""
 
 MODEL_TYPES: dict[str, Family] = {

@@ -18,9 +18,10 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.layers import GluMlp, Mlp
-from timm.models import get_pretrained_cfg, vision_transformer
+from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.models import eva, get_pretrained_cfg, vision_transformer
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ from vptm.weights.preprocessing import statistics
 from vptm.weights.vit_architecture import VIT_EPS, arguments_of, resize_position, timm_names
 
 BLOCKS = ("Block", "ResPostBlock", "ParallelScalingBlock", "DiffParallelScalingBlock", "ParallelThingsBlock")
+EVA_BLOCKS = ("EvaBlock", "EvaBlockPostNorm")
 # other heads than one linear, decoders and other towers: what a backbone does not need
 _SURPLUS = re.compile(
     r"decoder|head\.(?!(weight|bias)$)|(dino|ibot)_head\.|predictor\.|momentum_encoder\.|pooler\.|pre_logits\.|"
@@ -91,7 +93,7 @@ class LoadedViT:
     timm name with `pretrained=False`). default_cfg: preprocessing, as timm's.
     """
 
-    backbone: VisionTransformer
+    backbone: VisionTransformer | Eva
     mask_token: Tensor | None
     pretrained: bool
     report: ViTReport
@@ -99,22 +101,23 @@ class LoadedViT:
 
 
 def load_vit(
-    source: str | os.PathLike[str] | VisionTransformer | LoadedViT,
+    source: str | os.PathLike[str] | VisionTransformer | Eva | LoadedViT,
     *,
     img_size: int | tuple[int, int] | None = None,
     pretrained: bool = False,
     architecture: str | None = None,
 ) -> LoadedViT:
-    """Read ViT weights of any common origin into timm's `VisionTransformer`.
+    """Read ViT weights of any common origin into timm's `VisionTransformer`, or those of EVA-02, DINOv3 and what else
+    timm builds as its `Eva` into that class.
 
     source: one of
-      - a timm name of the class, with its tag where it has one: random weights, or timm's own with `pretrained=True`;
+      - a timm name of either class, with its tag where it has one: random weights, or with `pretrained=True` timm's;
       - a `.pth`, `.pt`, `.bin`, `.ckpt`, `.tar` or `.safetensors` file of timm, MAE, MoCo-v3, DINO, DINOv2 (with
         registers) or transformers, in the usual wrappers; of a DINO checkpoint the teacher is read;
       - Google's `.npz`;
       - a folder with `config.json` and weights, as transformers (ViT, ViTMAE, ViTMSN, DeiT, I-JEPA, DINOv2, CLIP,
         SigLIP) or timm save it, or the hub id of one;
-      - a `VisionTransformer` instance, which stays as it is: the backbone is another module on the same storage;
+      - a `VisionTransformer` or `Eva` instance, which stays as it is: the backbone is another module on its storage;
       - what this function gave, likewise.
     img_size: pixels, int or (height, width), multiples of the patch; `pos_embed` is resized by timm's
       `resample_abs_pos_embed`. None keeps the source's size. A file that states no size is taken to be square.
@@ -155,7 +158,9 @@ def _load(source: Any, size: tuple[int, int] | None, pretrained: bool, architect
         check_values(source.state_dict(), label, backbone=True)
         return _finished(shared_twin(source), label, "module", pretrained)
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"source must be a path, a timm name or a timm VisionTransformer, got {type(source).__name__}")
+        raise TypeError(
+            f"source must be a path, a timm name or a timm VisionTransformer or Eva, got {type(source).__name__}"
+        )
     label = os.fspath(source)
     if named:
         return _from_timm_name(label, size, pretrained)
@@ -164,20 +169,20 @@ def _load(source: Any, size: tuple[int, int] | None, pretrained: bool, architect
         return _from_checkpoint(checkpoint, label, size, architecture)
     if not isinstance(source, str) or Path(label).suffix in SUFFIXES or os.sep in label or "/" in label:
         raise FileNotFoundError(f"{label}: no such file or folder")
-    known = timm.list_models(module="vision_transformer")
+    known = timm.list_models(module="vision_transformer") + timm.list_models(module="eva")
     raise ValueError(
-        f"source must be a file, a timm name or a timm VisionTransformer, got {label!r}"
+        f"source must be a file, a timm name or a timm VisionTransformer or Eva, got {label!r}"
         f"{hint(label.partition('.')[0], known)}"
     )
 
 
 def check_backbone(backbone: nn.Module, label: str) -> None:
-    """Refuse, by name, what is no VisionTransformer by its class, or is one that computes something else."""
-    kind = VisionTransformer
+    """Refuse, by name, what is no VisionTransformer or Eva by its class, or is one that computes something else."""
+    kind = Eva if isinstance(backbone, Eva) else VisionTransformer
     if not isinstance(backbone, kind):
         other = ": use PromptedBEiT" if type(backbone).__name__ == "Beit" else ""
         raise ValueError(
-            f"PromptedViT runs timm's VisionTransformer class, {label} is a {type(backbone).__name__}{other}"
+            f"PromptedViT runs timm's VisionTransformer and Eva classes, {label} is a {type(backbone).__name__}{other}"
         )
     for method in ("forward_features", "forward", "forward_intermediates"):
         if method in backbone.__dict__ or getattr(type(backbone), method) is not getattr(kind, method):
@@ -185,14 +190,15 @@ def check_backbone(backbone: nn.Module, label: str) -> None:
             if own is VisionTransformerDistilled and method not in backbone.__dict__:
                 continue
             raise ValueError(
-                f"PromptedViT runs what VisionTransformer.{method} computes, {label} has a {method} of its own "
+                f"PromptedViT runs what {kind.__name__}.{method} computes, {label} has a {method} of its own "
                 f"({own.__name__})"
             )
-    kinds = tuple(getattr(vision_transformer, name) for name in BLOCKS if hasattr(vision_transformer, name))
+    home, names = (eva, EVA_BLOCKS) if kind is Eva else (vision_transformer, BLOCKS)
+    kinds = tuple(getattr(home, name) for name in names if hasattr(home, name))
     for block in backbone.blocks:
         if type(block) not in kinds:
-            raise ValueError(f"PromptedViT runs blocks of {', '.join(BLOCKS)}, {label} has {type(block).__name__}")
-    if not isinstance(backbone.patch_drop, nn.Identity):
+            raise ValueError(f"PromptedViT runs blocks of {', '.join(names)}, {label} has {type(block).__name__}")
+    if not isinstance(backbone.patch_drop, nn.Identity | None):
         raise ValueError(f"patch_drop_rate must be 0, {label} drops patches")
 
 
@@ -409,11 +415,12 @@ def _finished(
 
 
 def _described(backbone: Any) -> dict[str, Any]:
-    """A VisionTransformer in plain values, for people and for files."""
+    """A VisionTransformer or an Eva in plain values, for people and for files."""
     first = backbone.blocks[0]
     attn, norm, mlp = getattr(first, "attn", None), getattr(first, "norm1", None), getattr(first, "mlp", None)
     prefix = ["class"] * (backbone.cls_token is not None) + ["distillation"] * hasattr(backbone, "dist_token")
-    prefix += [f"{backbone.num_reg_tokens} registers"] * bool(backbone.num_reg_tokens)
+    registers = 0 if backbone.reg_token is None else backbone.reg_token.shape[1]
+    prefix += [f"{registers} registers"] * bool(registers)
     return {
         "img_size": tuple(backbone.patch_embed.img_size),
         "patch_size": tuple(backbone.patch_embed.patch_size),
@@ -421,8 +428,9 @@ def _described(backbone: Any) -> dict[str, Any]:
         "embed_dim": backbone.embed_dim,
         "depth": len(backbone.blocks),
         "num_heads": getattr(attn, "num_heads", 1),
-        "mlp": mlp.fc2.in_features if isinstance(mlp, Mlp | GluMlp) else type(mlp).__name__,
-        "layer_scale": not isinstance(getattr(first, "ls1", nn.Identity()), nn.Identity),
+        "mlp": mlp.fc2.in_features if isinstance(mlp, Mlp | GluMlp | SwiGLU) else type(mlp).__name__,
+        "layer_scale": not isinstance(getattr(first, "ls1", nn.Identity()), nn.Identity)
+        or getattr(first, "gamma_1", None) is not None,
         "prefix": prefix,
         "position": _position(backbone),
         "final_norm": "norm, on every token" if not isinstance(backbone.norm, nn.Identity) else _after(backbone),
@@ -432,9 +440,12 @@ def _described(backbone: Any) -> dict[str, Any]:
 
 
 def _position(backbone: Any) -> str:
-    if backbone.pos_embed is None:
-        return "none"
-    return "absolute embedding" + (" of patches" if backbone.no_embed_class else "")
+    found = []
+    if backbone.pos_embed is not None:
+        found.append("absolute embedding" + (" of patches" if backbone.no_embed_class else ""))
+    if getattr(backbone, "rope", None) is not None:
+        found.append("rotary")
+    return ", ".join(found) or "none"
 
 
 def _after(backbone: Any) -> str:
