@@ -98,12 +98,11 @@ def forward_config(
     gathered: the bias is read from its table; on sm100 with Triton 3.6 four warps spill 8 bytes for queries that come
     scaled, eight for others. With Triton 3.8 four spill 8 bytes there for heads of 16.
 
-    On sm90 128 rows read two thirds of what 64 rows read from the second-level cache, which is what limits the kernel;
-    with at most 128 registers a thread two such programs fit a multiprocessor, one otherwise. That takes queries that
-    come scaled, a bias, and prompts that do not attend: registers spill in the other cases. There, the scores of up to
-    208 keys stay in registers for an eighth fewer instructions, where head dimensions have a scale that is a power of
-    two; for other ones it leaves registers for two programs of three. Elsewhere it saves nothing: tcgen05 keeps scores
-    outside registers, and mma needs them for operands.
+    On sm90, timed on an H200 (`docs/kernels.md`): with at most 128 registers a thread four programs of 64 rows fit a
+    multiprocessor, and the next keys come while a block is computed. Registers spill where the kernel multiplies by the
+    scale, gathers the bias, or where prompts attend; without a bias the compiler keeps to 128 by itself. Elsewhere the
+    scores of up to 208 keys stay in registers for an eighth fewer instructions, where head dimensions have a scale that
+    is a power of two.
     """
     few = keys <= RESIDENT_SCORES and not pooled
     if interpreted:
@@ -116,8 +115,12 @@ def forward_config(
         return ForwardConfig(32, 16 if arch == "sm120" else 32, 4, 1)
     if not _asynchronous_tensor_cores(arch):
         return ForwardConfig(64, 32, 4, 1)
-    if arch == "sm90" and tokens > 64 and bias_bits and not scaled and not prompts_attend:
-        return ForwardConfig(128, 64, 8, 1, max_registers=128)
+    if arch == "sm90" and tokens > 64 and not prompts_attend:
+        if not bias_bits:
+            return ForwardConfig(64, 64, 4, 3)
+        if not scaled:
+            large = ForwardConfig(128, 64, 8, 1, max_registers=128)
+            return large if gathered else ForwardConfig(64, 64, 4, 2, max_registers=128)
     resident = few and arch == "sm90" and head_dim in (16, 64) and bias_bits <= 16
     warps = 8 if _tensor_memory(arch) and (head_dim <= 16 or (gathered and not scaled)) else 4
     return ForwardConfig(64, 64, warps, 1, scores_resident=resident)
@@ -142,7 +145,8 @@ def forward_candidates(
     found = [table._replace(heads_first=True)]
     if _asynchronous_tensor_cores(arch) and dtype_bits == 16 and head_dim <= 64:
         small, large = ForwardConfig(64, 64, 4, 1), ForwardConfig(128, 64, 8, 1, max_registers=128)
-        found += [small, large, large._replace(heads_first=True), large._replace(num_stages=2)]
+        found += [small, small._replace(num_stages=2), small._replace(num_stages=2, max_registers=128)]
+        found += [large, large._replace(heads_first=True), large._replace(num_stages=2), large._replace(num_stages=3)]
         if not pooled and keys <= RESIDENT_SCORES:
             found.append(small._replace(scores_resident=True))
         if not pooled and keys <= RESIDENT_KEYS:
