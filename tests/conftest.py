@@ -45,7 +45,10 @@ AOT_BASELINE = Path(__file__).parent.parent / "bench" / "results" / "aot_baselin
 _baseline_changes: list[str] = []
 
 
-KERNEL_TESTS = ("test_prompted_attention", "test_readout_attention", "test_residual_norm", "test_prototype_cosine")
+KERNEL_TESTS = (
+    *("test_prompted_attention", "test_readout_attention", "test_prototype_cosine"),
+    *("test_residual_norm", "test_shifted_norm"),
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from vptm_kernels import FoldedHead
 
 # (query, key, value, bias or None) -> attended values, all (B, H, T, D), the bias (1, H, T, T)
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+Result = TypeVar("Result")
 
 
 class PreparedHead(NamedTuple):
@@ -136,14 +139,14 @@ class PromptedRows(nn.Module):
         """Whether the read-out averages prompt rows too, so that the last block has to compute them."""
         return False
 
-    def run_block(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    def run_block(self, function: Callable[..., Result], *args: Any) -> Result:
         """`function(*args)`, its activations recomputed in backward where `grad_checkpointing` asks for it; before and
         after, `block_listener` is called where there is one."""
         listener = self.block_listener
         if listener is not None:
             listener()
         if self.grad_checkpointing and torch.is_grad_enabled():
-            out: Tensor = checkpoint(function, *args, use_reentrant=False)
+            out: Result = checkpoint(function, *args, use_reentrant=False)
         else:
             out = function(*args)
         if listener is not None:
