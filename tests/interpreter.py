@@ -15,7 +15,10 @@ and it checks what the stock interpreter cannot see (Triton >= 3.9 wraps the err
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 
 def install() -> None:
@@ -211,3 +214,63 @@ def _check_memory(interpreter: Any) -> None:
     executor._init_args_hst = init_args
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     builder.create_atomic_rmw, builder.create_atomic_cas = atomic_rmw, compare_and_swap
+
+
+@contextlib.contextmanager
+def approximate_functions() -> Iterator[None]:
+    """Inside, float32 is computed as on an NVIDIA GPU: exponents, logarithms, roots and quotients err by anything up to
+    what PTX allows, the same in every run, and products are summed one term after the other."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    random = np.random.default_rng(0)
+
+    def off(x: Any, bound: float, absolute: Any = False) -> Any:
+        by = random.uniform(-bound, bound, x.shape)
+        return np.where(absolute, x + by, x * (1 + by)).astype(np.float32)
+
+    def unary(name: str, function: Callable[[Any], Any], bound: float) -> Any:
+        exact = getattr(builder, name)
+
+        def call(self: Any, arg: Any) -> Any:
+            if arg.data.dtype != np.float32:
+                return exact(self, arg)
+            # a logarithm near 0 errs by an absolute bound
+            near = (arg.data > 0.5) & (arg.data < 2) if name.startswith("create_log") else False
+            return handle(off(function(arg.data.astype(np.float64)), bound, near), arg.dtype.scalar)
+
+        return patch.object(builder, name, call)
+
+    def through_base_2(x: Any) -> Any:
+        return np.exp2((x * np.log2(np.e)).astype(np.float32).astype(np.float64))
+
+    def divide(self: Any, lhs: Any, rhs: Any) -> Any:
+        quotient = self.binary_op(lhs, rhs, np.divide)
+        if quotient.data.dtype == np.float32:
+            quotient.data = off(quotient.data, 2.0**-22)
+        return quotient
+
+    dot = builder.create_dot
+
+    def one_by_one(self: Any, a: Any, b: Any, sums: Any, *rest: Any) -> Any:
+        if a.data.dtype != np.float32:
+            return dot(self, a, b, sums, *rest)
+        wide, total = (a.data.astype(np.float64), b.data.astype(np.float64)), sums.data
+        for k in range(a.data.shape[-1]):
+            total = (total + wide[0][..., :, k, None] * wide[1][..., None, k, :]).astype(np.float32)
+        return handle(total, sums.dtype.scalar)
+
+    with contextlib.ExitStack() as patches:
+        for name, function, bound in (
+            ("create_exp2", np.exp2, 2.0**-22),
+            ("create_exp", through_base_2, 2.0**-22),
+            ("create_log2", np.log2, 2.0**-22),
+            ("create_log", np.log, 2.0**-22),
+            ("create_sqrt", np.sqrt, 2.0**-23),
+            ("create_rsqrt", lambda x: 1 / np.sqrt(x), 2.0**-22.9),
+        ):
+            patches.enter_context(unary(name, function, bound))
+        patches.enter_context(patch.object(builder, "create_fdiv", divide))
+        patches.enter_context(patch.object(builder, "create_dot", one_by_one))
+        yield

@@ -201,6 +201,12 @@ def _task_linear_kernel(hidden, weight, bias, task_ids, out, T, C, D, stride_h, 
     tl.store(out + row * D + dims, e, mask=dims < D)
 
 
+@triton.jit
+def _inverse_norm(squares, eps):
+    """1 / max(root of squares, eps). One approximate instruction instead of a root and a quotient for every cosine."""
+    return tl.minimum(tl.rsqrt(squares), 1.0 / eps)
+
+
 @triton.jit(do_not_specialize=["B"])  # a smaller last batch compiles nothing
 def _cosine_kernel(embedding, prototypes, out, B, K, D, stride_c, eps,
                    ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -220,7 +226,7 @@ def _cosine_kernel(embedding, prototypes, out, B, K, D, stride_c, eps,
         acc = tl.dot(e, tl.trans(c), acc, input_precision=PRECISION, out_dtype=ACC)
         row_squares += tl.sum(e * e, 1)
         class_squares += tl.sum(c * c, 1)
-    acc = acc / tl.maximum(tl.sqrt(row_squares), eps)[:, None] / tl.maximum(tl.sqrt(class_squares), eps)[None, :]
+    acc = acc * _inverse_norm(row_squares, eps)[:, None] * _inverse_norm(class_squares, eps)[None, :]
     ok = (rows < B)[:, None] & (classes < K)[None, :]
     tl.store(out + rows.to(tl.int64)[:, None] * K + classes[None, :], acc, mask=ok)
 
@@ -248,6 +254,5 @@ def _task_cosine_kernel(embedding, prototypes, task_ids, offsets, out, T, D, wid
         products += tl.sum(c * e[None, :], 1)
         class_squares += tl.sum(c * c, 1)
         row_squares += e * e
-    norm = tl.maximum(tl.sqrt(tl.sum(row_squares, 0)), eps)
-    cosine = products / norm / tl.maximum(tl.sqrt(class_squares), eps)
+    cosine = products * _inverse_norm(tl.sum(row_squares, 0), eps) * _inverse_norm(class_squares, eps)
     tl.store(out + row * widest + k, tl.where(k < count, cosine, float("-inf")), mask=k < widest)

@@ -137,8 +137,8 @@ def _grad_kernel(
         # Of the rounded factors, so that dx keeps no part along the mean or the token itself.
         du_wide = du.to(ACC)
         a_wide = a.to(ACC)
-        along_mean = tl.sum(du_wide * w_sum[:, None] + a_wide * g_sum[:, None], 0) / C
-        along_token = tl.sum(du_wide * u + a_wide * v, 0) / C
+        along_mean = tl.sum(du_wide * w_sum[:, None] + a_wide * g_sum[:, None], 0) * (1.0 / C)
+        along_token = tl.sum(du_wide * u + a_wide * v, 0) * (1.0 / C)
         for first in tl.range(0, C, BLOCK_C, num_stages=STAGES):
             c = first + tl.arange(0, BLOCK_C)
             normed = (load_chunk(x_base, x_row, c, C, EVEN).to(ACC) - mean[:, None]) * rstd[:, None]
