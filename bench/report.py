@@ -262,7 +262,7 @@ def _headline(title: str, run: Timed) -> str:
 
 def section() -> str:
     """The README text between the markers: the first setting of every bench of a whole model, as benches run what
-    matters most first; on a GPU, where one was measured.
+    matters most first; on the first GPU that was measured, then on the first other machine.
 
     Raises:
         ValueError: see `one_commit`.
@@ -270,26 +270,34 @@ def section() -> str:
     sources = plots.contents(RESULTS)
     one_commit(sources)
     on_gpu = [source for source in sources if source[1]["machine_info"].get("gpu")]
-    for source in (*on_gpu, *sources):
-        runs = [run for run in plots.load([source]) if run.info.get("implementation", OURS) == OURS]
-        found = []
-        for bench, own, title in HEADLINES:
-            whole = [run for run in runs if run.bench == bench and str(run.info.get("model")).startswith("VPTM") == own]
-            compared = [run for run in whole if any(peers.same_function(peer) for peer in _peers([run.info]))]
-            if compared:
-                found.append((title, compared[0]))
-        if found:
-            break
-    else:
+    others = [source for source in sources if source not in on_gpu]
+    parts = [part for group in (on_gpu, others) if (part := next(filter(None, map(_machine, group)), None))]
+    if not parts:
         return "Nothing has been measured yet.\n"
+    return "\n".join([*parts, *([] if on_gpu else ["Speed on a GPU is not yet measured.", ""])])
+
+
+def _machine(source: Source) -> str | None:
+    """What one machine gave; None where no whole model was compared on it."""
+    runs = [run for run in plots.load([source]) if run.info.get("implementation", OURS) == OURS]
+    found = []
+    for bench, own, title in HEADLINES:
+        whole = [run for run in runs if run.bench == bench and str(run.info.get("model")).startswith("VPTM") == own]
+        compared = [run for run in whole if any(peers.same_function(peer) for peer in _peers([run.info]))]
+        if compared:
+            found.append((title, compared[0]))
+    if not found:
+        return None
     first, commit = found[0][1], str(source[1]["machine_info"].get("commit"))[:10]
-    lines = [
-        f"{first.info.get('model')}, {first.dtype}, random weights, on {first.machine}, commit {commit} "
-        f"([every setting]({LINK})):",
-        "",
-        *(_headline(title, run) for title, run in found),
-    ]
-    return "\n".join([*lines, *([] if on_gpu else ["", "Speed on a GPU is not yet measured."]), ""])
+    return "\n".join(
+        [
+            f"{first.info.get('model')}, {first.dtype}, random weights, on {first.machine}, commit {commit} "
+            f"([every setting]({LINK})):",
+            "",
+            *(_headline(title, run) for title, run in found),
+            "",
+        ]
+    )
 
 
 def updated(readme: str) -> str:

@@ -122,11 +122,12 @@ def test_the_readme_names_the_strongest_peer(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_readme_shows_a_gpu_where_one_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its own numbers and name, and without the sentence that none was."""
+    """With its own numbers and name before those of a CPU, and without the sentence that none was."""
     cpu = measured(model(**{"speed-up over concatenation": 1.3}), gpu=None)
     gpu = measured(model(**{"speed-up over concatenation": 1.8}))
     lines = front(monkeypatch, tmp_path, cpu=cpu, gpu=gpu)
-    assert "NVIDIA H200" in lines[0] and "**1.80x**" in lines[1] and len(lines) == 2
+    assert "NVIDIA H200" in lines[0] and "**1.80x**" in lines[1]
+    assert "NVIDIA" not in lines[2] and "**1.30x**" in lines[3] and len(lines) == 4
 
 
 def test_forms_of_vptm_have_columns_of_their_own() -> None:
@@ -159,7 +160,7 @@ def test_results_of_one_machine_are_of_one_commit(tmp_path: Path, monkeypatch: p
         content = measured(model(**{"speed-up over concatenation": 1.8}), gpu=gpu)
         content["machine_info"]["commit"] = commit  # type: ignore[index]
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    assert re.findall(r"commit (\w+) ", report.section()) == ["b" * 10]
+    assert re.findall(r"commit (\w+) ", report.section()) == ["b" * 10, "a" * 10]
     content["machine_info"]["commit"] = "c" * 40  # type: ignore[index]
     (tmp_path / "more.json").write_text(json.dumps(content))
     with pytest.raises(
