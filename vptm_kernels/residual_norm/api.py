@@ -26,8 +26,9 @@ def residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """What stands between two linears of a transformer block: add the update of a branch, then normalise.
 
-    On an H200 it moves its rows at 85 % of the speed of a copy (`docs/kernels.md`). On a CPU `torch.addmm` with beta=1, which adds the residual in the matrix product,
-    followed by LayerNorm is the way to go where there is no gamma and no row_scale (`docs/kernels.md`).
+    On an H200 it moves its rows at 85 % of the speed of a copy (`docs/kernels.md`). On a CPU `torch.addmm` with beta=1,
+    which adds the residual in the matrix product, followed by LayerNorm is the way to go where there is no gamma and no
+    row_scale.
 
     Args:
         x: (..., C), the residual stream, at least two dimensions; float16, bfloat16, float32 or float64. Any strides

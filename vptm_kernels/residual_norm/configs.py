@@ -1,5 +1,5 @@
-"""Rows of one program and its warps: plain Python, no search at run time. On an H200 eight choices for 12608 rows of 768
-in bfloat16 took 21.1 to 22.1 us."""
+"""Rows of one program and its warps: plain Python, no search at run time. On an H200 eight choices for 12608 rows of
+768 in bfloat16 took 21.1 to 22.1 us."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _FEWEST_ELEMENTS = 1 << 22
 def one_pass_is_worth_it(elements: int) -> bool:
     """Whether a model's eager block on a GPU adds and normalises rows of so many elements by this op.
 
-    At 64 images of 197 rows of 768 in bfloat16 an H200 takes 21.8 us for it, 15.9 for an addition and 27.4 for PyTorch's
-    LayerNorm. A call costs the host 9 us more than those two, which small batches wait for.
+    At 64 images of 197 rows of 768 in bfloat16 an H200 takes 21.8 us for it, 15.9 for an addition and 27.4 for the
+    LayerNorm of PyTorch. A call costs the host 9 us more than those two, which small batches wait for.
     """
     return elements >= _FEWEST_ELEMENTS
 
