@@ -102,10 +102,10 @@ class Plan:
     warmers: tuple[Stage, ...]
 
 
-def _peers(compiled: bool) -> str:
-    """Names for --peers: of every headline bench, those that torch.compile makes, or the others."""
+def _peers(compiled: bool, files: Sequence[str]) -> str:
+    """Names for --peers: of these benches, which know no others, those that torch.compile makes, or the others."""
     found: dict[str, None] = {}
-    for file in FILES:
+    for file in files:
         peers = importlib.import_module(f"bench.{file.removesuffix('.py')}").PEERS
         wanted = {name: peer for name, peer in peers.items() if not peer.named and "cpu" not in peer.needs}
         found |= dict.fromkeys(name for name, peer in wanted.items() if (peer.mode is not None) == compiled)
@@ -128,7 +128,6 @@ def plan(part: str, rehearse: bool = False) -> Plan:
     """Of "first" or "second". rehearse: the same stages on a CPU, on tiny models and in the interpreter."""
     if rehearse:
         timing.select(timing.Selection("cpu", (torch.bfloat16,), (), True, True))
-    eager, compiled = _peers(compiled=False), _peers(compiled=True)
     everything, models_first = (*ATTENTION, *MODELS), (*FILES[1:], *FILES[:1])
 
     def bench(
@@ -136,12 +135,13 @@ def plan(part: str, rehearse: bool = False) -> Plan:
         seconds: float,
         needs: float,
         settings: Sequence[str],
-        peers: str,
         dtype: str = "bfloat16",
         files: Sequence[str] = FILES,
+        compiled: bool = False,
         warmed: bool = False,
+        peers: str | None = None,
     ) -> Stage:
-        command = _bench(settings, peers, rehearse, dtype, files)
+        command = _bench(settings, peers or _peers(compiled, files), rehearse, dtype, files)
         return Stage(name, command, seconds, needs, timed=True, warmed=warmed)
 
     interpreted = {"TRITON_INTERPRET": "1"} if rehearse else {}
@@ -168,8 +168,8 @@ def plan(part: str, rehearse: bool = False) -> Plan:
         stages: tuple[Stage, ...] = (
             environment,
             Stage("correctness", (*tests, *few, *workers), 60, 30),
-            bench("headlines", 60, 35, everything, eager),
-            bench("compiled peers", 120, 60, everything, compiled, files=models_first, warmed=True),
+            bench("headlines", 60, 35, everything),
+            bench("compiled peers", 120, 60, everything, files=models_first, compiled=True, warmed=True),
             Stage("block sizes", (*tuning, *tiny), 50, 20, "", interpreted, timed=True),
         )
     else:
@@ -179,17 +179,17 @@ def plan(part: str, rehearse: bool = False) -> Plan:
         slow = MODELS[:1]
         stages = (
             environment,
-            bench("headlines", 45, 35, everything, eager),
-            bench("compiled peers", 55, 40, everything, compiled, files=models_first, warmed=True),
-            bench("float16", 20, 15, HALF, eager, dtype="float16", files=FILES[:2]),
-            bench("other batches", 25, 15, OTHER_BATCHES, eager, files=FILES[:2]),
-            bench("max-autotune", 45, 30, slow, MAX_AUTOTUNE, files=FILES[1:2]),
+            bench("headlines", 45, 35, everything),
+            bench("compiled peers", 55, 40, everything, files=models_first, compiled=True, warmed=True),
+            bench("float16", 20, 15, HALF, dtype="float16", files=FILES[:2]),
+            bench("other batches", 25, 15, OTHER_BATCHES, files=FILES[:2]),
+            bench("max-autotune", 45, 30, slow, files=FILES[1:2], peers=MAX_AUTOTUNE),
             Stage("sanitizer", (*tool, *small), 20, 12, program, interpreted),
         )
     # one process for every setting of a model, whose compiling takes half a minute each
     groups = [(FILES[:1], ATTENTION), *((FILES[1:2], (setting,)) for setting in MODELS), (FILES[2:], MODELS[:1])]
     warmers = [
-        replace(bench(f"compiling {settings[-1]}", 0, 0, settings, compiled, files=files), timed=False)
+        replace(bench(f"compiling {settings[-1]}", 0, 0, settings, files=files, compiled=True), timed=False)
         for files, settings in (groups[:1] if rehearse else groups)
     ]
     return Plan(stages, tuple(warmers))
