@@ -18,6 +18,9 @@ from torch import nn
 
 import vptm
 from vptm import PromptedViT
+from vptm.frozen.encoder import FrozenEncoder
+from vptm.frozen.fold import linears_of
+from vptm_kernels._runtime.triton_support import has_triton
 
 EVA02: dict[str, Any] = {"swiglu_mlp": True, "use_rot_pos_emb": True, "ref_feat_shape": (2, 3)}
 DINOV3: dict[str, Any] = {
@@ -61,6 +64,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_type": "mixed",
     },
     "EVA, no rotary positions": {},
+    "multimodal rotary positions": {"use_rot_pos_emb": True, "rope_type": "mrope"},
     "no class token": {**EVA02, "class_token": False, "num_reg_tokens": 1},
     "norms after": {"use_post_norm": True, "global_pool": "token"},
 }
@@ -68,7 +72,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 ODD: dict[str, dict[str, Any]] = {
     "query-key norm": {**EVA02, "qk_norm": True},
     "fewer keys than queries": {"attn_type": "rope", "qkv_fused": False, "num_kv_heads": 1, "use_rot_pos_emb": True},
-    "multimodal rotary positions": {"use_rot_pos_emb": True, "rope_type": "mrope"},
 }
 
 
@@ -95,6 +98,7 @@ def test_every_family_equals_the_naive_model(family: str) -> None:
             model = build_vit(
                 tiny_eva(family), prompt_mode=prompt_mode, readout=readout, prompt_length=4, progressive_alpha=0.3
             )
+            assert FrozenEncoder.supports(model) == (family != "norms after"), model.why_unfolded()
             batch = pictures(model)
             hidden = model.forward_hidden(batch)
             expected = naive_eva_hidden(model, batch, heads=HEADS, eps=eps_of(family))
@@ -123,11 +127,94 @@ def test_without_prompts_it_is_timms_model(family: str) -> None:
     _, found = model.forward_intermediates(batch, indices=2)
     _, wanted = twin.forward_intermediates(batch, indices=2)
     assert max(map(relative_error, found, wanted)) <= 1e-12
+    assert FrozenEncoder.supports(model) == (family not in ODD and family != "norms after")
     attn = twin.blocks[1].attn
     attn.fused_attn = False
     attn.attn_drop = kept = Kept()
     twin.forward_features(batch)
     assert relative_error(model.attention_maps(batch, indices=[1])[0], kept.weights) <= 1e-12
+
+
+@pytest.mark.parametrize("family", ["EVA-02 CLIP", "DINOv3", "RoPE-ViT, angles of each block and head"])
+def test_every_way_to_run_gives_the_same(family: str) -> None:
+    """Prompts of every sample, a sealed model, autocast, without prompts: each takes other branches, where a bias of
+    prompts' keys, a norm or a table of another length could be left out."""
+    for prompt_mode in ("deep", "progressive"):
+        drawn = build_vit(tiny_eva(family, depth=2), prompt_mode=prompt_mode, prompt_dropout=0.5).train()
+        outputs = {}
+        for impl in ("torch", "reference"):
+            drawn.impl = impl
+            torch.manual_seed(3)
+            outputs[impl] = drawn(pictures(drawn, 3))
+        assert relative_error(outputs["torch"], outputs["reference"]) <= 1e-12
+    model = build_vit(tiny_eva(family, depth=2))
+    batch = pictures(model, 5)
+    expected = model(batch)
+    bare = build_vit(tiny_eva(family, depth=2), prompt_length=0)
+    assert relative_error(model.without_prompts().forward_hidden(batch), bare.forward_hidden(batch)) <= 1e-12
+    with torch.no_grad():
+        sealed = copy.deepcopy(model).freeze_for_inference()
+        assert relative_error(sealed(batch), expected) <= 1e-12
+        assert relative_error(copy.deepcopy(sealed)(batch), expected) <= 1e-12
+    assert all(weight.is_meta for weight in (linear.weight for linear in linears_of(sealed.backbone.blocks[0])))
+    single = copy.deepcopy(model).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = single(batch.float())
+    assert relative_error(found.double(), expected) <= 0.05
+
+
+def test_one_graph_and_one_program_for_every_batch() -> None:
+    """fullgraph=True, forward and backward, and export: angles are constants of the graph, and no size is one."""
+    model = build_vit(tiny_eva("EVA-02 CLIP", depth=1))
+    batch = pictures(model, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (5, 3):
+        found, wanted = (
+            torch.autograd.grad(run(batch[:size]).square().sum(), model.prompts.weight)[0] for run in (compiled, model)
+        )
+        assert relative_error(found, wanted) <= 1e-10
+    sizes = {"images": {0: torch.export.Dim("batch", min=1, max=64)}}
+    program = torch.export.export(model, (batch,), dynamic_shapes=sizes).module()
+    assert relative_error(program(batch[:2]), model(batch[:2])) <= 1e-12
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs triton")
+@pytest.mark.parametrize("family", ["EVA-02 CLIP", "DINOv3 plus"])
+def test_triton_kernels_run_the_blocks(family: str) -> None:
+    """Asked for by name, Triton runs every block, forward and backward, in the interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("fp64 Triton needs the interpreter, which runs where there is no GPU")
+    for prompt_mode in ("deep", "shallow"):
+        model = build_vit(tiny_eva(family, embed_dim=32, depth=2), prompt_mode=prompt_mode, impl="triton")
+        errors = vptm.check(model, pictures(model))
+        assert max(errors.values()) <= 1e-10, errors
+
+
+def test_what_changes_is_followed() -> None:
+    """Frozen angles, gates and inner norms that are edited or hooked, and positions in training that are drawn."""
+    family = "RoPE-ViT, angles of each block and head"
+    model = build_vit(tiny_eva(family, swiglu_mlp=True, scale_mlp=True))
+    batch = pictures(model)
+    before = model(batch)
+    for name in ("rope.freqs", "blocks.1.mlp.fc1_g.weight", "blocks.0.mlp.norm.bias"):
+        with torch.no_grad():
+            model.backbone.get_parameter(name).mul_(1.5)
+        after = model(batch)
+        assert relative_error(after, before) > 1e-4, name
+        model.impl = "reference"
+        assert relative_error(after, model(batch)) <= 1e-12, name
+        model.impl, before = "auto", after
+    model.backbone.blocks[1].mlp.act.register_forward_hook(lambda module, given, out: out + 1)
+    assert relative_error(model(batch), before) > 1e-4 and model.why_unfolded() == "blocks with hooks"
+    drawn = build_vit(tiny_eva("EVA-02", rope_rescale_coords=2.0))
+    assert FrozenEncoder.supports(drawn)
+    assert max(vptm.check(drawn, pictures(drawn)).values()) <= 1e-10
+    drawn.backbone.rope.train()
+    assert drawn.why_unfolded() == "rotary positions that are drawn"
+    torch.manual_seed(0)
+    outputs = [drawn.unfreeze().train()(pictures(drawn)) for _ in range(2)]
+    assert relative_error(*outputs) > 1e-6, "timm draws them at every step"
 
 
 class Kept(nn.Module):

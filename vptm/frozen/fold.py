@@ -6,12 +6,13 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp
-from timm.models import beit, vision_transformer
+from timm.layers import DropPath, GluMlp, LayerScale, Mlp, SwiGLU
+from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from vptm.frozen.parts import ATTENTIONS, MODELESS, NORMS, is_tensor, oddity
+from vptm.frozen.parts import ATTENTIONS, EVA_ATTENTIONS, MODELESS, NORMS, is_tensor, oddity
+from vptm.frozen.rotary import KINDS, half_order
 from vptm_kernels._runtime.frozen_linear import pack_weight
 
 
@@ -27,7 +28,12 @@ class PackedWeights(NamedTuple):
 
 class FrozenBlock(NamedTuple):
     """One pre-norm block with constants folded: `qkv(normalise(x))`, `x + scale_1 * proj(...)`, `x + scale_2 *
-    fc2(act(fc1(normalise(x))))`. Queries come scaled by `head_dim ** -0.5`."""
+    fc2(act(fc1(normalise(x))))`. Queries come scaled by `head_dim ** -0.5`.
+
+    keeps_biases: keys and values have theirs in `qkv_bias`, those of prompts too. attn_eps, mlp_eps: of a norm before
+    proj and before fc2, whose weights are folded as well; None without one. gated: fc1 gives gates and values side by
+    side, `act(gates) * values`.
+    """
 
     qkv_weight: Tensor
     qkv_bias: Tensor
@@ -44,6 +50,10 @@ class FrozenBlock(NamedTuple):
     activation: nn.Module
     heads: int
     packed: PackedWeights = PackedWeights()
+    keeps_biases: bool = False
+    attn_eps: float | None = None
+    mlp_eps: float | None = None
+    gated: bool = False
 
     def with_packed(self) -> FrozenBlock:
         """The same with its weights packed, too; itself where they are."""
@@ -70,6 +80,8 @@ def unfoldable(block: Any) -> str | None:
             return "blocks with parts in training mode"
     attn: Any = getattr(block, "attn", None)
     mlp: Any = getattr(block, "mlp", None)
+    if type(block) is eva.EvaBlock:
+        return None if _is_plain_eva(block, attn, mlp) else "EvaBlock blocks with other parts"
     if mlp is not None and type(mlp) is not Mlp:
         return f"{type(mlp).__name__} blocks"
     other = f"{type(block).__name__} blocks with other parts"
@@ -88,7 +100,7 @@ def unfoldable(block: Any) -> str | None:
     else:
         return f"{type(block).__name__} blocks"
     drops += [block.drop_path1, block.drop_path2, mlp.drop1, mlp.drop2]
-    linears = _linears(block)
+    linears = linears_of(block)
     plain = (
         all(type(drop) in (nn.Identity, nn.Dropout, DropPath) for drop in drops)
         and isinstance(mlp.norm, nn.Identity)
@@ -103,11 +115,42 @@ def unfoldable(block: Any) -> str | None:
     return None if plain else other
 
 
+def _is_plain_eva(block: Any, attn: Any, mlp: Any) -> bool:
+    if type(attn) not in EVA_ATTENTIONS or type(mlp) not in (Mlp, GluMlp, SwiGLU):
+        return False
+    rows, columns = (
+        (attn.q_proj.out_features * 3, attn.q_proj.in_features)
+        if attn.qkv is None
+        else (attn.qkv.out_features, attn.qkv.in_features)
+    )
+    drops = [attn.attn_drop, attn.proj_drop, block.drop_path1, block.drop_path2, mlp.drop1, mlp.drop2]
+    return (
+        all(type(drop) in (nn.Identity, nn.Dropout, DropPath) for drop in drops)
+        and all(type(norm) in (nn.Identity, *NORMS) for norm in (attn.norm, mlp.norm))
+        and type(block.norm1) in NORMS
+        and type(block.norm2) in NORMS
+        and type(attn.q_norm) is type(attn.k_norm) is nn.Identity
+        and attn.gate is None
+        and getattr(attn, "num_kv_groups", 1) == 1
+        and all(type(linear) is nn.Linear for linear in linears_of(block))
+        and (getattr(attn, "q_bias", None) is None or attn.qkv.bias is None)  # whose bias stands beside the linear
+        and not getattr(mlp, "gate_last", False)
+        and _holds_tensors(block)
+        and rows == 3 * columns
+        and attn.scale == (columns // attn.num_heads) ** -0.5
+    )
+
+
 def unread(backbone: Any) -> str | None:
     """What else of a backbone the folded path steps over though it does something, in words; None where nothing."""
     pos_drop = backbone.pos_drop
     if type(pos_drop) not in (nn.Dropout, nn.Identity) or oddity(pos_drop) is not None or pos_drop.training:
         return "a pos_drop that does something"
+    rope = getattr(backbone, "rope", None)
+    if rope is not None and (type(rope) not in KINDS or oddity(rope) is not None):
+        return "rotary positions of another kind"
+    if rope is not None and rope.training and getattr(rope, "aug_active", False):
+        return "rotary positions that are drawn"
     shared = getattr(backbone, "rel_pos_bias", None)
     if shared is not None and parametrize.is_parametrized(shared):
         return "a parametrised rel_pos_bias"
@@ -135,24 +178,42 @@ def refuse_unread(backbone: Any) -> None:
             )
 
 
-def _linears(block: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
-    return block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
+def linears_of(block: Any) -> list[Any]:
+    """Those of a block that folds, whose weights are in its constants."""
+    attn, mlp = block.attn, block.mlp
+    before = [attn.q_proj, attn.k_proj, attn.v_proj] if attn.qkv is None else [attn.qkv]
+    inner = [mlp.fc1_g, mlp.fc1_x] if type(mlp) is SwiGLU else [mlp.fc1]
+    return [*before, attn.proj, *inner, mlp.fc2]
 
 
-def _qkv_bias(attn: Any) -> Tensor | None:
-    if isinstance(attn, vision_transformer.Attention):
-        return attn.qkv.bias
-    return None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+def _joined(linears: list[Any]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of linears that read the same rows, one after the other."""
+    biases = [linear.bias for linear in linears]
+    bias = None
+    if any(one is not None for one in biases):
+        bias = torch.cat(
+            [linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]
+        )
+    return torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight, bias
+
+
+def _qkv(attn: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of queries, keys and values."""
+    if attn.qkv is None:
+        return _joined([attn.q_proj, attn.k_proj, attn.v_proj])
+    if getattr(attn, "q_bias", None) is None:
+        return attn.qkv.weight, attn.qkv.bias
+    return attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
 
 
 def _layer_scales(block: Any) -> tuple[Tensor | None, Tensor | None]:
-    if isinstance(block, beit.Block):
+    if isinstance(block, beit.Block | eva.EvaBlock):
         return block.gamma_1, block.gamma_2
     first, second = (scale.gamma if isinstance(scale, LayerScale) else None for scale in (block.ls1, block.ls2))
     return first, second
 
 
-def fold_block(block: Any, dtype: torch.dtype) -> FrozenBlock:
+def fold_block(block: Any, dtype: torch.dtype, *, rotary: bool = False) -> FrozenBlock:
     """Fold norm weights into the linear after them, the scale of the scores into the queries' and LayerScale into the
     linear before it, in fp64, rounded once to `dtype`.
 
@@ -160,43 +221,65 @@ def fold_block(block: Any, dtype: torch.dtype) -> FrozenBlock:
     of a query, which the softmax does not see; a value bias comes out of attention as it is, as its weights sum to 1,
     and joins the bias of the next linear. In fp16 the LayerScale stays apart, where `gamma * weight` would be subnormal
     (gamma starts at 1e-5 in BEiT-L).
+
+    With `rotary` positions a key bias is turned with its key, so it stays; and channels that are turned together come
+    to lie half a head apart, as `prompted_attention` takes them: scores do not change where queries and keys have the
+    same order. A norm before proj is no linear map, so the value bias stays before it.
     """
     fold_scale = dtype != torch.float16
 
-    def after_norm(linear: nn.Linear, bias: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        weight = linear.weight.double()
+    def after_norm(weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        weight = weight.double()
         shift = weight.new_zeros(len(weight)) if bias is None else bias.double()
         if norm.bias is not None:
             shift = shift + weight @ norm.bias.double()
         return weight if norm.weight is None else weight * norm.weight.double(), shift
 
-    def before_scale(linear: nn.Linear, gamma: Tensor | None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        weight = linear.weight.double()
-        bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.double()
+    def before_scale(
+        linear: nn.Linear, gamma: Tensor | None, shift: Tensor | None = None, norm: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        if type(norm) in NORMS:
+            weight, bias = after_norm(linear.weight, linear.bias, norm)
+        else:
+            weight = linear.weight.double()
+            bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.double()
         if shift is not None:
             bias = bias + weight @ shift
         if gamma is None or not fold_scale:
             return weight, bias
         return gamma.double()[:, None] * weight, gamma.double() * bias
 
-    qkv, proj, fc1, fc2 = _linears(block)
+    attn, mlp = block.attn, block.mlp
+    attn_norm: Any = getattr(attn, "norm", None)
+    mlp_norm: Any = getattr(mlp, "norm", None)
     gammas = _layer_scales(block)
-    qkv_weight, qkv_bias = after_norm(qkv, _qkv_bias(block.attn), block.norm1)
-    width, heads = qkv_bias.numel() // 3, block.attn.num_heads
+    qkv_weight, qkv_bias = after_norm(*_qkv(attn), block.norm1)
+    width, heads = qkv_bias.numel() // 3, attn.num_heads
     scale = (width // heads) ** -0.5
-    query_bias, value_bias = qkv_bias[:width], qkv_bias[2 * width :]
+    if rotary and not attn.rotate_half:
+        order = half_order(width, heads, qkv_bias.device)
+        order = torch.cat([order, width + order, torch.arange(2 * width, 3 * width, device=order.device)])
+        qkv_weight, qkv_bias = qkv_weight[order], qkv_bias[order]
+    query_bias, key_bias, value_bias = qkv_bias.split(width)
+    normed = type(attn_norm) in NORMS
     qkv_weight = torch.cat([qkv_weight[:width] * scale, qkv_weight[width:]])
-    qkv_bias = torch.cat([query_bias * scale, torch.zeros_like(qkv_bias[width:])])
+    kept = [key_bias if rotary else torch.zeros_like(key_bias), value_bias if normed else torch.zeros_like(value_bias)]
+    fc1 = _joined([mlp.fc1_g, mlp.fc1_x] if type(mlp) is SwiGLU else [mlp.fc1])
     tensors = [
         qkv_weight,
-        qkv_bias,
-        *before_scale(proj, gammas[0], value_bias),
-        *after_norm(fc1, fc1.bias, block.norm2),
-        *before_scale(fc2, gammas[1]),
+        torch.cat([query_bias * scale, *kept]),
+        *before_scale(attn.proj, gammas[0], None if normed else value_bias, attn_norm),
+        *after_norm(*fc1, block.norm2),
+        *before_scale(mlp.fc2, gammas[1], norm=mlp_norm),
     ]
     scales = [None if fold_scale or gamma is None else gamma.to(dtype) for gamma in gammas]
     # what nothing was folded into is copied all the same: a constant is never the weight itself
     constants = [tensor.to(dtype, copy=isinstance(tensor, nn.Parameter)) for tensor in tensors]
+    inner_eps = [norm.eps if type(norm) in NORMS else None for norm in (attn_norm, mlp_norm)]
+    gated = type(mlp) in (GluMlp, SwiGLU)
     return FrozenBlock._make(
-        [*constants, *scales, block.norm1.eps, block.norm2.eps, block.mlp.act, heads, PackedWeights()]
+        [
+            *(*constants, *scales, block.norm1.eps, block.norm2.eps, mlp.act, heads, PackedWeights()),
+            *(rotary or normed, *inner_eps, gated),
+        ]
     )

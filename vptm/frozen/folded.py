@@ -4,7 +4,8 @@
 - Deep prompts are a key/value prefix: projected once per step for the whole batch, never given queries, an MLP or a
   norm.
 - The last block computes the one row that is read, and projects no key or value of any token; where rows are averaged,
-  it computes those rows alone, and averages before its last linear where no norm stands between.
+  it computes those rows alone, and averages before its last linear where no norm stands between. A key that is turned
+  by its position cannot be left unprojected, nor a value that is normed after attention: there keys and values are.
 - LayerNorm weights, LayerScale and the scale of the scores are folded into the frozen linears, the position bias is
   expanded, both once.
 - Where nothing is recorded on a GPU, linears add to the residual stream as they multiply; their biases are left out of
@@ -27,6 +28,7 @@ from vptm.frozen.fold import FrozenBlock, PackedWeights, fold_block
 from vptm.frozen.parts import is_plain_linear, oddity
 from vptm.frozen.patches import with_patch_product
 from vptm.frozen.pooling import pool_rows
+from vptm.frozen.rotary import half_tables
 from vptm.frozen.rows import PreparedHead, PromptedRows
 from vptm_kernels import prompted_attention, readout_attention
 from vptm_kernels._runtime.frozen_linear import frozen_linear, runs_onednn
@@ -129,9 +131,10 @@ class Folded:
         self.key = key
         self.triton = triton
         self.width = (model.num_features,)
-        blocks = [fold_block(block, dtype) for block in backbone.blocks]
+        rotary = getattr(backbone, "rope", None) is not None
+        blocks = [fold_block(block, dtype, rotary=rotary) for block in backbone.blocks]
         # one tensor for all, so that the prompts of all blocks are projected by one product; keys have no bias, and
-        # that of values is in the next linear
+        # that of values is in the next linear, unless a block keeps them
         self.qkv_weights = torch.stack([block.qkv_weight for block in blocks])
         self._take_weights(blocks)
         # by the first block that lacks its biases: shallow prompts take block 0 for themselves
@@ -161,6 +164,7 @@ class Folded:
         self.blocks = [block._replace(qkv_weight=weight) for block, weight in zip(blocks, self.qkv_weights)]
         width = self.qkv_weights.shape[1] // 3
         self.prefix_weights = self.qkv_weights[:, width:].mT
+        self.prefix_biases = [block.qkv_bias[width:] if block.keeps_biases else None for block in self.blocks]
         # of the block that runs for one row
         self.read_weights = self.blocks[-1].qkv_weight.split(width)
         self.read_query_bias = self.blocks[-1].qkv_bias[:width]
@@ -175,6 +179,8 @@ class Folded:
                 continue
             bias = model.position_bias(layer, learned=learned)
             biases.append(None if bias is None else align_rows(_bias_values(bias, dtype, triton)))
+        wide = torch.promote_types(dtype, torch.float32)
+        self.rotary = half_tables(model.backbone, model.prompts.length, wide)
         self._take_biases(biases, model.num_rows - model.prompts.length)
 
     def _take_biases(self, biases: list[Tensor | None], num_tokens: int) -> None:
@@ -195,6 +201,7 @@ class Folded:
         """Without views, which a pickle would write as often as there are any, and without packed weights."""
         blocks = [block._replace(qkv_weight=torch.empty(0), packed=PackedWeights()) for block in self.blocks]
         views: dict[str, object] = {"prefix_weights": None, "read_weights": (), "read_query_bias": None}
+        views |= {"prefix_biases": []}
         views |= {"square_biases": [], "wide_biases": []}
         return self.__dict__ | views | {"blocks": blocks}
 
@@ -239,6 +246,7 @@ class Folded:
             yield from (value for value in block if isinstance(value, Tensor))
         yield from (bias for bias in self.biases if bias is not None)
         yield from (sums for shifts in self.shifts.values() for each in shifts for sums in each)
+        yield from (table for tables in self.rotary or () for table in tables)
         yield from () if self.patch_embed is None else (*self.patch_embed.parameters(), *self.patch_embed.buffers())
         yield from (tensor for tensor in self.token_head or () if tensor is not None)
 
@@ -291,11 +299,17 @@ class Folded:
             ]
         rows = prompts.weight if prompts.projection is None else prompts.projection(prompts.weight)
         rows = self._normalise(rows, self.prefix_eps)
-        if self.for_gpu:
+        biases = [bias for bias in self.prefix_biases if bias is not None]
+        if self.for_gpu and not biases:
             return torch.bmm(rows, self.prefix_weights).unbind()
+        if self.for_gpu:
+            return torch.baddbmm(torch.stack(biases)[:, None], rows, self.prefix_weights).unbind()
         # on a CPU launches cost nothing, and a product of many matrices is the slower one
-        width = model.num_features
-        return [frozen_linear(row, block.qkv_weight[width:]) for row, block in zip(rows.unbind(), self.blocks)]
+        return [self._project_prompts(row, layer) for layer, row in enumerate(rows.unbind())]
+
+    def _project_prompts(self, rows: Tensor, layer: int) -> Tensor:
+        """Keys and values of prompt rows that are normalised."""
+        return self._linear(rows, self.blocks[layer].qkv_weight[self.width[0] :], self.prefix_biases[layer])
 
     def _takes_prefix(self, model: PromptedRows, layer: int) -> bool:
         """Whether block `layer` gets fresh prompts, of all images together, that attend to nothing."""
@@ -303,8 +317,7 @@ class Folded:
         return not prompts.per_sample() and prompts.role(layer) == "own" and not self._prompts_attend(model, layer)
 
     def _prefix(self, model: PromptedRows, layer: int, batch: int) -> Tensor:
-        rows = self._normalise(model.prompts.rows(layer, batch), self.blocks[layer].eps_1)
-        return self._linear(rows, self.blocks[layer].qkv_weight[model.num_features :])
+        return self._project_prompts(self._normalise(model.prompts.rows(layer, batch), self.blocks[layer].eps_1), layer)
 
     def _prompts_attend(self, model: PromptedRows, layer: int) -> bool:
         """Whether anything reads what block `layer` makes of its prompt rows."""
@@ -395,19 +408,21 @@ class Folded:
         return x
 
     def _project(self, x: Tensor, block: FrozenBlock) -> Tensor:
-        """Queries, keys and values; only queries have a bias, so on a CPU only they are added to where nothing records
-        it."""
+        """Queries, keys and values; where only queries have a bias, only they are added to on a CPU when nothing
+        records it."""
         x = self._normalise(x, block.eps_1)
         if self.for_gpu:
             return F.linear(x, block.qkv_weight, block.qkv_bias)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or runs_onednn(x, block.qkv_weight):
             return frozen_linear(x, block.qkv_weight, block.qkv_bias, packed=block.packed.qkv)
+        if block.keeps_biases:
+            return F.linear(x, block.qkv_weight, block.qkv_bias)
         qkv = F.linear(x, block.qkv_weight)
         qkv[..., : x.shape[-1]] += block.qkv_bias[: x.shape[-1]]
         return qkv
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias) if self.for_gpu else frozen_linear(x, weight, bias)
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias) if self.for_gpu else frozen_linear(x, weight, bias, packed=packed)
 
     def _add_linear(
         self, x: Tensor, inner: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, packed: Tensor | None
@@ -423,8 +438,17 @@ class Folded:
         return torch.addmm(out, inner.reshape(-1, inner.shape[-1]), weight.t(), out=out).view(x.shape)
 
     def _mlp_inner(self, x: Tensor, block: FrozenBlock) -> Tensor:
-        """First linear and activation of rows that are normalised."""
+        """First linear and activation of rows that are normalised; gates and a norm of its own where the block has
+        them."""
+        inner = self._activated(x, block)
+        return inner if block.mlp_eps is None else torch.layer_norm(inner, inner.shape[-1:], None, None, block.mlp_eps)
+
+    def _activated(self, x: Tensor, block: FrozenBlock) -> Tensor:
         act = block.activation
+        if block.gated:
+            linear = self._linear(x, block.fc1_weight, block.fc1_bias, block.packed.fc1)
+            gates, values = linear.chunk(2, -1)
+            return act(gates) * values
         exact_gelu = type(act) is nn.GELU and act.approximate == "none"
         if self.for_gpu:
             x = F.linear(x, block.fc1_weight, block.fc1_bias)
@@ -519,10 +543,21 @@ class Folded:
             prompt_qkv=prompt_qkv,
             num_heads=block.heads,
             bias=bias,
+            rotary=self._rotary_of(layer, qkv.shape[1]),
             scale=1.0,
             impl=model.impl,
         )
-        return mixed, fresh
+        return self._normed_inside(mixed, block), fresh
+
+    def _rotary_of(self, layer: int, rows: int) -> tuple[Tensor, Tensor] | None:
+        if self.rotary is None:
+            return None
+        cos, sin = self.rotary[layer]
+        return cos[..., :rows, :], sin[..., :rows, :]
+
+    def _normed_inside(self, mixed: Tensor, block: FrozenBlock) -> Tensor:
+        """What attention gives, through the norm before the projection where the block has one."""
+        return mixed if block.attn_eps is None else self._normalise(mixed, block.attn_eps)
 
     def _join(self, x: Tensor, mixed: Tensor, fresh: Tensor | None, block: FrozenBlock) -> Tensor:
         """Rows after attention: its projection added to them."""
@@ -541,7 +576,7 @@ class Folded:
         """Attention and residual of some rows, (B, rows, C); no prompt row attends."""
         block, tokens = self.blocks[layer], self.num_tokens
         if x.shape[1] > tokens:  # prompts that were rows until here
-            prefix = self._linear(self._normalise(x[:, tokens:], block.eps_1), block.qkv_weight[model.num_features :])
+            prefix = self._project_prompts(self._normalise(x[:, tokens:], block.eps_1), layer)
             x = x[:, :tokens]
         elif prefix is None and model.prompts.role(layer) == "own":
             prefix = self._prefix(model, layer, x.shape[0])
@@ -551,9 +586,15 @@ class Folded:
             bias = (self.square_biases if prefix is None else self.wide_biases)[layer]
         qkv = self._project(x, block)
         mixed = prompted_attention(
-            qkv, **_prompt_arguments(prefix), num_heads=block.heads, bias=bias, scale=1.0, impl=model.impl
+            qkv,
+            **_prompt_arguments(prefix),
+            num_heads=block.heads,
+            bias=bias,
+            rotary=self._rotary_of(layer, tokens),
+            scale=1.0,
+            impl=model.impl,
         )
-        return self._add_attended(x[:, rows], mixed[:, rows], block)
+        return self._add_attended(x[:, rows], self._normed_inside(mixed[:, rows], block), block)
 
     def _mean_block(self, model: PromptedRows, x: Tensor, layer: int, prefix: Prefix) -> Tensor:
         """The last block and the final norm for the rows that are averaged or pooled by attention, (B, C).
@@ -574,8 +615,11 @@ class Folded:
         return norm(_residual(x.mean(dim=1), self._linear(inner, block.fc2_weight, block.fc2_bias), block.scale_2))
 
     def _last_block(self, model: PromptedRows, x: Tensor, row: int, layer: int, prefix: Prefix) -> Tensor:
-        """The block for one query row (B, C), without a key or a value of any token."""
+        """The block for one query row (B, C), without a key or a value of any token where those need not be projected
+        to be turned or normed."""
         block, prompts = self.blocks[layer], model.prompts
+        if block.keeps_biases:
+            return self._mlp(self._attend_from(model, x, layer, slice(row, row + 1), prefix)[:, 0], block)
         weight_q, weight_k, weight_v = self.read_weights
         row_in = x[:, row]
         query = self._linear(self._normalise(row_in, block.eps_1), weight_q, self.read_query_bias)

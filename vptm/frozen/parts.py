@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
-from timm.models import beit, vision_transformer
+from timm.layers import AttentionRope, DropPath, GluMlp, LayerNorm, LayerScale, Mlp, SwiGLU
+from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -87,16 +87,18 @@ def biased_attention(block: nn.Module) -> BiasedAttention | None:
 
 NORMS = (nn.LayerNorm, LayerNorm)
 ATTENTIONS = (beit.Attention, BiasedAttention, vision_transformer.Attention)
+EVA_ATTENTIONS = (eva.EvaAttention, AttentionRope)
 # How each reads that is known: a class whose `forward` was replaced is another class.
 KNOWN = {
     kind: kind.forward
     for kind in (
-        *(beit.Block, vision_transformer.Block, *ATTENTIONS, Mlp, nn.Linear, LayerScale, *NORMS),
-        *(nn.Dropout, nn.Identity, DropPath, nn.GELU, beit.RelativePositionBias),
+        *(beit.Block, vision_transformer.Block, eva.EvaBlock, *ATTENTIONS, *EVA_ATTENTIONS),
+        *(Mlp, GluMlp, SwiGLU, nn.Linear, LayerScale, *NORMS),
+        *(nn.Dropout, nn.Identity, DropPath, nn.GELU, nn.SiLU, beit.RelativePositionBias),
     )
 }
 # The same function in training and in eval mode.
-MODELESS = (nn.Linear, LayerScale, *NORMS, nn.Identity, nn.GELU)
+MODELESS = (nn.Linear, LayerScale, *NORMS, nn.Identity, nn.GELU, nn.SiLU)
 
 
 def oddity(module: nn.Module) -> str | None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vptm.data.labels import check_labels, check_several
 from vptm.frozen.encoder import FrozenEncoder
-from vptm.frozen.fold import refuse_unread
+from vptm.frozen.fold import linears_of, refuse_unread
 from vptm.frozen.folded import Folded, Start
 from vptm.frozen.parts import learns, oddity, sdpa, softmax_attention
 from vptm.frozen.reference import reference_features
@@ -186,7 +186,7 @@ class PromptedModel(Pretrained):
         """Fold the frozen weights now and, by default, drop the originals, which halves the memory the model holds.
 
         Until this is called every block has its weights twice: the originals in `backbone`, which `state_dict()` gives
-        and training can unfreeze, and folded copies in the encoder, which run. Afterwards the block's four linear
+        and training can unfreeze, and folded copies in the encoder, which run. Afterwards the block's linear
         weights in `backbone` are without values (on the meta device; a module that was passed in keeps its own): the
         model is for inference as it stands, on its device, in its dtype and with the parts, modes and hooks it has.
         Prompts are projected, and token head and projection multiplied, once, for calls that record no gradient. On AMD
@@ -223,7 +223,7 @@ class PromptedModel(Pretrained):
         if not keep_originals:
             self._sealed_hash = self.weight_hash()
             for block in self.backbone.blocks:
-                for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                for linear in linears_of(block):
                     linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
             self.backbone.register_load_state_dict_pre_hook(_refuse_dropped_weights)
             self._encoder.seal(self, folded, pack=True)

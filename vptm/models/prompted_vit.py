@@ -33,7 +33,8 @@ class PromptedViT(PromptedModel):
 
     Of timm's `Eva` class (EVA-02, DINOv3, Perception Encoder, RoPE-ViT) the queries and keys of patches are turned by
     their rotary positions, those of class, register and prompt rows are not; a mask token in place of a patch is turned
-    as that patch. These models run unfolded, through timm's own blocks with prompts as rows.
+    as that patch. A row that is read in the last block attends to keys and values that are projected: a key cannot be
+    turned by its position before it is one.
 
     Everything is frozen but `prompts` and `verbalizer` (and `lm_head` with `train_lm_head`).
 
@@ -171,13 +172,21 @@ class PromptedViT(PromptedModel):
 
     def embed(self, images: Tensor, patch_embed: nn.Module | None = None) -> Tensor:
         """Rows `[class | registers | patches]` with positions, after `norm_pre`."""
-        return self._placed((patch_embed or self.backbone.patch_embed)(images))
-
-    def _placed(self, patches: Tensor) -> Tensor:
-        """Rows of patches by timm's code."""
         backbone = self.backbone
-        rows = backbone._pos_embed(self._masked(patches))
-        return backbone.norm_pre(rows[0] if isinstance(backbone, Eva) else rows)
+        patches = self._masked((patch_embed or backbone.patch_embed)(images))
+        return backbone.norm_pre(self._eva_rows(patches) if isinstance(backbone, Eva) else backbone._pos_embed(patches))
+
+    def _eva_rows(self, patches: Tensor) -> Tensor:
+        """`Eva._pos_embed` without rotary positions, which it would compute at every call."""
+        backbone = self.backbone
+        if patches.ndim == 4:
+            patches = patches.flatten(1, 2)
+        position, every_row = backbone.pos_embed, not backbone.no_embed_class
+        if position is not None and not every_row:
+            patches = patches + position
+        given = [one for one in (backbone.cls_token, backbone.reg_token) if one is not None]
+        rows = torch.cat([*(one.expand(patches.shape[0], -1, -1) for one in given), patches], dim=1)
+        return backbone.pos_drop(rows + position if position is not None and every_row else rows)
 
     def _masked(self, patches: Tensor) -> Tensor:
         """Patches (B, N, C), or (B, rows, columns, C), with the mask token in the place of one where it is read."""
@@ -192,7 +201,9 @@ class PromptedViT(PromptedModel):
 
     def reference_embed(self, images: Tensor) -> Tensor:
         """The same rows by timm's code alone."""
-        return self._placed(self.backbone.patch_embed(images))
+        backbone = self.backbone
+        rows = backbone._pos_embed(self._masked(backbone.patch_embed(images)))
+        return backbone.norm_pre(rows[0] if isinstance(backbone, Eva) else rows)
 
     def rotary_embedding(self) -> Tensor | None:
         """Of timm's Eva."""
