@@ -830,7 +830,8 @@ def test_16_bit_models_learn_like_float32(backbone: Path, dtype: torch.dtype) ->
 
 
 def test_steps_smaller_than_16_bits_resolve_add_up(backbone: Path) -> None:
-    """60 steps of 4e-5 on values whose bf16 neighbours are 5e-4 apart: each alone is rounded away."""
+    """60 steps of 4e-5 on values whose bf16 neighbours are 4.9e-4 apart: each alone is rounded away, and all together
+    go beyond the half of that where rounding ends."""
     moved = []
     for kind in (torch.bfloat16, torch.float32):
         model = make_model(backbone, **LEARNS).to(kind)
@@ -840,7 +841,7 @@ def test_steps_smaller_than_16_bits_resolve_add_up(backbone: Path) -> None:
         train, _ = cast_loaders(model, kind)
         fit(model, train, epochs=20, lr=4e-5, schedule="none", progress=False)
         moved.append((model.prompts.weight.detach().float() - before).abs().mean().item())
-    assert moved[0] == pytest.approx(moved[1], rel=0.3) and moved[1] > 5e-4
+    assert moved[0] == pytest.approx(moved[1], rel=0.3) and moved[1] > 2.5e-4
 
 
 def test_a_16_bit_run_resumes_bitwise(backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
