@@ -292,10 +292,14 @@ def test_triton_kernels_run_the_blocks(prompt_mode: str, extra_bias: str, monkey
     launches.clear()
     with torch.no_grad():
         model(batch)
-    # where nothing listens, two norms of each block whose rows stay what the block before made of them
-    norms = {"deep": 4, "shallow": 2, "progressive": 0}[prompt_mode]
-    blocks |= {"shifted_norm_kernel": norms} if norms else {}
     assert launches == blocks, "sealed, token head and projection are one product"
+    # where there is work for them, two norms of each block whose rows stay what the block before made of them
+    monkeypatch.setattr(folded, "one_pass_is_worth_it", lambda elements: True)
+    launches.clear()
+    with torch.no_grad():
+        model(batch)
+    norms = {"deep": 4, "shallow": 2, "progressive": 0}[prompt_mode]
+    assert launches["shifted_norm_kernel"] == norms, launches
 
 
 def test_corrupting_the_kernel_changes_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,6 +499,7 @@ def test_a_stream_without_biases_gives_the_same_rows(
     the rows, in those after single blocks, and in the second of two passes from one start."""
     asked: list[int] = []
     op = folded.shifted_norm
+    monkeypatch.setattr(folded, "one_pass_is_worth_it", lambda elements: True)
     monkeypatch.setattr(folded, "shifted_norm", lambda *given, **named: asked.append(1) or op(*given, **named))
     model = build(tiny_beit(dim=32, depth=4, **BACKBONES[backbone]), prompt_mode=mode, prompt_length=length)
     model.impl, batch = "triton", images(model)
