@@ -9,7 +9,7 @@ import triton.language as tl
 # Argument lists stand in rows, in the order in which they are passed.
 # fmt: off
 @triton.jit(do_not_specialize=["rows"])  # a smaller last batch compiles nothing
-def _rotate_kernel(
+def prompted_attention_rotate_kernel(
     qkv_ptr, cos_ptr, sin_ptr, out_ptr,
     rows, N, stride_b, stride_n, stride_th, stride_tn,
     H: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, BACK: tl.constexpr, BLOCK_R: tl.constexpr,

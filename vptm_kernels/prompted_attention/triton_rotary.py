@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._runtime.sizes import next_power_of_2
 from .._runtime.triton_support import architecture
-from .kernels_rotary import _rotate_kernel
+from .kernels_rotary import prompted_attention_rotate_kernel
 
 # of one half of the channels of a program, eight for each thread of four warps
 _ELEMENTS = 1024
@@ -26,7 +26,7 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, back: bool) ->
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
     wide = torch.float64 in (qkv.dtype, cos.dtype)
-    _rotate_kernel[(-(-batch * tokens // rows), num_heads)](
+    prompted_attention_rotate_kernel[(-(-batch * tokens // rows), num_heads)](
         *(qkv, cos, sin, out, batch * tokens, tokens, qkv.stride(0), qkv.stride(1)),
         *(cos.stride(0) if cos.ndim == 3 else 0, cos.stride(-2)),
         H=num_heads,
