@@ -50,7 +50,7 @@ def _step(q, ks, vs, j, bias, valid, acc, l, m, MASK: gl.constexpr, DOT: gl.cons
 
 
 @gluon.jit
-def _gluon_kernel(qkv_ptr, prompt_ptr, bias_ptr, out_ptr, lse_ptr, N, P, stride_b, stride_th,
+def gluon_attention_kernel(qkv_ptr, prompt_ptr, bias_ptr, out_ptr, lse_ptr, N, P, stride_b, stride_th,
                   stride_n: gl.constexpr, stride_p: gl.constexpr, stride_tn: gl.constexpr,
                   H: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
                   FULL: gl.constexpr, ROW_BLOCKS: gl.constexpr, WARPS: gl.constexpr):
@@ -145,7 +145,7 @@ def gluon_attention(qkv: Tensor, prompt_kv: Tensor, bias: Tensor, num_heads: int
         )
     out = qkv.new_empty(batch, tokens, width // 3)
     lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
-    _gluon_kernel[(batch * num_heads,)](
+    gluon_attention_kernel[(batch * num_heads,)](
         *(qkv, prompt_kv, bias, out, lse, tokens, prompts, qkv.stride(0), bias.stride(0)),
         stride_n=qkv.stride(1),
         stride_p=prompt_kv.stride(0),

@@ -427,6 +427,12 @@ def _gpu_target(name: str) -> Any:
     return GPUTarget("cuda", int(name[2:]), 32) if name.startswith("sm") else GPUTarget("hip", name, 64)
 
 
+def _short_name(kernel: Any) -> str:
+    """Without the name of its op, which the case has: kernels are named in full so that profiles tell them apart."""
+    op = kernel.__module__.rpartition(".")[0].rpartition(".")[2]
+    return str(kernel.__name__).removesuffix("_kernel").removeprefix(f"{op}_")
+
+
 @contextlib.contextmanager
 def intercept(target: str, case: str, spills_only: bool = False) -> Iterator[list[Report]]:
     """Inside, `kernel[grid](...)` compiles for `target` instead of launching, and the list fills with reports."""
@@ -450,7 +456,7 @@ def intercept(target: str, case: str, spills_only: bool = False) -> Iterator[lis
         metadata = compiled.metadata
         report = Report(
             case=case,
-            kernel=self.fn.__name__.strip("_").removesuffix("_kernel"),
+            kernel=_short_name(self.fn),
             target=target,
             num_warps=metadata.num_warps,
             num_stages=metadata.num_stages,

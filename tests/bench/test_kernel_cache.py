@@ -100,9 +100,15 @@ def test_every_candidate_and_every_model_is_called(tmp_path):
     done = subprocess.run(run, env=environment, cwd=kernel_cache.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tried, seen, models = json.loads(done.stdout)
-    assert len(seen) == tried + 1 and {name for name, _ in seen} == {"_forward_kernel"}
+    assert len(seen) == tried + 1 and {name for name, _ in seen} == {"prompted_attention_forward_kernel"}
     assert {rows for _, rows in seen} == {32, 64, 128}
-    wanted = {"_forward_kernel", "_query_grad_kernel", "_key_grad_kernel", "_split_kernel", "_merge_kernel"}
+    wanted = {
+        "prompted_attention_forward_kernel",
+        "prompted_attention_query_grad_kernel",
+        "prompted_attention_key_grad_kernel",
+        "readout_attention_split_kernel",
+        "readout_attention_merge_kernel",
+    }
     assert wanted <= set(models) and any("cosine" in name for name in models), models
 
 

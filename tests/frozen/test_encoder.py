@@ -282,7 +282,12 @@ def test_triton_kernels_run_the_blocks(prompt_mode: str, extra_bias: str, monkey
     monkeypatch.setattr(GridExecutor, "__call__", counted)
     with torch.no_grad(), _Calls() as calls:
         model(batch)
-    blocks = {"_forward_kernel": 2, "_split_kernel": 1, "_merge_kernel": 1, "_cosine_kernel": 1}
+    blocks = {
+        "prompted_attention_forward_kernel": 2,
+        "readout_attention_split_kernel": 1,
+        "readout_attention_merge_kernel": 1,
+        "prototype_cosine_cosine_kernel": 1,
+    }
     assert launches == blocks, launches
     attention = {name: count for name, count in calls.names.items() if "prompted_attention" in name}
     assert sum(attention.values()) == 2, attention

@@ -74,11 +74,11 @@ def test_no_last_batch_of_a_model_compiles_anything(seen):
         assert epoch["first"] and not later(epoch), name
     kernels = {kernel for epoch in seen["epoch"].values() for kernel in epoch["first"]}
     wanted = {
-        "_forward_kernel",
-        "_split_kernel",
-        "_grad_kernel",
-        "_readout_kernel",
-        "_hidden_grad_kernel",
-        "_cosine_kernel",
+        "prompted_attention_forward_kernel",
+        "readout_attention_split_kernel",
+        "readout_attention_grad_kernel",
+        "prototype_cosine_readout_kernel",
+        "prototype_cosine_hidden_grad_kernel",
+        "prototype_cosine_cosine_kernel",
     }
     assert wanted <= kernels

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +162,18 @@ def test_every_formula_belongs_to_a_kernel_and_is_checked():
         modules = [__import__(f"vptm_kernels.{op}.{name}", fromlist=["_"]) for name in kernels]
         for name in formulas:
             assert any(hasattr(module, name) for module in modules), f"{op} has no {name}"
+
+
+def test_every_kernel_has_the_name_of_its_op():
+    """Profiles show a kernel's name alone: two ops that launch a `forward_kernel` could not be told apart."""
+    found = []
+    for path in (Path(aot.__file__).parent).glob("*/kernels*.py"):
+        module = importlib.import_module(f"vptm_kernels.{path.parent.name}.{path.stem}")
+        names = [name for name, value in vars(module).items() if name.endswith("_kernel") and hasattr(value, "fn")]
+        own = [name for name in names if getattr(module, name).fn.__module__ == module.__name__]
+        assert all(name.startswith(path.parent.name) for name in own), own
+        found += own
+    assert len(found) == len(set(found)) >= 18
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,15 @@ def _run(
         triton_impl.backward(*(out, None, *inputs, out, lse, *options, needs))
 
 
+def _rotate(target: str, *, dtype: torch.dtype = torch.bfloat16, heads: int = 12, head_dim: int = 64) -> None:
+    from . import triton_rotary
+
+    qkv = torch.empty(64, 197, 3 * heads * head_dim, dtype=dtype)
+    table = torch.empty(197, head_dim // 2)
+    with patch.object(triton_rotary, "architecture", lambda device: target):
+        triton_rotary.rotate(qkv, table, table, heads, False)
+
+
 def cases() -> Iterator[Case]:
     def case(name: str, ci: bool = False, precision: str = "highest", candidate: bool = False, **variant: Any) -> Case:
         return Case(f"prompted_attention/{name}", lambda target: _run(target, **variant), ci, precision, candidate)
@@ -118,6 +127,9 @@ def cases() -> Iterator[Case]:
     yield case("forward-gathered", passes="forward", **large)
     yield case("forward-gathered-folded", passes="forward", scale=1.0, **large)
     yield case("backward-gathered", passes="backward", learned="qkv prompts bias", **large)
+    yield Case("prompted_attention/rotary-bf16", _rotate, True)
+    yield Case("prompted_attention/rotary-fp32-D128", lambda target: _rotate(target, dtype=single, head_dim=128))
+    yield Case("prompted_attention/rotary-bf16-D80", lambda target: _rotate(target, head_dim=80))
     for name, form in {
         "64-rows": ForwardConfig(64, 64, 4, 1),
         "128-rows": ForwardConfig(128, 64, 8, 1, max_registers=128),

@@ -143,8 +143,8 @@ def prompted_attention(
     torch.Size([10, 128])
     """
     if rotary is not None:
-        _check_qkv(tensor("qkv", qkv), num_heads)
-        qkv = rotate(qkv, check_rotary(rotary, qkv, num_heads), num_heads)
+        head_dim = _check_qkv(tensor("qkv", qkv), num_heads)
+        qkv = rotate(qkv, check_rotary(rotary, qkv, num_heads), num_heads, choose(impl, qkv, head_dim))
     if isinstance(prompt_ranges, Tensor) and isinstance(qkv, Tensor) and prompt_ranges.device != qkv.device:
         prompt_ranges = _check_ranges(qkv, prompt_kv, prompt_ranges, max_prompt_length)
     key = _signature(qkv, prompt_kv, prompt_qkv, num_heads, bias, prompt_ranges, max_prompt_length, scale, impl)

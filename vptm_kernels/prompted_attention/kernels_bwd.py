@@ -8,12 +8,14 @@ dout_i . out_i), the gradient of a score is ds = p * (dp - delta), and
 Sums over images run inside one program in order, over chunks of the batch; the caller adds the chunks' partial sums in
 order. There are no atomics: equal inputs give bitwise equal gradients.
 
-    _delta_kernel        delta alone, where no _query_grad_kernel stores it
-    _query_grad_kernel   dq and delta, by blocks of token rows; or dq of prompts that attend, summed over images
-    _key_grad_kernel     dk, dv of tokens, by blocks of keys; or of prompts, summed over images
-    _bias_grad_kernel    sum over images of ds, by tiles of (rows, keys)
-    _table_grad_kernel   sum of dbias over the pairs that share a table row
-    _pool_grad_kernel    sum over the images that use a row of the pool
+Kernels, by what follows the name of the op:
+
+    delta_kernel        delta alone, where no query gradient stores it
+    query_grad_kernel   dq and delta, by blocks of token rows; or dq of prompts that attend, summed over images
+    key_grad_kernel     dk, dv of tokens, by blocks of keys; or of prompts, summed over images
+    bias_grad_kernel    sum over images of ds, by tiles of (rows, keys)
+    table_grad_kernel   sum of dbias over the pairs that share a table row
+    pool_grad_kernel    sum over the images that use a row of the pool
 """
 
 from __future__ import annotations
@@ -62,8 +64,10 @@ def _row_delta(do, out_row, dlse_ptr, row, LAYOUT: tl.constexpr, HAS_DLSE: tl.co
 
 
 @triton.jit
-def _delta_kernel(out_ptr, do_ptr, dlse_ptr, delta_ptr, rows, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr,
-                  HAS_DLSE: tl.constexpr, ACC: tl.constexpr):
+def prompted_attention_delta_kernel(
+    out_ptr, do_ptr, dlse_ptr, delta_ptr, rows, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_DLSE: tl.constexpr, ACC: tl.constexpr,
+):
     """out and do (B, rows, H*D), dlse (B, H, rows) -> delta (B, H, rows)."""
     H: tl.constexpr = LAYOUT.H
     D: tl.constexpr = LAYOUT.D
@@ -130,13 +134,13 @@ def _query_grads(dq, q, do, lse, delta, row, queries, bias_head, ids_ptr, prompt
 
 
 @triton.jit(do_not_specialize=["B", "images"])  # a smaller last batch compiles nothing
-def _query_grad_kernel(
+def prompted_attention_query_grad_kernel(
     qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, grad_ptr,
     B, N, P, pool_size, prompt_column, images, stride_b, stride_pb, stride_th,
     LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr,
     BLOCK_M: tl.constexpr, STAGES: tl.constexpr, OF_PROMPTS: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):
-    """Inputs as in _forward_kernel; out and do (B, rows, H*D), lse and dlse (B, H, rows) -> delta (B, H, rows) and
+    """Inputs as in the forward pass; out and do (B, rows, H*D), lse and dlse (B, H, rows) -> delta (B, H, rows) and
     grad, the query section of dqkv (B, N, 3*H*D), or with OF_PROMPTS that of the partial sums (chunks, P, 3*H*D)."""
     H: tl.constexpr = LAYOUT.H
     D: tl.constexpr = LAYOUT.D
@@ -202,14 +206,14 @@ def _query_grad_kernel(
 
 
 @triton.jit(do_not_specialize=["B", "images"])  # a smaller last batch compiles nothing
-def _key_grad_kernel(
+def prompted_attention_key_grad_kernel(
     qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, grad_ptr,
     B, N, P, pool_size, prompt_column, images, stride_grad, stride_b, stride_pb, stride_th,
     LAYOUT: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OF_PROMPTS: tl.constexpr, HAS_DLSE: tl.constexpr,
     FUSE_DELTA: tl.constexpr,
 ):
-    """Inputs as in _query_grad_kernel, with delta (B, H, rows) -> grad, the key section of dqkv (B, N, 3*H*D), or with
+    """Inputs as in the query gradient, with delta (B, H, rows) -> grad, the key section of dqkv (B, N, 3*H*D), or with
     OF_PROMPTS that of the partial sums (chunks, P, stride_grad); values follow keys.
 
     Scores are (rows, keys), and p and ds are transposed where they multiply from the left. FUSE_DELTA computes delta
@@ -310,13 +314,13 @@ def _key_grad_kernel(
 
 
 @triton.jit(do_not_specialize=["B", "images"])  # a smaller last batch compiles nothing
-def _bias_grad_kernel(
+def prompted_attention_bias_grad_kernel(
     qkv_ptr, prompt_ptr, bias_ptr, ids_ptr, do_ptr, lse_ptr, delta_ptr, grad_ptr,
     B, N, P, prompt_column, images, first_head, heads, grad_rows, grad_columns, stride_b, stride_pb, stride_th,
     LAYOUT: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """Inputs as in _key_grad_kernel -> grad, partial sums (chunks, heads, grad_rows, grad_columns) in the rows and
+    """Inputs as in the key gradient -> grad, partial sums (chunks, heads, grad_rows, grad_columns) in the rows and
     columns of the caller's bias."""
     H: tl.constexpr = LAYOUT.H
     D: tl.constexpr = LAYOUT.D
@@ -375,8 +379,10 @@ def _bias_grad_kernel(
 
 
 @triton.jit
-def _table_grad_kernel(dbias_ptr, ids_ptr, grad_ptr, first_head, N, R, H: tl.constexpr, WINDOW: tl.constexpr,
-                       ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+def prompted_attention_table_grad_kernel(
+    dbias_ptr, ids_ptr, grad_ptr, first_head, N, R, H: tl.constexpr, WINDOW: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):
     """dbias (heads, N, N) of heads from first_head on, ids (N,) -> their columns of grad (R, H): every program looks
     for its rows of the table among all pairs, in order, for one head."""
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -397,7 +403,7 @@ def _table_grad_kernel(dbias_ptr, ids_ptr, grad_ptr, first_head, N, R, H: tl.con
 
 
 @triton.jit(do_not_specialize=["B"])  # a smaller last batch compiles nothing
-def _pool_grad_kernel(
+def prompted_attention_pool_grad_kernel(
     partial_ptr, ranges_ptr, grad_ptr, B, max_length, pool_size, columns,
     ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):

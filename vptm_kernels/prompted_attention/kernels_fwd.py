@@ -239,7 +239,7 @@ def _attend_rows(first, queries, keys, resident_k, resident_v, bias_ptr, ids_ptr
 
 
 @triton.jit
-def _forward_kernel(
+def prompted_attention_forward_kernel(
     qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, lse_ptr,
     N, P, pool_size, prompt_column, stride_b, stride_pb, stride_th,
     LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr,
@@ -301,8 +301,10 @@ def _forward_kernel(
 
 
 @triton.jit
-def _expand_table_kernel(table_ptr, ids_ptr, tile_ptr, N, columns, stride_r, stride_h, WINDOW: tl.constexpr,
-                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def prompted_attention_expand_table_kernel(
+    table_ptr, ids_ptr, tile_ptr, N, columns, stride_r, stride_h, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
     """table (R, H), ids (N,) -> tile (H, N, columns): program (row block, column block, head)."""
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

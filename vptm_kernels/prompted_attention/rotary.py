@@ -1,7 +1,7 @@
 """Rotary positions: queries and keys of tokens turned by an angle for each pair of channels, before attention.
 
-It is a pass of its own, in PyTorch: it reads qkv, and writes it again, turned. Backward turns gradients back and keeps
-nothing but the two tables.
+It is a pass of its own, one kernel where Triton runs: it reads qkv, and writes it again, turned. Backward turns
+gradients back and keeps nothing but the two tables. What is traced gets the formula, which a compiler fuses.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from .._runtime.arguments import shape_of, tensor
 from .._runtime.direct import direct
 from .._runtime.tracing import nothing_traces
+from .._runtime.triton_support import device_of
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, each (N, D/2) for all heads or (H, N, D/2)."""
@@ -40,12 +41,15 @@ def check_rotary(rotary: Any, qkv: Tensor, num_heads: int) -> Rotary:
     return rotary[0], rotary[1]
 
 
-def rotate(qkv: Tensor, rotary: Rotary, num_heads: int) -> Tensor:
+def rotate(qkv: Tensor, rotary: Rotary, num_heads: int, impl: str) -> Tensor:
     """`qkv` (B, N, 3*H*D) with queries and keys turned, in memory of its own: channels i and i + D/2 of a head, x
-    and y, become `x cos - y sin` and `y cos + x sin`. Computed in the wider of both types, rounded once."""
+    and y, become `x cos - y sin` and `y cos + x sin`. Computed in the wider of both types, rounded once.
+
+    impl: "triton" or "torch".
+    """
     cos, sin = rotary
     if nothing_traces(qkv, cos, sin):
-        turned: Tensor = _rotate(qkv, cos, sin, num_heads)
+        turned: Tensor = _rotate(qkv, cos, sin, num_heads, impl, False)
         return turned
     first, second = _halves(qkv, num_heads)
     cos, sin = (_by_row(t) for t in rotary)
@@ -65,26 +69,38 @@ def _by_row(table: Tensor) -> Tensor:
     return table[:, None, None] if table.ndim == 2 else table.transpose(0, 1)[:, None]
 
 
-def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+def _forward(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, impl: str, back: bool) -> Tensor:
+    if impl == "triton":
+        from . import triton_rotary
+
+        with device_of(qkv):
+            return triton_rotary.rotate(qkv, cos, sin, num_heads, back)
     out = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     width = qkv.shape[2] // 3
     out[..., 2 * width :] = qkv[..., 2 * width :]
     first, second = _halves(qkv, num_heads)
     turned_first, turned_second = _halves(out, num_heads)
     cos, sin = _by_row(cos), _by_row(sin)
-    torch.addcmul(first * cos, second, sin, value=-1, out=turned_first)
-    torch.addcmul(second * cos, first, sin, out=turned_second)
+    sign = -1 if back else 1
+    torch.addcmul(first * cos, second, sin, value=-sign, out=turned_first)
+    torch.addcmul(second * cos, first, sin, value=sign, out=turned_second)
     return out
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, cos, sin, ctx.num_heads = inputs
+    _, cos, sin, *ctx.options = inputs
     ctx.save_for_backward(cos, sin)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    cos, sin = ctx.saved_tensors
-    return rotate(grad, (cos, -sin), ctx.num_heads), None, None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (cos, sin), (num_heads, impl, back) = ctx.saved_tensors, ctx.options
+    if nothing_traces(grad, cos, sin):
+        # of a gradient that autograd made, which may be expanded
+        rows = grad if grad.stride(-1) == 1 else grad.contiguous()
+        turned = _rotate(rows, cos, sin, num_heads, impl, not back)
+    else:
+        turned = rotate(grad, (cos, sin if back else -sin), num_heads, impl)
+    return turned, None, None, None, None, None
 
 
 _rotate = direct(_forward, _setup_context, _backward)

@@ -105,8 +105,8 @@ def _bias_grad(a: Arguments) -> Traffic:
 
 
 KERNELS: dict[str, Callable[[Arguments], Traffic]] = {
-    "_forward_kernel": _forward,
-    "_query_grad_kernel": _query_grad,
-    "_key_grad_kernel": _key_grad,
-    "_bias_grad_kernel": _bias_grad,
+    "prompted_attention_forward_kernel": _forward,
+    "prompted_attention_query_grad_kernel": _query_grad,
+    "prompted_attention_key_grad_kernel": _key_grad,
+    "prompted_attention_bias_grad_kernel": _bias_grad,
 }

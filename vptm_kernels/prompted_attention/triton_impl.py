@@ -34,15 +34,15 @@ from .configs import (
     tails,
 )
 from .kernels_bwd import (
-    _bias_grad_kernel,
-    _delta_kernel,
-    _key_grad_kernel,
-    _pool_grad_kernel,
-    _query_grad_kernel,
-    _table_grad_kernel,
+    prompted_attention_bias_grad_kernel,
+    prompted_attention_delta_kernel,
+    prompted_attention_key_grad_kernel,
+    prompted_attention_pool_grad_kernel,
+    prompted_attention_query_grad_kernel,
+    prompted_attention_table_grad_kernel,
 )
 from .kernels_common import LOG2E, TABLE, TILE, Arithmetic, Bias, KeyBlocks, Layout, Window
-from .kernels_fwd import _expand_table_kernel, _forward_kernel
+from .kernels_fwd import prompted_attention_expand_table_kernel, prompted_attention_forward_kernel
 
 _TRITON_DTYPES = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 
@@ -344,7 +344,8 @@ class Plan:
             **_blocks(config, self.arch),
         }
         without, with_lse = (
-            Launch(_forward_kernel, grid, scalars, {**constants, "WITH_LSE": x}) for x in (False, True)
+            Launch(prompted_attention_forward_kernel, grid, scalars, {**constants, "WITH_LSE": x})
+            for x in (False, True)
         )
         return without, with_lse
 
@@ -353,7 +354,7 @@ class Plan:
         heads, tokens, columns = self.bias.shape
         block_m, block_n = (64, 64) if self.interpreted else (16, 64)
         return Launch(
-            _expand_table_kernel,
+            prompted_attention_expand_table_kernel,
             (triton.cdiv(tokens, block_m), triton.cdiv(columns, block_n), heads),
             (tokens, columns, *table.stride()),
             {
@@ -529,7 +530,7 @@ class _Backward:
         acc = plan.constants["MATH"].ACC
         constants = {"LAYOUT": plan.layout, "BLOCK_M": block, "HAS_DLSE": has_dlse, "ACC": acc, "num_warps": 4}
         grid = (triton.cdiv(plan.rows, block) * plan.batch * plan.heads,)
-        return Launch(_delta_kernel, grid, (plan.rows,), constants)
+        return Launch(prompted_attention_delta_kernel, grid, (plan.rows,), constants)
 
     def _scalars(self, images: int, *row: int) -> tuple[int, ...]:
         plan = self.plan
@@ -554,7 +555,7 @@ class _Backward:
             **_blocks(config, plan.arch),
         }
         grid = (triton.cdiv(rows, config.block_m) * chunks * plan.heads,)
-        return Launch(_query_grad_kernel, grid, self._scalars(images), constants)
+        return Launch(prompted_attention_query_grad_kernel, grid, self._scalars(images), constants)
 
     def _keys(self, keys: int, chunks: int, images: int, has_dlse: bool, *, row: int, of_prompts: bool) -> Launch:
         """row: elements from one row of the gradient to the next."""
@@ -577,7 +578,7 @@ class _Backward:
             **_blocks(config, plan.arch),
         }
         grid = (triton.cdiv(keys, config.block_n) * chunks * plan.heads,)
-        return Launch(_key_grad_kernel, grid, self._scalars(images, row), constants)
+        return Launch(prompted_attention_key_grad_kernel, grid, self._scalars(images, row), constants)
 
     def _images_per_sum(self) -> int:
         """How many images one program of the prompts' gradient sums over; one unless prompts are shared."""
@@ -598,7 +599,7 @@ class _Backward:
         grid = (triton.cdiv(plan.pool_size, 16), triton.cdiv(columns, 64))
         sizes = (plan.batch, plan.prompts, plan.pool_size, columns)
         constants = {"ACC": plan.constants["MATH"].ACC, "BLOCK_S": 16, "BLOCK_C": 64, "num_warps": 4}
-        return Launch(_pool_grad_kernel, grid, sizes, constants)
+        return Launch(prompted_attention_pool_grad_kernel, grid, sizes, constants)
 
     def _sum_prompts(self, partial: Tensor, prompts: Tensor, ranges: Tensor | None) -> Tensor:
         if self.plan.per_image:
@@ -639,7 +640,9 @@ class _Backward:
         constants = plan.constants | {"BLOCK_N": config.block_n} | _blocks(config, plan.arch)
         # rows without a bias are not among those of its gradient
         constants["BIAS"] = constants["BIAS"]._replace(PARTIAL=False)
-        return (chunks, heads, rows, columns), Launch(_bias_grad_kernel, (blocks * chunks * heads,), scalars, constants)
+        return (chunks, heads, rows, columns), Launch(
+            prompted_attention_bias_grad_kernel, (blocks * chunks * heads,), scalars, constants
+        )
 
     def _table_launch(self, rows: int, first_head: int, heads: int, has_ids: bool) -> Launch:
         """Fills so many columns of a table's gradient (rows, H), from first_head on."""
@@ -655,7 +658,7 @@ class _Backward:
             "num_warps": 4,
         }
         grid = (triton.cdiv(rows, block_r), heads)
-        return Launch(_table_grad_kernel, grid, (first_head, plan.tokens, rows), constants)
+        return Launch(prompted_attention_table_grad_kernel, grid, (first_head, plan.tokens, rows), constants)
 
     def _bias_grad(
         self, inputs: tuple[Tensor | None, ...], bias: Tensor | None, token_ids: Tensor | None

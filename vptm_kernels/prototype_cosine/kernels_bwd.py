@@ -21,10 +21,12 @@ from .kernels_fwd import LOGITS, SOFTMAX, token_logits
 # Argument lists stand in rows, in the order in which they are passed.
 # fmt: off
 @triton.jit(do_not_specialize=["B"])  # a smaller last batch compiles nothing
-def _reader_grad_kernel(hidden, weight, bias, grad, saved, out,
-                        B, C, V, D, stride_h, stride_w,
-                        ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-                        BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+def prototype_cosine_reader_grad_kernel(
+    hidden, weight, bias, grad, saved, out,
+    B, C, V, D, stride_h, stride_w,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):
     """out (D, V) = gᵀ a, a block of dims and tokens per program, over all rows.
 
     hidden (B, C), weight (V, C), bias (V,), grad (B, D), saved (2, B): log-sum-exp first.
@@ -49,12 +51,14 @@ def _reader_grad_kernel(hidden, weight, bias, grad, saved, out,
 
 
 @triton.jit(do_not_specialize=["B", "per_split"])  # a smaller last batch compiles nothing
-def _hidden_grad_kernel(hidden, weight, bias, reader, grad, saved, subtract, twice, part, bias_part,
-                        B, C, V, D, per_split, stride_h, stride_w, stride_r,
-                        ACTIVATION: tl.constexpr, SQUARES: tl.constexpr, HAS_BIAS: tl.constexpr,
-                        FOR_HIDDEN: tl.constexpr, FOR_BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-                        BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-                        BLOCK_O: tl.constexpr):
+def prototype_cosine_hidden_grad_kernel(
+    hidden, weight, bias, reader, grad, saved, subtract, twice, part, bias_part,
+    B, C, V, D, per_split, stride_h, stride_w, stride_r,
+    ACTIVATION: tl.constexpr, SQUARES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    FOR_HIDDEN: tl.constexpr, FOR_BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
     """part (S, B, C) = dt @ weight over a split's tokens; bias_part (row blocks, V) = sum of dt over a block's rows.
 
     hidden (B, C), weight (V, C), bias (V,), reader (D, V), grad (B, D), saved (2, B): log-sum-exp first; subtract and

@@ -45,11 +45,13 @@ def token_logits(hidden_rows, weight, bias, v, C, V, stride_w,
 
 
 @triton.jit(do_not_specialize=["B", "per_split"])  # a smaller last batch compiles nothing
-def _readout_kernel(hidden, weight, bias, reader, part, seen_part, statistics,
-                    B, C, V, D, per_split, stride_h, stride_w, stride_r,
-                    ACTIVATION: tl.constexpr, SQUARES: tl.constexpr, HAS_BIAS: tl.constexpr,
-                    ACC: tl.constexpr, PRECISION: tl.constexpr,
-                    BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+def prototype_cosine_readout_kernel(
+    hidden, weight, bias, reader, part, seen_part, statistics,
+    B, C, V, D, per_split, stride_h, stride_w, stride_r,
+    ACTIVATION: tl.constexpr, SQUARES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):
     """hidden (B, C), weight (V, C), bias (V,), reader (D, V) -> by splits, part (S, B, D), seen_part (S, D) and
     statistics (S, 4, B): m, l, s1, s2."""
     per_split = per_split // BLOCK_V * BLOCK_V  # says that it is a multiple; tl.multiple_of of an argument does nothing
@@ -113,10 +115,12 @@ def _readout_kernel(hidden, weight, bias, reader, part, seen_part, statistics,
 
 
 @triton.jit(do_not_specialize=["B", "per_split", "S"])  # a smaller last batch compiles nothing
-def _combine_kernel(part, seen_part, statistics, out, squared, saved,
-                    B, V, D, per_split, S,
-                    ACTIVATION: tl.constexpr, SQUARES: tl.constexpr, ACC: tl.constexpr,
-                    BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):
+def prototype_cosine_combine_kernel(
+    part, seen_part, statistics, out, squared, saved,
+    B, V, D, per_split, S,
+    ACTIVATION: tl.constexpr, SQUARES: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):
     """part (S, B, D), seen_part (S, D), statistics (S, 4, B) -> out (B, D), squared (B,) and saved (2, B): log-sum-exp
     and the sum of a. BLOCK_S splits are added at a time."""
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -181,8 +185,10 @@ def _combine_kernel(part, seen_part, statistics, out, squared, saved,
 
 
 @triton.jit
-def _task_linear_kernel(hidden, weight, bias, task_ids, out, T, C, D, stride_h, stride_t, stride_w, stride_b,
-                        ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+def prototype_cosine_task_linear_kernel(
+    hidden, weight, bias, task_ids, out, T, C, D, stride_h, stride_t, stride_w, stride_b,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):
     """out[i] = weight[task_ids[i]] @ hidden[i] + bias[task_ids[i]], one row and block of D per program.
 
     hidden (B, C), weight (T, D, C), bias (T, D), task_ids (B,) -> out (B, D).
@@ -208,9 +214,11 @@ def _inverse_norm(squares, eps):
 
 
 @triton.jit(do_not_specialize=["B"])  # a smaller last batch compiles nothing
-def _cosine_kernel(embedding, prototypes, out, B, K, D, stride_c, eps,
-                   ACC: tl.constexpr, PRECISION: tl.constexpr,
-                   BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+def prototype_cosine_cosine_kernel(
+    embedding, prototypes, out, B, K, D, stride_c, eps,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):
     """embedding (B, D), prototypes (K, D) -> out (B, K)."""
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     classes = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -232,8 +240,10 @@ def _cosine_kernel(embedding, prototypes, out, B, K, D, stride_c, eps,
 
 
 @triton.jit
-def _task_cosine_kernel(embedding, prototypes, task_ids, offsets, out, T, D, widest, stride_c, eps,
-                        ACC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+def prototype_cosine_task_cosine_kernel(
+    embedding, prototypes, task_ids, offsets, out, T, D, widest, stride_c, eps,
+    ACC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):
     """One row per program, against the classes of its own task; -inf beyond them.
 
     embedding (B, D), prototypes (all classes, D), task_ids (B,), offsets (T + 1,) -> out (B, widest).

@@ -84,8 +84,8 @@ def _hidden_grad(a: Arguments) -> Traffic:
 
 
 KERNELS: dict[str, Callable[[Arguments], Traffic]] = {
-    "_readout_kernel": _readout,
-    "_combine_kernel": _combine,
-    "_reader_grad_kernel": _reader_grad,
-    "_hidden_grad_kernel": _hidden_grad,
+    "prototype_cosine_readout_kernel": _readout,
+    "prototype_cosine_combine_kernel": _combine,
+    "prototype_cosine_reader_grad_kernel": _reader_grad,
+    "prototype_cosine_hidden_grad_kernel": _hidden_grad,
 }

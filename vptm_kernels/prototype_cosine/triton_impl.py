@@ -27,8 +27,14 @@ from .configs import (
     task_linear_blocks,
     tokens_per_split,
 )
-from .kernels_bwd import _hidden_grad_kernel, _reader_grad_kernel
-from .kernels_fwd import _combine_kernel, _cosine_kernel, _readout_kernel, _task_cosine_kernel, _task_linear_kernel
+from .kernels_bwd import prototype_cosine_hidden_grad_kernel, prototype_cosine_reader_grad_kernel
+from .kernels_fwd import (
+    prototype_cosine_combine_kernel,
+    prototype_cosine_cosine_kernel,
+    prototype_cosine_readout_kernel,
+    prototype_cosine_task_cosine_kernel,
+    prototype_cosine_task_linear_kernel,
+)
 
 _readouts: Plans[_Readout] = Plans()
 _backwards: Plans[_Backward] = Plans()
@@ -141,7 +147,7 @@ class _Readout(_Plan):
         self.splits = cdiv(tokens, per_split)
         shared = self.shared | {"SQUARES": self.squares}
         self._read = Launch(
-            _readout_kernel,
+            prototype_cosine_readout_kernel,
             (self.splits, row_blocks, dim_blocks),
             (batch, self.width, tokens, dim, per_split, *self.strides),
             {
@@ -153,7 +159,7 @@ class _Readout(_Plan):
         )
         combine = combine_config(self.arch, cdiv(tokens, config.tokens), dim)
         self._combine = Launch(
-            _combine_kernel,
+            prototype_cosine_combine_kernel,
             (cdiv(batch, combine.rows), cdiv(dim, combine.dims)),
             (batch, tokens, dim, per_split, self.splits),
             {
@@ -205,7 +211,7 @@ class _Backward(_Plan):
         if needs[3]:
             config = reader_grad_config(self.arch, self.bits, dim, self.aligned)
             self._of_reader = Launch(
-                _reader_grad_kernel,
+                prototype_cosine_reader_grad_kernel,
                 (cdiv(tokens, config.tokens), cdiv(dim, config.dims)),
                 (batch, self.width, tokens, dim, *self.strides[:2]),
                 {**shared, **_blocks(config), **_launch_options(config.num_warps, config.num_stages)},
@@ -219,7 +225,7 @@ class _Backward(_Plan):
             per_split = tokens_per_split(self.arch, tokens, self.row_blocks * channel_blocks, config.tokens)
             self.splits = cdiv(tokens, per_split)
             self._of_hidden = Launch(
-                _hidden_grad_kernel,
+                prototype_cosine_hidden_grad_kernel,
                 (self.splits, self.row_blocks, channel_blocks),
                 (batch, self.width, tokens, dim, per_split, *self.strides),
                 {
@@ -292,7 +298,7 @@ def task_linear(hidden: Tensor, weight: Tensor, bias: Tensor, task_ids: Tensor, 
     if launch is None:
         dims, columns = task_linear_blocks(architecture(hidden.device))
         launch = Launch(
-            _task_linear_kernel,
+            prototype_cosine_task_linear_kernel,
             (batch, cdiv(dim, dims)),
             (tasks, width, dim, hidden.stride(0), weight.stride(0), weight.stride(1), bias.stride(0)),
             {"ACC": _dtype(hidden), "BLOCK_C": columns, "BLOCK_D": dims, **_launch_options(4, 1)},
@@ -332,7 +338,7 @@ def _similarity_launch(
     columns, stride = cdiv(widest, sizes["BLOCK_K"]), prototypes.stride(0)
     if task_ids is not None:
         scalars = (len(offsets) - 1, dim, widest, stride, eps)
-        return Launch(_task_cosine_kernel, (batch, columns), scalars, sizes | _launch_options(4, 1))
+        return Launch(prototype_cosine_task_cosine_kernel, (batch, columns), scalars, sizes | _launch_options(4, 1))
     # float32 sums of 16-bit prototypes take three tensor-core products; float32 prototypes are multiplied as such.
     precise = prototypes.element_size() > 2 or arch.startswith("gfx")
     constants = {
@@ -341,7 +347,9 @@ def _similarity_launch(
         "BLOCK_B": 16,
         **_launch_options(cosine_warps(arch, prototypes.element_size() * 8), 1),
     }
-    return Launch(_cosine_kernel, (cdiv(batch, 16), columns), (batch, widest, dim, stride, eps), constants)
+    return Launch(
+        prototype_cosine_cosine_kernel, (cdiv(batch, 16), columns), (batch, widest, dim, stride, eps), constants
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -23,7 +23,7 @@ from .kernels_fwd import LOG2E, first_mean, load_chunk, prompt_logits
 # fmt: off
 # a smaller last batch must not compile: strides of tensors that stand heads first count images
 @triton.jit(do_not_specialize=["B", "stride_wb", "stride_wh", "stride_pb", "stride_ph", "stride_gb", "stride_gh"])
-def _grad_kernel(
+def readout_attention_grad_kernel(
     x_ptr, w_ptr, prompts_ptr, bias_ptr, g_ptr, gp_ptr, gm_ptr, mixed_ptr, lse_ptr, moments_ptr,
     dx_ptr, dw_ptr, dprompts_ptr, ds_ptr,
     B, N, P, columns, splits, stride_b, stride_n: tl.constexpr, stride_wb, stride_wh, stride_pb, stride_ph, stride_pp,

@@ -63,7 +63,7 @@ def prompt_logits(prompts_ptr, bias_row, p, N, P, stride_ph, stride_pp, h,
 
 # a smaller last batch must not compile: strides of tensors that stand heads first count images
 @triton.jit(do_not_specialize=["B", "stride_wb", "stride_wh"])
-def _split_kernel(
+def readout_attention_split_kernel(
     x_ptr, w_ptr, bias_ptr, part_ptr, statistics_ptr, moments_ptr,
     B, N, splits, stride_b, stride_n: tl.constexpr, stride_wb, stride_wh, stride_bias,
     C: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -141,7 +141,7 @@ def _split_kernel(
 
 # a smaller last batch must not compile: strides of tensors that stand heads first count images
 @triton.jit(do_not_specialize=["stride_pb", "stride_ph"])
-def _merge_kernel(
+def readout_attention_merge_kernel(
     part_ptr, statistics_ptr, prompts_ptr, bias_ptr, mixed_ptr, weights_ptr, mass_ptr, lse_ptr,
     N, P, splits, stride_pb, stride_ph, stride_pp, stride_bias,
     C: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,

@@ -45,4 +45,7 @@ def _grad(a: Arguments) -> Traffic:
     return Traffic(cache, once + _bytes(w) + _bytes(g) + _bytes(mixed) + bias)
 
 
-KERNELS: dict[str, Callable[[Arguments], Traffic]] = {"_split_kernel": _split, "_grad_kernel": _grad}
+KERNELS: dict[str, Callable[[Arguments], Traffic]] = {
+    "readout_attention_split_kernel": _split,
+    "readout_attention_grad_kernel": _grad,
+}

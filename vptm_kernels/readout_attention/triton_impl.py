@@ -14,8 +14,8 @@ from .._runtime.plans import Plans, signature
 from .._runtime.sizes import accumulator, cdiv, needs_int64, next_power_of_2
 from .._runtime.triton_support import architecture, dot_precision, float32_precision
 from .configs import Config, backward_config, forward_config, merge_channels
-from .kernels_bwd import _grad_kernel
-from .kernels_fwd import _merge_kernel, _split_kernel
+from .kernels_bwd import readout_attention_grad_kernel
+from .kernels_fwd import readout_attention_merge_kernel, readout_attention_split_kernel
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 PROMPT_BLOCK = 16
@@ -145,7 +145,7 @@ class _Forward(_Plan):
         config = forward_config(*self.shape)
         self.splits = cdiv(self.tokens, config.tokens)
         self._split = Launch(
-            _split_kernel,
+            readout_attention_split_kernel,
             (self.batch * self.splits,),
             (
                 *(self.batch, self.tokens, self.splits, self.image_stride, self.token_stride),
@@ -161,7 +161,7 @@ class _Forward(_Plan):
         )
         block = merge_channels(self.arch, self.width)
         self._merge = Launch(
-            _merge_kernel,
+            readout_attention_merge_kernel,
             (self.batch, cdiv(self.width, block)),
             (self.tokens, self.prompts, self.splits, *self.prompt_strides, self.bias_stride),
             {
@@ -210,7 +210,7 @@ class _Backward(_Plan):
         self.splits = cdiv(self.tokens, config.tokens) if needs[0] or needs[1] or needs[3] else 1
         grad_strides = _outer_strides(grad_mixed)
         self._grad = Launch(
-            _grad_kernel,
+            readout_attention_grad_kernel,
             (self.batch * self.splits,),
             (
                 *(self.batch, self.tokens, self.prompts, self.columns, self.splits),

@@ -25,7 +25,7 @@ def _rows(base, r, inner, stride_outer, stride_inner, c):
 
 
 @triton.jit(do_not_specialize=["rows"])  # a smaller last batch compiles nothing
-def _forward_kernel(
+def residual_norm_forward_kernel(
     x_ptr, update_ptr, gamma_ptr, scale_ptr, weight_ptr, bias_ptr, new_ptr, normed_ptr, moments_ptr,
     rows, inner, stride_xo, stride_xi, stride_uo, stride_ui, rows_per_scale,
     C: tl.constexpr, CP: tl.constexpr, BLOCK_R: tl.constexpr, GAMMA: tl.constexpr, ROW_SCALE: tl.constexpr,
@@ -63,7 +63,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "blocks"])  # a smaller last batch compiles nothing
-def _backward_kernel(
+def residual_norm_backward_kernel(
     grad_new_ptr, grad_normed_ptr, new_ptr, update_ptr, gamma_ptr, scale_ptr, weight_ptr, moments_ptr,
     dx_ptr, dupdate_ptr, sums_ptr,
     rows, inner, stride_uo, stride_ui, rows_per_scale, blocks,

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._runtime.sizes import accumulator, next_power_of_2
 from .._runtime.triton_support import architecture
 from .configs import blocks_per_program, row_block
-from .kernels import _backward_kernel, _forward_kernel
+from .kernels import residual_norm_backward_kernel, residual_norm_forward_kernel
 
 
 def _three(t: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def forward(
     moments = x.new_empty((2, rows) if keep else (0,), dtype=accumulator(x.dtype))
     if rows:
         x, update = _three(x), _three(update)
-        _forward_kernel[(-(-rows // constants["BLOCK_R"]),)](
+        residual_norm_forward_kernel[(-(-rows // constants["BLOCK_R"]),)](
             *(x, update, gamma, row_scale, norm_weight, norm_bias, x_new, normed, moments),
             *(rows, x.shape[1], x.stride(0), x.stride(1), update.stride(0), update.stride(1)),
             _per_scale(x, row_scale),
@@ -95,7 +95,7 @@ def backward(
     sums = x_new.new_empty(programs, 3, x_new.shape[-1], dtype=accumulator(x_new.dtype)) if any(needs[2:]) else None
     if rows:
         strided = _three(update if needs[2] else x_new)
-        _backward_kernel[(programs,)](
+        residual_norm_backward_kernel[(programs,)](
             None if grad_new is None else grad_new.contiguous(),
             None if grad_normed is None else grad_normed.contiguous(),
             *(x_new, strided, gamma, row_scale, norm_weight, moments, dx, dupdate, sums),
