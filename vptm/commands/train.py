@@ -146,7 +146,7 @@ def _fresh(values: Mapping[str, Any], given: AbstractSet[str]) -> RunSettings:
 def _settings(values: Mapping[str, Any]) -> RunSettings:
     from vptm.models.opening import kind_of
 
-    return RunSettings.from_options(values, kind_of(values["model"], values["readout"]))
+    return RunSettings.from_options(values, kind_of(values["model"], values["readout"], values["architecture"]))
 
 
 def _resumed(out: Path, values: Mapping[str, Any], given: AbstractSet[str]) -> RunSettings:

@@ -21,6 +21,7 @@ from vptm.settings import MODEL_SETTINGS, ViTSettings, names
 from vptm.weights.adapter_format import CONFIG_FILE, read_adapter_config
 from vptm.weights.beits import LoadedBackbone, is_timm_name, probe
 from vptm.weights.containers import told_of
+from vptm.weights.evas import is_eva
 from vptm.weights.families import Told, family_of_timm
 from vptm.weights.files import one_line_errors
 from vptm.weights.vits import LoadedViT
@@ -60,17 +61,18 @@ def open_model(source: Any, num_classes: int, **settings: Any) -> PromptedModel:
         >>> open_model("vit_tiny_patch16_224", 10, img_size=32, prompt_length=5).readout
         'cls'
     """
-    kind = kind_of(source, settings.get("readout"))
+    kind = kind_of(source, settings.get("readout"), settings.get("architecture"))
     group = MODEL_SETTINGS[kind]
     if unknown := sorted(settings.keys() - set(names(group))):
         raise TypeError(f"open_model takes no {unknown[0]} for {group.whom}{hint(unknown[0], names(group))}")
     return _CLASSES[kind](source, num_classes, **group(**settings).keywords())
 
 
-def kind_of(source: Any, readout: str | None = None) -> str:
+def kind_of(source: Any, readout: str | None = None, architecture: str | None = None) -> str:
     """The key of `vptm.settings.MODEL_SETTINGS` under which `source` stands; of a file only names are read.
 
     readout: the one asked for, where there is one: a BEiT that is read at a mask row has the defaults that go with it.
+    architecture: timm name of what a file holds, which tells more of it than its names do.
 
     Example:
         >>> kind_of("builtin"), kind_of("beit_base_patch16_224"), kind_of("deit_tiny_patch16_224")
@@ -84,6 +86,8 @@ def kind_of(source: Any, readout: str | None = None) -> str:
         name = source.partition(".")[0]
         family = family_of_timm(name)
         told = _told_of_module(probe(name)) if family == "vit" else Told(family or "vit")
+    elif architecture is not None and is_eva(architecture):
+        told = _told_of_module(probe(architecture.partition(".")[0]))
     else:
         found = told_of(source) if isinstance(source, str | PathLike) and source else None
         told = found or Told("beit")

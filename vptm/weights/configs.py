@@ -13,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_M
 from timm.models.beit import Beit
 
 from vptm.weights.beit_architecture import mlp_ratio_of, pair
-from vptm.weights.families import MODEL_TYPES, ROTARY, Family, family_of_timm
+from vptm.weights.families import MODEL_TYPES, Family, family_of_timm
 from vptm.weights.files import read_json
 from vptm.weights.preprocessing import INTERPOLATIONS, floats, interpolation_name, positive, share
 
@@ -109,7 +109,8 @@ def folder_facts(path: Path, label: str) -> SourceFacts:
         return _timm_facts(config, label)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
-        needs = f"; {ROTARY}" if kind in ("dinov3_vit", "eva02") else ""
+        rotary = "; rotary positions are not read under transformers' names, but under timm's"
+        needs = rotary if kind in ("dinov3_vit", "eva02") else ""
         raise ValueError(f"{label}: config.json must have model_type {', '.join(MODEL_TYPES)}, got {kind!r}{needs}")
     stated = config.get("vision_config", {}) if kind in ("clip", "siglip") else config
     if not isinstance(stated, dict):

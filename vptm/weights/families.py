@@ -51,7 +51,7 @@ _BEIT = re.compile(
 _VIT = re.compile(r"\.attn\.(qkv\.|in_proj_)|embedding/kernel$|\.(key|k_proj)\.(weight|bias)$")
 _CLASS = re.compile(r"(^|[./])(cls_token|class_embedding|cls)$")
 _POOL = re.compile(r"(^|\.)(attn_pool\.latent|head\.probe)$|(^|/)MAPHead_0/probe$")
-ROTARY = "rotary positions, as EVA-02 and DINOv3 have them, are not supported"
+ROTARY = "rotary positions, as EVA-02 and DINOv3 have them, need architecture= with timm's name of the model"
 
 
 def family_of_names(names: Iterable[str]) -> Family | None:

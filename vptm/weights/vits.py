@@ -31,6 +31,7 @@ from vptm.weights.beit_architecture import check_size, pair, window_of
 from vptm.weights.beits import is_timm_name, probe, size_rows, with_outcome
 from vptm.weights.configs import HUGGINGFACE_EPS, SourceFacts
 from vptm.weights.containers import Checkpoint, read_checkpoint
+from vptm.weights.evas import classes_of, eva_tensors, is_eva
 from vptm.weights.families import family_of_names, refuse_rotary
 from vptm.weights.files import SUFFIXES, check_values, one_line_errors
 from vptm.weights.key_maps import canonical_names, is_huggingface, unwrap
@@ -53,9 +54,9 @@ _RANDOM = "random weights: pretrained=True loads timm's"
 class ViTReport:
     """What was read and what was made of it; `vptm inspect` prints `lines()`.
 
-    `format` is "timm", "jax" (Google's .npz), "moco-v3", "dinov2", "clip", "huggingface", "timm-name" or "module".
-    `dropped` names what the source holds and the backbone does not need, `missing` is empty, as weights that lack
-    something are refused, `resized` has the shapes of `pos_embed` before and after. `architecture` describes the
+    `format` is "timm", "jax" (Google's .npz), "moco-v3", "dinov2", "dinov3", "clip", "huggingface", "timm-name" or
+    "module". `dropped` names what the source holds and the backbone does not need, `missing` is empty, as weights that
+    lack something are refused, `resized` has the shapes of `pos_embed` before and after. `architecture` describes the
     backbone in plain values.
     """
 
@@ -89,8 +90,8 @@ class ViTReport:
 class LoadedViT:
     """A backbone in eval mode, with the classifier of its source where that is one linear.
 
-    mask_token: (1, 1, C) of weights pre-trained with one (DINOv2), else None. pretrained: False for random weights (a
-    timm name with `pretrained=False`). default_cfg: preprocessing, as timm's.
+    mask_token: (1, 1, C) of weights pre-trained with one (DINOv2, EVA-02), else None. pretrained: False for random
+    weights (a timm name with `pretrained=False`). default_cfg: preprocessing, as timm's.
     """
 
     backbone: VisionTransformer | Eva
@@ -123,7 +124,8 @@ def load_vit(
       `resample_abs_pos_embed`. None keeps the source's size. A file that states no size is taken to be square.
     pretrained: for a timm name, load timm's weights. Files always count as trained.
     architecture: timm name of what a file holds, where its tensors do not tell: number of heads, eps, activation. By
-      default they are those of the published weights of that width, and the report says so.
+      default they are those of the published weights of that width, and the report says so. Files of EVA-02, DINOv3 and
+      what else is timm's Eva class, under the names of timm or their repository, need it.
 
     Weights are fp32 whatever the file stores (an instance keeps its dtype). A registered timm name wins over a file or
     folder of the same name; write "./name" for the latter.
@@ -223,6 +225,11 @@ def _from_checkpoint(
     raw, facts = checkpoint
     tensors, dropped = unwrap(raw, label)
     dropped += facts.dropped
+    named = architecture or facts.timm_name
+    if named is not None and is_eva(named):
+        return _from_eva_tensors(
+            tensors, dropped, facts, named, {} if architecture else facts.timm_arguments, label, size
+        )
     refuse_rotary(tensors, label)
     if facts.family == "beit" or (facts.family is None and family_of_names(tensors) == "beit"):
         raise ValueError(f"{label}: must be a ViT, got a BEiT{_mark(tensors)}: use PromptedBEiT or vptm.open_model")
@@ -283,15 +290,24 @@ def _from_checkpoint(
     if resized:
         new = window_of(backbone.patch_embed.img_size, backbone.patch_embed.patch_size)
         notes.append(f"window {window[0]} x {window[1]} resized to {new[0]} x {new[1]} by timm's rule")
+    form = facts.format or ("huggingface" if huggingface else "moco-v3" if moco else "clip" if clip else "timm")
+    loaded = _finished(
+        backbone, label, "dinov2" if form == "timm" and dino else form, True, tuple(dropped), resized, tuple(notes)
+    )
+    loaded.mask_token = mask_token
+    return _with_preprocessing(loaded, facts, name, label, notes)
+
+
+def _with_preprocessing(
+    loaded: LoadedViT, facts: SourceFacts, name: str | None, label: str, notes: list[str]
+) -> LoadedViT:
+    """`loaded` with what its file, or timm's configuration of `name`, states of the pictures it was trained on."""
+    backbone: Any = loaded.backbone
     stated = (facts.mean, facts.std), facts.stated_by
     known = get_pretrained_cfg(name) if name is not None and timm.is_model(name) else None
     if facts.mean is None and known is not None:
         stated = (known.mean, known.std), f"timm's configuration of {name}"
     mean, std, rule = statistics(*stated, Path(label).name, backbone.in_chans)
-    form = facts.format or ("huggingface" if huggingface else "moco-v3" if moco else "clip" if clip else "timm")
-    loaded = _finished(
-        backbone, label, "dinov2" if form == "timm" and dino else form, True, tuple(dropped), resized, tuple(notes)
-    )
     size_now = tuple(backbone.patch_embed.img_size)
     loaded.default_cfg |= {
         "mean": mean,
@@ -302,8 +318,43 @@ def _from_checkpoint(
     }
     backbone.pretrained_cfg = backbone.default_cfg = dict(loaded.default_cfg)
     loaded.report = replace(loaded.report, mean=mean, std=std, notes=(*notes, rule))
-    loaded.mask_token = mask_token
     return loaded
+
+
+def _from_eva_tensors(
+    tensors: dict[str, Tensor],
+    dropped: list[str],
+    facts: SourceFacts,
+    name: str,
+    arguments: Mapping[str, Any],
+    label: str,
+    size: tuple[int, int] | None,
+) -> LoadedViT:
+    """Of timm's Eva class, whose tensors do not tell what turns them: `name` does."""
+    check_values(tensors, label, backbone=True)
+    base = name.partition(".")[0]
+    try:
+        empty: Any = timm.create_model(base, device="meta", **arguments) if arguments else probe(base)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        why = error_line(error, first=True)
+        raise ValueError(f"{label}: config.json must have model_args that timm's {base} takes: {why}") from error
+    check_backbone(empty, f"{label}: {name}")
+    own = arguments.get("img_size")
+    target = size or (pair(own, f"{label}: img_size") if own else None) or tuple(empty.patch_embed.img_size)
+    check_size(target, tuple(empty.patch_embed.patch_size), label)
+    given = {**arguments, "img_size": target, "num_classes": classes_of(tensors, empty.embed_dim)}
+    # not on the meta device: angles are kept in no file
+    backbone: Any = timm.create_model(base, **given)
+    found = eva_tensors(tensors, backbone, label)
+    _check_tensors(found.state, backbone, label)
+    backbone.load_state_dict(found.state)
+    notes = list(facts.notes)
+    if found.resized:
+        notes.append(f"positions resized to {' x '.join(map(str, backbone.patch_embed.grid_size))} by timm's rule")
+    form = facts.format or ("dinov3" if "storage_tokens" in tensors else "timm")
+    loaded = _finished(backbone, label, form, True, (*dropped, *found.dropped), found.resized, tuple(notes))
+    loaded.mask_token = found.mask_token
+    return _with_preprocessing(loaded, facts, name, label, notes)
 
 
 def _mark(tensors: Mapping[str, Tensor]) -> str:
@@ -376,6 +427,14 @@ def _fill(
         raise ValueError(f"{label}: timm cannot build what its tensors say: {error_line(error, first=True)}") from error
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     resized = resize_position(state, window, tuple(model.patch_embed.grid_size), prefix)
+    _check_tensors(state, model, label)
+    model.to_empty(device="cpu")
+    model.load_state_dict(state)
+    return model, resized
+
+
+def _check_tensors(state: Mapping[str, Tensor], model: Any, label: str) -> None:
+    """Raise ValueError unless `state` has every tensor of `model`, in its shape, and no other."""
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if unknown := [key for key in state if key not in expected]:
         raise ValueError(f"{label}: must have ViT tensors only, got unknown {listed(unknown)}")
@@ -386,9 +445,6 @@ def _fill(
     for key, shape in expected.items():
         if tuple(state[key].shape) != shape:
             raise ValueError(f"{label}: {key} must have shape {shape}, got {tuple(state[key].shape)}")
-    model.to_empty(device="cpu")
-    model.load_state_dict(state)
-    return model, resized
 
 
 def _finished(
