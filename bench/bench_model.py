@@ -11,8 +11,8 @@ group: timm's own forward without any prompt, the same blocks with the prompts c
 turns with those and with deep prompts as cached keys and values that every block concatenates, which is what PEFT's
 prefix tuning does and needs the same linears as vptm. In the settings that come first each of them is compared compiled
 as well, vptm too, on a CPU run by OpenVINO and ONNX Runtime, and with transformers' BEiT without prompts. On a GPU a
-CUDA graph of each is compared in the first settings and for few images. Whoever is compared is first checked against
-its own function in float64, with as much error as the definition makes in its dtype.
+CUDA graph of each is compared in the first settings and for few images, of vptm frozen too. Whoever is compared is
+first checked against its own function in float64, with as much error as the definition makes in its dtype.
 
 On AMD processors vptm sends its frozen linears to oneDNN, where PyTorch would take MKL: "vptm with MKL" does not, and
 what it reaches over every peer stands in `extra_info["forms"]`, as for every other form of vptm. "vptm frozen" is vptm
@@ -58,7 +58,7 @@ PEERS = {
     **peers.with_mkl(),
     **{name: peers.PEERS[name] for name in (peers.FROZEN, peers.FLOAT32)},
     **peers.compiled_peers(peers.CONCATENATION, PREFIX, TIMM, peers.OURS),
-    **peers.graphed_peers(peers.OURS, peers.CONCATENATION, PREFIX, TIMM),
+    **peers.graphed_peers(peers.OURS, peers.FROZEN, peers.CONCATENATION, PREFIX, TIMM),
     **peers.RUNTIMES,
     **peers.HUGGING_FACE,
 }
@@ -125,8 +125,11 @@ def pixels(side: int) -> int:
     return 32 if TINY else side
 
 
+# of a GPU: what `bench.gpu_check` asks for
+HEADLINES = [Setting("deep", 100, 64), Setting("deep", 100, 1), Setting("shallow", 10, 64)]
+HEADLINES.append(HEADLINES[-1]._replace(readout="mask"))
 # compiling and exporting takes half a minute each, and transformers' BEiT as long as the others on a CPU
-FIRST = [setting for setting, _ in SETTINGS[: 2 if CUDA else 1]]
+FIRST = HEADLINES if CUDA else [setting for setting, _ in SETTINGS[:1]]
 FIRST_BATCH = FIRST[0].batch
 
 
@@ -261,14 +264,15 @@ def _peers(setting: Setting, dtype: torch.dtype) -> dict[str, Callable[[], Tenso
     model, images = prompted(setting, dtype), _images(setting.batch, setting.side, dtype)
     eager = dict(found)
     every, prefix = _in_every_form(setting), _prefix_in_every_form(setting)
-    if peers.FROZEN in present:
+    if present.keys() & {peers.FROZEN, peers.graphed_name(peers.FROZEN)}:
         sealed = cache(lambda: peers.frozen(model))
-        found[peers.FROZEN] = lambda: _read(setting, sealed(), images)
+        found[peers.FROZEN] = eager[peers.FROZEN] = lambda: _read(setting, sealed(), images)
     if peers.FLOAT32 in present and dtype == torch.bfloat16:
         wide = cache(lambda: copy.deepcopy(model).float())
         wider = images.float()
         found[peers.FLOAT32] = lambda: _read(setting, wide(), wider).to(dtype)
-    in_forms = {name: run for name, run in eager.items() if every or (prefix and name == PREFIX)}
+    compilable = {name: run for name, run in eager.items() if name != peers.FROZEN}
+    in_forms = {name: run for name, run in compilable.items() if every or (prefix and name == PREFIX)}
     # MKL and the other runtimes are for float32
     if peers.WITH_MKL in present and dtype == torch.float32 and (every or timing.selection.full):
         found[peers.WITH_MKL] = timing.without_onednn(eager["vptm"])

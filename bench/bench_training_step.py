@@ -6,7 +6,7 @@
 vptm against the same frozen blocks with the prompts concatenated (scaled_dot_product_attention, position bias built per
 block) and with deep prompts as keys and values, projected once in every step and concatenated in every block, as PEFT's
 prefix tuning has them. Settings with the mask row are VPTM's own: token head, projection and prototypes are part of the
-step, and so they are what the package does by default. In the settings that come first everybody is compiled as well,
+step, and so they are what the package does by default. In the setting that comes first everybody is compiled as well,
 and in a CUDA graph on a GPU. Gradients are checked against float64 before anything is timed, with as much error as the
 definition makes in its dtype. On a CPU that multiplies bfloat16 it is timed beside float32. `extra_info` holds the
 ratio of interleaved steps, the bytes each keeps between forward and backward (weights, and what is derived from them
@@ -56,7 +56,7 @@ SETTINGS = [
     for setting, dtype in product(CHOSEN, timing.selection.of_models())
     if FULL or dtype in timing.selection.dtypes or setting == CHOSEN[0]
 ]
-FIRST = CHOSEN[:2] if CUDA else CHOSEN[:1]
+FIRST = CHOSEN[:1]
 EAGER = (peers.OURS, peers.CONCATENATION, PREFIX)
 PEERS = {
     **{name: peers.PEERS[name] for name in EAGER[1:]},

@@ -16,7 +16,8 @@ no git folder, VPTM_COMMIT says of which commit the results are.
 
 Afterwards, where the results are to stand: `cp DIR/first.json bench/results/NAME.json && python -m bench.report`.
 
-Exit status: 0 if every stage that ran passed, 1 if one did not, 2 without a GPU or for arguments that select nothing.
+Exit status: 0 if every stage that ran and every warmer passed, 1 if one did not, 2 without a GPU or for arguments that
+select nothing.
 """
 
 from __future__ import annotations
@@ -230,7 +231,7 @@ class Check:
         return self.budget - (time.monotonic() - self.started)
 
     def run(self, plan: Plan) -> bool:
-        """Whether every stage that was begun passed."""
+        """Whether every stage that was begun passed, and all that compiled for them and came to its end."""
         try:
             for stage in plan.warmers:
                 command = self._filled(stage, self.work / "warm.json", self.work / "warm.jsonl", 0)
@@ -249,7 +250,8 @@ class Check:
         self.document["gpu state after"] = timing.gpu_state()
         self.document["finished"] = True
         self.write()
-        return all(entry["status"] in ("passed", "skipped") for entry in self.document["stages"])
+        passed = all(entry["status"] in ("passed", "skipped") for entry in self.document["stages"])
+        return passed and "failed warmers" not in self.document
 
     def _run_one(self, stage: Stage, limit: float) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": stage.name, "limit": round(limit, 1), "seconds": 0.0}
@@ -329,6 +331,9 @@ class Check:
     def _end_warmers(self) -> None:
         for name, warmer in self.warmers.items():
             status = warmer.child.poll()
+            if status:
+                self.document.setdefault("failed warmers", {})[name] = status
+                print(f"{name} failed with exit status {status}", flush=True)
             warmer.kill()
             with self.log.open("a", encoding="utf-8") as file:
                 how = "not done" if status is None else f"exit status {status}"

@@ -111,10 +111,10 @@ def _nothing() -> None:
 PEERS: dict[str, timing.Peer] = {
     **EAGER,
     WITH_MKL: timing.Peer(needs=("cpu",)),
-    FROZEN: timing.Peer(needs=("cpu",)),
+    FROZEN: timing.Peer(),
     FLOAT32: timing.Peer(needs=("cpu",), function=FLOAT32),
     **compiled_peers(*EAGER),
-    **graphed_peers(*EAGER),
+    **graphed_peers(*EAGER, FROZEN),
     **RUNTIMES,
     **HUGGING_FACE,
     # of single ops; how they are run stands in their benches

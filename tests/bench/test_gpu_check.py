@@ -214,6 +214,17 @@ def test_what_is_not_compiled_in_time_is_ended_and_its_stage_still_runs(check):
     (entry,) = saved(check)["stages"]
     assert entry["status"] == "passed" and 1 < entry["compiled before"]["compiling"] < 8
     assert "=== compiling: not done" in check.log.read_text()
+    assert "failed warmers" not in saved(check)
+
+
+def test_what_could_not_be_compiled_is_named_and_fails_the_run(check, capsys):
+    """Its stage would compile as well, within its own time, and the run look like one in which all was ready."""
+    check = check()
+    broken = python("compiling", "raise SystemExit(4)", 0.0)
+    assert run(check, python("served", "pass", 6.0, warmed=True, needs=1.0), warmers=[broken]) is False
+    assert saved(check)["stages"][0]["status"] == "passed"
+    assert saved(check)["failed warmers"] == {"compiling": 4}
+    assert "compiling failed with exit status 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", [False, True])
@@ -262,19 +273,52 @@ def test_every_test_of_a_gpu_is_in_the_plan():
     assert ops == set(gpu_check.OPS), "an op that no GPU would see"
 
 
-def test_settings_of_the_plan_exist_where_they_are_measured():
-    """`--settings` that no bench has would end a stage on the GPU, not here."""
-    code = (
-        "import torch; from bench import timing\n"
-        "timing.select(timing.Selection('cuda', (torch.bfloat16,), (), True))\n"
-        "from bench import bench_model, bench_prompted_attention as attention\n"
-        "print(*(str(each) for each, _ in (*bench_model.SETTINGS, *attention.SHAPES)), sep='\\n')"
-    )
+COLLECTED = """
+import contextlib, io, json, sys, torch, pytest
+from bench import gpu_check, timing
+
+class Seen:
+    def pytest_collection_finish(self, session):
+        self.names = [item.name for item in session.items]
+
+known = {}
+for part in ("first", "second"):
+    timing.select(timing.Selection("cuda", (torch.bfloat16,), (), True))
+    plan = gpu_check.plan(part)
+    for stage in (*plan.stages, *plan.warmers):
+        if "--peers" not in stage.command or stage.command in known:
+            continue
+        # benches read at import what is asked for
+        for name in [name for name in sys.modules if name.startswith(("bench.bench_", "bench.peers"))]:
+            del sys.modules[name]
+        seen, said = Seen(), io.StringIO()
+        arguments = stage.command[2 : stage.command.index("--benchmark-only")]
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            status = pytest.main([*arguments, "--collect-only"], plugins=[seen])
+        known[stage.command] = stage.name, int(status), getattr(seen, "names", []), said.getvalue()[-500:]
+from bench import bench_model, bench_prompted_attention as attention, bench_training_step as training
+settings = [str(each) for each, _ in (*bench_model.SETTINGS, *attention.SHAPES)]
+compiled = [str(setting) for setting, _ in bench_model.SETTINGS if bench_model._in_every_form(setting)]
+print(json.dumps([list(known.values()), settings, compiled, [str(setting) for setting in training.FIRST]]))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what a machine without a GPU lists")
+def test_every_stage_and_warmer_has_benches_that_know_its_peers_and_settings():
+    """A peer that one bench of a stage does not know, or a setting that none has, ends the stage; a model that is not
+    compiled where it is asked for compiled costs half a minute and times nothing. Both would be seen on a GPU first."""
     environment = {**os.environ, "PYTHONPATH": str(gpu_check.ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    labels = [set(line.split()) for line in done.stdout.splitlines()]
+    code = [sys.executable, "-c", COLLECTED]
+    done = subprocess.run(code, capture_output=True, text=True, env=environment, cwd=gpu_check.ROOT)
+    assert done.returncode == 0, done.stderr
+    stages, settings, compiled, steps = json.loads(done.stdout.splitlines()[-1])
+    assert len(stages) >= 10
+    for name, status, benches, said in stages:
+        assert status == 0 and benches and all(each.startswith("bench_") for each in benches), (name, status, said)
+    known = [set(label.split()) for label in settings]
     for label in (*gpu_check.ATTENTION, *gpu_check.MODELS, *gpu_check.OTHER_BATCHES, *gpu_check.HALF):
-        assert any(set(label.split()) <= known for known in labels), label
+        assert any(set(label.split()) <= words for words in known), label
+    assert set(compiled) == set(gpu_check.MODELS) and steps == [gpu_check.MODELS[0]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
