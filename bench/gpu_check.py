@@ -58,7 +58,7 @@ GRACE = 5.0
 # ------------------------------------------------------------------ what is measured
 
 # those that `-m gpu` selects from: every worker collects all it is given
-OPS = ("prompted_attention", "readout_attention", "prototype_cosine", "residual_norm", "shifted_norm")
+OPS = ("prompted_attention", "readout_attention", "prototype_cosine", "residual_norm")
 TESTS = ("tests/kernels/test_on_gpu.py", *(f"tests/kernels/test_{op}.py" for op in OPS))
 FILES = ("bench_prompted_attention.py", "bench_model.py", "bench_training_step.py")
 ATTENTION = tuple(f"B=64 H=12 N=197 P={prompts}" for prompts in (0, 50, 100))

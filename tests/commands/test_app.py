@@ -504,7 +504,7 @@ def test_inspect_shows_runs_and_checkpoints(vptm: Console, run: Path, material: 
 def test_env_lists_versions_and_what_every_operation_uses(vptm: Console) -> None:
     code, out, _ = vptm("env")
     assert code == 0 and torch.__version__.split("+")[0] in out
-    for operation in ("prompted_attention", "readout_attention", "prototype_cosine", "residual_norm", "shifted_norm"):
+    for operation in ("prompted_attention", "readout_attention", "prototype_cosine", "residual_norm"):
         line = next(line for line in out.splitlines() if line.startswith(operation))
         expected = "on cuda:0" if torch.cuda.is_available() else "torch, kernels are for GPUs (float32"
         assert expected in line

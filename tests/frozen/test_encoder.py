@@ -298,13 +298,6 @@ def test_triton_kernels_run_the_blocks(prompt_mode: str, extra_bias: str, monkey
     with torch.no_grad():
         model(batch)
     assert launches == blocks, "sealed, token head and projection are one product"
-    # where there is work for them, two norms of each block whose rows stay what the block before made of them
-    monkeypatch.setattr(folded, "one_pass_is_worth_it", lambda elements: True)
-    launches.clear()
-    with torch.no_grad():
-        model(batch)
-    norms = {"deep": 4, "shallow": 2, "progressive": 0}[prompt_mode]
-    assert launches["shifted_norm_kernel"] == norms, launches
 
 
 def test_corrupting_the_kernel_changes_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,41 +485,6 @@ def test_blocks_that_add_and_normalise_in_one_pass_equal_the_reference(
     for tensor, error in vptm.check(model, images(model)).items():
         assert error <= (1e-10 if tensor.startswith("grad") else 1e-12), (tensor, error)
     assert taken
-
-
-@pytest.mark.skipif(not has_triton(), reason="needs triton")
-@pytest.mark.parametrize("backbone", ["shared bias", "no LayerScale"])
-@pytest.mark.parametrize("mode,length", [("deep", 3), ("shallow", 3), ("deep", 0)])
-def test_a_stream_without_biases_gives_the_same_rows(
-    mode: str, length: int, backbone: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where nothing is recorded biases wait until a norm or the end adds them: one that is lost or added twice shows in
-    the rows, in those after single blocks, and in the second of two passes from one start."""
-    asked: list[int] = []
-    op = folded.shifted_norm
-    monkeypatch.setattr(folded, "one_pass_is_worth_it", lambda elements: True)
-    monkeypatch.setattr(folded, "shifted_norm", lambda *given, **named: asked.append(1) or op(*given, **named))
-    model = build(tiny_beit(dim=32, depth=4, **BACKBONES[backbone]), prompt_mode=mode, prompt_length=length)
-    model.impl, batch = "triton", images(model)
-    for name, parameter in model.backbone.named_parameters():
-        if name.endswith("bias"):
-            parameter.data.normal_()
-    model.refresh()
-
-    def everything() -> list[torch.Tensor]:
-        final, rows = model.forward_intermediates(batch, indices=[0, 1, 3], norm=False)
-        return [final, *rows, model.forward_hidden(batch), model(batch)]
-
-    recorded = everything()
-    assert not asked
-    with torch.no_grad():
-        found = everything()
-        of_blocks, start = model._encoder.folded(model), model._encoder.folded(model).start(model, batch)
-        twice = [of_blocks.row(model, batch, 0, start) for _ in range(2)]
-    assert asked
-    for a, b in zip(found, recorded, strict=True):
-        assert relative_error(a, b) <= 1e-12
-    assert torch.equal(*twice)
 
 
 @pytest.mark.parametrize("mode", ["deep", "shallow"])

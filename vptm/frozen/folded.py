@@ -8,8 +8,6 @@
   by its position cannot be left unprojected, nor a value that is normed after attention: there keys and values are.
 - LayerNorm weights, LayerScale and the scale of the scores are folded into the frozen linears, the position bias is
   expanded, both once.
-- Where nothing is recorded on a GPU, linears add to the residual stream as they multiply; their biases are left out of
-  it, and the norms add the sum of those so far.
 
 Each is exact in real arithmetic and used only where it is.
 """
@@ -17,7 +15,7 @@ Each is exact in real arithmetic and used only where it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +30,9 @@ from vptm.frozen.rotary import half_tables
 from vptm.frozen.rows import PreparedHead, PromptedRows
 from vptm_kernels import prompted_attention, readout_attention
 from vptm_kernels._runtime.frozen_linear import frozen_linear, runs_onednn
-from vptm_kernels._runtime.sizes import accumulator
-from vptm_kernels._runtime.tracing import nothing_traces
 from vptm_kernels.prompted_attention.bias import align_rows
 from vptm_kernels.residual_norm import residual_norm
 from vptm_kernels.residual_norm.configs import one_pass_is_worth_it
-from vptm_kernels.shifted_norm import shifted_norm
 
 
 class PooledPrefix(NamedTuple):
@@ -58,34 +53,6 @@ class Start(NamedTuple):
 
     rows: Tensor
     qkv: Tensor
-
-
-class Shifts(NamedTuple):
-    """Sums (C,) of the biases that the residual stream of a block lacks: before its attention, before its MLP, and
-    after it. In float32, of float64 rows in float64."""
-
-    before: Tensor
-    between: Tensor
-    after: Tensor
-
-
-def _sums_of_biases(blocks: Sequence[FrozenBlock], first: int) -> list[Shifts]:
-    """Of every block, for a stream that lacks the biases from block `first` on."""
-    bias = blocks[0].proj_bias
-    total, exact = torch.zeros_like(bias, dtype=torch.float64), accumulator(bias.dtype)
-    found = []
-    for layer, block in enumerate(blocks):
-        sums = [total]
-        for bias in (block.proj_bias, block.fc2_bias):
-            total = total if layer < first else total + bias.double()
-            sums.append(total)
-        found.append(Shifts._make(each.to(exact) for each in sums))
-    return found
-
-
-def _accumulate(x: Tensor, inner: Tensor, weight: Tensor) -> None:
-    """`x += linear(inner)`, by the product itself."""
-    x.view(-1, x.shape[-1]).addmm_(inner.reshape(-1, inner.shape[-1]), weight.t())
 
 
 def _bias_values(bias: Tensor, dtype: torch.dtype, triton: bool) -> Tensor:
@@ -137,9 +104,6 @@ class Folded:
         # that of values is in the next linear, unless a block keeps them
         self.qkv_weights = torch.stack([block.qkv_weight for block in blocks])
         self._take_weights(blocks)
-        # by the first block that lacks its biases: shallow prompts take block 0 for themselves
-        scaled = any(block.scale_1 is not None or block.scale_2 is not None for block in blocks)
-        self.shifts = {} if scaled or not triton else {first: _sums_of_biases(blocks, first) for first in (0, 1)}
         self.prefix_eps = blocks[0].eps_1 if len({block.eps_1 for block in blocks}) == 1 else None
         # a GPU's product takes a bias along, and one launch less is worth more than a pass over fewer bytes
         self.for_gpu = triton or weight.device.type != "cpu"
@@ -245,7 +209,6 @@ class Folded:
         for block in self.blocks:
             yield from (value for value in block if isinstance(value, Tensor))
         yield from (bias for bias in self.biases if bias is not None)
-        yield from (sums for shifts in self.shifts.values() for each in shifts for sums in each)
         yield from (table for tables in self.rotary or () for table in tables)
         yield from () if self.patch_embed is None else (*self.patch_embed.parameters(), *self.patch_embed.buffers())
         yield from (tensor for tensor in self.token_head or () if tensor is not None)
@@ -358,9 +321,8 @@ class Folded:
             """Whether block `layer` takes rows as the block before leaves them."""
             return straight or (prompts.placement == "prepend" and prompts.role(layer) == "carried")
 
-        first = self._first_without_biases(x, blocks, stays)
         normed: Tensor | None = None
-        for layer in range(first):
+        for layer in range(blocks):
             if not straight:
                 x = self._enter(model, x, layer)
             eps = self.blocks[layer + 1].eps_1 if layer + 1 < blocks and stays(layer + 1) else None
@@ -369,28 +331,9 @@ class Folded:
             if kept is not None and layer in chosen:
                 rows = x[:, : self.num_tokens]
                 kept[layer] = rows if straight else rows.clone()  # what enters the next block may change in place
-        if first < blocks:
-            x = x.clone() if first == 0 and start is not None else x.contiguous()
-            for layer in range(first, blocks):
-                shifts = self.shifts[first][layer]
-                given = qkv if layer == 0 else None
-                x = model.run_block(self._block_without_biases, model, x, layer, prefix(layer), given, shifts)
-                if kept is not None and layer in chosen:
-                    kept[layer] = (x[:, : self.num_tokens] + shifts.after).to(x.dtype)
-            x += self.shifts[first][blocks - 1].after
         if blocks == depth:
             return x, None
         return x if straight else self._enter(model, x, blocks), prefix(blocks)
-
-    def _first_without_biases(self, x: Tensor, blocks: int, stays: Callable[[int], bool]) -> int:
-        """The block from which on the stream lacks the biases of linears; `blocks` for none."""
-        plain = not torch.is_grad_enabled() and x.dtype == self.qkv_weights.dtype and nothing_traces(x)
-        # a launch of its norms costs the host more than PyTorch's, which small batches wait for, but not in a graph
-        worth = one_pass_is_worth_it(x.numel()) or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-        # and the one after them, which may be that which reads a row
-        if not (plain and worth and self.shifts and all(map(stays, range(1, min(blocks + 1, len(self.blocks)))))):
-            return blocks
-        return min(0 if stays(0) else 1, blocks)
 
     def _enter(self, model: PromptedRows, x: Tensor, layer: int) -> Tensor:
         """Rows that enter block `layer`: with the prompts it wants, unless they are the same for every image."""
@@ -494,20 +437,6 @@ class Folded:
             return self._add_mlp(x, normed, block), None
         update = F.linear(self._mlp_inner(normed, block), block.fc2_weight, block.fc2_bias)
         return residual_norm(x, update, gamma=block.scale_2, eps=eps, impl="triton")
-
-    def _block_without_biases(
-        self, model: PromptedRows, x: Tensor, layer: int, prefix: Prefix, qkv: Tensor | None, shifts: Shifts
-    ) -> Tensor:
-        """The block in place, on rows that lack `shifts.before` and then lack `shifts.after`."""
-        block = self.blocks[layer]
-        if qkv is None:
-            normed = shifted_norm(x, shifts.before, eps=block.eps_1, impl="triton")
-            qkv = F.linear(normed, block.qkv_weight, block.qkv_bias)
-        mixed, _ = self._mix(model, x, layer, prefix, qkv)
-        _accumulate(x, mixed, block.proj_weight)
-        normed = shifted_norm(x, shifts.between, eps=block.eps_2, impl="triton")
-        _accumulate(x, self._mlp_inner(normed, block), block.fc2_weight)
-        return x
 
     def _learned_bias(self, model: PromptedRows, layer: int, queries: int | None, keys: int | None) -> Tensor:
         bias = model.position_bias(layer)

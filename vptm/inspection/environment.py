@@ -13,7 +13,6 @@ from torch import Tensor
 from vptm.messages import error_line
 from vptm_kernels import prompted_attention, prototype_cosine, readout_attention
 from vptm_kernels.residual_norm import residual_norm
-from vptm_kernels.shifted_norm import shifted_norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # every operation on the smallest tensors that it accepts, made by a function of their shape
@@ -26,7 +25,6 @@ PROBES: dict[str, Callable[[Callable[..., Tensor]], Any]] = {
         t(2, 32), t(64, 32), None, t(3, 16), projection=t(16, 64), impl="triton"
     ),
     "residual_norm": lambda t: residual_norm(t(2, 32), t(2, 32), eps=1e-6, impl="triton"),
-    "shifted_norm": lambda t: shifted_norm(t(2, 32), t(32), eps=1e-6, impl="triton"),
 }
 
 

@@ -242,6 +242,14 @@ def key_grad_config(
     return Config(64 if wide and head_dim <= 64 else 32, block_n, warps, 1)
 
 
+def key_grad_candidates(arch: str, dtype_bits: int, head_dim: int, keys: int) -> list[Config]:
+    """What a card may prefer: with 168 registers three programs fit a multiprocessor for two with 174, and some numbers
+    of prompts spill 28 bytes."""
+    if arch != "sm90" or dtype_bits != 16 or head_dim > 64 or keys < 64:
+        return []
+    return [Config(64, 64, 4, 1, max_registers=168)]
+
+
 def bias_grad_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *, interpreted: bool = False) -> Config:
     if interpreted:
         return _interpreted(tokens)
