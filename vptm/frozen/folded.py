@@ -385,10 +385,12 @@ class Folded:
     def _first_without_biases(self, x: Tensor, blocks: int, stays: Callable[[int], bool]) -> int:
         """The block from which on the stream lacks the biases of linears; `blocks` for none."""
         plain = not torch.is_grad_enabled() and x.dtype == self.qkv_weights.dtype and nothing_traces(x)
+        if not plain or not self.shifts:  # where something traces, a size that is looked at would be fixed
+            return blocks
         # a launch of its norms costs the host more than PyTorch's, which small batches wait for, but not in a graph
         worth = one_pass_is_worth_it(x.numel()) or (x.is_cuda and torch.cuda.is_current_stream_capturing())
         # and the one after them, which may be that which reads a row
-        if not (plain and worth and self.shifts and all(map(stays, range(1, min(blocks + 1, len(self.blocks)))))):
+        if not (worth and all(map(stays, range(1, min(blocks + 1, len(self.blocks)))))):
             return blocks
         return min(0 if stays(0) else 1, blocks)
 
