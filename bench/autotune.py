@@ -38,6 +38,8 @@ from vptm_kernels._runtime.triton_support import interpreting
 
 PACKAGE = "vptm_kernels"
 WORTH_AN_ENTRY = 1.03
+REHEARSED = 1
+"""Calls of a rehearsal."""
 # Results of two block sizes differ by the rounding of sums in another order.
 TOLERANCE = 2e-2
 
@@ -283,13 +285,24 @@ def neighbours(answer: Any) -> list[Any]:
 BLOCK_SIZES = {"block_m": (32, 64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)}
 
 
-def block_sizes(answer: Any) -> list[Any]:
-    """Every combination of block sizes, warps and stages, with the answer's other fields as they are."""
+def block_sizes(answer: Any, arch: str = "") -> list[Any]:
+    """Every combination of block sizes, warps and stages, with the answer's other fields as they are.
+
+    On sm90 none with eight warps for fewer than 128 rows, of which Triton lets both warpgroups multiply all: on an
+    H200 such query gradients with a tail of 16 keys came out wrong (64, 32, 8, 1) or read where they must not (64, 64,
+    8, 1) with Triton 3.6, and of all that came out right none was faster than four warps.
+    """
     if not hasattr(answer, "_asdict"):
         return neighbours(answer)
     sizes = {name: values for name, values in BLOCK_SIZES.items() if name in answer._fields}
     found = (answer._replace(**dict(zip(sizes, values))) for values in itertools.product(*sizes.values()))
-    return [config for config in found if config != answer]
+    return [config for config in found if config != answer and not (arch == "sm90" and shares_rows(config))]
+
+
+def shares_rows(config: Any) -> bool:
+    """Whether two warpgroups have the 64 rows of one multiplication, or fewer, between them."""
+    rows = [value for name, value in config._asdict().items() if name == "block_m"]
+    return config.num_warps >= 8 and any(value < 16 * config.num_warps for value in rows)
 
 
 def same(found: Tensors, expected: Tensors) -> bool:
@@ -297,6 +310,20 @@ def same(found: Tensors, expected: Tensors) -> bool:
         bool(a.isfinite().all()) and (a.double() - b.double()).norm() <= TOLERANCE * b.double().norm()
         for a, b in zip(found, expected, strict=True)
     )
+
+
+class Broken(RuntimeError):
+    """A candidate left the GPU unusable for this process: nothing can be launched any more."""
+
+
+def usable(device: str) -> bool:
+    """Whether the GPU still takes work; after an illegal access no process that made it is served again."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def search(
@@ -307,12 +334,17 @@ def search(
     out_of_time: Callable[[], bool],
     log: Callable[[str], None] = print,
     others: Callable[[Setting], list[Any]] = lambda setting: [],
-    sizes: Callable[[Any], list[Any]] | None = None,
+    sizes: Callable[[Any, str], list[Any]] | None = None,
+    works: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[Setting, Any, Any, float, float]]:
     """(setting, the table's answer, the best found, speed-up, seconds of the table's) of every table that is asked.
 
-    others: forms to try beside a table's answer. sizes: all that it gives for a table's answer is tried, and not
-    what is near to the best found so far.
+    others: forms to try beside a table's answer. sizes: all that it gives for a table's answer and an architecture is
+    tried, and not what is near to the best found so far. works: asked after a candidate that failed.
+
+    Raises:
+        Broken: after a candidate that failed nothing works any more; what was found until then was yielded, by the
+            measurements that it was found by.
     """
     with answering(module, {}) as asked:
         expected = run()
@@ -328,10 +360,12 @@ def search(
 
         best, start = table, built(table)
         current, tried = start, {table}
+        gained, seconds = 1.0, clock(start)
         improved = True
         while improved and not out_of_time():
             improved = False
-            for candidate in [*others(setting), *(neighbours(best) if sizes is None else sizes(table))]:
+            near = neighbours(best) if sizes is None else sizes(table, str(setting[1][0]))
+            for candidate in [*others(setting), *near]:
                 if candidate in tried or out_of_time():
                     continue
                 tried.add(candidate)
@@ -339,11 +373,16 @@ def search(
                     other = built(candidate)
                 except Exception as error:  # too much shared memory, a tile the kernel refuses, a compiler's failure
                     log(f"  {_fields(candidate)}: {error_line(error, 100, first=True)}")
+                    if not works():
+                        yield setting, table, best, gained, seconds
+                        reason = error_line(error, 100, first=True)
+                        raise Broken(f"{setting[0]} with {_fields(candidate)}: {reason}") from error
                     continue
                 pair = timing.compare({"best": current, "other": other}, "other", check=None, clock=clock, rounds=7)
                 log(f"  {_fields(candidate)}: {pair.speed_up('best'):.3f}x")
                 if pair.speed_up("best") > 1.01:
                     best, current = candidate, other
+                    gained *= pair.speed_up("best")
                     if sizes is None:
                         improved = True
                         break
@@ -374,7 +413,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     place, sizes = Place(), block_sizes if options.exhaustive else None
     if options.rehearse:
-        place, chosen, sizes = rehearsal(), chosen[:1], lambda table: block_sizes(table)[:2]
+        place, chosen, sizes = rehearsal(), chosen[:REHEARSED], lambda table, arch: block_sizes(table, arch)[:2]
     elif not torch.cuda.is_available():
         print("no GPU here: block sizes are timed on one", file=sys.stderr)
         return 2
@@ -384,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
     prepare = timing.captured if place.device == "cuda" else lambda run: run
     torch.manual_seed(0)
     for call in chosen:
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or "broken by" in document:
             document.setdefault("not reached", []).append(f"{call.op}: {call.name}")
             continue
         print(f"{call.op}: {call.name}", flush=True)
@@ -399,6 +438,7 @@ def main(argv: list[str] | None = None) -> int:
                 lambda: time.monotonic() > deadline,
                 others=functools.partial(candidates, configs),
                 sizes=sizes,
+                works=lambda: usable(place.device),
             )
             for (function, arguments), table, best, speed_up, seconds in found:
                 proposal = Proposal(
@@ -416,13 +456,17 @@ def main(argv: list[str] | None = None) -> int:
                 if worth:
                     print(f"PROPOSE {function}{arguments} -> {_fields(best)}: {speed_up:.2f}x ({_fields(table)})")
                 _write(options.json, document)
+        except Broken as error:
+            document["broken by"] = f"{call.op}: {call.name}: {error}"
+            print(f"  the GPU takes no more work of this process after {error}", flush=True)
         except Exception as error:  # one op's failure leaves the others their time
             document["failed"][f"{call.op}: {call.name}"] = error_line(error, first=True)
             print(f"  failed: {error_line(error, first=True)}", flush=True)
         _write(options.json, document)
+    _write(options.json, document)
     if not document["proposals"]:
         print("no entry beats the tables")
-    return int(bool(document["failed"]))
+    return int(bool(document["failed"]) or "broken by" in document)
 
 
 def rehearsal() -> Place:

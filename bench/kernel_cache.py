@@ -132,7 +132,7 @@ def _tuning(share: slice) -> None:
         with autotune.answering(module, {}) as asked:
             run()
         for setting, table in asked.items():
-            found = [*autotune.candidates(configs, setting), *autotune.block_sizes(table)]
+            found = [*autotune.candidates(configs, setting), *autotune.block_sizes(table, setting[1][0])]
             for candidate in found[share] if call.exhaustive else ():
                 try:
                     with autotune.answering(module, {setting: candidate}):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -63,6 +65,70 @@ def test_search_finds_the_fastest_block_sizes_and_refuses_wrong_ones():
     assert any("gives another result" in line for line in log)
     assert any("shared memory" in line for line in log)
     assert op.module.forward_config("sm90", 16) == op.table_answer, "the table is put back"
+
+
+def test_a_candidate_that_breaks_the_gpu_ends_the_search_with_what_was_found():
+    """After an illegal access nothing can be launched: every later candidate would fail, and the measurements before it
+    be lost with the final comparison that cannot be made."""
+    op, log = Op(), []
+    found = autotune.search(
+        op.module, op.run, op.prepare, op.clock, lambda: False, log.append, works=lambda: op.config.block_m < 256
+    )
+    setting, table, best, speed_up, seconds = next(found)
+    assert (setting[0], table, best.block_m, seconds) == ("forward_config", op.table_answer, 128, 5)
+    assert speed_up == pytest.approx(5 / 3)
+    ran = len(op.ran)
+    with pytest.raises(autotune.Broken, match=r"forward_config with block_m=256 .*: out of resource: shared memory"):
+        next(found)
+    assert len(op.ran) == ran and op.module.forward_config("sm90", 16) == op.table_answer
+    assert autotune.usable("cpu")
+
+
+def test_a_broken_gpu_is_named_and_what_was_not_reached_as_well(monkeypatch, tmp_path):
+    def search(*arguments, **options):
+        raise autotune.Broken("query_grad_config with num_warps=8: CUDA error: an illegal memory access")
+        yield
+
+    monkeypatch.setattr(autotune, "search", search)
+    monkeypatch.setattr(autotune, "rehearsal", lambda: autotune.Place("cpu", torch.float32, tiny=True))
+    calls = [autotune.Call("prompted_attention", name, lambda place: lambda: ()) for name in ("a", "b")]
+    monkeypatch.setattr(autotune, "calls", lambda: calls)
+    monkeypatch.setattr(autotune, "REHEARSED", 2)
+    path = tmp_path / "found.json"
+    assert autotune.main(["--rehearse", "--json", str(path)]) == 1
+    found = json.loads(path.read_text())
+    assert found["broken by"].startswith("prompted_attention: a: query_grad_config with num_warps=8")
+    assert found["not reached"] == ["prompted_attention: b"]
+
+
+def test_no_table_of_attention_gives_two_warpgroups_the_same_rows():
+    """On an H200 query gradients of 64 rows by eight warps came out wrong, or read where they must not."""
+    from vptm_kernels.prompted_attention import configs
+
+    flags = (False, True)
+    found = []
+    for dim, tokens in itertools.product((16, 32, 48, 64, 80, 128), (5, 50, 197, 577)):
+        shape = ("sm90", 16, dim, tokens)
+        for extra, bits, scaled, pooled, attend in itertools.product((0, 50), (0, 16, 32), flags, flags, flags):
+            forward = (*shape, tokens + extra, bits, scaled, pooled, attend)
+            found += [configs.forward_config(*forward, gathered=gathered) for gathered in flags]
+            found += configs.forward_candidates(*forward)
+        for attend, columns, bits in itertools.product(flags, flags, (0, 16, 32)):
+            options = {"prompts_attend": attend, "prompt_columns": columns, "bias_bits": bits}
+            found.append(configs.query_grad_config(*shape, **options))
+        for of_prompts, attend, gathered in itertools.product(flags, flags, flags):
+            options = {"of_prompts": of_prompts, "prompts_attend": attend, "gathered": gathered}
+            found.append(configs.key_grad_config(*shape, **options))
+        found += [configs.bias_grad_config(*shape), *configs.query_grad_candidates(*shape)]
+    assert len(set(found)) > 5 and not [config for config in found if autotune.shares_rows(config)]
+    wide = configs.query_grad_config("sm90", 16, 64, 197)
+    assert autotune.shares_rows(wide._replace(block_m=64, num_warps=8))
+    tried = autotune.block_sizes(wide, "sm90")
+    assert (
+        tried
+        and not any(map(autotune.shares_rows, tried))
+        and any(map(autotune.shares_rows, autotune.block_sizes(wide)))
+    )
 
 
 def test_search_proposes_nothing_where_the_table_is_best():

@@ -121,7 +121,7 @@ def test_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.Capture
         (["builtin", "--plot", "cost.jpg"], "--plot must be a file name that ends in .png, got cost.jpg"),
         (["builtin", "--plot", "nowhere/cost.png"], "--plot: no such folder"),
         (["builtin", "--impl", "reference"], "compares model.impl with the reference path"),
-        (["resnet18"], "PromptedViT runs timm's VisionTransformer class, resnet18 is a ResNet"),
+        (["resnet18"], "PromptedViT runs timm's VisionTransformer and Eva classes, resnet18 is a ResNet"),
         (["no_such.pth"], "no_such.pth: no such file or folder"),
     ],
 )

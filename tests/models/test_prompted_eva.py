@@ -163,6 +163,23 @@ def test_every_way_to_run_gives_the_same(family: str) -> None:
     assert relative_error(found.double(), expected) <= 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_stays_within_the_error_of_the_reference(dtype: torch.dtype) -> None:
+    """Largest error against fp64 at most twice timm's own in that type, plus one eps of the largest value: fails if
+    tables are rounded to 16 bits, or LayerScale is folded where it underflows."""
+    for family, prompt_mode in itertools.product(("EVA-02 CLIP", "DINOv3"), ("deep", "shallow")):
+        model = build_vit(tiny_eva(family, embed_dim=32), prompt_mode=prompt_mode).to(dtype)
+        batch = pictures(model, 4).to(dtype)
+        oracle = copy.deepcopy(model).double()
+        oracle.impl = "reference"
+        with torch.no_grad():
+            exact = oracle.forward_hidden(batch.double())
+            error = (model.forward_hidden(batch).double() - exact).abs().max()
+            model.impl = "reference"
+            budget = (model.forward_hidden(batch).double() - exact).abs().max()
+        assert error <= 2 * budget + torch.finfo(dtype).eps * exact.abs().max(), (family, prompt_mode)
+
+
 def test_one_graph_and_one_program_for_every_batch() -> None:
     """fullgraph=True, forward and backward, and export: angles are constants of the graph, and no size is one."""
     model = build_vit(tiny_eva("EVA-02 CLIP", depth=1))

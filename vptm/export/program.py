@@ -35,8 +35,8 @@ class Inference(nn.Module):
             self._folded = _without_views(folded.sealed(folded.prefixes(model, 1), head))
             backbone = copy.copy(model.backbone)
             backbone._modules = backbone._modules | {"blocks": nn.ModuleList()}
-            if "rel_pos_bias" in backbone._modules:
-                backbone._modules["rel_pos_bias"] = None
+            for name in {"rel_pos_bias", "rope"} & backbone._modules.keys():
+                backbone._modules[name] = None
             parts = {"backbone": backbone, "prompt_bias": None} | ({} if head is None else {"lm_head": None})
             model = model.with_parts(**parts)
         model.impl = "torch"
@@ -63,7 +63,7 @@ def _without_views(folded: Folded) -> Folded:
 
     twin = folded.packed(False)
     twin.blocks = [block._replace(qkv_weight=own(block.qkv_weight)) for block in folded.blocks]
-    for name in ("biases", "square_biases", "wide_biases", "sealed_prefixes"):
+    for name in ("biases", "square_biases", "wide_biases", "prefix_biases", "sealed_prefixes"):
         setattr(twin, name, [own(tensor) for tensor in getattr(folded, name)])
     return twin
 
