@@ -164,7 +164,10 @@ def plan(part: str, rehearse: bool = False) -> Plan:
             "no:cacheprovider",
         )
         few = ("-k", "residual_norm") if rehearse else ("--hypothesis-profile", "quick")
-        workers = ("-n", str(WORKERS)) if not rehearse and importlib.util.find_spec("xdist") else ()
+        # a whole model takes as long as thirty small calls: whoever is done takes from the others
+        workers = (
+            ("-n", str(WORKERS), "--dist", "worksteal") if not rehearse and importlib.util.find_spec("xdist") else ()
+        )
         tuning = ("-m", "bench.autotune", "--exhaustive", "--seconds", "{seconds}", "--json", "{result}")
         stages: tuple[Stage, ...] = (
             environment,

@@ -4,6 +4,7 @@ run."""
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from beit_factory import randomize, tiny_beit
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -282,21 +284,24 @@ def test_a_model_without_its_weights_is_refused() -> None:
 
 
 def test_vision_transformers_give_their_patch_tokens() -> None:
-    """The same on a timm VisionTransformer: registers and class token excluded, no position embedding and no norm
-    before the blocks in layer 0."""
-    vit = VisionTransformer(
-        img_size=(8, 12), patch_size=4, embed_dim=16, depth=DEPTH, num_heads=2, reg_tokens=2, pre_norm=True
-    )
-    randomize(vit, 3)
-    model = vptm.PromptedViT(vit, 2, prompt_length=5).double()
-    data = Images(7)
-    vptm.init_prompts(model, DataLoader(data), progress=False)
-    caught: list[Tensor] = []
-    for block in vit.blocks[1:]:
-        block.register_forward_pre_hook(lambda module, given: caught.append(given[0][:, 3:]))
-    vit.double()
-    with torch.no_grad():
-        vit.forward_features(data.images)
-        fed = [vit.patch_embed.proj(data.images).flatten(2).mT, *caught]
-    for prompts, tokens in zip(model.prompts.weight, fed):
-        rows_of(prompts, tokens.flatten(0, 1))
+    """The same on a timm VisionTransformer, of fixed and of dynamic size, and on an Eva with rotary positions:
+    registers and class token excluded, no position embedding and no norm before the blocks in layer 0."""
+    sizes: dict[str, Any] = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 16, "depth": DEPTH, "num_heads": 2}
+    for vit in (
+        VisionTransformer(**sizes, reg_tokens=2, pre_norm=True),
+        VisionTransformer(**sizes, reg_tokens=2, dynamic_img_size=True),
+        Eva(**sizes, num_reg_tokens=2, use_rot_pos_emb=True, rope_type="dinov3", dynamic_img_size=True),
+    ):
+        randomize(vit, 3)
+        model = vptm.PromptedViT(vit, 2, prompt_length=5).double()
+        data = Images(7)
+        vptm.init_prompts(model, DataLoader(data), progress=False)
+        caught: list[Tensor] = []
+        for block in vit.blocks[1:]:
+            block.register_forward_pre_hook(lambda module, given, caught=caught: caught.append(given[0][:, 3:]))
+        vit.double()
+        with torch.no_grad():
+            vit.forward_features(data.images)
+            fed = [vit.patch_embed.proj(data.images).flatten(2).mT, *caught]
+        for prompts, tokens in zip(model.prompts.weight, fed):
+            rows_of(prompts, tokens.flatten(0, 1))

@@ -43,7 +43,8 @@ def layer_tokens(model: PromptedModel, images: Tensor, layers: list[int]) -> lis
         One (B, N, C) tensor per layer.
     """
     backbone = model.backbone
-    found = [backbone.patch_embed(images)] if 0 in layers else []
+    # a backbone of dynamic size keeps rows and columns apart
+    found = [backbone.patch_embed(images).flatten(1, -2)] if 0 in layers else []
     if later := [layer - 1 for layer in layers if layer > 0]:
         found += backbone.forward_intermediates(
             images, indices=later, norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True
