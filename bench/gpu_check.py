@@ -481,7 +481,8 @@ def prepare(
     environment = kernel_cache.environment(cache)
     environment |= {
         "PYTHONUNBUFFERED": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+        # of a run before, where one is named: compiling its peers took longer than timing them
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(work / "inductor"),
         # several processes compile at a time
         "TORCHINDUCTOR_COMPILE_THREADS": "2",
     }

@@ -412,3 +412,11 @@ def test_every_stage_is_rehearsed_to_its_end(tmp_path):
     assert "P=0 D=16" in (out / "results.md").read_text()
     assert (out / "README.md").read_text() != (gpu_check.ROOT / "README.md").read_text()
     assert str(tmp_path) not in first["command"]
+
+
+def test_what_was_compiled_on_a_machine_before_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers take longer to compile than to time, and the second of two borrowed machines would compile them again."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    assert gpu_check.prepare(tmp_path)[0]["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "carried")
+    assert gpu_check.prepare(tmp_path)[0]["TORCHINDUCTOR_CACHE_DIR"] == "carried"
