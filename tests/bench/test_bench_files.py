@@ -17,6 +17,7 @@ from torch._dynamo import config
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import (
+    bench_backbones,
     bench_complexity,
     bench_import,
     bench_model,
@@ -585,3 +586,25 @@ def test_compiled_peers_are_whole_graphs(tiny_model, monkeypatch):
             torch.testing.assert_close(form(*arguments), expected, rtol=1e-4, atol=1e-5)
             found += 1
     assert found == 8
+
+
+@pytest.mark.parametrize("setting", bench_backbones.SETTINGS, ids=str)
+def test_other_backbones_are_compared_and_a_wrong_vptm_is_refused(monkeypatch, setting):
+    """Their definition is the textbook path of the same model, through timm's own blocks."""
+    monkeypatch.setattr(bench_backbones, "TINY", True)
+    for cached in (bench_backbones._model, bench_backbones._images, bench_backbones._exact):
+        cached.cache_clear()
+    benchmark = Benchmark()
+    bench_backbones.bench_backbones(benchmark, "vptm", setting, FP32)
+    assert {f"speed-up over {peer}" for peer in bench_backbones.EAGER} <= set(benchmark.extra_info)
+    assert benchmark.extra_info["operations"] > 0
+    right = bench_backbones._runs
+
+    def wrong(*given):
+        return right(*given) | {"vptm": lambda: right(*given)["vptm"]() * 1.01}
+
+    monkeypatch.setattr(bench_backbones, "_runs", wrong)
+    with pytest.raises(AssertionError, match="exceeds the budget"):
+        bench_backbones.bench_backbones(Benchmark(), "vptm", setting, FP32)
+    for cached in (bench_backbones._model, bench_backbones._images, bench_backbones._exact):
+        cached.cache_clear()
