@@ -74,28 +74,28 @@ def test_softmax_is_computed_once(target):
 
 
 def test_size_of_the_forward_loop_on_sm90():
-    """Instructions for 32 scores a thread, 299 to 320 with a bias; compilers differ by a few."""
+    """Instructions for 32 scores a thread, 299 to 320 with a bias, and 22 more for the copies of the next block;
+    compilers differ by a few."""
     for report in of("sm90", "forward"):
         tile = report.constants["BLOCK_M"], report.constants["BLOCK_N"], report.num_warps
         assert tile in ((64, 64, 4), (128, 64, 8)), report.row()
         if not report.constants["SCORES_RESIDENT"]:
-            assert report.main_loop["total"] <= 326, report.row()
+            assert report.main_loop["total"] <= (326 if report.num_stages == 1 else 348), report.row()
 
 
-def test_queries_that_come_scaled_take_larger_programs_on_sm90():
-    """128 rows for 64: a third fewer bytes through the cache and 16 warps for 12. Without the cap on registers one such
-    program would fit a multiprocessor, and one register more than the cap spills."""
+def test_queries_that_come_scaled_have_more_programs_at_a_time_on_sm90():
+    """Four for three, whose loads an H200 waits for: 128 registers and two blocks of keys in shared memory leave room
+    for them."""
     one = {r.case.rpartition("/")[2]: r for r in of("sm90", "forward")}
     folded = [r for name, r in one.items() if name.endswith("-folded")]
     assert len(folded) >= 3
     for report in folded:
-        assert report.constants["BLOCK_M"] == 128 and report.registers <= 128, report.row()
-        assert report.blocks_per_sm * report.num_warps == 16, report.row()
-    small, large = one["forward-bf16-P50"], one["forward-bf16-P50-folded"]
-    assert large.cache_bytes < 0.7 * small.cache_bytes and large.memory_bytes == small.memory_bytes
+        assert report.num_stages == 2 and report.registers <= 128, report.row()
+        assert report.blocks_per_sm == 4 and report.num_warps == 4, report.row()
+    scaled_there = one["forward-bf16-P50"]
     # 64 images of 197 tokens, 12 heads of 64 channels: 79 MB from DRAM.
-    assert small.memory_bytes == pytest.approx(79.2e6, rel=0.01)
-    assert small.programs == 3072 and small.tail_efficiency > 0.9
+    assert scaled_there.memory_bytes == pytest.approx(79.2e6, rel=0.01)
+    assert scaled_there.programs == 3072 and scaled_there.tail_efficiency > 0.9
 
 
 def test_resident_scores_save_instructions_and_leave_room_for_three_blocks_on_sm90():
