@@ -1,13 +1,14 @@
 """Load on a server of the loopback address, beside the same batches in process.
 
     python -m bench.serve_load --seconds 60 --clients 64
+    python -m bench.serve_load --seconds 60 --clients 64 --backbone beitv2_base_patch16_224 --batch 16
 
-A server of the built-in model with `--tasks` adapters runs in a process of its own; each client posts the next picture
-when the last is answered, over a connection that stays open, until the time is over. All clients are sockets of one
-thread, which reads an answer in 30 us: more would be taken from the server where both share the cores. Prints one JSON
-line: answers by status, p50 and p99 of the seconds of an answer, images/s, images/s of `vptm.TaskBank.predict` on
-batches of the server's size in this process, with and without reading the pictures, and their ratios, and the memory of
-the server before and after.
+A server of the built-in model, or of another BEiT by its timm name with random weights, with `--tasks` adapters runs
+in a process of its own; each client posts the next picture when the last is answered, over a connection that stays
+open, until the time is over. All clients are sockets of one thread, which reads an answer in 30 us: more would be
+taken from the server where both share the cores. Prints one JSON line: answers by status, p50 and p99 of the seconds
+of an answer, images/s, images/s of `vptm.TaskBank.predict` on batches of the server's size in this process, with and
+without reading the pictures, and their ratios, and the memory of the server before and after.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,6 +35,7 @@ from urllib.parse import quote
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import vptm
 from bench.timing import environment
@@ -52,12 +55,12 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def pictures(count: int) -> list[bytes]:
+def pictures(count: int, side: int) -> list[bytes]:
     """PNG files of random grey pixels."""
     generator, found = np.random.default_rng(0), []
     for _ in range(count):
         content = io.BytesIO()
-        Image.fromarray(generator.integers(0, 255, (28, 28), dtype=np.uint8)).save(content, "PNG")
+        Image.fromarray(generator.integers(0, 255, (side, side), dtype=np.uint8)).save(content, "PNG")
         found.append(content.getvalue())
     return found
 
@@ -118,9 +121,29 @@ def load(port: int, names: list[str], content: list[bytes], clients: int, second
     return found
 
 
-def in_process(folder: Path, names: list[str], content: list[bytes], batch: int, seconds: float) -> dict[str, float]:
+def adapters(folder: Path, backbone: str, tasks: int) -> str:
+    """Folders task0, task1, ... in `folder`, and what their backbone is opened by: a file for random weights."""
+    torch.manual_seed(0)
+    source, first = backbone, None
+    for i in range(tasks):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # random weights are what is timed
+            model = vptm.PromptedBEiT(source, 10, prompt_mode="deep")
+        if first is None and backbone != "builtin":
+            first = {"lm_head.weight": model.lm_head.weight, "lm_head.bias": model.lm_head.bias}
+            first |= {"mask_token": model.mask_token, **model.backbone.state_dict()}
+            source = str(folder.parent / f"{folder.name}.safetensors")
+            save_file({name: tensor.detach().contiguous() for name, tensor in first.items()}, source)
+            model = vptm.PromptedBEiT(source, 10, prompt_mode="deep")
+        model.save_pretrained(folder / f"task{i}", form="folded")
+    return source
+
+
+def in_process(
+    folder: Path, source: str, names: list[str], content: list[bytes], batch: int, seconds: float
+) -> dict[str, float]:
     """images/s of the bank alone, and with pictures read and prepared one after the other."""
-    bank = vptm.TaskBank("builtin")
+    bank = vptm.TaskBank(source)
     for name in names:
         bank.add(name, folder / name)
     prepare = vptm.transforms(bank.info(names[0]))
@@ -146,15 +169,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--tasks", type=int, default=4)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--backbone", default="builtin", help="or a BEiT of timm's (default: builtin)")
     arguments = parser.parse_args()
-    content = pictures(64)
+    content = pictures(64, 28 if arguments.backbone == "builtin" else 224)
     with tempfile.TemporaryDirectory() as place:
-        folder, port = Path(place), free_port()
+        folder, port = Path(place) / "tasks", free_port()
+        folder.mkdir()
         names = [f"task{i}" for i in range(arguments.tasks)]
-        for i, name in enumerate(names):
-            torch.manual_seed(i)
-            vptm.PromptedBEiT("builtin", 10, prompt_mode="deep").save_pretrained(folder / name, form="folded")
+        source = adapters(folder, arguments.backbone, arguments.tasks)
         command = [sys.executable, "-m", "vptm", "serve", str(folder), "--port", str(port)]
+        command += [] if source == "builtin" else ["--source", source]
         server = subprocess.Popen([*command, "--batch-size", str(arguments.batch)], stderr=subprocess.DEVNULL)
         try:
             while True:
@@ -173,7 +197,7 @@ def main() -> None:
             server.terminate()
             server.wait()
         taken = sorted(seconds for _, seconds in answers)
-        rates = in_process(folder, names, content, arguments.batch, min(10.0, arguments.seconds))
+        rates = in_process(folder, source, names, content, arguments.batch, min(10.0, arguments.seconds))
         rate = len(answers) / lasted
         line = {
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
