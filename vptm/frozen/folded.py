@@ -72,10 +72,14 @@ def _prompt_arguments(prefix: Prefix) -> dict[str, Any]:
 def _residual(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
     if scale is not None:
         update = update * scale
-    # A linear gives a view of its rows, and adding to a view in place costs backward four passes over them. Where
-    # nothing is recorded the update is a fresh tensor, and costs no memory; autocast keeps x in fp32.
-    recorded = torch.is_grad_enabled() and update.requires_grad
-    return x + update if recorded or update.dtype != x.dtype else update.add_(x)
+    # where nothing is recorded the update is a fresh tensor, and costs no memory; autocast keeps x in fp32
+    return x + update if _recorded(update) or update.dtype != x.dtype else update.add_(x)
+
+
+def _recorded(update: Tensor) -> bool:
+    """Whether autograd follows what a linear gave: a view of its rows, and adding to a view in place costs backward
+    four passes over them."""
+    return torch.is_grad_enabled() and update.requires_grad
 
 
 class Folded:
@@ -428,8 +432,9 @@ class Folded:
         if normed is not None:
             qkv = F.linear(normed, block.qkv_weight, block.qkv_bias)
         mixed, fresh = self._mix(model, x, layer, prefix, qkv)
-        # what is compiled fuses them by itself
-        if fresh is not None or not self.triton or not one_pass_is_worth_it(x.numel()) or torch.compiler.is_compiling():
+        # what is compiled fuses them by itself, and a size that is looked at there would be one of its guards
+        eager = fresh is None and self.triton and not torch.compiler.is_compiling()
+        if not (eager and one_pass_is_worth_it(x.numel())):
             return self._mlp(self._join(x, mixed, fresh, block), block), None
         update = F.linear(mixed, block.proj_weight, block.proj_bias)
         x, normed = residual_norm(x, update, gamma=block.scale_1, eps=block.eps_2, impl="triton")
@@ -499,6 +504,9 @@ class Folded:
         if block.scale_1 is not None:
             update = update * block.scale_1
         update = update.to(torch.promote_types(update.dtype, x.dtype))
+        if _recorded(update):
+            of_tokens, of_prompts = update.split([tokens, update.shape[1] - tokens], dim=1)
+            return torch.cat([of_tokens + x, (of_prompts + fresh).to(update.dtype)], dim=1)
         update[:, :tokens] += x
         update[:, tokens:] += fresh
         return update
