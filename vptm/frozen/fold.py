@@ -80,15 +80,14 @@ def unfoldable(block: Any) -> str | None:
             return "blocks with parts in training mode"
     attn: Any = getattr(block, "attn", None)
     mlp: Any = getattr(block, "mlp", None)
+    other = f"{type(block).__name__} blocks with other parts"
     if type(block) is eva.EvaBlock:
-        return None if _is_plain_eva(block, attn, mlp) else "EvaBlock blocks with other parts"
+        return None if _is_plain_eva(attn, mlp) and _has_plain_parts(block) else other
     if mlp is not None and type(mlp) is not Mlp:
         return f"{type(mlp).__name__} blocks"
-    other = f"{type(block).__name__} blocks with other parts"
     if type(block) is beit.Block:
         if type(attn) not in ATTENTIONS[:2]:
             return other
-        drops = [attn.attn_drop, attn.proj_drop]
     elif type(block) is vision_transformer.Block:
         if type(attn) is not ATTENTIONS[2] or attn.gate is not None:
             return other
@@ -96,48 +95,45 @@ def unfoldable(block: Any) -> str | None:
             return other
         if not all(type(part) in (nn.Identity, LayerScale) for part in (block.ls1, block.ls2)):
             return other
-        drops = [attn.attn_drop, attn.proj_drop]
     else:
         return f"{type(block).__name__} blocks"
-    drops += [block.drop_path1, block.drop_path2, mlp.drop1, mlp.drop2]
-    linears = linears_of(block)
     plain = (
-        all(type(drop) in (nn.Identity, nn.Dropout, DropPath) for drop in drops)
-        and isinstance(mlp.norm, nn.Identity)
-        and type(block.norm1) in NORMS
-        and type(block.norm2) in NORMS
-        and all(type(linear) is nn.Linear for linear in linears)
+        isinstance(mlp.norm, nn.Identity)
+        and _has_plain_parts(block)
         and (type(block) is not beit.Block or attn.qkv.bias is None)  # whose bias stands beside the linear
-        and _holds_tensors(block)
-        and attn.qkv.out_features == 3 * attn.qkv.in_features
-        and attn.scale == (attn.qkv.in_features // attn.num_heads) ** -0.5
     )
     return None if plain else other
 
 
-def _is_plain_eva(block: Any, attn: Any, mlp: Any) -> bool:
-    if type(attn) not in EVA_ATTENTIONS or type(mlp) not in (Mlp, GluMlp, SwiGLU):
-        return False
-    rows, columns = (
-        (attn.q_proj.out_features * 3, attn.q_proj.in_features)
-        if attn.qkv is None
-        else (attn.qkv.out_features, attn.qkv.in_features)
-    )
+def _has_plain_parts(block: Any) -> bool:
+    """Whether what all kinds of blocks have is what it is called: drops, norms, linears, sizes and the scale."""
+    attn, mlp = block.attn, block.mlp
     drops = [attn.attn_drop, attn.proj_drop, block.drop_path1, block.drop_path2, mlp.drop1, mlp.drop2]
-    return (
+    if not (
         all(type(drop) in (nn.Identity, nn.Dropout, DropPath) for drop in drops)
-        and all(type(norm) in (nn.Identity, *NORMS) for norm in (attn.norm, mlp.norm))
         and type(block.norm1) in NORMS
         and type(block.norm2) in NORMS
+        and all(type(linear) is nn.Linear for linear in linears_of(block))
+        and _holds_tensors(block)
+    ):
+        return False
+    projections = _projections(attn)
+    width = projections[0].in_features
+    rows = sum(linear.out_features for linear in projections)
+    return bool(rows == 3 * width and attn.scale == (width // attn.num_heads) ** -0.5)
+
+
+def _is_plain_eva(attn: Any, mlp: Any) -> bool:
+    """Whether what EVA's blocks have of their own is of a known kind."""
+    return (
+        type(attn) in EVA_ATTENTIONS
+        and type(mlp) in (Mlp, GluMlp, SwiGLU)
+        and all(type(norm) in (nn.Identity, *NORMS) for norm in (attn.norm, mlp.norm))
         and type(attn.q_norm) is type(attn.k_norm) is nn.Identity
         and attn.gate is None
         and getattr(attn, "num_kv_groups", 1) == 1
-        and all(type(linear) is nn.Linear for linear in linears_of(block))
         and (getattr(attn, "q_bias", None) is None or attn.qkv.bias is None)  # whose bias stands beside the linear
         and not getattr(mlp, "gate_last", False)
-        and _holds_tensors(block)
-        and rows == 3 * columns
-        and attn.scale == (columns // attn.num_heads) ** -0.5
     )
 
 
@@ -178,12 +174,18 @@ def refuse_unread(backbone: Any) -> None:
             )
 
 
+def _projections(attn: Any) -> list[Any]:
+    return [attn.q_proj, attn.k_proj, attn.v_proj] if attn.qkv is None else [attn.qkv]
+
+
+def _first_linears(mlp: Any) -> list[Any]:
+    return [mlp.fc1_g, mlp.fc1_x] if type(mlp) is SwiGLU else [mlp.fc1]
+
+
 def linears_of(block: Any) -> list[Any]:
     """Those of a block that folds, whose weights are in its constants."""
     attn, mlp = block.attn, block.mlp
-    before = [attn.q_proj, attn.k_proj, attn.v_proj] if attn.qkv is None else [attn.qkv]
-    inner = [mlp.fc1_g, mlp.fc1_x] if type(mlp) is SwiGLU else [mlp.fc1]
-    return [*before, attn.proj, *inner, mlp.fc2]
+    return [*_projections(attn), attn.proj, *_first_linears(mlp), mlp.fc2]
 
 
 def _joined(linears: list[Any]) -> tuple[Tensor, Tensor | None]:
@@ -199,10 +201,8 @@ def _joined(linears: list[Any]) -> tuple[Tensor, Tensor | None]:
 
 def _qkv(attn: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of queries, keys and values."""
-    if attn.qkv is None:
-        return _joined([attn.q_proj, attn.k_proj, attn.v_proj])
     if getattr(attn, "q_bias", None) is None:
-        return attn.qkv.weight, attn.qkv.bias
+        return _joined(_projections(attn))
     return attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
 
 
@@ -264,7 +264,7 @@ def fold_block(block: Any, dtype: torch.dtype, *, rotary: bool = False) -> Froze
     normed = type(attn_norm) in NORMS
     qkv_weight = torch.cat([qkv_weight[:width] * scale, qkv_weight[width:]])
     kept = [key_bias if rotary else torch.zeros_like(key_bias), value_bias if normed else torch.zeros_like(value_bias)]
-    fc1 = _joined([mlp.fc1_g, mlp.fc1_x] if type(mlp) is SwiGLU else [mlp.fc1])
+    fc1 = _joined(_first_linears(mlp))
     tensors = [
         qkv_weight,
         torch.cat([query_bias * scale, *kept]),

@@ -333,12 +333,7 @@ def _from_eva_tensors(
     """Of timm's Eva class, whose tensors do not tell what turns them: `name` does."""
     check_values(tensors, label, backbone=True)
     base = name.partition(".")[0]
-    try:
-        empty: Any = timm.create_model(base, device="meta", **arguments) if arguments else probe(base)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        why = error_line(error, first=True)
-        raise ValueError(f"{label}: config.json must have model_args that timm's {base} takes: {why}") from error
-    check_backbone(empty, f"{label}: {name}")
+    empty = _without_memory(name, arguments, label)
     own = arguments.get("img_size")
     target = size or (pair(own, f"{label}: img_size") if own else None) or tuple(empty.patch_embed.img_size)
     check_size(target, tuple(empty.patch_embed.patch_size), label)
@@ -355,6 +350,18 @@ def _from_eva_tensors(
     loaded = _finished(backbone, label, form, True, (*dropped, *found.dropped), found.resized, tuple(notes))
     loaded.mask_token = found.mask_token
     return _with_preprocessing(loaded, facts, name, label, notes)
+
+
+def _without_memory(name: str, arguments: Mapping[str, Any], label: str) -> Any:
+    """The timm model `name`, whose prompts can be learned, on the meta device."""
+    base = name.partition(".")[0]
+    try:
+        model = timm.create_model(base, device="meta", **arguments) if arguments else probe(base)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        why = error_line(error, first=True)
+        raise ValueError(f"{label}: config.json must have model_args that timm's {base} takes: {why}") from error
+    check_backbone(model, f"{label}: {name}")
+    return model
 
 
 def _mark(tensors: Mapping[str, Tensor]) -> str:
@@ -389,12 +396,7 @@ def _window_of_name(
     if not timm.is_model(base):
         known = timm.list_models(module="vision_transformer")
         raise ValueError(f"{label}: architecture must be a timm name, got {name!r}{hint(base, known)}")
-    try:
-        model: Any = timm.create_model(base, device="meta", **arguments) if arguments else probe(base)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        why = error_line(error, first=True)
-        raise ValueError(f"{label}: config.json must have model_args that timm's {base} takes: {why}") from error
-    check_backbone(model, f"{label}: {name}")
+    model = _without_memory(name, arguments, label)
     stated_heads, heads = facts.architecture.get("num_heads"), model.blocks[0].attn.num_heads
     if stated_heads not in (None, heads):
         raise ValueError(f"{label}: must have {stated_heads} heads (its config), architecture {name} has {heads}")
