@@ -45,6 +45,19 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
 
 
+def assert_as_exact_as_the_reference(model: Any, batch: torch.Tensor, name: object = "") -> None:
+    """Largest error of the read-out row against fp64 at most twice the reference's own in the model's dtype, plus one
+    eps of the largest value; the model is left on the reference path."""
+    oracle = copy.deepcopy(model).double()
+    oracle.impl = "reference"
+    with torch.no_grad():
+        exact = oracle.forward_hidden(batch.double())
+        error = (model.forward_hidden(batch).double() - exact).abs().max()
+        model.impl = "reference"
+        budget = (model.forward_hidden(batch).double() - exact).abs().max()
+    assert error <= 2 * budget + torch.finfo(batch.dtype).eps * exact.abs().max(), name
+
+
 def tiny_vit(window: tuple[int, int] = (2, 3), *, seed: int = 0, cls: type = VisionTransformer, **kwargs: Any) -> Any:
     """A random ViT of 3 blocks with 4x4 patches; every parameter is random."""
     options: dict[str, Any] = {"embed_dim": 16, "depth": 3, "num_heads": HEADS, "mlp_ratio": 2.0, "num_classes": 0}

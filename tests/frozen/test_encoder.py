@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from beit_factory import randomize, tiny_beit
-from tiny_models import BACKBONES, build, images, relative_error
+from tiny_models import BACKBONES, assert_as_exact_as_the_reference, build, images, relative_error
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -367,15 +367,7 @@ def test_layer_scale_stays_apart_in_fp16() -> None:
 def test_low_precision_stays_within_the_error_of_the_reference(prompt_mode: str, dtype: torch.dtype) -> None:
     """Largest error against fp64 at most twice the reference's own in that dtype, plus one eps of the largest value."""
     model = build(tiny_beit(dim=32), prompt_mode=prompt_mode, readout="cls", token_activation="hidden").to(dtype)
-    batch = images(model, 4).to(dtype)
-    oracle = copy.deepcopy(model).double()
-    oracle.impl = "reference"
-    with torch.no_grad():
-        exact = oracle.forward_hidden(batch.double())
-        error = (model.forward_hidden(batch).double() - exact).abs().max()
-        model.impl = "reference"
-        budget = (model.forward_hidden(batch).double() - exact).abs().max()
-    assert error <= 2 * budget + torch.finfo(dtype).eps * exact.abs().max()
+    assert_as_exact_as_the_reference(model, images(model, 4).to(dtype))
 
 
 def test_autocast_runs_in_bf16_and_agrees() -> None:

@@ -13,7 +13,7 @@ import torch
 from naive_prompted_eva import naive_eva_hidden
 from timm.layers import LayerNorm
 from timm.models.eva import Eva
-from tiny_models import HEADS, build_vit, pictures, relative_error, tiny_vit
+from tiny_models import HEADS, assert_as_exact_as_the_reference, build_vit, pictures, relative_error, tiny_vit
 from torch import nn
 
 import vptm
@@ -169,15 +169,7 @@ def test_low_precision_stays_within_the_error_of_the_reference(dtype: torch.dtyp
     tables are rounded to 16 bits, or LayerScale is folded where it underflows."""
     for family, prompt_mode in itertools.product(("EVA-02 CLIP", "DINOv3"), ("deep", "shallow")):
         model = build_vit(tiny_eva(family, embed_dim=32), prompt_mode=prompt_mode).to(dtype)
-        batch = pictures(model, 4).to(dtype)
-        oracle = copy.deepcopy(model).double()
-        oracle.impl = "reference"
-        with torch.no_grad():
-            exact = oracle.forward_hidden(batch.double())
-            error = (model.forward_hidden(batch).double() - exact).abs().max()
-            model.impl = "reference"
-            budget = (model.forward_hidden(batch).double() - exact).abs().max()
-        assert error <= 2 * budget + torch.finfo(dtype).eps * exact.abs().max(), (family, prompt_mode)
+        assert_as_exact_as_the_reference(model, pictures(model, 4).to(dtype), (family, prompt_mode))
 
 
 def test_one_graph_and_one_program_for_every_batch() -> None:
