@@ -301,8 +301,8 @@ def block_sizes(answer: Any, arch: str = "") -> list[Any]:
 
 def shares_rows(config: Any) -> bool:
     """Whether two warpgroups have the 64 rows of one multiplication, or fewer, between them."""
-    rows = [value for name, value in config._asdict().items() if name == "block_m"]
-    return config.num_warps >= 8 and any(value < 16 * config.num_warps for value in rows)
+    rows = getattr(config, "block_m", None)
+    return rows is not None and config.num_warps >= 8 and rows < 16 * config.num_warps
 
 
 def same(found: Tensors, expected: Tensors) -> bool:
