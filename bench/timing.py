@@ -681,12 +681,14 @@ def load_average() -> list[float] | None:
     return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
-def commit() -> str | None:
-    """The commit of the checkout, with "+" if files differ from it; VPTM_COMMIT where there is no git."""
+def commit(results: str | None = None) -> str | None:
+    """The commit of the checkout, with "+" if files differ from it, those of the folder `results` (from the root) left
+    out, which a command that goes on has changed; VPTM_COMMIT where there is no git."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=20)
-        changes = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changes = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":(top)"]
+        changes += [] if results is None else [f":(top,exclude){results}"]
         changed = subprocess.run(changes, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("VPTM_COMMIT")

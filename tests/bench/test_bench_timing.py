@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -237,6 +238,23 @@ def test_the_commit_comes_from_the_environment_where_there_is_no_git_folder(monk
     monkeypatch.setattr(timing.subprocess, "run", no_git)
     monkeypatch.setenv("VPTM_COMMIT", "abc")
     assert timing.commit() == "abc"
+
+
+def test_results_that_a_command_has_changed_are_no_change_of_the_checkout(tmp_path, monkeypatch):
+    """A study that goes on would be of another commit than when it began; any other edit still shows."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for file in ("bench/timing.py", "studies/results/a.json"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text("before")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "bench/timing.py"))
+    assert timing.commit() == timing.commit("studies/results") == head
+    (tmp_path / "studies/results/a.json").write_text("after")
+    assert timing.commit() == head + "+" and timing.commit("studies/results") == head
+    (tmp_path / "bench/timing.py").write_text("after")
+    assert timing.commit("studies/results") == head + "+"
 
 
 @pytest.mark.parametrize("arguments, message", [({"ours": "mine"}, "ours must be one of a"), ({"rounds": 0}, "rounds")])

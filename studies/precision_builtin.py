@@ -1,0 +1,115 @@
+"""Whether bf16 learns what fp32 learns: `vptm train` as it comes on a CPU, in both, with the same seeds.
+
+    python -m studies.precision_builtin --seeds 5
+
+Every run is a `vptm train` of its own. Finished ones are kept in the json, so the command goes on where it stopped;
+those of another commit or of other weights are dropped, so that all are of one program. Writes
+`results/precision.json`: every run, means and the paired difference with its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.timing import commit
+from studies.runs import RESULTS, Study, interval
+from vptm_kernels._runtime.frozen_linear import has_bfloat16
+
+ROOT = Path(__file__).parent.parent
+PRECISIONS = ("fp32", "bf16")
+PAIR = "bf16 - fp32"
+OF_A_RUN = ("shots", "epochs", "batch_size", "lr")
+
+
+def command(precision: str, seed: int) -> list[str]:
+    """Of one run, without its folder: nothing but what is compared differs from the defaults on a CPU."""
+    return ["vptm", "train", "--device", "cpu", "--precision", precision, "--seed", str(seed)]
+
+
+def train(precision: str, seed: int) -> dict[str, Any]:
+    """One run in a process of its own, and what its `run.json` says."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "run")
+        made = subprocess.run(
+            [sys.executable, "-m", *command(precision, seed), "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL
+        )
+        if made.returncode:
+            raise SystemExit(f"{' '.join(command(precision, seed))} ended with status {made.returncode}")
+        run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    used = {**run["arguments"], **run["settings"]}
+    return {
+        "precision": precision,
+        "seed": seed,
+        "command": " ".join(command(precision, seed)),
+        "settings": {name: used[name] for name in OF_A_RUN},
+        "versions": run["versions"],
+        "val": run["result"]["val_accuracy"],
+        "test": run["result"]["test"]["accuracy"],
+    }
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and deviation of each precision over its seeds, and the paired difference over those that both have."""
+    found = {name: {run["seed"]: 100 * run["test"] for run in runs if run["precision"] == name} for name in PRECISIONS}
+    accuracy = {}
+    for name, by_seed in found.items():
+        values = np.array(list(by_seed.values()))
+        if len(values):
+            spread = float(values.std(ddof=1)) if len(values) > 1 else None
+            accuracy[name] = {"mean": float(values.mean()), "std": spread, "seeds": len(values)}
+    both = sorted(found["bf16"].keys() & found["fp32"].keys())
+    differences = np.array([found["bf16"][seed] - found["fp32"][seed] for seed in both])
+    paired = {PAIR: interval(differences)} if both else {}
+    return {"test_accuracy_percent": accuracy, "paired_difference_points": paired}
+
+
+class Precision(Study):
+    """Runs of one commit."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.commit = commit(RESULTS.relative_to(ROOT).as_posix())
+
+    def stored(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        runs, tuning = super().stored()
+        return [run for run in runs if run["commit"] == self.commit], tuning
+
+    def content(self, runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            **self.origin(),
+            "commit": self.commit,
+            "bfloat16_instructions": has_bfloat16(),
+            "summary": summarise(runs),
+            "tuning": trials,
+            "runs": runs,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.precision_builtin",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS / "precision.json")
+    arguments = parser.parse_args()
+    study = Precision(arguments.out)
+    for seed in range(arguments.seeds):
+        for precision in PRECISIONS:
+            if not any((run["precision"], run["seed"]) == (precision, seed) for run in study.stored()[0]):
+                run = train(precision, seed)
+                study.add({**run, "commit": study.commit})
+                print(f"{precision}, seed {seed}: test {run['test']:.2%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
