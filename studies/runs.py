@@ -50,7 +50,7 @@ class Study:
     def origin(self) -> dict[str, Any]:
         """By what command, of which weights, with what and where."""
         return {
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", "-m", f"studies.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
             "weights": self.weights,
             "versions": {"vptm": vptm.__version__, "torch": torch.__version__, "python": platform.python_version()},
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",

@@ -60,11 +60,13 @@ def test_finished_runs_are_kept_and_those_of_another_commit_are_not(
         ("b", 1, [("fp32", 0), ("bf16", 0)]),
     ):
         monkeypatch.setattr(precision_builtin, "commit", lambda results, commit=commit: commit)
-        monkeypatch.setattr(sys, "argv", ["x", "--seeds", str(seeds), "--out", str(tmp_path / "p.json")])
+        name = "/somewhere/studies/precision_builtin.py"  # what python -m makes of it
+        monkeypatch.setattr(sys, "argv", [name, "--seeds", str(seeds), "--out", str(tmp_path / "p.json")])
         made.clear()
         precision_builtin.main()
         assert made == expected
     content = json.loads((tmp_path / "p.json").read_text())
     assert content["commit"] == "b" and [each["commit"] for each in content["runs"]] == ["b", "b"]
+    assert content["command"].startswith("python -m studies.precision_builtin --seeds 1 --out ")
     assert content["summary"] == summarise(content["runs"]) and content["versions"]["torch"]
     assert Precision(tmp_path / "p.json").stored()[0] == content["runs"]
