@@ -571,7 +571,7 @@ def test_hugging_face_folders_that_do_not_fit_are_refused(tmp_path: Path) -> Non
     config = tmp_path / "config.json"
     good = json.loads(config.read_text())
     for change, message in (
-        ({"model_type": "dinov3_vit"}, "must have model_type beit, .*, got 'dinov3_vit'; rotary positions"),
+        ({"model_type": "eva02"}, "must have model_type beit, .*, got 'eva02'"),
         ({"hidden_act": "relu"}, "must have hidden_act gelu, .*, got 'relu'"),
         ({"num_attention_heads": 5}, "must have a number of heads that divides 24, got 5"),
         ({"num_hidden_layers": 3}, r"must have depth 3 \(its config\), the weights have 2"),

@@ -41,8 +41,8 @@ class PromptedViT(PromptedModel):
     Args:
         source: timm name, with its tag where it has one ("vit_base_patch16_224.mae"); `.pth`, `.safetensors` or
             Google's `.npz` file of supervised, MAE, MoCo-v3, DINO or DINOv2 weights; Hugging Face folder or id of a
-            ViT, ViTMAE, DeiT, DINOv2, CLIP or SigLIP; or a timm `VisionTransformer` or `Eva` instance (which stays as
-            it is: `backbone` is another module on the same storage). What was made of it is in `model.report`.
+            ViT, ViTMAE, DeiT, DINOv2, DINOv3, CLIP or SigLIP; or a timm `VisionTransformer` or `Eva` instance (which
+            stays as it is: `backbone` is another module on the same storage). What was made of it is in `model.report`.
         num_classes: K.
         prompt_length: prompts per layer P, 0 allowed.
         prompt_mode: "deep", "shallow" or "progressive", see `vptm.PromptBank`. Prompts are inserted after the position
@@ -54,13 +54,14 @@ class PromptedViT(PromptedModel):
         readout: "cls"; "mean" over the patch rows (and class and register rows where the source's own mean takes them);
             "map", the source's own attention pooling (SigLIP's), whose one query attends to the normalised patch rows
             (and to the prefix where the source's does) and to no prompt; "mask", an extension of VPTM to weights that
-            were pre-trained with a mask token and have no head over visual tokens (DINOv2's and EVA-02's files): the
-            mask token stands in place of the patch in the centre, before positions are added, as in that pre-training,
-            and its row is read; or "mean_with_prompts": the rows of "mean" and the last block's prompt rows, as VPT
-            does on MAE weights. MAE's mask token is its decoder's: no row of the encoder is a mask row, and it is
-            refused, as are timm's weights of DINOv2, which leave the token out. The source's own norms stay where it
-            has them: timm's MAE models norm every row and then average, VPT averages first, through a norm that its
-            checkpoint lacks and that it keeps at the identity; for that pass a model made with `global_pool="avg"`.
+            were pre-trained with a mask token and have no head over visual tokens (DINOv2's, DINOv3's and EVA-02's
+            files): the mask token stands in place of the patch in the centre, before positions are added, as in that
+            pre-training, and its row is read; or "mean_with_prompts": the rows of "mean" and the last block's prompt
+            rows, as VPT does on MAE weights. MAE's mask token is its decoder's: no row of the encoder is a mask row,
+            and it is refused, as are timm's weights of DINOv2, which leave the token out. The source's own norms stay
+            where it has them: timm's MAE models norm every row and then average, VPT averages first, through a norm
+            that its checkpoint lacks and that it keeps at the identity; for that pass a model made with
+            `global_pool="avg"`.
         verbalizer: "linear", "prototypical", or "class_embeddings", which `vptm.set_class_embeddings` fills.
         prototype_dim, projection_bias, temperature: see `vptm.PrototypicalVerbalizer`.
         token_activation: what the verbalizer reads: "hidden", or "logits", "softmax" or "log_softmax" of the source's
@@ -152,7 +153,7 @@ class PromptedViT(PromptedModel):
             if self.mask_token is None:
                 raise ValueError(
                     f"readout='mask' needs a mask token in the encoder, {loaded.report.source} has none: expected "
-                    "DINOv2's or EVA-02's weights as their repository keeps them"
+                    "DINOv2's, DINOv3's or EVA-02's weights as their repository keeps them"
                 )
             rows, columns = backbone.patch_embed.grid_size
             self.replaced_patch = (rows // 2) * columns + columns // 2

@@ -45,7 +45,7 @@ from vptm.weights.beit_architecture import (
 )
 from vptm.weights.configs import HUGGINGFACE_EPS
 from vptm.weights.containers import Checkpoint, read_checkpoint
-from vptm.weights.families import TIMM_MODULES, refuse_rotary
+from vptm.weights.families import TIMM_MODULES, is_dinov3, refuse_rotary
 from vptm.weights.files import (
     SUFFIXES,
     check_values,
@@ -314,8 +314,8 @@ def _from_checkpoint(checkpoint: Checkpoint, label: str, size: tuple[int, int] |
     wrapped = bool(dropped) or any(key in raw for key in WRAPPERS)
     huggingface = is_huggingface(tensors)
     refuse_rotary(tensors, label)
-    if facts.family == "vit":
-        kind = facts.timm_name or facts.model_type or facts.format
+    if facts.family == "vit" or is_dinov3(tensors):
+        kind = facts.timm_name or facts.model_type or facts.format or "dinov3_vit"
         raise ValueError(f"{label}: must be a BEiT, got a ViT ({kind}): use PromptedViT or vptm.open_model")
     state = canonical_names(tensors, label)
     check_family(state, label)

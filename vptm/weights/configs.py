@@ -43,10 +43,11 @@ _HF_INTERPOLATION = {str(number): name for number, name in enumerate(INTERPOLATI
 @dataclass
 class SourceFacts:
     """What a source says about itself beyond its tensors; the shapes must confirm `architecture`, keyword arguments of
-    timm's Beit or VisionTransformer, whichever `family` it is of.
+    timm's Beit, VisionTransformer or Eva, whichever it is of.
 
     model_type: as transformers calls it. timm_name, timm_arguments: the model that timm's `create_model` made.
-    activation: of the MLPs, as timm calls it. mean_pooling: whether the final norm is that of a pooler, which a base
+    activation: of the MLPs, as timm calls it. biases: for every linear of a block whether it has one, as transformers'
+    DINOv3 says it ("query_bias"). mean_pooling: whether the final norm is that of a pooler, which a base
     model lacks.
     """
 
@@ -56,6 +57,7 @@ class SourceFacts:
     timm_name: str | None = None
     timm_arguments: dict[str, Any] = field(default_factory=dict)
     activation: str | None = None
+    biases: dict[str, bool] = field(default_factory=dict)
     mean_pooling: bool = False
     eps: float | None = None
     architecture: dict[str, Any] = field(default_factory=dict)
@@ -109,13 +111,14 @@ def folder_facts(path: Path, label: str) -> SourceFacts:
         return _timm_facts(config, label)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
-        rotary = "; rotary positions are not read under transformers' names, but under timm's"
-        needs = rotary if kind in ("dinov3_vit", "eva02") else ""
-        raise ValueError(f"{label}: config.json must have model_type {', '.join(MODEL_TYPES)}, got {kind!r}{needs}")
+        raise ValueError(f"{label}: config.json must have model_type {', '.join(MODEL_TYPES)}, got {kind!r}")
     stated = config.get("vision_config", {}) if kind in ("clip", "siglip") else config
     if not isinstance(stated, dict):
         raise ValueError(f"{label}: config.json must have vision_config as an object, got {stated!r}")
-    facts = _beit_facts(stated, label) if MODEL_TYPES[kind] == "beit" else _vit_facts(stated, kind, label)
+    if MODEL_TYPES[kind] == "beit":
+        facts = _beit_facts(stated, label)
+    else:
+        facts = _dinov3_facts(stated, label) if kind == "dinov3_vit" else _vit_facts(stated, kind, label)
     facts.model_type = kind
     preprocessor = path.with_name("preprocessor_config.json")
     if not preprocessor.is_file():
@@ -135,23 +138,33 @@ def folder_facts(path: Path, label: str) -> SourceFacts:
     return facts
 
 
-def _whole(config: Mapping[str, Any], key: str, default: int, label: str) -> int:
+def _whole(config: Mapping[str, Any], key: str, default: int, label: str, *, least: int = 1) -> int:
     value = config.get(key, default)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{label}: config.json {key} must be a positive integer, got {value!r}")
+    if type(value) is not int or value < least:
+        what = "a positive integer" if least else "an integer >= 0"
+        raise ValueError(f"{label}: config.json {key} must be {what}, got {value!r}")
     return value
 
 
-def _sizes(config: Mapping[str, Any], patch_size: int, label: str) -> dict[str, Any]:
+def _either(config: Mapping[str, Any], key: str, default: bool, label: str) -> bool:
+    value = config.get(key, default)
+    if type(value) is not bool:
+        raise ValueError(f"{label}: config.json {key} must be true or false, got {value!r}")
+    return value
+
+
+def _sizes(
+    config: Mapping[str, Any], patch_size: int, label: str, *, width: int = 768, heads: int = 12
+) -> dict[str, Any]:
     """What every config of transformers states of a vision transformer."""
     patch = pair(config.get("patch_size", patch_size), f"{label}: config.json patch_size")
     return {
         "img_size": pair(config.get("image_size", 224), f"{label}: config.json image_size"),
         "patch_size": patch[0] if patch[0] == patch[1] else patch,
         "in_chans": _whole(config, "num_channels", 3, label),
-        "embed_dim": _whole(config, "hidden_size", 768, label),
+        "embed_dim": _whole(config, "hidden_size", width, label),
         "depth": _whole(config, "num_hidden_layers", 12, label),
-        "num_heads": _whole(config, "num_attention_heads", 12, label),
+        "num_heads": _whole(config, "num_attention_heads", heads, label),
     }
 
 
@@ -190,12 +203,38 @@ def _vit_facts(config: Mapping[str, Any], kind: str, label: str) -> SourceFacts:
     )
 
 
+def _dinov3_facts(config: Mapping[str, Any], label: str) -> SourceFacts:
+    sizes = _sizes(config, 16, label, width=384, heads=6)
+    gated = _either(config, "use_gated_mlp", False, label)
+    act, wanted = config.get("hidden_act", "gelu"), "silu" if gated else "gelu"
+    if act != wanted:
+        raise ValueError(
+            f"{label}: config.json must have hidden_act {wanted} with use_gated_mlp {str(gated).lower()}, got {act!r}"
+        )
+    return SourceFacts(
+        format="huggingface",
+        family="vit",
+        eps=positive(config.get("layer_norm_eps", 1e-5), "layer_norm_eps", label),
+        biases={
+            name: _either(config, name, name != "key_bias", label)
+            for name in ("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias")
+        },
+        architecture={
+            **sizes,
+            "mlp_ratio": mlp_ratio_of(_whole(config, "intermediate_size", 1536, label), sizes["embed_dim"]),
+            "swiglu_mlp": gated,
+            "num_reg_tokens": _whole(config, "num_register_tokens", 0, label, least=0),
+            "rope_temperature": positive(config.get("rope_theta", 100.0), "rope_theta", label),
+        },
+    )
+
+
 def _default_statistics(kind: str, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of the image processor that transformers has for a kind of model."""
     if in_chans == 3:
         if kind.startswith("clip"):
             return OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-        if kind.startswith(("dinov2", "deit", "vit_mae", "vit_msn")):
+        if kind.startswith(("dinov", "deit", "vit_mae", "vit_msn")):
             return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     return (0.5,) * in_chans, (0.5,) * in_chans
 

@@ -38,13 +38,13 @@ MODEL_TYPES: dict[str, Family] = {
     "clip_vision_model": "vit",
     "siglip": "vit",
     "siglip_vision_model": "vit",
+    "dinov3_vit": "vit",
 }
 """What transformers calls a model in its config, and the family whose arithmetic it has."""
 
 # parts of names under timm's, unilm's and transformers' names and behind any prefix
-_ROTARY = re.compile(
-    r"(^|\.)rope[._]|(^|\.)rope_embed\.|\.mlp\.fc1_[gx]\.|\.mlp\.w[12]\.|^(model\.)?layer\.\d+\.attention\.|storage_tokens$"
-)
+_ROTARY = re.compile(r"(^|\.)rope[._]|(^|\.)rope_embed\.|\.mlp\.fc1_[gx]\.|\.mlp\.w[12]\.|storage_tokens$")
+_DINOV3 = re.compile(r"(?:(?:model|backbone|dinov3_vit)\.)*layer\.\d+\.attention\.")
 _BEIT = re.compile(
     r"relative_position_bias_table$|\.attn\.[qv]_bias$|(^|\.)lm_head\.|(^|\.)(beit|data2vec_vision)\.|\.lambda_[12]$"
 )
@@ -81,6 +81,17 @@ def told_by_names(names: Iterable[str], family: Family | None = None) -> Told | 
     if family == "beit" or any(map(_CLASS.search, found)):
         return Told(family)
     return Told(family, "map" if any(map(_POOL.search, found)) else "mean")
+
+
+def is_dinov3(names: Iterable[str]) -> bool:
+    """Whether names are those that transformers gives DINOv3, in memory or in files; its repository's and timm's are
+    not.
+
+    Example:
+        >>> is_dinov3(["layer.0.attention.q_proj.weight"]), is_dinov3(["encoder.layer.0.attention.attention.key.bias"])
+        (True, False)
+    """
+    return any(map(_DINOV3.match, names))
 
 
 def refuse_rotary(names: Iterable[str], label: str) -> None:

@@ -23,8 +23,10 @@ SURPLUS = re.compile(r"cls_pt_|head\.|decode_head\.|auxiliary_head\.|fpn\d\.")
 """Names that a backbone does not need: other heads, and the layers of BEiT v2 that help its class token to learn."""
 
 
-_HUGGINGFACE_MARK = re.compile(r"(^|\.)embeddings\.patch_embedding(s\.projection)?\.")
-_HF_MODEL = re.compile(r"(?:beit|data2vec_vision|vit|deit|dinov2|dinov2_with_registers|ijepa|vision_model)\.")
+_HUGGINGFACE_MARK = re.compile(r"(^|\.)embeddings\.patch_embedding(s|s\.projection)?\.")
+_HF_MODEL = re.compile(
+    r"(?:beit|data2vec_vision|vit|deit|dinov2|dinov2_with_registers|dinov3_vit|ijepa|vision_model)\."
+)
 _HF_TOP = {
     "embeddings.cls_token": "cls_token",
     "embeddings.class_embedding": "cls_token",
@@ -35,6 +37,8 @@ _HF_TOP = {
     "embeddings.position_embedding.weight": "pos_embed",
     "embeddings.patch_embedding.weight": "patch_embed.proj.weight",
     "embeddings.patch_embedding.bias": "patch_embed.proj.bias",
+    "embeddings.patch_embeddings.weight": "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.bias": "patch_embed.proj.bias",
     "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
     "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
     "encoder.relative_position_bias.relative_position_bias_table": "rel_pos_bias.relative_position_bias_table",
@@ -64,7 +68,7 @@ _HF_TOP = {
     "head.layernorm.bias": "attn_pool.norm.bias",
     **{f"head.mlp.{fc}.{kind}": f"attn_pool.mlp.{fc}.{kind}" for fc in ("fc1", "fc2") for kind in ("weight", "bias")},
 }
-_HF_LAYER = re.compile(r"(?:encoder\.layers?|layers)\.(\d+)\.(.+)")
+_HF_LAYER = re.compile(r"(?:encoder\.layers?|layers|(?:model\.)?layer)\.(\d+)\.(.+)")
 _HF_QKV = re.compile(
     r"(?:attention\.(?:attention\.)?|self_attn\.)(query|key|value|q_proj|k_proj|v_proj)\.(weight|bias)"
 )
@@ -78,6 +82,9 @@ _HF_LEAF = tuple(
         (r"lambda_", "gamma_"),
         (r"layer_scale1\.lambda1", "ls1.gamma"),
         (r"layer_scale2\.lambda1", "ls2.gamma"),
+        (r"mlp\.gate_proj\.", "mlp.fc1_g."),
+        (r"mlp\.up_proj\.", "mlp.fc1_x."),
+        (r"mlp\.down_proj\.", "mlp.fc2."),
         (r"mlp\.weights_in\.", "mlp.fc1."),
         (r"mlp\.weights_out\.", "mlp.fc2."),
         (r"(?:intermediate\.dense|mlp\.fc1)\.", "mlp.fc1."),

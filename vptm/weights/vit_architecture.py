@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ VIT_EPS = 1e-6
 """Of every ViT whose repository is not transformers': JAX's, timm's, MAE's, MoCo-v3's, DINO's, DINOv2's."""
 
 # published widths whose heads are not of 64; every other width has such heads
-_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 4096: 32}
 _NAMED = "architecture= with the timm name of the model says it"
 
 
@@ -99,6 +99,49 @@ def _split_pool(state: dict[str, Tensor], label: str) -> None:
         state[f"attn_pool.q.{kind}"], state[f"attn_pool.kv.{kind}"] = query, torch.cat([keys, values])
 
 
+def shape_of(state: Mapping[str, Tensor], name: str, ndim: int, label: str) -> tuple[int, ...]:
+    """Shape of a tensor that has to be there, of so many dimensions."""
+    found = state.get(name)
+    if found is None or found.ndim != ndim:
+        what = "none" if found is None else str(tuple(found.shape))
+        raise ValueError(f"{label}: must have {name} of {ndim} dimensions, got {what}")
+    return tuple(found.shape)
+
+
+def depth_of(state: Mapping[str, Tensor], label: str) -> int:
+    """How many blocks there are, none of them missing."""
+    blocks = {int(m[1]) for key in state if (m := re.match(r"blocks\.(\d{1,9})\.", key))}
+    if blocks != set(range(len(blocks))):
+        missing = sorted(set(range(max(blocks))) - blocks)
+        raise ValueError(f"{label}: must have blocks 0 to {max(blocks)}, got no {', '.join(map(str, missing[:3]))}")
+    return len(blocks)
+
+
+def heads_of(width: int, known: int | None, label: str, notes: list[str]) -> int:
+    """The number of heads that is `known`, else the one that published ViTs of this width have, which `notes` say."""
+    heads = known
+    if heads is None:
+        heads = _HEADS.get(width) or (width // 64 if width % 64 == 0 else None)
+        if heads is None:
+            raise ValueError(
+                f"{label}: number of heads must be told, by a config.json beside the weights or a width that is a "
+                f"multiple of 64, got width {width}: {_NAMED}"
+            )
+        notes.append(f"{heads} heads: published ViTs of width {width} have so many; {_NAMED} where it has others")
+    if width % heads:
+        raise ValueError(f"{label}: must have a number of heads that divides {width}, got {heads}: {_NAMED}")
+    return heads
+
+
+def confirm(stated: Mapping[str, Any], found: Mapping[str, Any], names: Iterable[str], label: str) -> None:
+    """Raise ValueError where a config states another value of `names` than the shapes of the weights say."""
+    for name in names:
+        if stated.get(name, found[name]) != found[name]:
+            raise ValueError(
+                f"{label}: must have {name} {stated[name]!r} (its config), the weights have {found[name]!r}"
+            )
+
+
 def arguments_of(
     state: Mapping[str, Tensor],
     stated: Mapping[str, Any],
@@ -123,30 +166,13 @@ def arguments_of(
     """
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
-        found = state.get(name)
-        if found is None or found.ndim != ndim:
-            what = "none" if found is None else str(tuple(found.shape))
-            raise ValueError(f"{label}: must have {name} of {ndim} dimensions, got {what}")
-        return tuple(found.shape)
+        return shape_of(state, name, ndim, label)
 
     width, in_chans, *edges = shape("patch_embed.proj.weight", 4)
     patch = edges[0], edges[1]
     hidden, inner = shape("blocks.0.mlp.fc1.weight", 2)[0], shape("blocks.0.mlp.fc2.weight", 2)[1]
-    blocks = {int(m[1]) for key in state if (m := re.match(r"blocks\.(\d{1,9})\.", key))}
-    if blocks != set(range(len(blocks))):
-        missing = sorted(set(range(max(blocks))) - blocks)
-        raise ValueError(f"{label}: must have blocks 0 to {max(blocks)}, got no {', '.join(map(str, missing[:3]))}")
-    num_heads = stated.get("num_heads", heads)
-    if num_heads is None:
-        num_heads = _HEADS.get(width) or (width // 64 if width % 64 == 0 else None)
-        if num_heads is None:
-            raise ValueError(
-                f"{label}: number of heads must be told, by a config.json beside the weights or a width that is a "
-                f"multiple of 64, got width {width}: {_NAMED}"
-            )
-        notes.append(f"{num_heads} heads: published ViTs of width {width} have so many; {_NAMED} where it has others")
-    if width % num_heads:
-        raise ValueError(f"{label}: must have a number of heads that divides {width}, got {num_heads}: {_NAMED}")
+    depth = depth_of(state, label)
+    num_heads = heads_of(width, stated.get("num_heads", heads), label, notes)
     has_class, head = "cls_token" in state, state.get("head.weight")
     registers = shape("reg_token", 3)[1] if "reg_token" in state else 0
     pooled = "attn_pool.latent" in state
@@ -157,7 +183,7 @@ def arguments_of(
         "num_classes": 0 if head is None else len(head),
         "global_pool": "map" if pooled else "avg" if after or not has_class else "token",
         "embed_dim": width,
-        "depth": len(blocks),
+        "depth": depth,
         "num_heads": num_heads,
         "mlp_ratio": mlp_ratio_of(hidden, width),
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
@@ -175,11 +201,7 @@ def arguments_of(
     }
     if hidden == 2 * inner:
         arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
-    for key in ("in_chans", "embed_dim", "depth", "patch_size"):
-        if stated.get(key, arguments[key]) != arguments[key]:
-            raise ValueError(
-                f"{label}: must have {key} {stated[key]!r} (its config), the weights have {arguments[key]!r}"
-            )
+    confirm(stated, arguments, ("in_chans", "embed_dim", "depth", "patch_size"), label)
     prefix = int(has_class) + registers + int("dist_token" in state)
     if "pos_embed" not in state:
         raise ValueError(f"{label}: must have pos_embed, got none: {ROTARY}")

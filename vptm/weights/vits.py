@@ -31,8 +31,8 @@ from vptm.weights.beit_architecture import check_size, pair, window_of
 from vptm.weights.beits import is_timm_name, probe, size_rows, with_outcome
 from vptm.weights.configs import HUGGINGFACE_EPS, SourceFacts
 from vptm.weights.containers import Checkpoint, read_checkpoint
-from vptm.weights.evas import classes_of, eva_tensors, is_eva
-from vptm.weights.families import family_of_names, refuse_rotary
+from vptm.weights.evas import classes_of, dinov3_arguments, dinov3_tensors, eva_tensors, is_eva
+from vptm.weights.families import family_of_names, is_dinov3, refuse_rotary
 from vptm.weights.files import SUFFIXES, check_values, one_line_errors
 from vptm.weights.key_maps import canonical_names, is_huggingface, unwrap
 from vptm.weights.preprocessing import statistics
@@ -117,7 +117,7 @@ def load_vit(
         registers) or transformers, in the usual wrappers; of a DINO checkpoint the teacher is read;
       - Google's `.npz`;
       - a folder with `config.json` and weights, as transformers (ViT, ViTMAE, ViTMSN, DeiT, I-JEPA, DINOv2, CLIP,
-        SigLIP) or timm save it, or the hub id of one;
+        DINOv3, SigLIP) or timm save it, or the hub id of one;
       - a `VisionTransformer` or `Eva` instance, which stays as it is: the backbone is another module on its storage;
       - what this function gave, likewise.
     img_size: pixels, int or (height, width), multiples of the patch; `pos_embed` is resized by timm's
@@ -125,7 +125,8 @@ def load_vit(
     pretrained: for a timm name, load timm's weights. Files always count as trained.
     architecture: timm name of what a file holds, where its tensors do not tell: number of heads, eps, activation. By
       default they are those of the published weights of that width, and the report says so. Files of EVA-02, DINOv3 and
-      what else is timm's Eva class, under the names of timm or their repository, need it.
+      what else is timm's Eva class, under the names of timm or their repository, need it; DINOv3 of transformers does
+      not.
 
     Weights are fp32 whatever the file stores (an instance keeps its dtype). A registered timm name wins over a file or
     folder of the same name; write "./name" for the latter.
@@ -226,7 +227,7 @@ def _from_checkpoint(
     tensors, dropped = unwrap(raw, label)
     dropped += facts.dropped
     named = architecture or facts.timm_name
-    if named is not None and is_eva(named):
+    if is_dinov3(tensors) or (named is not None and is_eva(named)):
         return _from_eva_tensors(
             tensors, dropped, facts, named, {} if architecture else facts.timm_arguments, label, size
         )
@@ -325,31 +326,60 @@ def _from_eva_tensors(
     tensors: dict[str, Tensor],
     dropped: list[str],
     facts: SourceFacts,
-    name: str,
+    name: str | None,
     arguments: Mapping[str, Any],
     label: str,
     size: tuple[int, int] | None,
 ) -> LoadedViT:
-    """Of timm's Eva class, whose tensors do not tell what turns them: `name` does."""
+    """Of timm's Eva class, whose tensors do not tell what turns them: `name` does, or for transformers' DINOv3 the
+    config in `facts`."""
+    dinov3, notes = is_dinov3(tensors), list(facts.notes)
+    if dinov3:
+        tensors = canonical_names(tensors, label)
+        if "register_tokens" in tensors and not tensors["register_tokens"].numel():
+            del tensors["register_tokens"]  # how transformers writes that there are none
     check_values(tensors, label, backbone=True)
-    base = name.partition(".")[0]
-    empty = _without_memory(name, arguments, label)
-    own = arguments.get("img_size")
-    target = size or (pair(own, f"{label}: img_size") if own else None) or tuple(empty.patch_embed.img_size)
-    check_size(target, tuple(empty.patch_embed.patch_size), label)
-    given = {**arguments, "img_size": target, "num_classes": classes_of(tensors, empty.embed_dim)}
     # not on the meta device: angles are kept in no file
-    backbone: Any = timm.create_model(base, **given)
-    found = eva_tensors(tensors, backbone, label)
+    build: Callable[[], Any]
+    if name is None:
+        given = dinov3_arguments(tensors, facts, size, label, notes)
+        check_size(given["img_size"], pair(given["patch_size"], f"{label}: patch_size"), label)
+        build = partial(Eva, **given)
+    else:
+        empty = _without_memory(name, arguments, label)
+        if not isinstance(empty, Eva):
+            raise ValueError(
+                f"{label}: architecture must be of timm's Eva class for DINOv3, such as vit_base_patch16_dinov3, "
+                f"got {name}"
+            )
+        _check_stated(facts, empty, name, label)
+        own = arguments.get("img_size") or facts.architecture.get("img_size")
+        target = size or (pair(own, f"{label}: img_size") if own else None) or tuple(empty.patch_embed.img_size)
+        check_size(target, tuple(empty.patch_embed.patch_size), label)
+        given = {**arguments, "img_size": target, "num_classes": classes_of(tensors, empty.embed_dim)}
+        build = partial(timm.create_model, name.partition(".")[0], **given)
+    backbone = build()
+    found = dinov3_tensors(tensors, facts, backbone, label) if dinov3 else eva_tensors(tensors, backbone, label)
     _check_tensors(found.state, backbone, label)
     backbone.load_state_dict(found.state)
-    notes = list(facts.notes)
     if found.resized:
         notes.append(f"positions resized to {' x '.join(map(str, backbone.patch_embed.grid_size))} by timm's rule")
-    form = facts.format or ("dinov3" if "storage_tokens" in tensors else "timm")
+    form = facts.format or ("huggingface" if dinov3 else "dinov3" if "storage_tokens" in tensors else "timm")
     loaded = _finished(backbone, label, form, True, (*dropped, *found.dropped), found.resized, tuple(notes))
     loaded.mask_token = found.mask_token
     return _with_preprocessing(loaded, facts, name, label, notes)
+
+
+def _check_stated(facts: SourceFacts, model: Any, name: str, label: str) -> None:
+    """Raise ValueError where a config beside the weights states other heads or another rotary base than `name` has."""
+    rope: Any = getattr(model, "rope", None)
+    for key, what, own in (
+        ("num_heads", "heads", model.blocks[0].attn.num_heads),
+        ("rope_temperature", "as rotary base", getattr(rope, "temperature", None)),
+    ):
+        stated = facts.architecture.get(key)
+        if stated not in (None, own):
+            raise ValueError(f"{label}: must have {stated} {what} (its config), architecture {name} has {own}")
 
 
 def _without_memory(name: str, arguments: Mapping[str, Any], label: str) -> Any:
@@ -397,9 +427,7 @@ def _window_of_name(
         known = timm.list_models(module="vision_transformer")
         raise ValueError(f"{label}: architecture must be a timm name, got {name!r}{hint(base, known)}")
     model = _without_memory(name, arguments, label)
-    stated_heads, heads = facts.architecture.get("num_heads"), model.blocks[0].attn.num_heads
-    if stated_heads not in (None, heads):
-        raise ValueError(f"{label}: must have {stated_heads} heads (its config), architecture {name} has {heads}")
+    _check_stated(facts, model, name, label)
     patch = tuple(model.patch_embed.patch_size)
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     own = arguments.get("img_size") or facts.architecture.get("img_size")
