@@ -101,6 +101,30 @@ def test_a_pt2_runs_where_vptm_is_not(tmp_path):
         assert relative_error(torch.from_numpy(np.load(tmp_path / "scores.npy")), model(x)) <= 1e-12
 
 
+@pytest.mark.parametrize("to", ["pt2", "safetensors", pytest.param("onnx", marks=needs_onnx)])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_file_says_what_its_scores_mean(to, several, tmp_path):
+    """Without it who loads a file of several labels would take a softmax, and of one label sigmoids."""
+    model = build(tiny_beit(depth=1), **DEEP, multi_label=several).float()
+    path = tmp_path / "model"
+    export(model, path, to)
+    if to == "pt2":
+        found = {"vptm.json": ""}
+        program = torch.export.load(path, extra_files=found).module()
+        said = json.loads(found["vptm.json"])
+        with torch.no_grad():
+            assert relative_error(program(images(model, 3).float()), model(images(model, 3).float())) <= 1e-5
+    elif to == "safetensors":
+        with safe_open(path, framework="pt") as file:
+            said = json.loads(file.metadata()["vptm"])
+    else:
+        import onnx
+
+        said = {each.key.removeprefix("vptm."): each.value for each in onnx.load(path).metadata_props}
+    assert json.loads(said["model"])["multi_label"] is several
+    assert ("sigmoid(logits)" in said["scores"], "softmax(logits)" in said["scores"]) == (several, not several)
+
+
 @needs_onnx
 def test_onnx_runtime_gives_the_same_scores_for_any_batch(tmp_path):
     """Prompts that run as rows, then as a prefix; an activation of tokens."""

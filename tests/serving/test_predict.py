@@ -66,6 +66,46 @@ def test_many_adapters_give_a_row_each(vptm_command: Console, runs: Path, tmp_pa
             )
 
 
+def test_adapters_of_one_label_and_of_several(vptm_command: Console, runs: Path, tmp_path: Path) -> None:
+    """Each row is that of its adapter alone: all labels that reach the threshold of that task, or the best five."""
+    torch.manual_seed(7)
+    several = PromptedBEiT("builtin", 8, prompt_length=2, multi_label=True)
+    for name in ("tags", "others"):
+        vptm.save_adapter(several, tmp_path / name)
+    files = write_pictures(tmp_path / "p", 3)
+    mixed = ["predict", runs / "a", tmp_path / "p", "--adapter", tmp_path / "tags", "--adapter", tmp_path / "others"]
+    for given, tags, others in (
+        ([], [], []),
+        (["--threshold", 0.45], ["--threshold", 0.45], ["--threshold", 0.45]),
+        (["--threshold", "tags=0.1", "--threshold", 0.55], ["--threshold", "tags=0.1"], ["--threshold", 0.55]),
+        (["--top", 2], ["--top", 2], ["--top", 2]),
+    ):
+        rows = table(vptm_command(*mixed, *given)[1])
+        assert [row["task"] for row in rows] == ["a", "tags", "others"] * 3
+        top = ["--top", 2] if "--top" in given else []
+        alone = [(runs / "a", top), (tmp_path / "tags", tags), (tmp_path / "others", others)]
+        for folder, own in alone:
+            single = table(vptm_command("predict", folder, *files, *own)[1])
+            for each, want in zip([each for each in rows if each["task"] == folder.name], single, strict=True):
+                found, wanted = (dict(json.loads(line["top5"])) for line in (each, want))
+                assert list(found) == list(wanted) and found == pytest.approx(wanted, abs=2e-6), (folder, given)
+    assert len(json.loads(table(vptm_command(*mixed, "--threshold", 0)[1])[1]["top5"])) == 8
+    told = vptm.predict({"a": runs / "a", "tags": tmp_path / "tags"}, files, threshold=1)
+    assert [len(each.top) for each in told] == [3, 0] * 3
+    for words, message in (
+        (["--threshold", "tag=0.3"], "--threshold must name one of 3 tasks, got 'tag', did you mean 'tags'?"),
+        (["--threshold", "half"], "--threshold must be a number in [0, 1], or TASK=NUMBER, got 'half'"),
+        (["--threshold", "tags=2"], "--threshold must be a number in [0, 1], or TASK=NUMBER, got 'tags=2'"),
+        (["--threshold", "0.1", "--threshold", "0.2"], "--threshold must be given once, got '0.2' too"),
+        (["--threshold", "a=0.2"], "a: threshold must be left out for a model of one label an image, got 0.2"),
+    ):
+        code, line = vptm_command.refused(*mixed, *words)
+        assert code == 2 and message in line, line
+    single = ["predict", runs / "a", tmp_path / "p", "--adapter", runs / "b", "--threshold", 0.5]
+    code, line = vptm_command.refused(*single)
+    assert code == 2 and "threshold must be left out for a model of one label an image, got 0.5" in line
+
+
 def test_python_gives_what_the_command_prints(vptm_command: Console, runs: Path, tmp_path: Path) -> None:
     """From files, a pattern, PIL images and a tensor alike, by a folder or a model."""
     files = write_pictures(tmp_path / "p", 3)
@@ -179,7 +219,7 @@ def test_what_resume_cannot_continue_is_refused(vptm_command: Console, runs: Pat
         ([*common, "--out", out, "--resume", "--format", "jsonl"], "must hold predictions as jsonl"),
         ([*common, "--format", "xml"], "--format must be one of csv, jsonl, got 'xml'"),
         ([*common, "--adapter", runs / "a"], "--adapter folders must differ in name"),
-        ([*common, "--top", "0"], "top must be >= 1"),
+        ([*common, "--top", "0"], "top must be an integer >= 1 or None, got 0"),
         ([*common, "--batch-size", "0"], "batch_size must be >= 1"),
     ]
     for command, message in refused:

@@ -43,14 +43,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def running(folder: Path, **limits: Any) -> Iterator[tuple[Any, int]]:
+def running(folder: Path, thresholds: dict[str, float] | None = None, **limits: Any) -> Iterator[tuple[Any, int]]:
     """A server on a free port of the loopback address, and that port."""
     import uvicorn
 
     from vptm.serving.limits import Limits
     from vptm.serving.server import Server, open_tasks, task_folders
 
-    server = Server(*open_tasks(task_folders(folder)), Limits(**limits))
+    server = Server(*open_tasks(task_folders(folder), thresholds=thresholds), Limits(**limits))
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     http_server = uvicorn.Server(uvicorn.Config(server.app, log_level="error"))
@@ -109,12 +109,55 @@ def test_labels_are_the_model_s_and_requests_share_batches(served: tuple[Any, in
     assert server.batcher.batches - before <= 8
 
 
+@needs_server
+def test_several_labels_are_those_that_reach_the_threshold(tmp_path: Path) -> None:
+    """A task of several labels beside one of one: all labels whose sigmoid reaches the task's threshold, more than five
+    or none, or another threshold that a request asks for, in batches that mix tasks and thresholds."""
+    torch.manual_seed(0)
+    models = {
+        "tags": PromptedBEiT("builtin", 9, prompt_mode="deep", prompt_length=3, multi_label=True),
+        "kind": PromptedBEiT("builtin", 12, prompt_length=2),
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    content = picture(4)
+    with torch.no_grad():
+        model = models["tags"].eval()
+        scores = model(vptm.transforms(model)(Image.open(io.BytesIO(content)))[None])[0].sigmoid()
+    best = [(str(k), pytest.approx(scores[k].item(), abs=2e-5)) for k in scores.argsort(descending=True).tolist()]
+    middle = round(scores.sort().values[2:4].mean().item(), 6)  # three of nine do not reach it
+    with running(tmp_path, thresholds={"tags": middle}, patience=0.2) as (server, port):
+        wanted = [("/predict/tags", middle, 6), ("/predict/tags?threshold=0", 0.0, 9), ("/predict/kind", None, 5)]
+        wanted += [("/predict/tags?threshold=1", 1.0, 0), ("/look/tags", middle, 6), ("/look/tags?threshold=1", 1.0, 0)]
+        with ThreadPoolExecutor(6) as clients:
+            found = list(clients.map(lambda each: ask(port, each[0], content), wanted))
+        for (path, threshold, count), (status, answer) in zip(wanted, found, strict=True):
+            assert status == 200 and answer.get("threshold") == threshold, path
+            labels = [(each["label"], each["score"]) for each in answer["labels"]]
+            assert len(labels) == count and (path == "/predict/kind" or labels == best[:count]), path
+        assert server.batcher.batches < 4, "requests must have shared a batch, or nothing was mixed"
+        listed = ask(port, "/tasks", method="GET")[1]
+        assert {name: each["threshold"] for name, each in listed.items()} == {"tags": middle, "kind": None}
+        for path, message in (
+            ("/predict/tags?threshold=2", "threshold must be in [0, 1], got 2.0"),
+            ("/predict/tags?threshold=nan", "threshold must be in [0, 1], got nan"),
+            ("/predict/tags?threshold=half", "threshold must be a number, got 'half'"),
+            (
+                "/predict/kind?threshold=0.5",
+                "kind: threshold must be left out for a model of one label an image, got 0.5",
+            ),
+            ("/look/kind?threshold=", "threshold must be a number, got ''"),
+        ):
+            assert ask(port, path, content) == (400, {"error": message})
+
+
 def test_pages_for_machines(served: tuple[Any, int]) -> None:
     server, port = served
     assert ask(port, "/predict/shoes", picture())[0] == 200
     assert ask(port, "/health", method="GET") == (200, {"status": "ok", "tasks": 2, "waiting": 0})
     status, found = ask(port, "/tasks", method="GET")
-    assert status == 200 and found["shoes"] == {"classes": ["shoes 0", "shoes 1"], "looks": True}
+    assert status == 200
+    assert found["shoes"] == {"classes": ["shoes 0", "shoes 1"], "looks": True, "threshold": None}
     status, text = ask(port, "/metrics", method="GET")
     counted = dict(line.rsplit(" ", 1) for line in text.splitlines())
     assert int(counted['vptm_requests_total{status="200"}']) >= 1 and int(counted["vptm_tasks"]) == 2
@@ -301,6 +344,8 @@ def test_the_command_says_what_it_needs(
             ([tmp_path / "nowhere"], "adapter folder not found"),
             ([tasks, "--batch-size", 0], "batch_size must be an integer >= 1, got 0"),
             ([tasks, "--patience", 60], "patience must be seconds in [0, 10], got 60.0"),
+            ([tasks, "--threshold", 0.4], "threshold must be left out for a model of one label an image, got 0.4"),
+            ([tasks, "--threshold", "shoe=0.4"], "must name one of 2 tasks, got 'shoe', did you mean 'shoes'?"),
         ):
             code, line = command.refused("serve", *arguments)
             assert code == 2 and message in line, line

@@ -11,7 +11,7 @@ import torch
 from beit_factory import tiny_beit
 from tiny_models import build, build_vit, images, pictures, relative_error, tiny_vit
 
-from vptm import PromptedBEiT, save_adapter
+from vptm import PromptedBEiT, predict, save_adapter
 from vptm.frozen import folded
 from vptm.serving.pool import Pool
 from vptm.serving.task_bank import TaskBank
@@ -51,6 +51,14 @@ TASKS = {
     "linear on the hidden state": DEEP | {"verbalizer": "linear", "token_activation": "hidden"},
     "linear on tokens": {"verbalizer": "linear"},
     "linear on log-softmax tokens": DEEP | {"verbalizer": "linear", "token_activation": "log_softmax"},
+    "several labels": DEEP | {"multi_label": True, "num_classes": 6},
+    "several labels, shallow": {"multi_label": True, "num_classes": 1},
+    "several labels, added to patches": {
+        "multi_label": True,
+        "prompt_options": {"placement": "add"},
+        "prompt_length": 1,
+        "verbalizer": "linear",
+    },
 }
 
 
@@ -108,13 +116,16 @@ def test_tasks_run_in_as_few_groups_as_their_kinds_allow():
         "added to patches",
         "prompts with a learned bias",
         "prompts with the bias of the class row",
+        "several labels, added to patches",
     ]
     rows = ["another shallow", "dropped after one block", "progressive", "shallow", "shallow of another length"]
     assert set(rows) <= {name for name in form if form[name] == "rows"}
     deep = ["deep", "deep of another length", "no prompts", "linear on tokens", "prototypes of another size"]
+    deep += ["several labels"]
     groups = {name: snapshot.tasks[name].group for name in tasks}
     assert len({groups[name] for name in deep if name != "linear on tokens"}) == 1
     assert groups["shallow"] == groups["another shallow"] != groups["progressive"]
+    assert groups["shallow"] == groups["several labels, shallow"]
     assert groups["progressive"] != groups["progressive of another alpha"]
 
 
@@ -300,6 +311,30 @@ def test_a_pool_gives_out_every_row_once():
     assert pool.pack([(3, 4)]) == [0] and pool.capacity == 4 and all(bool((t == 5).all()) for t in pool.tensors)
 
 
+def test_labels_are_each_task_s_own():
+    """In a bank of tasks of one label and of several: the softmax of some, of others all sigmoids that reach their own
+    threshold, as `predict` of each model alone; one threshold for a call replaces those of the tasks."""
+    tasks = models(tasks={name: TASKS[name] for name in ("deep", "several labels", "several labels, shallow")})
+    tasks["all"] = tasks["several labels"]
+    bank = TaskBank(next(iter(tasks.values())), threshold=0.45)
+    for name, least in (("deep", None), ("several labels", 0.55), ("several labels, shallow", None), ("all", 0)):
+        bank.add(name, tasks[name], threshold=least)
+    assert [bank.info(name).threshold for name in bank.names] == [None, 0.55, 0.45, 0.0]
+    x = images(tasks["deep"], 4)
+    for asked in (None, 0.6):
+        found = predict(bank, x, threshold=asked)
+        for name, own in tasks.items():
+            given = {} if name == "deep" else {"threshold": bank.info(name).threshold if asked is None else asked}
+            alone = predict(own, x, **given)
+            for mixed, single in zip([each for each in found if each.task == name], alone, strict=True):
+                assert [label for label, _ in mixed.top] == [label for label, _ in single.top], name
+                assert [share for _, share in mixed.top] == pytest.approx([share for _, share in single.top], rel=1e-6)
+    counts = {name: {len(each.top) for each in predict(bank, x) if each.task == name} for name in tasks}
+    assert counts["all"] == {6} and counts["deep"] == {5}, "all labels, where five are the most of a task of one label"
+    assert len(counts["several labels"]) > 1, "a threshold that all labels or none of every image reach proves nothing"
+    assert {len(each.top) for each in predict(tasks["all"], x, top=2, threshold=0)} == {2}
+
+
 def test_empty_batches_have_empty_results():
     bank = bank_of(models(tasks={"a": DEEP}))
     assert bank.predict(torch.zeros(0, 3, 8, 12, dtype=torch.float64), []).shape == (0, 0)
@@ -320,6 +355,13 @@ BAD = {
         "x", build(tiny_beit((3, 3)))
     ),
     "must be a PromptedBEiT, as the backbone of the bank is, got a PromptedViT": lambda b, m: b.add("x", build_vit()),
+    "x: threshold must be left out for a model of one label an image, got 0.5": lambda b, m: b.add(
+        "x", m, threshold=0.5
+    ),
+    "threshold must be in [0, 1], got 1.5": lambda b, m: TaskBank(m, threshold=1.5),
+    "threshold must be left out for a model of one label an image, got 0.3": lambda b, m: predict(
+        b, images(m), threshold=0.3
+    ),
     "when_full must be one of refuse, evict, got 'lru'": lambda b, m: TaskBank(m, when_full="lru"),
     "memory_limit must be bytes >= 1 or None, got 0": lambda b, m: TaskBank(m, memory_limit=0),
     "impl must be one of auto, triton, torch for a TaskBank": lambda b, m: TaskBank(m, impl="reference"),

@@ -72,4 +72,11 @@ Workers = Annotated[int | None, _info(_SHARED["workers"])]
 Backbone = Annotated[
     str | None, typer.Option(help="Backbone weights, where they moved since training.", show_default=False)
 ]
+Thresholds = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Least score of a label of multi-label runs, 0.5 by default; of one of them NAME=0.3. May be repeated.",
+        show_default=False,
+    ),
+]
 Run = Annotated[Path, typer.Argument(help="Run or adapter folder.")]

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from vptm.commands.options import Backbone, Compile, CudaGraph, Device, Impl, PrecisionOption, Run, choice
+from vptm.commands.options import Backbone, Compile, CudaGraph, Device, Impl, PrecisionOption, Run, Thresholds, choice
 from vptm.settings import EVALUATION_BATCH, OnBadImage, RowFormat
 from vptm.terminal import SECONDS_PER_LINE, progress_bar, say
 
@@ -38,11 +38,11 @@ def predict(
         choice(get_args(RowFormat), "By default csv, or what --out ends in.", "--format", show_default=False),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the rows of --out.")] = False,
-    top: Annotated[int, typer.Option(help="Labels of a picture in top5.")] = 5,
-    threshold: Annotated[
-        float | None,
-        typer.Option(help="Least score of a label of a multi-label run; 0.5 by default.", show_default=False),
+    top: Annotated[
+        int | None,
+        typer.Option(help="Labels of a picture in top5: 5, and of a multi-label run all.", show_default=False),
     ] = None,
+    threshold: Thresholds = None,
     on_bad_image: Annotated[
         str, choice(get_args(OnBadImage), "With files that cannot be read: fail when all others are done, or succeed.")
     ] = "error",
@@ -57,11 +57,12 @@ def predict(
     """Name what pictures show.
 
     Rows with path, label, score and top5, written as they are made: score is the softmax probability of the label; top5
-    is a JSON list of [label, score] pairs, best first. Of a multi-label run scores are sigmoids, and only labels with
-    --threshold or more are named, which may be none. With --adapter every picture has a row of each, and a column
-    task says whose, by the folder's name. Pictures that cannot be read are named at the end, and make the command fail
-    unless --on-bad-image skip. After a kill, the same command with --resume leaves out what --out has. Of several
-    processes that torchrun starts each takes a part of the pictures, and writes a file: names-0-of-2.csv for names.csv.
+    is a JSON list of [label, score] pairs, best first. Of a multi-label run scores are sigmoids, and all labels with
+    --threshold or more are named, which may be none. With --adapter every picture has a row of each, of one label or of
+    several, and a column task says whose, by the folder's name. Pictures that cannot be read are named at the end, and
+    make the command fail unless --on-bad-image skip. After a kill, the same command with --resume leaves out what --out
+    has. Of several processes that torchrun starts each takes a part of the pictures, and writes a file:
+    names-0-of-2.csv for names.csv.
 
     \b
     Example:
@@ -73,6 +74,7 @@ def predict(
     from vptm.models.opening import load_adapter
     from vptm.serving.predict import picture_files, predictions
     from vptm.serving.task_bank import TaskBank
+    from vptm.serving.thresholds import THRESHOLD, check_used, read_thresholds
     from vptm.settings import RunSettings, choices
     from vptm.training.devices import device_of
     from vptm.training.precision import dtype_of, resolve_precision
@@ -96,19 +98,22 @@ def predict(
     listed = listed[rank::count]
     stdin = (Path(line) for line in map(str.strip, sys.stdin) if line) if "-" in images else iter(())
     names = _names([run, *(adapter or [])])
+    least, own = read_thresholds(threshold or [], names)
     place = local_device(device_of(device))
     model = load_adapter(run, source=source, impl=impl).to(place)
     tasks: PromptedModel | TaskBank = model
     if adapter:
-        tasks = TaskBank(model, dtype=dtype_of(resolve_precision(precision, place, training=False)), impl=impl)
-        tasks.add(names[0], model)
-        for name, folder in zip(names[1:], adapter):
-            tasks.add(name, folder)
+        kind = dtype_of(resolve_precision(precision, place, training=False))
+        tasks = TaskBank(model, dtype=kind, impl=impl, threshold=THRESHOLD if least is None else least)
+        folders: list[PromptedModel | Path] = [model, *adapter]
+        for name, task in zip(names, folders):
+            tasks.add(name, task, threshold=own.get(name))
+        check_used((tasks.info(name).threshold for name in names), least)
     found = predictions(
         tasks,
         (missing := _Missing(chain(listed, stdin))),
         top=top,
-        threshold=threshold,
+        threshold=None if adapter else own.get(names[0], least),
         batch_size=batch_size,
         precision=precision,
         compile=compile,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from vptm.commands.options import Backbone, Device, Impl
+from vptm.commands.options import Backbone, Device, Impl, Thresholds
 from vptm.serving.limits import Limits
 from vptm.terminal import say
 
@@ -27,6 +27,7 @@ def serve(
     ] = Limits.most_waiting,
     most_bytes: Annotated[int, typer.Option(help="Bytes of a picture.")] = Limits.most_bytes,
     most_pixels: Annotated[int, typer.Option(help="Pixels of a picture.")] = Limits.most_pixels,
+    threshold: Thresholds = None,
     source: Backbone = None,
     device: Device = "auto",
     impl: Impl = "auto",
@@ -47,10 +48,21 @@ def serve(
     import uvicorn
 
     from vptm.serving.server import Server, open_tasks, task_folders
+    from vptm.serving.thresholds import THRESHOLD, check_used, read_thresholds
     from vptm.training.devices import device_of
 
     limits = Limits(batch_size, patience, most_waiting, most_bytes, most_pixels)
-    bank, models = open_tasks(task_folders(folder), source=source, device=device_of(device), impl=impl)
+    folders = task_folders(folder)
+    least, own = read_thresholds(threshold or [], folders)
+    bank, models = open_tasks(
+        folders,
+        source=source,
+        device=device_of(device),
+        impl=impl,
+        threshold=THRESHOLD if least is None else least,
+        thresholds=own,
+    )
+    check_used((bank.info(name).threshold for name in bank.names), least)
     server = Server(bank, models, limits)
     say(f"{len(bank)} tasks: {', '.join(bank.names[:10])}{' ...' if len(bank) > 10 else ''}")
     # what is loaded stays: looking through it for garbage takes a third of the time of a request outside its model

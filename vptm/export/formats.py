@@ -18,6 +18,7 @@ from vptm.export.program import export_program
 from vptm.frozen.modes import eval_mode
 from vptm.messages import one_line, one_of
 from vptm.models.prompted_model import PromptedModel
+from vptm.serving.thresholds import THRESHOLD
 from vptm.settings import ExportFormat
 from vptm.version import __version__
 from vptm.weights.adapter_format import PREPROCESSING
@@ -29,6 +30,13 @@ FACTS = "vptm.json"
 _OLDEST_OPSET = 18
 # A protobuf file may not be larger; weights then stand beside it.
 _LARGEST_PROTOBUF = 1_900_000_000
+
+
+# What is made of the logits, in every file.
+_ONE_LABEL = "logits of one label an image: probabilities are softmax(logits), the label is that of the largest"
+_SEVERAL_LABELS = (
+    f"logits of several labels an image: probabilities are sigmoid(logits), labels those of at least {THRESHOLD}"
+)
 
 
 class Exported(NamedTuple):
@@ -52,7 +60,8 @@ def export(model: PromptedModel, path: str | Path, to: str, *, opset: int | None
       build it; a file of weights, which runs nothing.
 
     All but the last take `images`, (B, channels, height, width) in the model's dtype and normalised as
-    `vptm.transforms` does, for any B >= 1, and give `logits`, (B, K).
+    `vptm.transforms` does, for any B >= 1, and give `logits`, (B, K); "scores" in what they say of the model tells
+    whether a softmax or, of a model with `multi_label=True`, a sigmoid makes probabilities of them.
 
     Args:
         model: a prompted model; it is in eval mode meanwhile.
@@ -124,6 +133,7 @@ def facts(model: PromptedModel) -> dict[str, str]:
         "weight_hash": model.weight_hash(),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "class_names": json.dumps(model.class_names),
+        "scores": _SEVERAL_LABELS if model.multi_label else _ONE_LABEL,
         "preprocessing": json.dumps({name: config[name] for name in PREPROCESSING if name in config}, default=str),
     }
 

@@ -19,7 +19,7 @@ class Overloaded(RuntimeError):
 
 class _Asked(NamedTuple):
     image: Tensor
-    task: str
+    task: Any
     answer: Future[Any]
 
 
@@ -27,8 +27,8 @@ class Batcher:
     """One thread that predicts what waits, as many at a time as there are, up to a batch.
 
     Args:
-        predict: (images (B, ...), tasks) -> an answer for each, as `vptm.TaskBank.predict`; one that fails is called
-            again for each image by itself, so that no request fails for another's sake.
+        predict: (images (B, ...), tasks) -> an answer for each, as `vptm.TaskBank.predict`; tasks are what `ask` was
+            told. One that fails is called again for each image by itself, so that no request fails for another's sake.
         batch_size: most images of a batch.
         patience: seconds that the first of a batch waits for others; 0 takes what is there.
         most_waiting: requests in the queue before `ask` refuses.
@@ -36,7 +36,7 @@ class Batcher:
 
     def __init__(
         self,
-        predict: Callable[[Tensor, list[str]], Sequence[Any] | Tensor],
+        predict: Callable[[Tensor, list[Any]], Sequence[Any] | Tensor],
         *,
         batch_size: int,
         patience: float,
@@ -56,7 +56,7 @@ class Batcher:
         """Requests in the queue."""
         return len(self._waiting)
 
-    def ask(self, image: Tensor, task: str, answer: Future[Any] | None = None) -> Future[Any]:
+    def ask(self, image: Tensor, task: Any, answer: Future[Any] | None = None) -> Future[Any]:
         """The answer for one image (channels, height, width), when it is there; in `answer`, where one is given.
 
         Raises:

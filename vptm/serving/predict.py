@@ -18,21 +18,22 @@ from vptm.data.decoding import BadImageError, read_image, to_8_bit
 from vptm.data.labels import class_labels
 from vptm.data.picture_files import image_files, left_out_note
 from vptm.data.transforms import picture_options, transforms
-from vptm.messages import number, one_of
+from vptm.messages import check_integer, one_of
 from vptm.models.opening import load_adapter
 from vptm.models.prompted_model import PromptedModel
 from vptm.serving.task_bank import TaskBank, TaskInfo
+from vptm.serving.thresholds import threshold_of
 from vptm.settings import EVALUATION_BATCH, RunSettings, choices
 from vptm.training.graphs import InferenceGraph, check_graph
 from vptm.training.precision import compiled, dtype_of, float32_products, in_type, resolve_precision
 
-_THRESHOLD = 0.5
+_TOP = 5
 _READERS = 4  # threads that read pictures while a batch is computed; decoders let go of the interpreter
 
 
 class Prediction(NamedTuple):
     """What a task says of a picture: the best labels with their softmax probability, best first; of a multi-label model
-    those whose probability, a sigmoid, is at least the threshold, which may be none.
+    those whose probability, a sigmoid, is at least the threshold, which may be none, or all.
 
     path: None for what was no file. task: its name, where there are several.
     """
@@ -83,7 +84,7 @@ def predictions(
     model: PromptedModel | TaskBank,
     images: Iterable[str | Path | Image.Image | Tensor],
     *,
-    top: int = 5,
+    top: int | None = None,
     threshold: float | None = None,
     batch_size: int = EVALUATION_BATCH,
     precision: str | None = None,
@@ -97,8 +98,8 @@ def predictions(
     Args:
         model: what learned labels; or a bank of tasks: then every image has a prediction by each, in their order.
         images: files, PIL images, or tensors (channels, height, width) that are normalised for every model.
-        top: labels of a prediction, at most.
-        threshold: least probability of a label of a multi-label model, in 0..1; None is 0.5.
+        top: labels of a prediction, at most; None is 5, and of a multi-label model all.
+        threshold: least probability of a label of multi-label models, in 0..1; None is 0.5, in a bank each task's own.
         batch_size: images at a time.
         precision: what computes, as in `vptm.evaluate`; None is the model's own type. A bank has its own.
         compile: `torch.compile` the model; not a bank.
@@ -109,12 +110,11 @@ def predictions(
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-        raise ValueError(f"top must be >= 1, got {top!r}")
-    least = _threshold(model, threshold)
+    check_integer("top", top, 1, optional=True)
     tasks: dict[str | None, PromptedModel | TaskInfo] = {None: model} if isinstance(model, PromptedModel) else {}
     if isinstance(model, TaskBank):
         tasks |= {name: model.info(name) for name in model.names}
+    least = _thresholds(tasks, threshold)
     run = _runner(model, precision, compile, cuda_graph)
     prepare = {name: (transforms(task), picture_options(task)) for name, task in tasks.items()}
     source = iter(images)
@@ -133,7 +133,7 @@ def predict(
     model: PromptedModel | TaskBank | str | Path | Mapping[str, PromptedModel | str | Path],
     images: Iterable[str | Path | Image.Image | Tensor] | str | Path | Tensor,
     *,
-    top: int = 5,
+    top: int | None = None,
     threshold: float | None = None,
     batch_size: int = EVALUATION_BATCH,
     on_bad_image: str = "error",
@@ -152,8 +152,8 @@ def predict(
             backbone, or a bank of them. They are left as they are.
         images: files, folders and patterns such as "photos/**/*.jpg", read as the model's training pictures were; PIL
             images; or a normalised tensor (B, channels, height, width).
-        top: labels of a picture, at most.
-        threshold: least probability of a label of a multi-label model, in 0..1; None is 0.5.
+        top: labels of a picture, at most; None is 5, and of a multi-label model all.
+        threshold: least probability of a label of multi-label models, in 0..1; None is 0.5, in a bank each task's own.
         batch_size: pictures at a time.
         on_bad_image: "error" stops at a file that cannot be read, "skip" reports it and goes on.
         precision: what computes, as in `vptm.evaluate`; None is the model's own type.
@@ -263,51 +263,52 @@ def _read(
     return path, pixels
 
 
-def best_classes(scores: Tensor, top: int, threshold: float | None = None) -> list[list[tuple[int, float]]]:
-    """For every row of class scores (B, K) the best classes with their softmax probability, best first, those of score
-    -inf last; with a threshold those with at least that sigmoid probability."""
+def best_classes(
+    scores: Tensor, top: int | None, thresholds: float | Sequence[float] | None = None
+) -> list[list[tuple[int, float]]]:
+    """For every row of class scores (B, K) the best classes, `top` or all, with their softmax probability, best first,
+    those of score -inf last; with a threshold, or one for each row, those with at least that sigmoid probability."""
     scores = scores.float().cpu()
-    best = scores.topk(min(top, scores.shape[1])).indices
-    shares, least = (scores.softmax(1) if threshold is None else scores.sigmoid()).gather(1, best), threshold or 0.0
+    best = scores.topk(scores.shape[1] if top is None else min(top, scores.shape[1])).indices
+    shares = (scores.softmax(1) if thresholds is None else scores.sigmoid()).gather(1, best)
+    least = thresholds if isinstance(thresholds, Sequence) else [thresholds or 0.0] * len(scores)
     return [
-        [(k, value) for k, value in zip(classes, values) if value >= least]
-        for classes, values in zip(best.tolist(), shares.tolist())
+        [(k, value) for k, value in zip(classes, values) if value >= lowest]
+        for classes, values, lowest in zip(best.tolist(), shares.tolist(), least, strict=True)
     ]
 
 
-def best_labels(
-    scores: Tensor, labels: Sequence[str], top: int, threshold: float | None = None
-) -> list[list[tuple[str, float]]]:
-    """`best_classes` by their labels."""
-    return [[(labels[k], share) for k, share in row] for row in best_classes(scores, top, threshold)]
-
-
-def _threshold(model: PromptedModel | TaskBank, given: float | None) -> float | None:
-    """The least probability of a label of a multi-label model, None of any other."""
-    several = isinstance(model, PromptedModel) and model.multi_label
+def _thresholds(
+    tasks: Mapping[str | None, PromptedModel | TaskInfo], given: float | None
+) -> dict[str | None, float | None]:
+    """The least probability of a label of every task, None of one whose images have one label."""
+    if not tasks:
+        return {}
+    own = {
+        name: threshold_of("", task.multi_label, None) if isinstance(task, PromptedModel) else task.threshold
+        for name, task in tasks.items()
+    }
     if given is None:
-        return _THRESHOLD if several else None
-    if not several:
-        raise ValueError(f"threshold must be left out for a model of one label an image, got {given!r}")
-    if not 0 <= number("threshold", given) <= 1:
-        raise ValueError(f"threshold must be in 0..1, got {given!r}")
-    return float(given)
+        return own
+    least = threshold_of("", any(value is not None for value in own.values()), given)
+    return {name: None if value is None else least for name, value in own.items()}
 
 
 def _predicted(
     run: _Run,
     tasks: Mapping[str | None, PromptedModel | TaskInfo],
     batch: Sequence[tuple[Path | None, dict[str | None, Tensor]] | Unreadable],
-    top: int,
-    threshold: float | None,
+    top: int | None,
+    thresholds: Mapping[str | None, float | None],
 ) -> Iterator[Prediction | Unreadable]:
     readable = [each for each in batch if not isinstance(each, Unreadable)]
     answers: dict[str | None, list[list[tuple[str, float]]]] = {}
     for name, task in tasks.items() if readable else ():
         pixels = torch.stack([images[name] for _, images in readable])
         with torch.inference_mode():
-            names = class_labels(task.class_names, task.num_classes)
-            answers[name] = best_labels(run(name, pixels), names, top, threshold)
+            names, least = class_labels(task.class_names, task.num_classes), thresholds[name]
+            best = best_classes(run(name, pixels), _TOP if top is None and least is None else top, least)
+            answers[name] = [[(names[k], share) for k, share in row] for row in best]
     place = 0
     for each in batch:
         if isinstance(each, Unreadable):

@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +38,7 @@ from vptm.serving.batching import Batcher, Overloaded
 from vptm.serving.limits import Limits
 from vptm.serving.predict import best_classes
 from vptm.serving.task_bank import TaskBank, TaskInfo
+from vptm.serving.thresholds import THRESHOLD, threshold_of
 from vptm.weights.adapter_format import CONFIG_FILE
 
 PAGE = Path(__file__).with_name("page.html")
@@ -59,18 +60,35 @@ def task_folders(folder: str | Path) -> dict[str, Path]:
 
 
 def open_tasks(
-    folders: Mapping[str, Path], *, source: Any = None, device: str | torch.device = "cpu", impl: str = "auto"
+    folders: Mapping[str, Path],
+    *,
+    source: Any = None,
+    device: str | torch.device = "cpu",
+    impl: str = "auto",
+    threshold: float = THRESHOLD,
+    thresholds: Mapping[str, float] | None = None,
 ) -> tuple[TaskBank, dict[str, PromptedModel]]:
     """A bank of adapters on one backbone, and the models that say where they look, on the same weights: they run on the
-    path that holds no constants, as each would have its own."""
+    path that holds no constants, as each would have its own.
+
+    Args:
+        threshold: least probability of a label of tasks with several labels an image, those of `thresholds` excepted.
+    """
     first = load_adapter(next(iter(folders.values())), source=source, impl=impl).to(device)
-    bank = TaskBank(first, impl=impl)
+    bank = TaskBank(first, impl=impl, threshold=threshold)
     models: dict[str, PromptedModel] = {}
     for name, folder in folders.items():
         models[name] = load_on(first, folder)
         models[name].impl = "reference"
-        bank.add(name, models[name])
+        bank.add(name, models[name], threshold=(thresholds or {}).get(name))
     return bank, models
+
+
+class _Asked(NamedTuple):
+    """Whose labels are asked for, and the least probability of one, None where an image has one label."""
+
+    task: str
+    threshold: float | None
 
 
 class _Known(NamedTuple):
@@ -85,6 +103,16 @@ class _Known(NamedTuple):
 _MOST_KNOWN = 1000
 
 
+def _listed(labels: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
+    return [{"label": label, "score": round(score, 6)} for label, score in labels]
+
+
+def _answer(asked: _Asked, labels: list[dict[str, Any]]) -> dict[str, Any]:
+    """What every answer begins with."""
+    threshold = {} if asked.threshold is None else {"threshold": asked.threshold}
+    return {"task": asked.task, **threshold, "labels": labels}
+
+
 class Server:
     """The application, and what it counts; `close` ends its thread.
 
@@ -96,7 +124,9 @@ class Server:
     Attributes:
         app: for any ASGI server. GET /: a page. GET /tasks, /health, /metrics. POST /predict, /predict/TASK: a picture
             as the body gives `{"task", "labels": [{"label", "score"}, ...]}`; without TASK where there is one alone.
-            POST /look/TASK gives what the read-out row attends to as well.
+            Of a task with several labels an image also `"threshold"`: labels are all those whose score, a sigmoid, is
+            at least that, which may be none; `?threshold=0.3` asks for another than the task's. POST /look/TASK gives
+            what the read-out row attends to as well.
     """
 
     def __init__(
@@ -146,7 +176,11 @@ class Server:
         infos = {name: self.bank.info(name) for name in self.bank.names}
         return JSONResponse(
             {
-                name: {"classes": info.class_names or info.num_classes, "looks": name in self.models}
+                name: {
+                    "classes": info.class_names or info.num_classes,
+                    "looks": name in self.models,
+                    "threshold": info.threshold,
+                }
                 for name, info in infos.items()
             }
         )
@@ -175,6 +209,24 @@ class Server:
         if task not in self.bank:
             raise HTTPException(404, f"no task {task[:100]!r}{hint(task[:100], self.bank.names[:1000])}")
         return task
+
+    def _asked(self, request: Request) -> _Asked:
+        """Whose labels, and which of them."""
+        task, said = self._task(request), request.query_params.get("threshold")
+        try:
+            own = self.bank.info(task).threshold
+        except ValueError as error:  # removed meanwhile
+            raise HTTPException(404, str(error)) from None
+        if said is None:
+            return _Asked(task, own)
+        try:
+            given = float(said)
+        except ValueError:
+            raise HTTPException(400, f"threshold must be a number, got {said[:100]!r}") from None
+        try:
+            return _Asked(task, threshold_of(f"{task}: ", own is not None, given))
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
 
     async def _body(self, request: Request) -> bytes:
         """What was sent, up to the limit: no more is read."""
@@ -213,26 +265,28 @@ class Server:
         except ValueError:  # removed meanwhile
             raise HTTPException(404, f"no task {task!r}") from None
 
-    def _read(self, content: bytes, task: str, answer: Future[Any]) -> None:
+    def _read(self, content: bytes, asked: _Asked, answer: Future[Any]) -> None:
         """Make an image of a picture and ask for its labels, on a thread of its own."""
         try:
-            picture = self._opened(content, task)
-            image = self._know(task).prepare(picture).to(self.bank.device, self.bank.dtype)
-            self.batcher.ask(image, task, answer)
+            picture = self._opened(content, asked.task)
+            image = self._know(asked.task).prepare(picture).to(self.bank.device, self.bank.dtype)
+            self.batcher.ask(image, asked, answer)
         except Exception as error:
             with suppress(InvalidStateError):  # its client is gone
                 answer.set_exception(error)
         finally:
             self._left()
 
-    def _labelled(self, images: torch.Tensor, tasks: list[str]) -> list[list[dict[str, Any]]]:
-        """The best labels of each image by its own task."""
-        labels = [self._know(task).labels for task in tasks]
-        best = best_classes(self.bank.predict(images, tasks), self.limits.top)
-        return [
-            [{"label": own[k], "score": round(share, 6)} for k, share in row if k < len(own)]
-            for own, row in zip(labels, best, strict=True)
-        ]
+    def _labelled(self, images: torch.Tensor, asked: list[_Asked]) -> list[list[dict[str, Any]]]:
+        """The labels of each image by its own task: the best, or those of several that reach their threshold."""
+        labels = [self._know(task).labels for task, _ in asked]
+        scores = self.bank.predict(images, [task for task, _ in asked])
+        several = [i for i, each in enumerate(asked) if each.threshold is not None]
+        single = [i for i, each in enumerate(asked) if each.threshold is None]
+        least = [each.threshold for each in asked if each.threshold is not None]
+        best = dict(zip(single, best_classes(scores[single], self.limits.top)))
+        best |= zip(several, best_classes(scores[several], None, least))
+        return [_listed((own[k], share) for k, share in best[i] if k < len(own)) for i, own in enumerate(labels)]
 
     def _enter(self) -> None:
         """One more request is read; refused at once where too many are."""
@@ -250,7 +304,7 @@ class Server:
 
     async def _predict(self, request: Request) -> Response:
         started = time.perf_counter()
-        task = self._task(request)
+        asked = self._asked(request)
         self._enter()
         try:
             content = await self._body(request)
@@ -259,7 +313,7 @@ class Server:
             raise
         # one future from the picture's bytes to its labels: a thread reads it, another computes, this one wakes once
         answer: Future[list[dict[str, Any]]] = Future()
-        self._readers.submit(self._read, content, task, answer)
+        self._readers.submit(self._read, content, asked, answer)
         try:
             labels = await asyncio.wrap_future(answer)
         except Overloaded as error:
@@ -268,31 +322,33 @@ class Server:
             raise HTTPException(404, str(error)) from None
         self.seconds += time.perf_counter() - started
         self.answers[200] += 1
-        return JSONResponse({"task": task, "labels": labels})
+        return JSONResponse(_answer(asked, labels))
 
     async def _look_at(self, request: Request) -> Response:
-        task = self._task(request)
-        model = self.models.get(task)
+        asked = self._asked(request)
+        task, model = asked.task, self.models.get(asked.task)
         if not isinstance(model, PromptedBEiT):
             raise HTTPException(404, f"task {task!r} does not show where it looks")
         self._enter()
         try:
             picture = await run_in_threadpool(self._opened, await self._body(request), task)
-            found = await run_in_threadpool(self._looked, model, picture)
+            found = await run_in_threadpool(self._looked, model, picture, asked)
         finally:
             self._left()
         self.answers[200] += 1
-        return Response(json.dumps({"task": task} | found), media_type="application/json")
+        return Response(json.dumps(found), media_type="application/json")
 
-    def _looked(self, model: PromptedBEiT, picture: Image.Image) -> dict[str, Any]:
+    def _looked(self, model: PromptedBEiT, picture: Image.Image, asked: _Asked) -> dict[str, Any]:
+        least = asked.threshold
+        top = self.limits.top if least is None else model.num_classes
         with self._look:  # the mode of a model changes while it is looked at
-            report = inspect_tokens(model, picture, top=self.limits.top)
+            report = inspect_tokens(model, picture, top=top)
         attention = report.attention.float().mean(0)
         pixels = (report.picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
         shown = io.BytesIO()
         Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(shown, "PNG")
-        return {
-            "labels": [{"label": each.name, "score": round(each.probability, 6)} for each in report.classes],
+        kept = ((each.name, each.probability) for each in report.classes if each.probability >= (least or 0.0))
+        return _answer(asked, _listed(kept)) | {
             "row": report.row,
             "attention": (attention / attention.max().clamp(min=1e-12)).tolist(),
             "shares": report.shares,

@@ -22,6 +22,7 @@ from vptm.models.prompted_model import PromptedModel
 from vptm.serving.batch_prompts import BatchPrompts, schedule
 from vptm.serving.pool import Pool
 from vptm.serving.readouts import Readout, readout_of
+from vptm.serving.thresholds import THRESHOLD, check_threshold, threshold_of
 from vptm.weights.files import weight_hash
 from vptm_kernels import FoldedHead, prototype_cosine
 
@@ -33,7 +34,8 @@ _KEYS_VALUES = "keys and values"
 
 class TaskInfo(NamedTuple):
     """What a bank says of a task: its classes and their names, where known; its prompts; what it takes in memory, in
-    bytes; and how pictures are made into its images, for `vptm.transforms`."""
+    bytes; how pictures are made into its images, for `vptm.transforms`; and of a task with several labels an image the
+    least probability of a label, None of any other."""
 
     num_classes: int
     class_names: tuple[str, ...] | None
@@ -41,6 +43,7 @@ class TaskInfo(NamedTuple):
     prompt_mode: str
     memory: int
     default_cfg: Mapping[str, Any]
+    threshold: float | None
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class TaskBank:
     takes as many rows as it has prompts; token head and projection are held as one map, prototypes as unit rows. Tasks
     whose prompts run as rows (shallow, progressive) share a batch with those that have as many and use them alike;
     what fits neither form (prompts with a bias of their own, added to patches, or averaged by the read-out; a mask
-    token that learned) runs task by task, on the same frozen weights.
+    token that learned) runs task by task, on the same frozen weights. Tasks whose images have one label and tasks whose
+    images have several stand side by side: scores of the first are logits of a softmax, of the second of sigmoids.
 
     Any number of threads may call any method at any time: a prediction reads the bank as it was when it began.
 
@@ -101,10 +105,12 @@ class TaskBank:
         impl: "auto", "triton" or "torch".
         device, dtype: where tasks run, and in which type; None for those of the backbone. Adapters are checked against
             the weights as they were before.
+        threshold: least probability of a label of tasks with `multi_label=True` that are added without one.
         settings: further settings of `vptm.open_model` that say what the backbone is, such as `img_size`.
 
     Attributes:
         device, dtype: of images and scores.
+        threshold: as given.
 
     Raises:
         ValueError: a backbone that does not run folded, an option outside its set.
@@ -126,8 +132,10 @@ class TaskBank:
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        threshold: float = THRESHOLD,
         **settings: Any,
     ) -> None:
+        self.threshold = check_threshold(threshold)
         one_of("when_full", when_full, WHEN_FULL)
         if memory_limit is not None and (
             isinstance(memory_limit, bool) or not isinstance(memory_limit, int) or memory_limit < 1
@@ -188,15 +196,17 @@ class TaskBank:
         """What is known of a task."""
         return _named(self._snapshot, name).info
 
-    def add(self, name: str, adapter: str | Path | PromptedModel) -> None:
+    def add(self, name: str, adapter: str | Path | PromptedModel, *, threshold: float | None = None) -> None:
         """Add a task.
 
         Args:
             name: of the task, not in use.
             adapter: a folder that `vptm.save_adapter` or `vptm train` wrote, or a model; on the weights of this bank.
+            threshold: least probability of a label of a model with `multi_label=True`; None is the bank's.
 
         Raises:
-            ValueError: a name in use, another backbone or image size, or what `vptm.load_adapter` refuses.
+            ValueError: a name in use, another backbone or image size, a threshold of a model of one label an image, or
+                what `vptm.load_adapter` refuses.
             MemoryError: the task does not fit below `memory_limit`, also where all others were evicted.
         """
         if not isinstance(name, str) or not name:
@@ -206,7 +216,7 @@ class TaskBank:
         given = adapter if isinstance(adapter, PromptedModel) else load_on(self._source, adapter)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             model = self._own(name, given)
-            task, wanted = self._task(model)
+            task, wanted = self._task(model, threshold_of(f"{name}: ", given.multi_label, threshold, self.threshold))
             frame = self._frames.get(task.frame) or self._frame(model, task)
             with self._changing:
                 self._make_room(name, task, wanted)
@@ -239,6 +249,7 @@ class TaskBank:
 
         Returns:
             (B, K), K the largest class count among `tasks`, -inf beyond those of an image's task; (0, 0) for no image.
+            Probabilities are the softmax of a row, or its sigmoid where the task has several labels an image.
 
         Raises:
             ValueError, TypeError: images that do not fit the backbone, other than one task for each, or an unknown one.
@@ -380,8 +391,6 @@ class TaskBank:
             raise ValueError(
                 f"{name}: must be a {type(mine).__name__}, as the backbone of the bank is, got a {type(given).__name__}"
             )
-        if given.multi_label:
-            raise ValueError(f"{name}: must be a model of one label an image, got one with multi_label=True")
         sizes = [tuple(model.default_cfg["input_size"]) for model in (given, mine)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"{name}: images must be (channels, height, width) {sizes[1]}, the bank's, got {sizes[0]}")
@@ -396,7 +405,7 @@ class TaskBank:
         if found != expected:
             raise ValueError(f"{name}: backbone must be the bank's, of weight hash {expected[:19]}, got {found[:19]}")
 
-    def _task(self, model: PromptedModel) -> tuple[_Task, dict[Hashable, tuple[Tensor, ...]]]:
+    def _task(self, model: PromptedModel, threshold: float | None) -> tuple[_Task, dict[Hashable, tuple[Tensor, ...]]]:
         """What a model is to the bank, and the rows it puts into each pool."""
         prompts, kind = model.prompts, _kind(model)
         readout = readout_of(model.verbalizer, model.lm_head)
@@ -439,6 +448,7 @@ class TaskBank:
             prompts.mode,
             outside + _bytes(*wanted.values()),
             dict(model.default_cfg),
+            threshold,
         )
         return _Task(info, group, frame, readout, outside, rows=rows, model=alone, dim=dim), wanted
 
