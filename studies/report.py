@@ -1,16 +1,20 @@
 """Tables and pictures of the studies of accuracy, from their json files: `python -m studies.report`.
 
-Writes `builtin.md` and `claims.md` with their pictures into `studies/results/`; a test fails when a table is not that
-of its json.
+Writes `builtin.md` and `claims.md` with their pictures into `studies/results/`, and the sentence of `precision.json`
+into `docs/training.md`; a test fails when a table or that sentence is not that of its json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import textwrap
+from pathlib import Path
 from typing import Any
 
 from studies import accuracy_builtin, accuracy_claims
+from studies.precision_builtin import PAIR, PRECISIONS
 from studies.runs import RESULTS
 
 TWIN = ", random weights"
@@ -96,6 +100,36 @@ def _points(found: dict[str, Any]) -> str:
     return f"{found['mean']:+.1f} {interval}"
 
 
+TRAINING = Path(__file__).parent.parent / "docs" / "training.md"
+BEGIN, END = "<!-- precision: begin -->", "<!-- precision: end -->"
+
+
+def precision(content: dict[str, Any]) -> str:
+    """What fp32 and bf16 came to, and by how much they differ."""
+    accuracy = content["summary"]["test_accuracy_percent"]
+    difference = content["summary"]["paired_difference_points"][PAIR]
+    used, seeds = content["runs"][0]["settings"], difference["seeds"]
+    processor = "with" if content["bfloat16_instructions"] else "without"
+    means = " and ".join(f"{accuracy[p]['mean']:.1f} % ± {accuracy[p]['std']:.1f} in {p}" for p in PRECISIONS)
+    said = (
+        f"On the built-in task ({used['shots']} pictures of each of 10 classes, {used['epochs']} epochs, `vptm train` "
+        f"with {seeds} seeds, a CPU {processor} bfloat16 instructions) test accuracy is {means}, mean and standard "
+        f"deviation over the seeds. The paired difference {PAIR} is {_points(difference)} points (95 % interval). "
+        "`python -m studies.precision_builtin` makes `studies/results/precision.json`, and `python -m studies.report` "
+        "this paragraph."
+    )
+    whole = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\0"), said)  # code is not broken over lines
+    return textwrap.fill(whole, 120, break_on_hyphens=False, break_long_words=False).replace("\0", " ")
+
+
+def updated(page: str) -> str:
+    """`page`, docs/training.md, with the text between the markers that of `precision.json`."""
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    content = json.loads((RESULTS / "precision.json").read_text(encoding="utf-8"))
+    return f"{before}{BEGIN}\n{precision(content)}\n{END}{after}"
+
+
 STUDIES = {"builtin": (builtin, accuracy_builtin.plot), "claims": (claims, accuracy_claims.plot)}
 """How the table and the picture of a study are made, by the name of its json."""
 
@@ -107,6 +141,8 @@ def main() -> None:
         (RESULTS / f"{name}.md").write_text(table(content), encoding="utf-8")
         plot(content["summary"], RESULTS / f"{name}.png")
         print(f"wrote {RESULTS / name}.md and {name}.png")
+    TRAINING.write_text(updated(TRAINING.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote {TRAINING}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from studies import precision_builtin
-from studies.precision_builtin import PAIR, Precision, summarise
+from studies import precision_builtin, report
+from studies.precision_builtin import PAIR, PRECISIONS, Precision, summarise
+from studies.runs import RESULTS
+from vptm import PromptedBEiT
 
 
 def run(precision: str, seed: int, test: float = 0.5, commit: str | None = "a") -> dict[str, Any]:
@@ -70,3 +72,19 @@ def test_finished_runs_are_kept_and_those_of_another_commit_are_not(
     assert content["command"].startswith("python -m studies.precision_builtin --seeds 1 --out ")
     assert content["summary"] == summarise(content["runs"]) and content["versions"]["torch"]
     assert Precision(tmp_path / "p.json").stored()[0] == content["runs"]
+
+
+def test_the_committed_sentence_is_that_of_the_committed_runs() -> None:
+    """A number typed into the docs, runs of other weights, or a run counted twice would be read as measured."""
+    content = json.loads((RESULTS / "precision.json").read_text(encoding="utf-8"))
+    assert content["weights"] == PromptedBEiT("builtin", 2).weight_hash()
+    assert not content["commit"].endswith("+") and {run["commit"] for run in content["runs"]} == {content["commit"]}
+    pairs = sorted((run["precision"], run["seed"]) for run in content["runs"])
+    assert pairs == sorted((precision, seed) for precision in PRECISIONS for seed in range(5))
+    found, expected = content["summary"], summarise(content["runs"])
+    assert found["test_accuracy_percent"] == {
+        name: pytest.approx(values) for name, values in expected["test_accuracy_percent"].items()
+    }
+    assert found["paired_difference_points"][PAIR] == pytest.approx(expected["paired_difference_points"][PAIR])
+    page = report.TRAINING.read_text(encoding="utf-8")
+    assert report.updated(page) == page, "run: python -m studies.report"
