@@ -141,6 +141,43 @@ def test_a_stopped_run_resumes_bitwise(backbone: Path, tmp_path: Path) -> None:
     assert (tmp_path / "parts" / METRICS_FILE).read_text().startswith("epoch,lr,train_loss,train_accuracy,val_loss,")
 
 
+def test_a_compiled_run_is_the_run(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph for the steps of all batch sizes and one for validation, without a break (fullgraph=True raises at
+    one), and the losses and values that eager steps learn; the model's own loss is one graph too."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_, told = torch.compile, []
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        told.append(options)
+        return compile_(*args, **(options | {"backend": backend}))
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    torch._dynamo.reset()
+    histories, learned = [], []
+    for flag in (False, True):
+        model = make_model(backbone, multi_label=True).double()
+        train = DataLoader(several(model, 12), batch_size=5)  # the last has 2
+        val = DataLoader(several(model, 9, 100), batch_size=5)
+        rows = fit(model, train, val, epochs=3, compile=flag, **OPTIONS).history
+        histories.append([[row["train_loss"], row["val_loss"], row["val_map"]] for row in rows])
+        learned.append(torch.cat([value.flatten() for value in model.learned_state_dict().values()]))
+    assert len(graphs) == 2 and all(options["fullgraph"] for options in told), f"{len(graphs)} graphs"
+    np.testing.assert_allclose(histories[1], histories[0], rtol=1e-10)
+    torch.testing.assert_close(learned[1], learned[0], rtol=0, atol=1e-10)
+    assert histories[0][0] != histories[0][2], "a run that learns nothing compares nothing"
+    images, labels = several(model, 4).tensors
+    whole = torch.compile(model, fullgraph=True)
+    losses = [own(images, labels=labels).loss for own in (model, whole)]
+    slopes = [torch.autograd.grad(loss, model.prompts.weight)[0] for loss in losses]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=0, atol=1e-12)
+
+
 class Stream(IterableDataset[Any]):
     def __init__(self, rows: list[Any]) -> None:
         self.rows = rows
