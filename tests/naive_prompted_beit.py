@@ -107,8 +107,15 @@ def naive_block(model: PromptedBEiT, layer: int, rows: list[Row]) -> None:
     for row, update in zip(rows, outputs):
         row.value = row.value + gamma_1 * update
         x = F.layer_norm(row.value, (width,), block.norm2.weight, block.norm2.bias, block.norm2.eps)
-        x = block.mlp.fc1.weight @ x + block.mlp.fc1.bias
-        x = 0.5 * x * (1 + torch.erf(x / 2**0.5))
+        mlp = block.mlp
+        if hasattr(mlp, "fc1_g"):
+            gate = mlp.fc1_g.weight @ x + mlp.fc1_g.bias
+            x = gate / (1 + (-gate).exp()) * (mlp.fc1_x.weight @ x + mlp.fc1_x.bias)
+        else:
+            x = mlp.fc1.weight @ x + mlp.fc1.bias
+            x = 0.5 * x * (1 + torch.erf(x / 2**0.5))
+        if hasattr(mlp.norm, "weight"):
+            x = F.layer_norm(x, x.shape, mlp.norm.weight, mlp.norm.bias, mlp.norm.eps)
         row.value = row.value + gamma_2 * (block.mlp.fc2.weight @ x + block.mlp.fc2.bias)
 
 

@@ -4,7 +4,7 @@ complex numbers, prompts between the prefix and the patches."""
 from __future__ import annotations
 
 import torch
-from naive_prompted_vit import gelu, linear, naive_hidden, norm
+from naive_prompted_vit import linear, mlp, naive_hidden, norm
 from torch import Tensor
 
 from vptm import PromptedViT
@@ -53,17 +53,7 @@ def naive_eva_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: flo
         else:
             x = x + update * state.get(f"{name}.gamma_1", 1.0)
         inner = x if post else norm(x, state, f"{name}.norm2", eps)
-        if f"{name}.mlp.fc1_g.weight" in state:
-            gate, inner = linear(inner, state, f"{name}.mlp.fc1_g"), linear(inner, state, f"{name}.mlp.fc1_x")
-            inner = gate / (1 + (-gate).exp()) * inner
-        else:
-            inner = linear(inner, state, f"{name}.mlp.fc1")
-            if inner.shape[-1] == 2 * state[f"{name}.mlp.fc2.weight"].shape[1]:
-                gate, inner = inner.chunk(2, -1)
-                inner = gate / (1 + (-gate).exp()) * inner
-            else:
-                inner = gelu(inner, "erf")
-        update = linear(norm(inner, state, f"{name}.mlp.norm", eps), state, f"{name}.mlp.fc2")
+        update = mlp(inner, state, f"{name}.mlp", eps, "erf")
         if post:
             return x + norm(update, state, f"{name}.norm2", eps)
         return x + update * state.get(f"{name}.gamma_2", 1.0)

@@ -34,6 +34,18 @@ def gelu(x: Tensor, kind: str) -> Tensor:
     return 0.5 * x * (1 + torch.erf(x / 2**0.5))
 
 
+def mlp(x: Tensor, state: dict[str, Tensor], name: str, eps: float, kind: str) -> Tensor:
+    """Two layers, or SwiGLU: of two linears, or of one that is twice as wide as what the last layer takes."""
+    if f"{name}.fc1_g.weight" in state:
+        gate, inner = linear(x, state, f"{name}.fc1_g"), linear(x, state, f"{name}.fc1_x")
+    else:
+        gate, inner = None, linear(x, state, f"{name}.fc1")
+        if inner.shape[-1] == 2 * state[f"{name}.fc2.weight"].shape[1]:
+            gate, inner = inner.chunk(2, -1)
+    inner = gelu(inner, kind) if gate is None else gate / (1 + (-gate).exp()) * inner
+    return linear(norm(inner, state, f"{name}.norm", eps), state, f"{name}.fc2")
+
+
 def block(x: Tensor, state: dict[str, Tensor], name: str, heads: int, eps: float, kind: str) -> Tensor:
     batch, rows, width = x.shape
     qkv = linear(norm(x, state, f"{name}.norm1", eps), state, f"{name}.attn.qkv").view(batch, rows, 3, heads, -1)
@@ -42,10 +54,10 @@ def block(x: Tensor, state: dict[str, Tensor], name: str, heads: int, eps: float
         query, key, value = qkv[:, :, 0, h], qkv[:, :, 1, h], qkv[:, :, 2, h]
         scores = (query @ key.mT / (width // heads) ** 0.5).exp()
         mixed[:, :, h] = scores / scores.sum(-1, keepdim=True) @ value
-    update = linear(mixed.flatten(2), state, f"{name}.attn.proj")
+    update = linear(norm(mixed.flatten(2), state, f"{name}.attn.norm", eps), state, f"{name}.attn.proj")
     x = x + update * state.get(f"{name}.ls1.gamma", 1.0)
-    inner = gelu(linear(norm(x, state, f"{name}.norm2", eps), state, f"{name}.mlp.fc1"), kind)
-    return x + linear(inner, state, f"{name}.mlp.fc2") * state.get(f"{name}.ls2.gamma", 1.0)
+    inner = mlp(norm(x, state, f"{name}.norm2", eps), state, f"{name}.mlp", eps, kind)
+    return x + inner * state.get(f"{name}.ls2.gamma", 1.0)
 
 
 def pooled_by_attention(x: Tensor, state: dict[str, Tensor], heads: int, eps: float, kind: str) -> Tensor:

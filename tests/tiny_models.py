@@ -20,6 +20,8 @@ BACKBONES = {
     "no LayerScale": {"init_values": None},
     "absolute positions": {"use_shared_rel_pos_bias": False, "use_abs_pos_emb": True},
     "norm after pooling": {"global_pool": "avg"},
+    "SwiGLU": {"swiglu_mlp": True},
+    "SwiGLU with a norm": {"swiglu_mlp": True, "scale_mlp": True},
 }
 
 

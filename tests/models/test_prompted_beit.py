@@ -20,6 +20,7 @@ from tiny_models import build, images, relative_error
 import vptm
 import vptm_kernels
 from vptm import PromptedBEiT
+from vptm.frozen.encoder import FrozenEncoder
 from vptm.models import adapter_saving
 from vptm.models.prompted_beit import PROMPT_LOCATIONS
 from vptm.models.verbalizers import TOKEN_ACTIVATIONS
@@ -48,6 +49,21 @@ def test_reference_equals_naive_model(prompt_mode: str, readout: str) -> None:
         assert relative_error(hidden, expected) <= 1e-12, (extra_bias, mask_mode)
         logits = torch.stack([naive_logits(model, row) for row in expected])
         assert relative_error(model(batch), logits) <= 1e-11, (extra_bias, mask_mode)
+
+
+@pytest.mark.parametrize("prompt_mode", ["shallow", "deep", "progressive"])
+@pytest.mark.parametrize("scale_mlp", [False, True])
+def test_swiglu_folds_and_equals_the_naive_model(scale_mlp: bool, prompt_mode: str) -> None:
+    """Gates and values as one linear, and a norm after them: fails where they change places or the norm is left."""
+    for readout in ("mask", "cls", "mean"):
+        beit = tiny_beit(swiglu_mlp=True, scale_mlp=scale_mlp)
+        model = build(beit, prompt_mode=prompt_mode, readout=readout, progressive_alpha=0.3)
+        assert FrozenEncoder.supports(model)
+        batch = images(model)
+        expected = torch.stack([naive_hidden(model, image) for image in batch])
+        assert relative_error(model.forward_hidden(batch), expected) <= 1e-12, readout
+        sealed = copy.deepcopy(model).freeze_for_inference()
+        assert relative_error(sealed(batch), model(batch)) <= 1e-12
 
 
 @pytest.mark.parametrize(

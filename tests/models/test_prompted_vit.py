@@ -11,7 +11,7 @@ import pytest
 import torch
 from beit_factory import randomize, tiny_beit
 from naive_prompted_vit import naive_hidden
-from timm.layers import SwiGLU
+from timm.layers import GluMlp, SwiGLU, SwiGLUPacked
 from timm.models import vision_transformer
 from timm.models.deit import VisionTransformerDistilled
 from tiny_models import HEADS, build_vit, pictures, relative_error, tiny_vit
@@ -35,6 +35,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "no biases": {"qkv_bias": False, "proj_bias": False},
     "no positions": {"pos_embed": "none"},
     "dynamic size": {"dynamic_img_size": True},
+    "DINOv2 giant": {"init_values": 1e-5, "reg_tokens": 3, "no_embed_class": True, "mlp_layer": SwiGLUPacked}
+    | {"act_layer": nn.SiLU},
+    "SwiGLU of two linears": {"mlp_layer": SwiGLU, "act_layer": nn.SiLU, "proj_bias": False},
+    "BEiT-3": {"scale_attn_norm": True, "scale_mlp_norm": True, "global_pool": "avg"},
+    "SwiGLU with norms": {"mlp_layer": SwiGLU, "scale_attn_norm": True, "scale_mlp_norm": True, "act_layer": nn.SiLU},
 }
 
 
@@ -218,10 +223,8 @@ def test_verbalizers_read_the_sources_classifier(verbalizer: str, activation: st
 @pytest.mark.parametrize(
     "odd",
     [
-        {"mlp_layer": SwiGLU},
+        {"mlp_layer": GluMlp},
         {"qk_norm": True},
-        {"scale_attn_norm": True},
-        {"scale_mlp_norm": True},
         {"block_fn": vision_transformer.ResPostBlock},
         {"block_fn": vision_transformer.ParallelScalingBlock},
         {"block_fn": vision_transformer.ParallelThingsBlock},

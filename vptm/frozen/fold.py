@@ -6,12 +6,12 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import DropPath, GluMlp, LayerScale, Mlp, SwiGLU
+from timm.layers import DropPath, GluMlp, LayerScale, SwiGLU
 from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from vptm.frozen.parts import ATTENTIONS, EVA_ATTENTIONS, MODELESS, NORMS, is_tensor, oddity
+from vptm.frozen.parts import ATTENTIONS, EVA_ATTENTIONS, MLPS, MODELESS, NORMS, is_tensor, oddity
 from vptm.frozen.rotary import KINDS, half_order
 from vptm_kernels._runtime.frozen_linear import pack_weight
 
@@ -70,8 +70,8 @@ def _holds_tensors(module: nn.Module) -> bool:
 
 
 def unfoldable(block: Any) -> str | None:
-    """Why a block is not norm, attention, LayerScale, norm, two-layer MLP, LayerScale and nothing else, in words; None
-    where it is."""
+    """Why a block is not norm, attention, LayerScale, norm, two-layer MLP or SwiGLU, LayerScale and nothing else, in
+    words; None where it is."""
     for module in block.modules():
         odd = oddity(module)
         if odd is not None:
@@ -82,8 +82,8 @@ def unfoldable(block: Any) -> str | None:
     mlp: Any = getattr(block, "mlp", None)
     other = f"{type(block).__name__} blocks with other parts"
     if type(block) is eva.EvaBlock:
-        return None if _is_plain_eva(attn, mlp) and _has_plain_parts(block) else other
-    if mlp is not None and type(mlp) is not Mlp:
+        return None if _is_plain_eva(attn) and _has_plain_parts(block) else other
+    if mlp is not None and type(mlp) not in MLPS:
         return f"{type(mlp).__name__} blocks"
     if type(block) is beit.Block:
         if type(attn) not in ATTENTIONS[:2]:
@@ -91,23 +91,23 @@ def unfoldable(block: Any) -> str | None:
     elif type(block) is vision_transformer.Block:
         if type(attn) is not ATTENTIONS[2] or attn.gate is not None:
             return other
-        if not all(type(part) is nn.Identity for part in (attn.q_norm, attn.k_norm, attn.norm)):
+        if not type(attn.q_norm) is type(attn.k_norm) is nn.Identity:
             return other
         if not all(type(part) in (nn.Identity, LayerScale) for part in (block.ls1, block.ls2)):
             return other
     else:
         return f"{type(block).__name__} blocks"
-    plain = (
-        isinstance(mlp.norm, nn.Identity)
-        and _has_plain_parts(block)
-        and (type(block) is not beit.Block or attn.qkv.bias is None)  # whose bias stands beside the linear
-    )
-    return None if plain else other
+    plain = type(block) is not beit.Block or attn.qkv.bias is None  # whose bias stands beside the linear
+    return None if plain and _has_plain_parts(block) else other
 
 
 def _has_plain_parts(block: Any) -> bool:
     """Whether what all kinds of blocks have is what it is called: drops, norms, linears, sizes and the scale."""
     attn, mlp = block.attn, block.mlp
+    if type(mlp) not in MLPS or getattr(mlp, "gate_last", False):
+        return False
+    if not all(type(norm) in (nn.Identity, *NORMS) for norm in (getattr(attn, "norm", nn.Identity()), mlp.norm)):
+        return False
     drops = [attn.attn_drop, attn.proj_drop, block.drop_path1, block.drop_path2, mlp.drop1, mlp.drop2]
     if not (
         all(type(drop) in (nn.Identity, nn.Dropout, DropPath) for drop in drops)
@@ -123,17 +123,14 @@ def _has_plain_parts(block: Any) -> bool:
     return bool(rows == 3 * width and attn.scale == (width // attn.num_heads) ** -0.5)
 
 
-def _is_plain_eva(attn: Any, mlp: Any) -> bool:
-    """Whether what EVA's blocks have of their own is of a known kind."""
+def _is_plain_eva(attn: Any) -> bool:
+    """Whether what EVA's attention has of its own is of a known kind."""
     return (
         type(attn) in EVA_ATTENTIONS
-        and type(mlp) in (Mlp, GluMlp, SwiGLU)
-        and all(type(norm) in (nn.Identity, *NORMS) for norm in (attn.norm, mlp.norm))
         and type(attn.q_norm) is type(attn.k_norm) is nn.Identity
         and attn.gate is None
         and getattr(attn, "num_kv_groups", 1) == 1
         and (getattr(attn, "q_bias", None) is None or attn.qkv.bias is None)  # whose bias stands beside the linear
-        and not getattr(mlp, "gate_last", False)
     )
 
 

@@ -88,12 +88,13 @@ def biased_attention(block: nn.Module) -> BiasedAttention | None:
 NORMS = (nn.LayerNorm, LayerNorm)
 ATTENTIONS = (beit.Attention, BiasedAttention, vision_transformer.Attention)
 EVA_ATTENTIONS = (eva.EvaAttention, AttentionRope)
+MLPS = (Mlp, GluMlp, SwiGLU)
 # How each reads that is known: a class whose `forward` was replaced is another class.
 KNOWN = {
     kind: kind.forward
     for kind in (
         *(beit.Block, vision_transformer.Block, eva.EvaBlock, *ATTENTIONS, *EVA_ATTENTIONS),
-        *(Mlp, GluMlp, SwiGLU, nn.Linear, LayerScale, *NORMS),
+        *(*MLPS, nn.Linear, LayerScale, *NORMS),
         *(nn.Dropout, nn.Identity, DropPath, nn.GELU, nn.SiLU, beit.RelativePositionBias),
     )
 }

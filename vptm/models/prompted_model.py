@@ -456,7 +456,7 @@ class PromptedModel(Pretrained):
         refuse_unread(self.backbone)
         if self.impl == "triton":
             raise ValueError(
-                "impl='triton' needs a frozen backbone of plain pre-norm blocks with a two-layer MLP, "
+                "impl='triton' needs a frozen backbone of plain pre-norm blocks with a two-layer or gated MLP, "
                 f"got {self.why_unfolded()}"
             )
         if learns(self.backbone):

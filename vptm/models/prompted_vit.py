@@ -27,9 +27,10 @@ class PromptedViT(PromptedModel):
 
     Supervised, MAE, MoCo-v3, DINO and DINOv2 (with registers) and CLIP's visual weights are all of that class:
     position embeddings on all rows or on patches alone, class token or none, register tokens, a norm before the blocks,
-    LayerScale, QuickGELU, and the norm's own eps are the source's. Blocks of norm, attention, norm and two-layer MLP
-    run folded. SwiGLU, query-key norm, parallel and post-norm blocks run unfolded through timm's own code; other block
-    classes are refused by name. The defaults are VPT-deep.
+    LayerScale, QuickGELU, and the norm's own eps are the source's. Blocks of norm, attention, norm and MLP, of
+    two layers or SwiGLU (DINOv2 giant), with norms inside or without, run folded. Query-key norm, parallel and
+    post-norm blocks run unfolded through timm's own code; other block classes are refused by name. The defaults are
+    VPT-deep.
 
     Of timm's `Eva` class (EVA-02, DINOv3, Perception Encoder, RoPE-ViT) the queries and keys of patches are turned by
     their rotary positions, those of class, register and prompt rows are not; a mask token in place of a patch is turned
