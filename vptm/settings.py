@@ -248,6 +248,10 @@ class ViTSettings(ModelSettings):
         str | None,
         Help("timm name of what a file of a ViT holds, where it does not tell its heads, eps or activation."),
     ] = None
+    codebook: Annotated[
+        Any | None,
+        Help("File of the (V, C) visual tokens that --token-activation reads, where the weights have no token head."),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -170,8 +170,11 @@ def check_claims(folder: Path, config: Mapping[str, Any], learned: Mapping[str, 
         "num_classes": None if config.get("verbalizer") == "linear" else config.get("prototype_dim"),
         "prompt_length": options.get("prompt_dim") if isinstance(options, dict) else None,
     }
+    counts = {name: config.get(name) for name in widths}
+    if isinstance(codebook := config.get("codebook"), list) and len(codebook) == 2:
+        counts["codebook"], widths["codebook"] = codebook
     for name, width in widths.items():
-        count = config.get(name)
+        count = counts[name]
         values = (count if type(count) is int else 0) * (width if type(width) is int else 1)
         if values > held:
             raise ValueError(

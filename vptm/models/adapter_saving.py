@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vptm.messages import listed, one_line
+from vptm.models.codebooks import empty_codebook
 from vptm.models.learned import LearnedParts
 from vptm.models.verbalizers import folded_verbalizer
 from vptm.weights.adapter_format import PREPROCESSING, write_adapter
@@ -23,10 +24,12 @@ from vptm.weights.files import weight_hash
 class Saved(LearnedParts):
     """What a model has that is saved as an adapter.
 
-    saved_as: the name of the class that loads it; that of a subclass would be lost.
+    saved_as: the name of the class that loads it; that of a subclass would be lost. keeps_unread_head: whether a token
+    head is part of a model that reads none.
     """
 
     saved_as = ""
+    keeps_unread_head = True
     default_cfg: dict[str, Any]
     architecture: dict[str, Any]
     source: str | None
@@ -54,6 +57,8 @@ def build(kind: type[Saved], source: Any, config: Mapping[str, Any], impl: str =
     config = {name: value for name, value in config.items() if name != "prompt_location"}
     size = config.get("img_size")
     size = tuple(size) if isinstance(size, list) else size
+    if config.get("codebook") is not None:  # its shape, for what an adapter holds to be filled into
+        config["codebook"] = empty_codebook(config["codebook"])
     return kind(source, **{**config, "img_size": size}, impl=impl)
 
 
@@ -65,8 +70,11 @@ def deployed(model: Saved) -> Any:
         ValueError: a verbalizer where that is not exact.
     """
     verbalizer = folded_verbalizer(model.verbalizer, model.lm_head)
-    twin = model.with_parts(verbalizer=verbalizer.to(model.prompts.weight))
+    unread = {} if model.keeps_unread_head else {"lm_head": None}
+    twin = model.with_parts(verbalizer=verbalizer.to(model.prompts.weight), **unread)
     changes = {"token_activation": "hidden", "train_lm_head": False}
+    if "codebook" in model.config:
+        changes["codebook"] = None
     if "projection_bias" in model.config and model.config["verbalizer"] == "prototypical":
         changes["projection_bias"] = True
     twin.config = type(model.config)(model.config | changes)

@@ -46,8 +46,8 @@ class LearnedParts(PromptedRows):
 
     def learned_state_dict(self) -> dict[str, Tensor]:
         """The tensors that training changes, detached, under their `state_dict` names: every parameter that requires a
-        gradient, and prompts and verbalizer (and what `train_mask_token` and `train_lm_head` name) even where they do
-        not, as no source has them."""
+        gradient, and prompts and verbalizer (and a codebook, and what `train_mask_token` and `train_lm_head` name) even
+        where they do not, as no source has them."""
         return {
             name: parameter.detach()
             for name, parameter in self.named_parameters(remove_duplicate=False)
@@ -97,7 +97,7 @@ class LearnedParts(PromptedRows):
 
     def _comes_from_no_source(self, name: str) -> bool:
         """Whether a tensor is made here, or learned by `config`, and so belongs to what was learned, trained or not."""
-        trained = self.config.get("train_mask_token"), self.config["train_lm_head"]
+        trained = self.config.get("train_mask_token"), self.config["train_lm_head"] or self.config.get("codebook")
         return (
             name == "prompt_bias"
             or name.startswith(("prompts.", "verbalizer."))

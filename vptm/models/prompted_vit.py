@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vptm.frozen.rotary import of_block, rotary_embedding
 from vptm.frozen.rows import AttentionFunction
+from vptm.models.codebooks import load_codebook
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import Implementation, PromptMode, TokenActivation, VerbalizerName, ViTReadout, ViTSettings
 from vptm.weights.vits import LoadedViT, load_vit
@@ -65,10 +66,14 @@ class PromptedViT(PromptedModel):
             `global_pool="avg"`.
         verbalizer: "linear", "prototypical", or "class_embeddings", which `vptm.set_class_embeddings` fills.
         prototype_dim, projection_bias, temperature: see `vptm.PrototypicalVerbalizer`.
-        token_activation: what the verbalizer reads: "hidden", or "logits", "softmax" or "log_softmax" of the source's
-            own classifier, kept frozen as `lm_head`. For a mask row that is the user's own codebook, a linear layer as
-            `head` of what `vptm.weights.vits.load_vit` gave: the weights bring none.
-        train_lm_head: also learn that classifier.
+        token_activation: what the verbalizer reads: "hidden", or "logits", "softmax" or "log_softmax" of `lm_head`,
+            which is the source's own classifier, or `codebook`. Of a mask row it is `codebook` alone: weights of this
+            class bring no head over visual tokens.
+        codebook: an extension of VPTM to weights that bring none: V visual tokens of the user's as a (V, C) tensor E,
+            an `nn.Linear(C, V)`, or a `.safetensors`, `.pt` or `.pth` file of either. The prediction is the plain
+            product `logits = h @ E.T + b` with the normalised read-out row h (B, C), what `forward_hidden` gives; b is
+            zero where there is none. It is frozen (but with `train_lm_head`), and adapters hold its values.
+        train_lm_head: also learn that classifier or codebook.
         img_size: pixels, int or (height, width); None keeps the source's, as an instance has to. Position embeddings
             are resized by timm's rule.
         pretrained: for a timm name, load timm's weights.
@@ -89,6 +94,7 @@ class PromptedViT(PromptedModel):
     """
 
     saved_as = "PromptedViT"
+    keeps_unread_head = False
 
     def __init__(
         self,
@@ -110,6 +116,7 @@ class PromptedViT(PromptedModel):
         img_size: int | tuple[int, int] | None = None,
         pretrained: bool = False,
         architecture: str | None = None,
+        codebook: torch.Tensor | nn.Linear | str | Path | None = None,
         multi_label: bool = False,
         impl: Implementation = "auto",
     ) -> None:
@@ -117,7 +124,14 @@ class PromptedViT(PromptedModel):
         super().__init__()
         if train_lm_head and token_activation == "hidden":
             raise ValueError("train_lm_head=True needs a token_activation that reads the classifier, got 'hidden'")
-        self.config = {"num_classes": num_classes, **settings.config()}
+        if codebook is not None and token_activation == "hidden":
+            raise ValueError("codebook needs a token_activation that reads it, logits or softmax, got 'hidden'")
+        if codebook is None and token_activation != "hidden" and readout == "mask":
+            raise ValueError(
+                f"token_activation={token_activation!r} of a mask row needs codebook=, these weights have no head over "
+                "visual tokens: or use 'hidden'"
+            )
+        self.config = {"num_classes": num_classes, **settings.config(), "codebook": None}
         self.num_classes = num_classes
         self.readout = readout
         self.impl = impl
@@ -158,7 +172,10 @@ class PromptedViT(PromptedModel):
                 )
             rows, columns = backbone.patch_embed.grid_size
             self.replaced_patch = (rows // 2) * columns + columns // 2
-        if token_activation != "hidden":
+        if codebook is not None:
+            self.lm_head = load_codebook(codebook, backbone.embed_dim, backbone.patch_embed.proj.weight.dtype)
+            self.config["codebook"] = list(self.lm_head.weight.shape)
+        elif token_activation != "hidden":
             plain = type(backbone).forward_head in (VisionTransformer.forward_head, Eva.forward_head)
             if not isinstance(backbone.head, nn.Linear) or not plain:
                 raise ValueError(

@@ -161,11 +161,14 @@ def safetensors_names(path: Path) -> list[str]:
         raise ValueError(f"{path} must be a safetensors file, it is damaged: {error_line(error)}") from error
 
 
-def read_torch(path: Path, label: str | None = None, *, checked: bool = True) -> Mapping[str, Any]:
+def read_torch(
+    path: Path, label: str | None = None, *, checked: bool = True, alone: str | None = None
+) -> Mapping[str, Any]:
     """The mapping in a file of `torch.save`; its tensors may be mapped from the file, copy what is kept.
 
     Nothing in it is run: read are tensors, plain values, numpy's numbers and `argparse.Namespace`, as which unilm keeps
-    its arguments. Without `checked` the checksums of an archive are not compared, which reads all of it.
+    its arguments. Without `checked` the checksums of an archive are not compared, which reads all of it. With `alone`
+    a tensor that was saved by itself is taken, too, by that name.
 
     Raises:
         ValueError: it is not such a file, not a whole one, differs from the checksums of its archive, or holds code.
@@ -195,6 +198,8 @@ def read_torch(path: Path, label: str | None = None, *, checked: bool = True) ->
         raise
     except Exception as error:  # damaged bytes make torch's and pickle's readers raise many kinds
         raise ValueError(damaged) from error
+    if alone is not None and isinstance(state, Tensor):
+        return {alone: state}
     if not isinstance(state, Mapping):
         raise ValueError(f"{named} must be a mapping of names to tensors, got a {type(state).__name__}")
     return state
