@@ -64,8 +64,8 @@ def pair_bias(table: Tensor, window: tuple[int, int], extra_bias: str, query: Ro
     return class_to_class
 
 
-def naive_block(model: PromptedBEiT, layer: int, rows: list[Row]) -> None:
-    """Run block `layer` on the rows of one image, in place."""
+def naive_block(model: PromptedBEiT, layer: int, rows: list[Row], learned: Tensor | None = None) -> None:
+    """Run block `layer` on the rows of one image, in place; learned keys and values (P, 2C) stand beside theirs."""
     backbone = model.backbone
     block = backbone.blocks[layer]
     attn = block.attn
@@ -79,6 +79,11 @@ def naive_block(model: PromptedBEiT, layer: int, rows: list[Row]) -> None:
     weight_q, weight_k, weight_v = attn.qkv.weight.split(width)
     keys = [weight_k @ x for x in normed]
     values = [weight_v @ x + attn.v_bias for x in normed]
+    columns = list(rows)
+    for place, pair in enumerate([] if learned is None else learned):
+        columns.append(Row("prompt", pair, place))
+        keys.append(pair[:width])
+        values.append(pair[width:])
     tables = []
     if backbone.rel_pos_bias is not None:
         tables.append(backbone.rel_pos_bias.relative_position_bias_table)
@@ -91,7 +96,7 @@ def naive_block(model: PromptedBEiT, layer: int, rows: list[Row]) -> None:
         for h in range(heads):
             part = slice(h * depth, (h + 1) * depth)
             scores = []
-            for j, key_row in enumerate(rows):
+            for j, key_row in enumerate(columns):
                 score = query[part] @ keys[j][part] / depth**0.5
                 for table in tables:
                     score = score + pair_bias(table, window, model.extra_bias, query_row, key_row)[h]
@@ -152,7 +157,8 @@ def naive_hidden(
         if mask_rows and config["extra_bias"].startswith("grid"):
             mask_rows[0].value = mask_rows[0].value + position[1 + spot]
     weight = model.prompts.weight
-    prompts = [Row("prompt", weight[0, p], p) for p in range(weight.shape[1])]
+    learned = (config["prompt_options"] or {}).get("kind") == "kv"
+    prompts = [] if learned else [Row("prompt", weight[0, p], p) for p in range(weight.shape[1])]
     order = {
         "after_cls": [class_row, *prompts, *mask_rows, *patches],
         "after_mask": [class_row, *mask_rows, *prompts, *patches],
@@ -166,7 +172,7 @@ def naive_hidden(
             elif config["prompt_mode"] == "progressive":
                 alpha = config["progressive_alpha"]
                 row.value = alpha * row.value + (1 - alpha) * weight[layer, row.place]
-        naive_block(model, layer, order)
+        naive_block(model, layer, order, weight[layer] if learned else None)
     if seen is not None:
         seen.extend(order)
     norm = backbone.norm if isinstance(backbone.norm, torch.nn.LayerNorm) else backbone.fc_norm

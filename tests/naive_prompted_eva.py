@@ -4,7 +4,7 @@ complex numbers, prompts between the prefix and the patches."""
 from __future__ import annotations
 
 import torch
-from naive_prompted_vit import linear, mlp, naive_hidden, norm
+from naive_prompted_vit import learned_heads, linear, mlp, naive_hidden, norm
 from torch import Tensor
 
 from vptm import PromptedViT
@@ -21,7 +21,8 @@ def turned(x: Tensor, turns: Tensor, half: bool) -> Tensor:
 def naive_eva_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: float = 1e-6) -> Tensor:
     """The read-out row (B, C) that `model` should give for images (B, channels, height, width)."""
     backbone = model.backbone
-    first = backbone.num_prefix_tokens + model.config["prompt_length"]  # of the patches
+    rows_of_prompts = 0 if (model.config["prompt_options"] or {}).get("kind") == "kv" else model.config["prompt_length"]
+    first = backbone.num_prefix_tokens + rows_of_prompts  # of the patches
     half = bool(getattr(backbone.blocks[0].attn, "rotate_half", False))
     embedding, turns = backbone._pos_embed(backbone.patch_embed(images))[1], None
     if embedding is not None:
@@ -30,7 +31,7 @@ def naive_eva_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: flo
         )
         turns = torch.complex(cosines, sines)
 
-    def run(x: Tensor, state: dict[str, Tensor], layer: int) -> Tensor:
+    def run(x: Tensor, state: dict[str, Tensor], layer: int, keys_values: Tensor | None) -> Tensor:
         name = f"blocks.{layer}"
         post = type(backbone.blocks[0]).__name__ == "EvaBlockPostNorm"
         inner = x if post else norm(x, state, f"{name}.norm1", eps)
@@ -45,6 +46,9 @@ def naive_eva_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: flo
             if turns is not None:
                 own = turns[layer, h] if turns.ndim == 4 else turns
                 q, k = (torch.cat([one[:, :first], turned(one[:, first:], own, half)], 1) for one in (q, k))
+            if keys_values is not None:
+                more = learned_heads(keys_values, len(x), heads, h)
+                k, v = torch.cat([k, more[0]], 1), torch.cat([v, more[1]], 1)
             scores = (q @ k.mT / q.shape[-1] ** 0.5).exp()
             mixed.append(scores / scores.sum(-1, keepdim=True) @ v)
         update = linear(norm(torch.cat(mixed, -1), state, f"{name}.attn.norm", eps), state, f"{name}.attn.proj")

@@ -46,12 +46,30 @@ def mlp(x: Tensor, state: dict[str, Tensor], name: str, eps: float, kind: str) -
     return linear(norm(inner, state, f"{name}.norm", eps), state, f"{name}.fc2")
 
 
-def block(x: Tensor, state: dict[str, Tensor], name: str, heads: int, eps: float, kind: str) -> Tensor:
+def learned_heads(keys_values: Tensor, batch: int, heads: int, head: int) -> tuple[Tensor, Tensor]:
+    """Learned keys and values (B, P, D) of one head, of (P, 2C)."""
+    keys, values = keys_values[None].expand(batch, -1, -1).chunk(2, -1)
+    return keys.chunk(heads, -1)[head], values.chunk(heads, -1)[head]
+
+
+def block(
+    x: Tensor,
+    state: dict[str, Tensor],
+    name: str,
+    heads: int,
+    eps: float,
+    kind: str,
+    keys_values: Tensor | None = None,
+) -> Tensor:
     batch, rows, width = x.shape
     qkv = linear(norm(x, state, f"{name}.norm1", eps), state, f"{name}.attn.qkv").view(batch, rows, 3, heads, -1)
     mixed = x.new_zeros(batch, rows, heads, width // heads)
     for h in range(heads):
         query, key, value = qkv[:, :, 0, h], qkv[:, :, 1, h], qkv[:, :, 2, h]
+        query, key = (norm(one, state, f"{name}.attn.{which}_norm", eps) for one, which in ((query, "q"), (key, "k")))
+        if keys_values is not None:
+            more = learned_heads(keys_values, batch, heads, h)
+            key, value = torch.cat([key, more[0]], 1), torch.cat([value, more[1]], 1)
         scores = (query @ key.mT / (width // heads) ** 0.5).exp()
         mixed[:, :, h] = scores / scores.sum(-1, keepdim=True) @ value
     update = linear(norm(mixed.flatten(2), state, f"{name}.attn.norm", eps), state, f"{name}.attn.proj")
@@ -80,10 +98,10 @@ def naive_hidden(
     heads: int,
     eps: float = 1e-6,
     kind: str = "erf",
-    run: Callable[[Tensor, dict[str, Tensor], int], Tensor] | None = None,
+    run: Callable[[Tensor, dict[str, Tensor], int, Tensor | None], Tensor] | None = None,
 ) -> Tensor:
     """The read-out row (B, C) that `model` should give for images (B, channels, height, width); `run(rows, state,
-    layer)` is its block where it is none of a ViT."""
+    layer, learned keys and values)` is its block where it is none of a ViT."""
     state = dict(model.backbone.state_dict())
     config, prompts = model.config, model.prompts.weight
     weight = state["patch_embed.proj.weight"]
@@ -107,14 +125,18 @@ def naive_hidden(
         else:
             prefix, patches = prefix + position[:, :first], patches + position[:, first:]
     prefix, patches = (norm(x, state, "norm_pre", eps) for x in (prefix, patches))
-    length = config["prompt_length"]
+    length, options = config["prompt_length"], config["prompt_options"] or {}
+    learned = prompts if options.get("kind") == "kv" else None
+    if learned is not None:
+        length, prompts = 0, patches.new_zeros(len(prompts), 0, patches.shape[-1])
     x = torch.cat([prefix, prompts[0].expand(batch, -1, -1), patches], 1)
     for layer in range(len(model.backbone.blocks)):
         if layer and config["prompt_mode"] != "shallow":
             alpha = config["progressive_alpha"] if config["prompt_mode"] == "progressive" else 0.0
             rows = alpha * x[:, first : first + length] + (1 - alpha) * prompts[layer]
             x = torch.cat([x[:, :first], rows, x[:, first + length :]], 1)
-        x = block(x, state, f"blocks.{layer}", heads, eps, kind) if run is None else run(x, state, layer)
+        own = None if learned is None else learned[layer]
+        x = block(x, state, f"blocks.{layer}", heads, eps, kind, own) if run is None else run(x, state, layer, own)
     x = norm(x, state, "norm", eps)
     if config["readout"] == "cls":
         read = x[:, 0]

@@ -26,6 +26,7 @@ LEFT: dict[str, Callable[[dict[str, Any]], bool]] = {
     "docs/inference.md": lambda names: names["logits"].shape == (8, 10),
     "docs/export.md": lambda names: names["logits"].shape == (5, 3) and names["labels"] == ["shirt", "shoe", "bag"],
     "docs/adapters.md": lambda names: names["scores"].shape == (1, 3),
+    "docs/prompts.md": lambda names: names["scores"].shape == (2, 3),
     "docs/training.md": lambda names: Path("run", "adapter_config.json").is_file() and float(names["loss"]) > 0,
 }
 

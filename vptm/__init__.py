@@ -26,6 +26,8 @@ _HOME = {
     "save_adapter": "models.adapter_saving",
     "open_model": "models.opening",
     "load_adapter": "models.opening",
+    "load_peft_prefix": "models.peft_prefix",
+    "save_peft_prefix": "models.peft_prefix",
     "load_data": "data.sources",
     "few_shot": "data.division",
     "transforms": "data.transforms",
@@ -54,9 +56,11 @@ __all__ = [
     "load_adapter",
     "load_backbone",
     "load_data",
+    "load_peft_prefix",
     "open_model",
     "predict",
     "save_adapter",
+    "save_peft_prefix",
     "set_class_embeddings",
     "transforms",
     "weight_hash",
@@ -73,6 +77,7 @@ if TYPE_CHECKING:
     from vptm.methods.spt import init_prompts
     from vptm.models.adapter_saving import save_adapter
     from vptm.models.opening import load_adapter, open_model
+    from vptm.models.peft_prefix import load_peft_prefix, save_peft_prefix
     from vptm.models.prompted_beit import PromptedBEiT
     from vptm.models.prompted_vit import PromptedViT
     from vptm.models.prompts import PromptBank

@@ -23,6 +23,7 @@ from vptm.messages import check_integer, check_range, one_line, one_of
 Implementation = Literal["auto", "triton", "torch", "reference"]
 PromptMode = Literal["shallow", "deep", "progressive"]
 Placement = Literal["prepend", "add"]
+PromptKind = Literal["tokens", "kv"]
 AfterPrompts = Literal["carry", "drop"]
 DropoutPer = Literal["sample", "batch"]
 Readout = Literal["mask", "cls", "mean", "map", "mean_with_prompts"]
@@ -154,6 +155,13 @@ class PromptSettings(SettingsGroup):
     ] = "carry"
     shared: Annotated[bool, Help("One prompt for all blocks.", option="prompt_shared")] = False
     prompt_dim: Annotated[int | None, Help("Width of prompts that a learned projection maps to tokens.")] = None
+    kind: Annotated[
+        PromptKind,
+        Help(
+            "What is learned: tokens, which a block projects to keys and values, or kv, these themselves.",
+            option="prompt_kind",
+        ),
+    ] = "tokens"
     placement: Annotated[
         Placement, Help("Prompts have rows of their own, or are added to the patch tokens.", option="prompt_placement")
     ] = "prepend"

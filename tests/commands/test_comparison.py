@@ -265,7 +265,7 @@ def test_bad_input_is_refused(run: Any) -> None:
     """Unknown and repeated methods, numbers out of range, and a folder of runs with other settings."""
     for methods, settings, message in (
         (("vpt-dep",), {}, "did you mean 'vpt-deep'"),
-        (("vpt-dep",), {}, "one of finetune, linear"),
+        (("vpt-dep",), {}, "finetune, linear"),
         (("spt", "spt-deep"), {}, "one or more different recipes, got spt, spt-deep"),
         ((), {}, "got none"),
         (("linear",), {"seeds": 0}, "seeds must be >= 1, got 0"),

@@ -56,6 +56,8 @@ def test_settings_of_the_papers() -> None:
     for name, settings in recipes.items():
         assert stated <= settings.keys(), f"{name} leaves {stated - settings.keys()} to the defaults of `vptm train`"
         assert settings["augment"] is True, f"{name}: the published codes crop and mirror photos, save those of VTAB"
+    kv = recipes["e2vpt-kv"]
+    assert (kv["prompt_kind"], kv["prompt_mode"], kv["prompt_length"], kv["batch_size"]) == ("kv", "deep", 5, 64)
     assert "`vptm protocol`" in read_recipe("provp").summary, "its linear head is not the paper's"
 
 
@@ -144,7 +146,7 @@ def test_prompts_start_from_tokens_and_survive_a_resume(vptm: Console, material:
 def test_bad_recipes_are_refused(vptm: Console, material: Path) -> None:
     """One line that lists the known names, suggests the nearest, or names the wrong entry; nothing is trained."""
     for name, text, message in (
-        ("spt-depe", None, "one of finetune, linear,"),
+        ("spt-depe", None, "finetune, linear,"),
         ("spt-depe", None, "did you mean 'spt-deep'?"),
         ("sptt", None, "an alias (spt, provp-ref), or a .yaml file, got 'sptt', did you mean 'spt'?"),
         ("prov", None, "did you mean 'provp'?"),

@@ -34,6 +34,8 @@ TASKS = {
     "the last block alone": DEEP | {"prompt_options": {"blocks": -1}},
     "dropped after one block": DEEP | {"prompt_options": {"blocks": 1, "after": "drop"}},
     "added to patches": {"prompt_options": {"placement": "add"}, "prompt_length": 1},
+    "learned keys and values": DEEP | {"prompt_options": {"kind": "kv"}, "prompt_length": 4},
+    "learned keys and values of one block": DEEP | {"prompt_options": {"kind": "kv", "blocks": 1}},
     "prompts with a learned bias": DEEP | {"extra_bias": "learned"},
     "prompts with the bias of the class row": {"extra_bias": "cls"},
     "a mask row at a place": DEEP | {"extra_bias": "grid:1,1"},
@@ -114,6 +116,7 @@ def test_tasks_run_in_as_few_groups_as_their_kinds_allow():
     assert sorted(name for name in form if form[name] == "alone") == [
         "a learned mask token",
         "added to patches",
+        "learned keys and values of one block",
         "prompts with a learned bias",
         "prompts with the bias of the class row",
         "several labels, added to patches",
@@ -121,7 +124,7 @@ def test_tasks_run_in_as_few_groups_as_their_kinds_allow():
     rows = ["another shallow", "dropped after one block", "progressive", "shallow", "shallow of another length"]
     assert set(rows) <= {name for name in form if form[name] == "rows"}
     deep = ["deep", "deep of another length", "no prompts", "linear on tokens", "prototypes of another size"]
-    deep += ["several labels"]
+    deep += ["several labels", "learned keys and values"]
     groups = {name: snapshot.tasks[name].group for name in tasks}
     assert len({groups[name] for name in deep if name != "linear on tokens"}) == 1
     assert groups["shallow"] == groups["another shallow"] != groups["progressive"]

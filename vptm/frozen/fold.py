@@ -30,9 +30,11 @@ class FrozenBlock(NamedTuple):
     """One pre-norm block with constants folded: `qkv(normalise(x))`, `x + scale_1 * proj(...)`, `x + scale_2 *
     fc2(act(fc1(normalise(x))))`. Queries come scaled by `head_dim ** -0.5`.
 
-    keeps_biases: keys and values have theirs in `qkv_bias`, those of prompts too. attn_eps, mlp_eps: of a norm before
-    proj and before fc2, whose weights are folded as well; None without one. gated: fc1 gives gates and values side by
-    side, `act(gates) * values`.
+    keeps_biases: keys and values have theirs in `qkv_bias`, those of prompts too. left_out: (2C,), the bias that keys
+    and values come without; learned ones, which stand among them, come without it as well. key_order: (C,), which
+    channel stands in the place of each of queries and keys; None where all are where they were. attn_eps, mlp_eps: of a
+    norm before proj and before fc2, whose weights are folded as well; None without one. gated: fc1 gives gates and
+    values side by side, `act(gates) * values`.
     """
 
     qkv_weight: Tensor
@@ -49,6 +51,8 @@ class FrozenBlock(NamedTuple):
     eps_2: float
     activation: nn.Module
     heads: int
+    left_out: Tensor
+    key_order: Tensor | None
     packed: PackedWeights = PackedWeights()
     keeps_biases: bool = False
     attn_eps: float | None = None
@@ -253,18 +257,22 @@ def fold_block(block: Any, dtype: torch.dtype, *, rotary: bool = False) -> Froze
     qkv_weight, qkv_bias = after_norm(*_qkv(attn), block.norm1)
     width, heads = qkv_bias.numel() // 3, attn.num_heads
     scale = (width // heads) ** -0.5
+    key_order = None
     if rotary and not attn.rotate_half:
-        order = half_order(width, heads, qkv_bias.device)
-        order = torch.cat([order, width + order, torch.arange(2 * width, 3 * width, device=order.device)])
+        key_order = half_order(width, heads, qkv_bias.device)
+        values = torch.arange(2 * width, 3 * width, device=key_order.device)
+        order = torch.cat([key_order, width + key_order, values])
         qkv_weight, qkv_bias = qkv_weight[order], qkv_bias[order]
     query_bias, key_bias, value_bias = qkv_bias.split(width)
     normed = type(attn_norm) in NORMS
     qkv_weight = torch.cat([qkv_weight[:width] * scale, qkv_weight[width:]])
-    kept = [key_bias if rotary else torch.zeros_like(key_bias), value_bias if normed else torch.zeros_like(value_bias)]
+    stays = torch.cat([torch.full_like(key_bias, rotary), torch.full_like(value_bias, normed)]).bool()
+    key_value_bias = torch.cat([key_bias, value_bias])
+    kept, left_out = key_value_bias * stays, key_value_bias * ~stays
     fc1 = _joined(_first_linears(mlp))
     tensors = [
         qkv_weight,
-        torch.cat([query_bias * scale, *kept]),
+        torch.cat([query_bias * scale, kept]),
         *before_scale(attn.proj, gammas[0], None if normed else value_bias, attn_norm),
         *after_norm(*fc1, block.norm2),
         *before_scale(mlp.fc2, gammas[1], norm=mlp_norm),
@@ -276,7 +284,8 @@ def fold_block(block: Any, dtype: torch.dtype, *, rotary: bool = False) -> Froze
     gated = type(mlp) in (GluMlp, SwiGLU)
     return FrozenBlock._make(
         [
-            *(*constants, *scales, block.norm1.eps, block.norm2.eps, mlp.act, heads, PackedWeights()),
+            *(*constants, *scales, block.norm1.eps, block.norm2.eps, mlp.act, heads),
+            *(left_out.to(dtype), key_order, PackedWeights()),
             *(rotary or normed, *inner_eps, gated),
         ]
     )

@@ -259,6 +259,7 @@ class Folded:
         prompts, depth = model.prompts, len(self.blocks)
         drawn = prompts.training and prompts.dropout > 0
         everywhere = prompts.mode == "deep" and len(prompts.blocks) == len(prompts.weight) == depth
+        everywhere = everywhere and prompts.kind == "tokens"
         if not everywhere or not prompts.length or model.pools_prompts or drawn or self.prefix_eps is None:
             return [
                 self._prefix(model, layer, batch) if self._takes_prefix(model, layer) else None
@@ -284,7 +285,18 @@ class Folded:
         return not prompts.per_sample() and prompts.role(layer) == "own" and not self._prompts_attend(model, layer)
 
     def _prefix(self, model: PromptedRows, layer: int, batch: int) -> Tensor:
+        """Keys and values of the prompts that block `layer` gets fresh, (P, 2C) or (B, P, 2C)."""
+        if model.prompts.kind == "kv":
+            return self._learned_keys_values(model.prompts.rows(layer, batch), self.blocks[layer])
         return self._project_prompts(self._normalise(model.prompts.rows(layer, batch), self.blocks[layer].eps_1), layer)
+
+    def _learned_keys_values(self, learned: Tensor, block: FrozenBlock) -> Tensor:
+        """Learned keys and values as those of tokens are here: without the bias that was left out of them, which adds
+        the same to every score of a query, and to every value; and with channels of keys where theirs are."""
+        width = self.width[0]
+        if block.key_order is not None:
+            learned = torch.cat([learned[..., :width][..., block.key_order], learned[..., width:]], -1)
+        return (learned - block.left_out).to(block.qkv_weight.dtype)
 
     def _prompts_attend(self, model: PromptedRows, layer: int) -> bool:
         """Whether anything reads what block `layer` makes of its prompt rows."""
@@ -562,7 +574,9 @@ class Folded:
         weight_q, weight_k, weight_v = self.read_weights
         row_in = x[:, row]
         query = self._linear(self._normalise(row_in, block.eps_1), weight_q, self.read_query_bias)
-        if prefix is None and x.shape[1] == self.num_tokens and prompts.role(layer) == "own":
+        if prefix is None and prompts.kind == "kv" and prompts.role(layer) == "own":
+            prefix = self._prefix(model, layer, x.shape[0])
+        elif prefix is None and x.shape[1] == self.num_tokens and prompts.role(layer) == "own":
             # a row of its own for every image, as dropout draws it, is cheaper as one more token than projected
             x = torch.cat([x, prompts.rows(layer, x.shape[0]).to(x.dtype)], dim=1)
         bias = self.biases[layer] if model.prompt_bias is None else model.position_bias(layer)

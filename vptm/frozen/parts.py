@@ -33,11 +33,20 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tens
     return F.scaled_dot_product_attention(query, key, value, attn_mask=None if bias is None else bias.to(query.dtype))
 
 
+def with_learned(key: Tensor, value: Tensor, keys_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, H, T + P, D): those (B, H, T, D) of rows, then learned ones (P, 2C) or (B, P, 2C)."""
+    own = keys_values if keys_values.ndim == 3 else keys_values.expand(key.shape[0], -1, -1)
+    learned = rearrange(own, "b p (two h d) -> two b h p d", two=2, h=key.shape[1]).to(key.dtype)
+    return torch.cat([key, learned[0]], 2), torch.cat([value, learned[1]], 2)
+
+
 class GivenBias(NamedTuple):
-    """All of the position bias of a block, (1, H, T, T) or None, and the function that attends with it."""
+    """All of the position bias of a block, (1, H, T, T) or None, the function that attends with it, and learned keys
+    and values (P, 2C) or (B, P, 2C), for which the bias has columns last, or None."""
 
     bias: Tensor | None
     attention: AttentionFunction
+    keys_values: Tensor | None = None
 
 
 class BiasedAttention(beit.Attention):
@@ -51,13 +60,15 @@ class BiasedAttention(beit.Attention):
         """(B, T, C) to (B, T, C)."""
         if not isinstance(shared_rel_pos_bias, GivenBias):
             return super().forward(x, shared_rel_pos_bias)
-        bias, attention = shared_rel_pos_bias
+        bias, attention, keys_values = shared_rel_pos_bias
         qkv_bias = None if self.q_bias is None else torch.cat([self.q_bias, self.k_bias, self.v_bias])
         if is_plain_linear(self.qkv) and self.qkv.bias is None:
             qkv = F.linear(x, self.qkv.weight, qkv_bias)
         else:  # an adapter's or a quantised linear has no weight to read past it, and one with a bias keeps it
             qkv = self.qkv(x) if qkv_bias is None else self.qkv(x) + qkv_bias
         query, key, value = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
+        if keys_values is not None:
+            key, value = with_learned(key, value, keys_values)
         if type(self.attn_drop) is nn.Dropout and not self.attn_drop.training and oddity(self.attn_drop) is None:
             mixed = attention(query, key, value, bias)
         else:
@@ -65,16 +76,28 @@ class BiasedAttention(beit.Attention):
         return self.proj_drop(self.proj(rearrange(mixed, "b h t d -> b t (h d)")))
 
 
-def block_forward(block: beit.Block, x: Tensor, bias: Tensor | None, attention: AttentionFunction) -> Tensor:
-    """A BEiT block on rows (B, T, C) with all of its position bias given, (1, H, T, T) or None.
+def block_forward(
+    block: beit.Block,
+    x: Tensor,
+    bias: Tensor | None,
+    attention: AttentionFunction,
+    keys_values: Tensor | None = None,
+) -> Tensor:
+    """A BEiT block on rows (B, T, C) with all of its position bias given, (1, H, T, T) or None, and with learned keys
+    and values beside those of its rows where there are any.
 
     Somebody's own attention, and a patched `forward` where the block has no table of its own, take the bias as timm's
     does, as one that all blocks share.
+
+    Raises:
+        ValueError: learned keys and values for such an attention, which knows of none.
     """
     inner = biased_attention(block)
     if inner is None or ("forward" in inner.__dict__ and inner.relative_position_bias_table is None):
+        if keys_values is not None:
+            raise ValueError("prompts of kind 'kv' need timm's attention in every block, got another")
         return block(x, shared_rel_pos_bias=bias)
-    return block(x, shared_rel_pos_bias=GivenBias(bias, attention))
+    return block(x, shared_rel_pos_bias=GivenBias(bias, attention, keys_values))
 
 
 def biased_attention(block: nn.Module) -> BiasedAttention | None:

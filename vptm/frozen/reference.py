@@ -19,12 +19,13 @@ def reference_features(
     model: PromptedRows,
     images: Tensor,
     attention: AttentionFunction = softmax_attention,
-    observe: Callable[[int, Tensor, Tensor], None] | None = None,
+    observe: Callable[[int, Tensor, Tensor, Tensor | None], None] | None = None,
 ) -> Tensor:
     """Rows `[prefix | patches | mask?]` after the last block and the backbone's final norm, (B, T, C); with the prompts
     last where the read-out averages them too.
 
-    `observe(layer, rows before, rows after)` is called for every block, with all of its rows, prompts last.
+    `observe(layer, rows before, rows after, learned keys and values)` is called for every block, with all of its rows,
+    prompts last.
     """
     x = rows = model.reference_embed(images)
     batch, tokens = x.shape[:2]
@@ -36,8 +37,9 @@ def reference_features(
             before, patches, rest = x.split([first, model.num_patches, tokens - first - model.num_patches], dim=1)
             x = torch.cat([before, patches + added, rest], dim=1)
         entering = torch.cat([x, model.prompts(layer, batch, carried).to(x.dtype)], dim=1)
-        rows = model.run_block(model.reference_block, layer, entering, attention, rotary)
+        keys_values = model.prompts.keys_values(layer, batch)
+        rows = model.run_block(model.reference_block, layer, entering, attention, rotary, keys_values)
         if observe is not None:
-            observe(layer, entering, rows)
+            observe(layer, entering, rows, keys_values)
         x, carried = rows[:, :tokens], rows[:, tokens:]
     return model.backbone.norm(rows if model.pools_prompts else x)

@@ -34,6 +34,7 @@ class Prompts(Protocol):
     projection: nn.Linear | None
     training: bool
     mode: str
+    kind: str
     placement: str
     length: int
     dropout: float
@@ -43,6 +44,7 @@ class Prompts(Protocol):
     def per_sample(self) -> bool: ...
     def rows(self, block: int, batch: int) -> Tensor: ...
     def added(self, block: int, batch: int) -> Tensor | None: ...
+    def keys_values(self, block: int, batch: int) -> Tensor | None: ...
     def __call__(self, block: int, batch: int, carried: Tensor | None = None) -> Tensor: ...
     def modules(self) -> Iterator[nn.Module]: ...
 
@@ -80,15 +82,21 @@ class PromptedRows(nn.Module):
 
     @abstractmethod
     def reference_block(
-        self, layer: int, rows: Tensor, attention: AttentionFunction, rotary: Tensor | None = None
+        self,
+        layer: int,
+        rows: Tensor,
+        attention: AttentionFunction,
+        rotary: Tensor | None = None,
+        keys_values: Tensor | None = None,
     ) -> Tensor:
         """Block `layer` on all rows (B, T, C), prompts last, in eager PyTorch; `rotary` is what `rotary_embedding`
-        gave."""
+        gave, `keys_values` (P, 2C) or (B, P, 2C) are learned ones that every row attends to as well."""
         raise NotImplementedError
 
     @abstractmethod
-    def attention_weights(self, layer: int, rows: Tensor) -> Tensor:
-        """What each of the rows (B, T, C) that enter block `layer` attends to, (B, H, T, T), softmax over the last."""
+    def attention_weights(self, layer: int, rows: Tensor, keys_values: Tensor | None = None) -> Tensor:
+        """What each of the rows (B, T, C) that enter block `layer` attends to, (B, H, T, T), softmax over the last;
+        with learned `keys_values` (B, H, T, T + P)."""
         raise NotImplementedError
 
     @abstractmethod

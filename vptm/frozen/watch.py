@@ -17,7 +17,7 @@ _version, _requires_grad = attrgetter("_version"), attrgetter("requires_grad")
 _training = itemgetter("training")
 _END = object()
 # Plain attributes that enter what is folded or kept.
-_WATCHED = ("eps", "scale", "num_heads", "token_activation", "mode", "after", "dropout")
+_WATCHED = ("eps", "scale", "num_heads", "token_activation", "mode", "kind", "after", "dropout")
 
 
 class Watch:

@@ -59,8 +59,8 @@ class PromptedBEiT(PromptedModel):
             embeddings go with the rows, so their order cannot change the function.
         prompt_dropout: per-sample prompt dropout in training.
         progressive_alpha: alpha of progressive prompts, or one for every block but the first.
-        prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim", "placement",
-            "dropout_per", "patch_values".
+        prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim", "kind",
+            "placement", "dropout_per", "patch_values".
         readout: row the head reads: "mask", "cls", or "mean" over the patch rows.
         mask_mode: "insert" an extra mask row, or "replace" the patch at the centre (at (y, x) with
             `extra_bias="grid:y,x"`).
@@ -275,16 +275,23 @@ class PromptedBEiT(PromptedModel):
         return backbone.pos_drop(torch.cat(rows, dim=1))
 
     def reference_block(
-        self, layer: int, rows: Tensor, attention: AttentionFunction, rotary: Tensor | None = None
+        self,
+        layer: int,
+        rows: Tensor,
+        attention: AttentionFunction,
+        rotary: Tensor | None = None,
+        keys_values: Tensor | None = None,
     ) -> Tensor:
         """Block `layer` on rows `[class | patches | mask? | prompts]`, of which the last may be missing."""
         bias, count = self.position_bias(layer), rows.shape[1]
         if bias is not None:
-            bias = bias[None, :, :count, :count]
-        return block_forward(self.backbone.blocks[layer], rows, bias, attention)
+            keys = count if keys_values is None else count + keys_values.shape[-2]
+            bias = bias[None, :, :count, :keys]
+        return block_forward(self.backbone.blocks[layer], rows, bias, attention, keys_values)
 
-    def attention_weights(self, layer: int, rows: Tensor) -> Tensor:
-        """What each of the rows (B, T, C) that enter block `layer` attends to, (B, H, T, T), softmax over the last."""
+    def attention_weights(self, layer: int, rows: Tensor, keys_values: Tensor | None = None) -> Tensor:
+        """What each of the rows (B, T, C) that enter block `layer` attends to, (B, H, T, T), softmax over the last;
+        with learned `keys_values` (B, H, T, T + P)."""
         kept: list[Tensor] = []
 
         def keeping(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
@@ -292,7 +299,7 @@ class PromptedBEiT(PromptedModel):
             kept.append(softmax_attention(query, key, identity, bias))
             return kept[-1] @ value
 
-        self.reference_block(layer, rows, keeping)
+        self.reference_block(layer, rows, keeping, None, keys_values)
         if not kept:
             raise ValueError(f"attention maps need timm's attention in block {layer}, got another")
         return kept[0]

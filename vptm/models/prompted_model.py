@@ -99,6 +99,7 @@ class PromptedModel(Pretrained):
         config, options = self.config, dict(self.config["prompt_options"] or {})
         for name in options:
             one_of("prompt_options", name, names(PromptSettings))
+        heads = getattr(getattr(self.backbone.blocks[0], "attn", None), "num_heads", None)
         bank = PromptBank(
             len(self.backbone.blocks),
             config["prompt_length"],
@@ -106,6 +107,7 @@ class PromptedModel(Pretrained):
             mode=config["prompt_mode"],
             dropout=config["prompt_dropout"],
             alpha=config["progressive_alpha"],
+            heads=heads,
             **{"patch_values": self.backbone.patch_embed.proj.weight[0].numel(), **options},
         )
         if bank.placement == "add" and config["prompt_length"] not in (1, self.num_patches):
@@ -113,7 +115,8 @@ class PromptedModel(Pretrained):
                 f"prompt_length must be 1 or the number of patches, {self.num_patches}, for placement='add', "
                 f"got {config['prompt_length']}"
             )
-        if self.pools_prompts and bank.length and bank.role(len(self.backbone.blocks) - 1) == "none":
+        last = len(self.backbone.blocks) - 1
+        if self.pools_prompts and bank.length and (bank.role(last) == "none" or bank.kind == "kv"):
             raise ValueError(f"readout={self.readout!r} needs prompt rows in the last block, prompt_options leave none")
         return bank
 
@@ -383,7 +386,7 @@ class PromptedModel(Pretrained):
         else:
             kept = {}
 
-            def observe(layer: int, _: Tensor, rows: Tensor) -> None:
+            def observe(layer: int, _: Tensor, rows: Tensor, __: Tensor | None) -> None:
                 if layer in chosen:
                     kept[layer] = rows[:, :tokens]
 
@@ -431,9 +434,9 @@ class PromptedModel(Pretrained):
         tokens = self.num_rows - self.prompts.length
         kept: list[Tensor] = []
 
-        def observe(layer: int, rows: Tensor, _: Tensor) -> None:
+        def observe(layer: int, rows: Tensor, _: Tensor, keys_values: Tensor | None) -> None:
             if layer in chosen:
-                kept.append(self.attention_weights(layer, rows)[:, :, :tokens])
+                kept.append(self.attention_weights(layer, rows, keys_values)[:, :, :tokens])
 
         reference_features(self, images, softmax_attention, observe)
         return kept
@@ -451,7 +454,9 @@ class PromptedModel(Pretrained):
             self._refuse_exporters()
         return self._encoder.folded(self)
 
-    def _plain_features(self, images: Tensor, observe: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
+    def _plain_features(
+        self, images: Tensor, observe: Callable[[int, Tensor, Tensor, Tensor | None], None] | None = None
+    ) -> Tensor:
         self._refuse_dropped("the reference path")
         refuse_unread(self.backbone)
         if self.impl == "triton":

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from timm.layers import AttentionPoolLatent
-from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
+from vptm.frozen.parts import with_learned
 from vptm.frozen.rotary import of_block, rotary_embedding
 from vptm.frozen.rows import AttentionFunction
+from vptm.frozen.written_out import attend_with, heads_of, not_written_out, pre_norm_block
 from vptm.models.codebooks import load_codebook
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import Implementation, PromptMode, TokenActivation, VerbalizerName, ViTReadout, ViTSettings
@@ -51,8 +51,8 @@ class PromptedViT(PromptedModel):
             embeddings and `norm_pre` and get neither; their place among the rows cannot change the function.
         prompt_dropout: per-sample prompt dropout in training.
         progressive_alpha: alpha of progressive prompts, or one for every block but the first.
-        prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim", "placement",
-            "dropout_per", "patch_values".
+        prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim", "kind",
+            "placement", "dropout_per", "patch_values".
         readout: "cls"; "mean" over the patch rows (and class and register rows where the source's own mean takes them);
             "map", the source's own attention pooling (SigLIP's), whose one query attends to the normalised patch rows
             (and to the prefix where the source's does) and to no prompt; "mask", an extension of VPTM to weights that
@@ -229,45 +229,45 @@ class PromptedViT(PromptedModel):
         return rotary_embedding(self.backbone)
 
     def reference_block(
-        self, layer: int, rows: Tensor, attention: AttentionFunction, rotary: Tensor | None = None
+        self,
+        layer: int,
+        rows: Tensor,
+        attention: AttentionFunction,
+        rotary: Tensor | None = None,
+        keys_values: Tensor | None = None,
     ) -> Tensor:
-        """timm's own block, of whatever kind; `attention` is timm's choice."""
-        block = self.backbone.blocks[layer]
-        return block(rows) if rotary is None else block(rows, rope=self._rotary_of(layer, rows, rotary))
+        """timm's own block, of whatever kind; `attention` is timm's choice, unless there are learned keys and values:
+        then the block is written out."""
+        block: Any = self.backbone.blocks[layer]
+        own = None if rotary is None else self._rotary_of(layer, rows, rotary)
+        if keys_values is not None:
+            self._refuse_other_blocks(block)
+            return pre_norm_block(block, rows, lambda x: attend_with(block.attn, x, attention, own, keys_values))
+        return block(rows) if own is None else block(rows, rope=own)
+
+    def _refuse_other_blocks(self, block: Any) -> None:
+        reason = not_written_out(block)
+        if reason is not None:
+            raise ValueError(f"prompts of kind {self.prompts.kind!r} need timm's plain pre-norm blocks, got {reason}")
 
     def _rotary_of(self, layer: int, rows: Tensor, rotary: Tensor) -> Tensor:
         return of_block(rotary, layer, rows.shape[1] - self.backbone.num_prefix_tokens - self.num_patches)
 
-    def attention_weights(self, layer: int, rows: Tensor) -> Tensor:
-        """What each of the rows (B, T, C) that enter block `layer` attends to, (B, H, T, T), softmax over the last."""
+    def attention_weights(self, layer: int, rows: Tensor, keys_values: Tensor | None = None) -> Tensor:
+        """What each of the rows (B, T, C) that enter block `layer` attends to, (B, H, T, T), softmax over the last;
+        with learned `keys_values` (B, H, T, T + P)."""
         block: Any = self.backbone.blocks[layer]
         attn: Any = getattr(block, "attn", None)
         if type(block) in (EvaBlock, EvaBlockPostNorm):
-            x = block.norm1(rows) if type(block) is EvaBlock else rows
-            return self._eva_weights(attn, x, layer)
-        if type(block) not in (Block, ResPostBlock) or type(attn) is not Attention:
-            raise ValueError(f"attention maps need blocks of one Attention after another, got {type(block).__name__}")
-        x = rows if type(block) is ResPostBlock else block.norm1(rows)
-        query, key, _ = rearrange(attn.qkv(x), "b t (three h d) -> three b h t d", three=3, h=attn.num_heads)
-        return (attn.q_norm(query) * attn.scale @ attn.k_norm(key).mT).softmax(dim=-1)
-
-    def _eva_weights(self, attn: Any, x: Tensor, layer: int) -> Tensor:
-        if attn.qkv is None:
-            query, key = attn.q_proj(x), attn.k_proj(x)
+            rotary = self.rotary_embedding()
+        elif type(block) in (Block, ResPostBlock) and type(attn) is Attention:
+            rotary = None
         else:
-            query, key, _ = attn.qkv(x).chunk(3, -1)
-            if getattr(attn, "q_bias", None) is not None:
-                query, key = query + attn.q_bias, key + attn.k_bias
-        query, key = (rearrange(one, "b t (h d) -> b h t d", d=attn.head_dim) for one in (query, key))
-        query, key = attn.q_norm(query), attn.k_norm(key)
-        rotary = self.rotary_embedding()
-        if rotary is not None:
-            first, own = self.backbone.num_prefix_tokens, self._rotary_of(layer, x, rotary)
-            query, key = (
-                torch.cat([one[:, :, :first], apply_rot_embed_cat(one[:, :, first:], own, half=attn.rotate_half)], 2)
-                for one in (query, key)
-            )
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+            raise ValueError(f"attention maps need blocks of one Attention after another, got {type(block).__name__}")
+        x = rows if type(block) in (ResPostBlock, EvaBlockPostNorm) else block.norm1(rows)
+        query, key, value = heads_of(attn, x, None if rotary is None else self._rotary_of(layer, x, rotary))
+        if keys_values is not None:
+            key, _ = with_learned(key, value, keys_values)
         return (query * attn.scale @ key.mT).softmax(dim=-1)
 
     @property

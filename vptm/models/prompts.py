@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vptm.messages import check_integer, check_range, number, one_of
-from vptm.settings import AfterPrompts, DropoutPer, Placement, PromptMode, PromptSettings
+from vptm.settings import AfterPrompts, DropoutPer, Placement, PromptKind, PromptMode, PromptSettings
 
 
 class PromptBank(nn.Module):
@@ -27,6 +27,12 @@ class PromptBank(nn.Module):
 
     alpha = 0 is deep, alpha = 1 is shallow. Any number of prompts enters block 0; ProVP's code leaves four or fewer out
     there and then writes them over image patches.
+
+    With `kind="kv"` a block has learned keys and values `K_l, V_l` (P, C) in place of rows: in its attention every
+    query attends to `[k; K_l]` and `[v; V_l]`, where k and v are keys and values of its rows, after their biases, a
+    norm of theirs and rotary positions. These are the key-value prompts of E2VPT (arXiv:2307.13770), without its input
+    prompts and its pruning, and what PEFT's prefix tuning learns (`vptm.load_peft_prefix`). They are for "deep" and in
+    the blocks that have their own alone. E2VPT's released settings learn one tensor for both; here they are two.
 
     Args:
         depth: number of transformer blocks L.
@@ -43,13 +49,16 @@ class PromptBank(nn.Module):
         shared: one prompt for all blocks.
         prompt_dim: width of the learned rows, brought to C by a learned linear `projection` shared by all blocks; None
             has no projection.
+        kind: "tokens", or "kv" for learned keys and values, which start uniform in `sqrt(6 / (P * C / heads))`, E2VPT's
+            Kaiming initialisation.
         placement: "prepend" gives the prompts rows of their own. "add" adds them to the patch tokens that enter a
             block, one prompt to all of them (P = 1) or one to each (P = N); in shallow mode to block 0 alone.
         dropout_per: "sample" draws a dropout mask for every image, as VPT does for ViTs; "batch" one for all.
+        heads: attention heads, for "kv".
 
     Attributes:
         weight: (rows, P, prompt_dim): one row where shallow or shared, else one for every block with prompts of its
-            own.
+            own. With "kv" (rows, P, 2C): keys, then values, each heads then channels.
         length: prompt rows among the tokens: P, or 0 where they are added.
 
     Example:
@@ -74,8 +83,10 @@ class PromptBank(nn.Module):
         after: AfterPrompts = "carry",
         shared: bool = False,
         prompt_dim: int | None = None,
+        kind: PromptKind = "tokens",
         placement: Placement = "prepend",
         dropout_per: DropoutPer = "sample",
+        heads: int | None = None,
     ) -> None:
         super().__init__()
         one_of("prompt_mode", mode, get_args(PromptMode))
@@ -92,7 +103,19 @@ class PromptBank(nn.Module):
             raise ValueError("placement='add' needs prompt_mode 'shallow' or 'deep', got 'progressive'")
         if after == "drop" and (blocks is None or blocks < 0):
             raise ValueError(f"after='drop' needs blocks > 0, the blocks that have prompts, got {blocks!r}")
+        if kind == "kv":
+            for name, value, needed in (
+                ("prompt_mode", mode, "deep"),
+                ("placement", placement, "prepend"),
+                ("prompt_dim", prompt_dim, None),
+            ):
+                if value != needed:
+                    raise ValueError(f"kind='kv' needs {name}={needed!r}, got {value!r}")
+            if heads is None or heads < 1 or dim % heads:
+                raise ValueError(f"kind='kv' needs heads, a divisor of the width {dim}, got {heads!r}")
         self.mode: str = mode
+        self.kind: str = kind
+        self.dim = dim
         self.placement: str = placement
         self.length = length if placement == "prepend" else 0
         self.dropout = dropout
@@ -104,6 +127,8 @@ class PromptBank(nn.Module):
         self.blocks = range(first, first + count)
         width = prompt_dim or dim
         bound = math.sqrt(6.0 / (patch_values + width))
+        if heads is not None and kind == "kv":
+            width, bound = 2 * dim, math.sqrt(6.0 / max(length * (dim // heads), 1))
         rows = 1 if shared else count
         values = torch.empty(rows, length, width).uniform_(-bound, bound)
         # without a value there is nothing to learn, and DistributedDataParallel would wait for its gradient
@@ -115,11 +140,11 @@ class PromptBank(nn.Module):
             nn.init.zeros_(self.projection.bias)
 
     def role(self, block: int) -> str:
-        """Which prompt rows enter a block: "own" (fresh ones), "mixed", "carried", or "none"."""
+        """Which prompt rows, or keys and values, enter a block: "own" (fresh ones), "mixed", "carried", or "none"."""
         if self.length == 0 or block < self.blocks.start:
             return "none"
         if block >= self.blocks.stop:
-            return "carried" if self.after == "carry" else "none"
+            return "carried" if self.after == "carry" and self.kind == "tokens" else "none"
         return "mixed" if self.mode == "progressive" and block > self.blocks.start else "own"
 
     def per_sample(self) -> bool:
@@ -127,7 +152,8 @@ class PromptBank(nn.Module):
         return self.training and self.dropout > 0 and self.dropout_per == "sample"
 
     def rows(self, block: int, batch: int) -> Tensor:
-        """`P_l` of one block: (P, C), or (B, P, C) where `per_sample()`."""
+        """`P_l` of one block: (P, C), or (B, P, C) where `per_sample()`; keys and values (P, 2C) or (B, P, 2C) with
+        "kv"."""
         rows = self.weight[0 if len(self.weight) == 1 else block - self.blocks.start]
         if self.projection is not None:
             rows = self.projection(rows)
@@ -139,13 +165,16 @@ class PromptBank(nn.Module):
         """What is added to the patch tokens that enter a block, (P, C) or (B, P, C); None where nothing is."""
         return self.rows(block, batch) if self.placement == "add" and block in self.blocks else None
 
+    def keys_values(self, block: int, batch: int) -> Tensor | None:
+        """Learned keys and values (P, 2C) or (B, P, 2C) of one block; None where it has none."""
+        return self.rows(block, batch) if self.kind == "kv" and self.role(block) == "own" else None
+
     def forward(self, block: int, batch: int, carried: Tensor | None = None) -> Tensor:
         """Prompt rows (B, P, C) that enter a block, (B, 0, C) where none do; `carried` (B, P, C) are the rows the block
         before it produced."""
         role = self.role(block)
-        if role == "none":
-            width = self.weight.shape[-1] if self.projection is None else self.projection.out_features
-            return self.weight.new_empty(batch, 0, width)
+        if role == "none" or self.kind == "kv":
+            return self.weight.new_empty(batch, 0, self.dim)
         if role != "own" and carried is None:
             raise ValueError(f"carried must be the (B, P, C) prompt rows of block {block - 1}, got None")
         if role == "carried" and carried is not None:

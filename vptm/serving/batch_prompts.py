@@ -25,6 +25,7 @@ class BatchPrompts(nn.Module):
 
     projection = None
     dropout = 0.0
+    kind = "tokens"
     placement = "prepend"
 
     def __init__(self, template: PromptBank, rows: Sequence[Tensor]) -> None:
@@ -45,6 +46,9 @@ class BatchPrompts(nn.Module):
 
     def added(self, block: int, batch: int) -> None:
         """Nothing is added to patch tokens."""
+
+    def keys_values(self, block: int, batch: int) -> None:
+        """No block has learned keys and values."""
 
     def forward(self, block: int, batch: int, carried: Tensor | None = None) -> Tensor:
         """Prompt rows (B, P, C) that enter a block, as in `PromptBank`."""

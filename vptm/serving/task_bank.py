@@ -432,11 +432,12 @@ class TaskBank:
             group = frame = "prefixes", kind
             if prefixes:
                 wanted[_KEYS_VALUES] = tuple(prefix for prefix in prefixes if isinstance(prefix, Tensor))
-        elif alike:
+        elif alike and prompts.kind == "tokens":
             group = frame = "rows", kind, schedule(prompts, len(self._folded.blocks))
             rows = torch.stack([prompts.rows(block, 1) for block in prompts.blocks[: len(prompts.weight)]])
         else:
             group, frame = object(), ("alone", kind, prompts.length)
+            alike = False
         alone = None if alike else model
         outside = _bytes(rows, readout.linear, readout.module)
         if alone is not None:
