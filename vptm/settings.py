@@ -24,6 +24,7 @@ Implementation = Literal["auto", "triton", "torch", "reference"]
 PromptMode = Literal["shallow", "deep", "progressive"]
 Placement = Literal["prepend", "add"]
 PromptKind = Literal["tokens", "kv"]
+AddedTo = Literal["patches", "class_and_patches"]
 AfterPrompts = Literal["carry", "drop"]
 DropoutPer = Literal["sample", "batch"]
 Readout = Literal["mask", "cls", "mean", "map", "mean_with_prompts"]
@@ -165,6 +166,10 @@ class PromptSettings(SettingsGroup):
     placement: Annotated[
         Placement, Help("Prompts have rows of their own, or are added to the patch tokens.", option="prompt_placement")
     ] = "prepend"
+    added_to: Annotated[
+        AddedTo,
+        Help("Rows that added prompts are added to; VPT's code has the class row, too.", option="prompt_added_to"),
+    ] = "patches"
     dropout_per: Annotated[DropoutPer, Help("What has a dropout mask of its own.", option="prompt_dropout_per")] = (
         "sample"
     )

@@ -53,6 +53,15 @@ def test_expansive_border_by_hand() -> None:
     )
 
 
+@pytest.mark.parametrize("image_size", [10, 9, 1, 23, 24])
+def test_expansive_border_stands_where_the_released_code_has_it(image_size: int) -> None:
+    """ILM-VP pads by int((out - in + 1) / 2) on the left and the top, by int((out - in) / 2) on the others: elsewhere
+    every patch of an odd difference sees other pixels than in a model that was trained there."""
+    left, right = int((24 - image_size + 1) / 2), int((24 - image_size) / 2)
+    padded = torch.nn.functional.pad(torch.ones(1, 1, image_size, image_size), (left, right, left, right))
+    assert torch.equal(1 - VisualPrompt("expansive", size=24, image_size=image_size).mask, padded[0])
+
+
 def test_additive_border_by_hand() -> None:
     """The outer pixels are moved, the inner ones not, and the images given are left as they were."""
     made = prompt("additive", border=5)

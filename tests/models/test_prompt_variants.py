@@ -32,10 +32,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "added everywhere": ("deep", {"placement": "add"}),
     "added to the first": ("deep", {"placement": "add", "blocks": 2}),
     "added to the last, projected": ("deep", {"placement": "add", "blocks": -2, "prompt_dim": 5}),
+    "added everywhere, to the class row": ("deep", {"placement": "add", "added_to": "class_and_patches"}),
+    "added once, to the class row": ("shallow", {"placement": "add", "added_to": "class_and_patches"}),
     "progressive, then carried": ("progressive", {"blocks": 3}),
     "progressive, then dropped": ("progressive", {"blocks": 3, "after": "drop"}),
     "progressive at the end": ("progressive", {"blocks": -2}),
 }
+
+
+def added_rows(options: dict[str, Any], prefix: int = 1) -> int:
+    """How many rows added prompts are added to."""
+    return PATCHES + (prefix if options.get("added_to") == "class_and_patches" else 0)
+
+
+def length_of(name: str, prefix: int = 1) -> int:
+    return added_rows(VARIANTS[name][1], prefix) if "add" in name else 3
 
 
 def variant(name: str, length: int = 3, **kwargs: Any) -> vptm.PromptedBEiT:
@@ -62,8 +73,8 @@ def naive_row(model: vptm.PromptedBEiT, picture: Tensor) -> Tensor:
             prompt = weight[0] if options.get("shared") else weight[own.index(layer)]
         if options.get("placement") == "add":
             if prompt is not None:
-                spread = prompt if length == PATCHES else prompt.expand(PATCHES, -1)
-                tokens = tokens + torch.cat([torch.zeros_like(tokens[:1]), spread])
+                spread = prompt if length > 1 else prompt.expand(added_rows(options), -1)
+                tokens = tokens + torch.cat([torch.zeros_like(tokens[len(spread) :]), spread])
         elif prompt is not None:
             mixing = mode == "progressive" and layer != own[0]
             rows = 0.3 * rows + 0.7 * prompt if mixing else prompt
@@ -77,7 +88,7 @@ def naive_row(model: vptm.PromptedBEiT, picture: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_reference_equals_naive_model(name: str) -> None:
     """One image at a time through timm's own blocks: a prompt in the wrong block, kept or dropped wrongly, fails."""
-    lengths = (1, PATCHES) if "add" in name else (3,)
+    lengths = (1, length_of(name)) if "add" in name else (3,)
     for length in lengths:
         backbone = {"use_shared_rel_pos_bias": False}
         model = variant(name, length, backbone=backbone, readout="cls", token_activation="hidden", impl="reference")
@@ -91,7 +102,7 @@ def test_reference_equals_naive_model(name: str) -> None:
 def test_encoder_equals_reference(name: str, readout: str) -> None:
     """Forward and gradients of the fast path, with every kind of position bias and a learned one, in fp64."""
     for extra_bias in ("zero", "neutral", "learned"):
-        model = variant(name, PATCHES if "add" in name else 3, readout=readout, extra_bias=extra_bias)
+        model = variant(name, length_of(name), readout=readout, extra_bias=extra_bias)
         assert FrozenEncoder.supports(model)
         for tensor, error in vptm.check(model, images(model)).items():
             assert error <= (1e-10 if tensor.startswith("grad") else 1e-12), (extra_bias, tensor, error)
@@ -108,9 +119,8 @@ def test_vit_encoder_equals_reference(name: str) -> None:
         vit = VisionTransformer(
             img_size=(8, 12), patch_size=4, embed_dim=16, depth=DEPTH, num_heads=2, reg_tokens=1, num_classes=0
         )
-        length = PATCHES if "add" in name else 3
         model = vptm.PromptedViT(
-            vit, 5, prompt_length=length, prompt_mode=mode, prompt_options=options, readout=readout
+            vit, 5, prompt_length=length_of(name, 2), prompt_mode=mode, prompt_options=options, readout=readout
         )
         randomize(model, 3)
         model = model.double().eval()
@@ -123,7 +133,7 @@ def test_vit_encoder_equals_reference(name: str) -> None:
 def test_dropout_order(name: str, per: str) -> None:
     """Dropped per sample, two copies of an image differ; per batch they agree. Both equal the reference under one
     seed, so the fast path draws as many masks, in the same order, and uses each once."""
-    model = variant(name, PATCHES if "add" in name else 3, prompt_dropout=0.5, prompt_options={"dropout_per": per})
+    model = variant(name, length_of(name), prompt_dropout=0.5, prompt_options={"dropout_per": per})
     model.train()
     batch = images(model, 1).expand(3, -1, -1, -1)
     outputs = {}
@@ -142,12 +152,14 @@ def test_random_variants_run_alike(data: st.DataObject) -> None:
     options: dict[str, Any] = {"prompt_dim": data.draw(st.sampled_from([None, 3, 24]))}
     if mode != "progressive":
         options["placement"] = data.draw(st.sampled_from(["prepend", "add"]))
+        if options["placement"] == "add":
+            options["added_to"] = data.draw(st.sampled_from(["patches", "class_and_patches"]))
     if mode != "shallow":
         options["shared"] = data.draw(st.booleans())
         options["blocks"] = data.draw(st.sampled_from([None, 1, 2, 3, 4, -1, -2, -3, -4]))
         if (options["blocks"] or 0) > 0:
             options["after"] = data.draw(st.sampled_from(["carry", "drop"]))
-    length = data.draw(st.sampled_from([1, PATCHES])) if options.get("placement") == "add" else 2
+    length = data.draw(st.sampled_from([1, added_rows(options)])) if options.get("placement") == "add" else 2
     alpha = data.draw(st.lists(st.floats(0, 1), min_size=3, max_size=3))
     model = build(
         tiny_beit(depth=DEPTH),
@@ -258,6 +270,11 @@ def test_tokens_start_the_prompts_of_their_own_block() -> None:
         ({"prompt_options": {"after": "drop"}}, "after='drop' needs blocks > 0"),
         ({"prompt_options": {"placement": "add"}, "prompt_length": 2}, "must be 1 or the number of patches, 6"),
         ({"prompt_options": {"placement": "add"}, "prompt_mode": "progressive"}, "got 'progressive'"),
+        (
+            {"prompt_options": {"placement": "add", "added_to": "class_and_patches"}, "prompt_length": 6},
+            "must be 1 or the number of rows with those before the patches, 7, for placement='add', got 6",
+        ),
+        ({"prompt_options": {"added_to": "class_and_patches"}}, "needs placement='add', got 'prepend'"),
         ({"prompt_options": {"placement": "ad"}}, "did you mean 'add'"),
         ({"prompt_options": {"prompt_dim": 0}}, "prompt_dim must be an integer >= 1 or None, got 0"),
         ({"prompt_options": {"dropout_per": "image"}}, "dropout_per must be one of sample, batch"),

@@ -364,8 +364,7 @@ class Folded:
             x = torch.cat([x, prompts(layer, x.shape[0]).to(x.dtype)], dim=1)
         added = prompts.added(layer, x.shape[0])
         if added is not None:
-            first = model.backbone.num_prefix_tokens
-            x[:, first : first + model.num_patches] += added
+            x[:, model.rows_added_to()].add_(added)
         return x
 
     def _project(self, x: Tensor, block: FrozenBlock) -> Tensor:

@@ -33,9 +33,8 @@ def reference_features(
     for layer in range(len(model.backbone.blocks)):
         added = model.prompts.added(layer, batch)
         if added is not None:
-            first = model.backbone.num_prefix_tokens
-            before, patches, rest = x.split([first, model.num_patches, tokens - first - model.num_patches], dim=1)
-            x = torch.cat([before, patches + added, rest], dim=1)
+            where = model.rows_added_to()
+            x = torch.cat([x[:, : where.start], x[:, where] + added, x[:, where.stop :]], dim=1)
         entering = torch.cat([x, model.prompts(layer, batch, carried).to(x.dtype)], dim=1)
         keys_values = model.prompts.keys_values(layer, batch)
         rows = model.run_block(model.reference_block, layer, entering, attention, rotary, keys_values)

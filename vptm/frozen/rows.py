@@ -36,6 +36,7 @@ class Prompts(Protocol):
     mode: str
     kind: str
     placement: str
+    added_to: str
     length: int
     dropout: float
     blocks: range
@@ -132,6 +133,11 @@ class PromptedRows(nn.Module):
     def bias_is_shared(self) -> bool:
         """Whether all blocks add the same position bias."""
         return True
+
+    def rows_added_to(self) -> slice:
+        """Rows that added prompts are added to."""
+        first = int(self.backbone.num_prefix_tokens)
+        return slice(0 if self.prompts.added_to == "class_and_patches" else first, first + self.num_patches)
 
     def mean_rows(self) -> slice:
         """Rows that a mean read-out averages."""

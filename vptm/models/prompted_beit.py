@@ -60,7 +60,7 @@ class PromptedBEiT(PromptedModel):
         prompt_dropout: per-sample prompt dropout in training.
         progressive_alpha: alpha of progressive prompts, or one for every block but the first.
         prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim", "kind",
-            "placement", "dropout_per", "patch_values".
+            "placement", "added_to", "dropout_per", "patch_values".
         readout: row the head reads: "mask", "cls", or "mean" over the patch rows.
         mask_mode: "insert" an extra mask row, or "replace" the patch at the centre (at (y, x) with
             `extra_bias="grid:y,x"`).

@@ -110,9 +110,12 @@ class PromptedModel(Pretrained):
             heads=heads,
             **{"patch_values": self.backbone.patch_embed.proj.weight[0].numel(), **options},
         )
-        if bank.placement == "add" and config["prompt_length"] not in (1, self.num_patches):
+        rows, named = self.num_patches, "patches"
+        if bank.added_to == "class_and_patches":
+            rows, named = rows + int(self.backbone.num_prefix_tokens), "rows with those before the patches"
+        if bank.placement == "add" and config["prompt_length"] not in (1, rows):
             raise ValueError(
-                f"prompt_length must be 1 or the number of patches, {self.num_patches}, for placement='add', "
+                f"prompt_length must be 1 or the number of {named}, {rows}, for placement='add', "
                 f"got {config['prompt_length']}"
             )
         last = len(self.backbone.blocks) - 1

@@ -52,7 +52,7 @@ class PromptedViT(PromptedModel):
         prompt_dropout: per-sample prompt dropout in training.
         progressive_alpha: alpha of progressive prompts, or one for every block but the first.
         prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim", "kind",
-            "placement", "dropout_per", "patch_values".
+            "placement", "added_to", "dropout_per", "patch_values".
         readout: "cls"; "mean" over the patch rows (and class and register rows where the source's own mean takes them);
             "map", the source's own attention pooling (SigLIP's), whose one query attends to the normalised patch rows
             (and to the prefix where the source's does) and to no prompt; "mask", an extension of VPTM to weights that

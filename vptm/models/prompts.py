@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vptm.messages import check_integer, check_range, number, one_of
-from vptm.settings import AfterPrompts, DropoutPer, Placement, PromptKind, PromptMode, PromptSettings
+from vptm.settings import AddedTo, AfterPrompts, DropoutPer, Placement, PromptKind, PromptMode, PromptSettings
 
 
 class PromptBank(nn.Module):
@@ -51,8 +51,10 @@ class PromptBank(nn.Module):
             has no projection.
         kind: "tokens", or "kv" for learned keys and values, which start uniform in `sqrt(6 / (P * C / heads))`, E2VPT's
             Kaiming initialisation.
-        placement: "prepend" gives the prompts rows of their own. "add" adds them to the patch tokens that enter a
-            block, one prompt to all of them (P = 1) or one to each (P = N); in shallow mode to block 0 alone.
+        placement: "prepend" gives the prompts rows of their own. "add" adds them to the rows that enter a block, one
+            prompt to all of them (P = 1) or one to each; in shallow mode to block 0 alone.
+        added_to: the rows of "add": "patches", the N patch tokens, as VPT's text has it; "class_and_patches", the class
+            row (and what else comes before the patches) as well, as VPT's released code does ("add" and "add-1").
         dropout_per: "sample" draws a dropout mask for every image, as VPT does for ViTs; "batch" one for all.
         heads: attention heads, for "kv".
 
@@ -85,6 +87,7 @@ class PromptBank(nn.Module):
         prompt_dim: int | None = None,
         kind: PromptKind = "tokens",
         placement: Placement = "prepend",
+        added_to: AddedTo = "patches",
         dropout_per: DropoutPer = "sample",
         heads: int | None = None,
     ) -> None:
@@ -103,6 +106,8 @@ class PromptBank(nn.Module):
             raise ValueError("placement='add' needs prompt_mode 'shallow' or 'deep', got 'progressive'")
         if after == "drop" and (blocks is None or blocks < 0):
             raise ValueError(f"after='drop' needs blocks > 0, the blocks that have prompts, got {blocks!r}")
+        if added_to != "patches" and placement != "add":
+            raise ValueError(f"added_to={added_to!r} needs placement='add', got {placement!r}")
         if kind == "kv":
             for name, value, needed in (
                 ("prompt_mode", mode, "deep"),
@@ -117,6 +122,7 @@ class PromptBank(nn.Module):
         self.kind: str = kind
         self.dim = dim
         self.placement: str = placement
+        self.added_to: str = added_to
         self.length = length if placement == "prepend" else 0
         self.dropout = dropout
         self.dropout_per = dropout_per
@@ -162,7 +168,7 @@ class PromptBank(nn.Module):
         return F.dropout(rows, self.dropout, self.training)
 
     def added(self, block: int, batch: int) -> Tensor | None:
-        """What is added to the patch tokens that enter a block, (P, C) or (B, P, C); None where nothing is."""
+        """What is added to `added_to` of the rows that enter a block, (P, C) or (B, P, C); None where nothing is."""
         return self.rows(block, batch) if self.placement == "add" and block in self.blocks else None
 
     def keys_values(self, block: int, batch: int) -> Tensor | None:

@@ -27,6 +27,7 @@ class BatchPrompts(nn.Module):
     dropout = 0.0
     kind = "tokens"
     placement = "prepend"
+    added_to = "patches"
 
     def __init__(self, template: PromptBank, rows: Sequence[Tensor]) -> None:
         super().__init__()

@@ -32,7 +32,8 @@ class VisualPrompt(nn.Module):
     """A learned border in pixel space (visual prompting, as in arXiv:2211.11635).
 
     - "expansive": the (image_size)-pixel image stands in the middle of (size)-pixel grey, whose pixels are
-      `sigmoid(delta)`, and the whole is normalised; the border starts at 0.5.
+      `sigmoid(delta)`, and the whole is normalised; the border starts at 0.5. Of an odd difference of sizes the pixel
+      more is on the left and on the top, as in the released code of ILM-VP.
     - "additive": `delta`, starting at 0, is added to the outer `border` pixels of the normalised image.
 
     Args:
@@ -72,7 +73,7 @@ class VisualPrompt(nn.Module):
             raise ValueError(f"border must be in 1..{size // 2}, half of the image, got {border}")
         self.mode, self.size = mode, size
         self.image_size = image_size if mode == "expansive" else size
-        width = (size - image_size) // 2 if mode == "expansive" else border
+        width = (size - image_size + 1) // 2 if mode == "expansive" else border
         inside = image_size if mode == "expansive" else size - 2 * border
         self.inside = slice(width, width + inside)
         self.delta = nn.Parameter(torch.zeros(len(mean), size, size))
