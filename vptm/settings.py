@@ -55,6 +55,7 @@ FREE_ON_RESUME = frozenset(
     {"device", "impl", "log", "workers", "grad_checkpointing"}
 )  # these change nothing of what a run learns
 EVALUATION_BATCH = 256  # images per step where nothing is learned
+THRESHOLD = 0.5  # least probability of a label where an image has several, unless another is asked for
 _GROUPS = ", ".join(get_args(LearnedGroup))
 
 Group = TypeVar("Group", bound="SettingsGroup")

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Annotated, get_args
 import typer
 
 from vptm.commands.options import Backbone, Compile, CudaGraph, Device, Impl, PrecisionOption, Run, Thresholds, choice
-from vptm.settings import EVALUATION_BATCH, OnBadImage, RowFormat
+from vptm.settings import EVALUATION_BATCH, THRESHOLD, OnBadImage, RowFormat
 from vptm.terminal import SECONDS_PER_LINE, progress_bar, say
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def predict(
     from vptm.models.opening import load_adapter
     from vptm.serving.predict import picture_files, predictions
     from vptm.serving.task_bank import TaskBank
-    from vptm.serving.thresholds import THRESHOLD, check_used, read_thresholds
+    from vptm.serving.thresholds import check_used, read_thresholds
     from vptm.settings import RunSettings, choices
     from vptm.training.devices import device_of
     from vptm.training.precision import dtype_of, resolve_precision

@@ -11,6 +11,7 @@ import typer
 
 from vptm.commands.options import Backbone, Device, Impl, Thresholds
 from vptm.serving.limits import Limits
+from vptm.settings import THRESHOLD
 from vptm.terminal import say
 
 
@@ -48,7 +49,7 @@ def serve(
     import uvicorn
 
     from vptm.serving.server import Server, open_tasks, task_folders
-    from vptm.serving.thresholds import THRESHOLD, check_used, read_thresholds
+    from vptm.serving.thresholds import check_used, read_thresholds
     from vptm.training.devices import device_of
 
     limits = Limits(batch_size, patience, most_waiting, most_bytes, most_pixels)

@@ -18,8 +18,7 @@ from vptm.export.program import export_program
 from vptm.frozen.modes import eval_mode
 from vptm.messages import one_line, one_of
 from vptm.models.prompted_model import PromptedModel
-from vptm.serving.thresholds import THRESHOLD
-from vptm.settings import ExportFormat
+from vptm.settings import THRESHOLD, ExportFormat
 from vptm.version import __version__
 from vptm.weights.adapter_format import PREPROCESSING
 from vptm.weights.files import replacing_several

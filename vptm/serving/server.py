@@ -38,7 +38,8 @@ from vptm.serving.batching import Batcher, Overloaded
 from vptm.serving.limits import Limits
 from vptm.serving.predict import best_classes
 from vptm.serving.task_bank import TaskBank, TaskInfo
-from vptm.serving.thresholds import THRESHOLD, threshold_of
+from vptm.serving.thresholds import threshold_of
+from vptm.settings import THRESHOLD
 from vptm.weights.adapter_format import CONFIG_FILE
 
 PAGE = Path(__file__).with_name("page.html")

@@ -22,7 +22,8 @@ from vptm.models.prompted_model import PromptedModel
 from vptm.serving.batch_prompts import BatchPrompts, schedule
 from vptm.serving.pool import Pool
 from vptm.serving.readouts import Readout, readout_of
-from vptm.serving.thresholds import THRESHOLD, check_threshold, threshold_of
+from vptm.serving.thresholds import check_threshold, threshold_of
+from vptm.settings import THRESHOLD
 from vptm.weights.files import weight_hash
 from vptm_kernels import FoldedHead, prototype_cosine
 

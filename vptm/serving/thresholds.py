@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from vptm.messages import check_range, hint
-
-THRESHOLD = 0.5
+from vptm.settings import THRESHOLD
 
 
 def check_threshold(value: object) -> float:
