@@ -696,6 +696,42 @@ def test_refusals_are_one_line_with_the_right_code_and_leave_nothing(
     assert not failures, "\n".join(failures)
 
 
+def test_what_can_be_refused_is_before_data_is_opened(
+    vptm: Console, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data does not exist: it would be named if it were looked for first, and to list it may take long. Pictures
+    are decoded last, after the model was opened."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    start = ["train", "--model", material / "backbone.safetensors", "--data", "nowhere/x", "--device", "cpu"]
+    for options, reason in (
+        (["--precision", "tf32"], "precision tf32 needs a GPU of compute capability 8.0 or later, got device cpu"),
+        (["--precision", "fp16"], "precision fp16 trains on a GPU only, got device cpu"),
+        (["--batch-size", 8, "--accumulate", 3], "accumulate must divide the batch of 8 images, got 3"),
+        (["--model", "beit_base_patch16_22"], "no such file, folder or timm model; nearest: beit_base_patch16_224"),
+        (["--model", "none/weights.pth"], "none/weights.pth: no such file or folder"),
+        (["--out", "file/run"], "run folder file/run cannot be written: Not a directory"),
+        (["--cuda-graph"], "cuda_graph needs a GPU, got device cpu"),
+        (["--out", "new/run"], "data not found"),
+        ([], "data not found"),
+    ):
+        code, line = vptm.refused(*start, *options)
+        assert code == 2 and reason in line, line
+        if "--out" not in options:
+            code, line = vptm.refused(*start, *options, "--synthetic")
+            assert code == 2 and reason in line, line
+    assert sorted(tmp_path.rglob("*")) == before, "what is tried is gone, also folders that were made for it"
+    (tmp_path / "weights.pth").write_bytes(b"no weights")
+
+    def decoded(*_: object) -> None:
+        raise AssertionError("pictures were decoded first")
+
+    monkeypatch.setattr("vptm.methods.run.refuse_unreadable", decoded)
+    code, line = vptm.refused(*start, "--data", material / "pictures", "--shots", 4, "--model", "weights.pth")
+    assert code == 2 and "weights.pth" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

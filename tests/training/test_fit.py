@@ -27,6 +27,8 @@ import vptm.training.progress
 from vptm import PromptedBEiT, evaluate, fit, load_adapter, save_adapter, transforms
 from vptm.data.datasets import ImageDataset
 from vptm.data.split_list import SplitList
+from vptm.methods.run import train_run
+from vptm.settings import RunSettings
 from vptm.training.losses import protoverb_loss
 from vptm.training.progress import TrainProgress
 from vptm.training.ranks import Ranks
@@ -550,6 +552,11 @@ def test_what_processes_cannot_share_is_refused_before_a_folder_is_made(
     parts = DataLoader(train.dataset, batch_size=batch_size), DataLoader(val.dataset, batch_size=val_size)
     with pytest.raises(ValueError, match=message):
         fit(model, *parts, epochs=1, lr=0.1, run_dir=tmp_path / "r", **changes)
+    if batch_size < 4:  # of a whole run before its data, which is not there, is looked for
+        monkeypatch.setattr("vptm.methods.run.join", lambda place: Together())
+        settings = RunSettings.from_options({"data": str(tmp_path / "nowhere"), "batch_size": batch_size}, "beit")
+        with pytest.raises(ValueError, match=message.replace("train", "--batch-size", 1)):
+            train_run(settings, tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
 

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from vptm.methods.run import opened
+from vptm.methods.run import checked_place, opened
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import RunSettings
 from vptm.training.callbacks import Callback
-from vptm.training.devices import device_of
 from vptm.training.fit import fit
 from vptm.training.precision import dtype_of, resolve_precision
 from vptm.training.progress import Pace
-from vptm.training.ranks import join, local_device
+from vptm.training.ranks import join
 
 _MUCH = 0.05  # of the speed: less is neither felt nor measured well
 
@@ -71,7 +70,7 @@ def measure_feeding(settings: RunSettings, *, seconds: float = 20.0, report: Cal
         >>> measure_feeding(settings, seconds=0.2, report=lambda line: None).synthetic.waiting < 0.5
         True
     """
-    place = local_device(device_of(settings.device))
+    place = checked_place(settings)
     if (count := join(place).count) > 1:
         raise ValueError(f"--synthetic measures one process, got {count}")
     run = opened(settings, place, report=report)

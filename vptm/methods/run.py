@@ -27,7 +27,7 @@ from vptm.models.opening import open_model
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import EVALUATION_BATCH, BEiTSettings, RunSettings, parse_shots
 from vptm.training.callbacks import check_log, logger_of
-from vptm.training.checks import check_settings
+from vptm.training.checks import check_parts, check_settings
 from vptm.training.confusion import plot_confusion
 from vptm.training.devices import device_of, loader_of
 from vptm.training.evaluate import evaluate
@@ -35,20 +35,24 @@ from vptm.training.evaluate_run import asking_for_moved_data
 from vptm.training.facts import peak_memory
 from vptm.training.fit import FitResult, fit
 from vptm.training.graphs import check_graph
-from vptm.training.ranks import Ranks, first_reports, join, local_device
+from vptm.training.precision import resolve_precision
+from vptm.training.ranks import Ranks, check_images_for_all, first_reports, join, local_device
 from vptm.training.run_folder import (
     CONFUSION_FILE,
     RUN_FILE,
     check_run_folder,
+    check_writable,
     holds_progress,
     read_run,
     update_run_file,
 )
 from vptm.training.scores import by_name
 from vptm.weights.adapter_format import read_adapter_config
+from vptm.weights.beits import check_is_there
 from vptm.weights.files import WriteError
 
 DEMONSTRATION = "built for 28x28 grey clothing pictures, a demonstration"
+_RUNS = "runs"
 _MOST_DECODED = 2**29  # bytes of a split
 
 
@@ -108,14 +112,14 @@ def train_run(
         >>> train_run(settings, Path(tempfile.mkdtemp(), "run"), report=lambda line: None).best_epoch
         1
     """
-    check_log(settings.log)
-    check_settings(settings.train_settings)
-    place = local_device(device_of(settings.device))
-    check_graph(settings.train_settings.cuda_graph, place)
+    place = checked_place(settings)
     ranks = join(place)
+    check_images_for_all(settings.batch_size, ranks, "--batch-size")
     report = first_reports(report)
-    if out is not None and not ranks.index:
-        check_run_folder(out, resume=resume, overwrite=overwrite)  # before every image is decoded
+    if not ranks.index:
+        if out is not None:
+            check_run_folder(out, resume=resume, overwrite=overwrite)
+        check_writable(Path(_RUNS) if out is None else out)
     run_of = opened(settings, place, resume=resume, report=report)
     data, parts, model, loaders = run_of.data, run_of.parts, run_of.model, run_of.loaders
     folder = ranks.first(_free_folder(data.name) if out is None else out)
@@ -166,6 +170,22 @@ def train_run(
     return run
 
 
+def checked_place(settings: RunSettings) -> torch.device:
+    """Where a run computes; what of its settings cannot be is refused, before any picture is read.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError: see `train_run`.
+    """
+    check_log(settings.log)
+    check_settings(settings.train_settings)
+    check_parts(settings.batch_size, settings.train_settings.accumulate)
+    place = local_device(device_of(settings.device))
+    check_graph(settings.train_settings.cuda_graph, place)
+    resolve_precision(settings.train_settings.precision, place, training=True)
+    check_is_there(settings.model)
+    return place
+
+
 class OpenedRun(NamedTuple):
     """What a run is made of: its data, the images that are used by split, the model before it has learned, and batches
     of each split, and of the training images as they are, "support"."""
@@ -197,7 +217,16 @@ def opened(
         report(f"the built-in model is {DEMONSTRATION}")
     if settings.finetune:
         model.unfreeze()
+    _look_at(settings, parts, report)
     return OpenedRun(data, parts, model, _loaders(settings, data, parts, model, place))
+
+
+def _look_at(settings: RunSettings, parts: dict[str, ImageDataset], report: Callable[[str], None]) -> None:
+    """Decode every image, which takes longest of all that may be refused."""
+    if settings.on_bad_image == "error":
+        refuse_unreadable(parts.values())
+    if dark := dark_line(parts["train"]):
+        report(dark)
 
 
 def _parts(settings: RunSettings, data: ImageData, report: Callable[[str], None]) -> dict[str, ImageDataset]:
@@ -210,10 +239,6 @@ def _parts(settings: RunSettings, data: ImageData, report: Callable[[str], None]
     parts = {split: part for split, part in found.items() if part}
     for line in class_lines(parts, data.train):
         report(line)
-    if settings.on_bad_image == "error":
-        refuse_unreadable(parts.values())
-    if dark := dark_line(train):
-        report(dark)
     if settings.shuffle_labels:
         draw = np.random.default_rng(seed)
         for split in ("train", "val"):  # true validation labels would still select the luckiest epoch
@@ -311,7 +336,7 @@ def _cost(model: PromptedModel, result: FitResult, images: int, memory: int) -> 
 
 def _free_folder(name: str) -> Path:
     number = 1
-    while (folder := Path("runs") / f"{name}-{number}").exists():
+    while (folder := Path(_RUNS) / f"{name}-{number}").exists():
         number += 1
     return folder
 

@@ -28,8 +28,13 @@ def check_loaders(train: Any, val: Any, settings: TrainSettings) -> None:
             raise TypeError(f"{name} must be a torch DataLoader, got {type(loader).__name__}")
     if val is None and settings.early_stopping is not None:
         raise ValueError(f"early_stopping needs validation images, got {settings.early_stopping} without any")
-    if (train.batch_size or settings.accumulate) % settings.accumulate:
-        raise ValueError(f"accumulate must divide the batch of {train.batch_size} images, got {settings.accumulate}")
+    check_parts(train.batch_size, settings.accumulate)
+
+
+def check_parts(batch_size: int | None, accumulate: int) -> None:
+    """ValueError where batches of that many images, None where it is not known, do not divide into equal parts."""
+    if (batch_size or accumulate) % accumulate:
+        raise ValueError(f"accumulate must divide the batch of {batch_size} images, got {accumulate}")
 
 
 def check_settings(settings: TrainSettings) -> None:

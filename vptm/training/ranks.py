@@ -160,8 +160,14 @@ def check_shared(loader: DataLoader[Any], ranks: Ranks, name: str) -> None:
         return
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         raise ValueError(f"{name} must be a data set with batches for {ranks.count} processes, got a stream")
-    if (size := loader.batch_size) is not None and size < ranks.count:
-        raise ValueError(f"{name} must have an image for each of {ranks.count} processes in a batch, got {size}")
+    if loader.batch_size is not None:
+        check_images_for_all(loader.batch_size, ranks, name)
+
+
+def check_images_for_all(batch_size: int, ranks: Ranks, name: str) -> None:
+    """ValueError where batches of that many images have none for some process."""
+    if batch_size < ranks.count:
+        raise ValueError(f"{name} must have an image for each of {ranks.count} processes in a batch, got {batch_size}")
 
 
 def rank_loader(loader: DataLoader[Any], ranks: Ranks, name: str) -> tuple[DataLoader[Any], RankBatches | None]:

@@ -12,6 +12,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,39 @@ def check_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = Fa
         raise ValueError(f"run folder {folder} exists and is not empty: pass resume, overwrite or another folder")
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a run folder that cannot be written, before anything long is done; what is made to try it is gone after.
+
+    Raises:
+        ValueError: it cannot be made, or holds no new files.
+
+    Example:
+        >>> check_writable(Path("runs/new"))
+        >>> Path("runs").exists()
+        False
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        _make_writable(folder)
+        (folder / _PROBE).unlink(missing_ok=True)
+    finally:
+        for path in missing:
+            with suppress(OSError):  # another run may have begun in it
+                path.rmdir()
+
+
+_PROBE = ".probe.tmp"
+
+
+def _make_writable(folder: Path) -> None:
+    """`folder`, with a file in it that leaves with others of its kind."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _PROBE).touch()
+    except OSError as error:
+        raise ValueError(f"run folder {folder} cannot be written: {error.strerror}") from None
+
+
 def _is_leftover(path: Path) -> bool:
     """Whether a file is what a killed run was about to rename."""
     return path.name.startswith(".") and path.suffix == ".tmp"
@@ -326,10 +360,8 @@ def prepare_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = 
         state = _finished_state(folder)
         if state is None and (folder / STATE_FILE).is_file():
             state = read_state(folder / STATE_FILE)
+    _make_writable(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe.tmp"
-        probe.touch()
         for path in filter(_is_leftover, folder.iterdir()):
             path.unlink(missing_ok=True)
         if overwrite:

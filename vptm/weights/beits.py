@@ -44,7 +44,7 @@ from vptm.weights.beit_architecture import (
     window_of,
 )
 from vptm.weights.configs import HUGGINGFACE_EPS
-from vptm.weights.containers import Checkpoint, read_checkpoint
+from vptm.weights.containers import Checkpoint, is_something, read_checkpoint
 from vptm.weights.families import TIMM_MODULES, is_dinov3, refuse_rotary
 from vptm.weights.files import (
     SUFFIXES,
@@ -184,9 +184,30 @@ def _load(
     checkpoint = read_checkpoint(source)
     if checkpoint is not None:
         return _from_checkpoint(checkpoint, label, size)
+    raise _not_there(source)
+
+
+def check_is_there(source: Any) -> None:
+    """Refuse a name or a path that is nothing, before anything is read; whatever is no name or path passes.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: a name that neither vptm nor timm knows.
+
+    Example:
+        >>> check_is_there("weights.pth")
+        Traceback (most recent call last):
+        FileNotFoundError: weights.pth: no such file or folder
+    """
+    if isinstance(source, str | os.PathLike) and not (is_timm_name(source) or is_something(source)):
+        raise _not_there(source)
+
+
+def _not_there(source: str | os.PathLike[str]) -> Exception:
+    label = os.fspath(source)
     if not isinstance(source, str) or Path(label).suffix in SUFFIXES or os.sep in label or "/" in label:
-        raise FileNotFoundError(f"{label}: no such file or folder")
-    raise ValueError(_unknown_name(label))
+        return FileNotFoundError(f"{label}: no such file or folder")
+    return ValueError(_unknown_name(label))
 
 
 def _from_module(

@@ -61,10 +61,26 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint | None:
         if not stat.S_ISREG(mode):
             raise ValueError(f"{label}: must be a file or a folder, got a pipe, a socket or a device")
         return _read_file(path, label)
-    hub_id = _HUB_ID.fullmatch(label) if isinstance(source, str) else None
-    if hub_id and path.suffix not in SUFFIXES and not os.path.exists(path.parts[0]):
-        return _read_folder(_download(hub_id[1], label), label)
-    return None
+    hub_id = _hub_id(source)
+    return None if hub_id is None else _read_folder(_download(hub_id, label), label)
+
+
+def _hub_id(source: str | os.PathLike[str]) -> str | None:
+    """The id of a repository on the hub that `source` may be, where nothing here is called so."""
+    found = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
+    if found is None or Path(source).suffix in SUFFIXES or os.path.exists(Path(source).expanduser().parts[0]):
+        return None
+    return found[1]
+
+
+def is_something(source: str | os.PathLike[str]) -> bool:
+    """Whether `read_checkpoint` finds something so called, or may find it on the hub; nothing is read or fetched."""
+    if source == "builtin" or _hub_id(source) is not None:
+        return True
+    try:
+        return Path(source).expanduser().exists()
+    except (OSError, ValueError):  # no path at all
+        return False
 
 
 def told_of(source: str | os.PathLike[str]) -> Told | None:
@@ -78,12 +94,12 @@ def told_of(source: str | os.PathLike[str]) -> Told | None:
     if source == "builtin":
         return Told("beit")
     path = Path(label).expanduser()
-    hub_id = _HUB_ID.fullmatch(label) if isinstance(source, str) else None
     try:
         if not path.exists():
-            if not hub_id or path.suffix in SUFFIXES or os.path.exists(path.parts[0]):
+            hub_id = _hub_id(source)
+            if hub_id is None:
                 return None
-            path = _download(hub_id[1], label)
+            path = _download(hub_id, label)
         if path.is_file():
             return told_by_names(_names_in(path))
         config = read_json(path / "config.json")
