@@ -51,3 +51,10 @@ def test_the_sampler_draws_classes_alike_from_the_global_generator() -> None:
     assert list(sampler) == first and len(first) == len(sampler) == 600 and list(sampler) != first
     counts = Counter(np.repeat(LABELS, 60)[first].tolist())
     assert all(150 < counts[k] < 250 for k in range(3)), counts
+
+
+@pytest.mark.parametrize("labels", [np.full((4, 2), 0.5), np.array([0.0, 1.0])])
+def test_the_sampler_draws_classes_and_nothing_else(labels: np.ndarray) -> None:
+    """Shares would be weighed as if every value were a class."""
+    with pytest.raises(ValueError, match=r"labels must be \(N,\) integers, got \(.*\) of float64"):
+        balanced_sampler(labels)

@@ -662,6 +662,49 @@ def test_labels_may_be_shares_of_classes(backbone: Path) -> None:
     assert row["train_accuracy"] == (scores.argmax(1) == labels).double().mean().item()
 
 
+def test_a_data_set_may_hold_shares_of_classes(backbone: Path, tmp_path: Path) -> None:
+    """As those of a teacher, carried or inside the items: their loss, and a run on others is another run. Shares that
+    are none would train on, to NaN or to whatever a negative share pulls."""
+    model = make_model(backbone)
+    images, labels = next(iter(DataLoader(pictures(6).with_transform(transforms(model)), batch_size=6)))
+    shares = torch.nn.functional.one_hot(labels, 3) * 0.7 + 0.1
+    with torch.no_grad():
+        wanted = torch.nn.functional.cross_entropy(model.eval()(images), shares).item()
+
+    def loader(values: torch.Tensor, carried: bool = True) -> DataLoader[Any]:
+        data: Any = TensorDataset(images, values)
+        return DataLoader(data if carried else list(data), batch_size=6)
+
+    options: dict[str, Any] = {"epochs": 1, "lr": 1e-30, "progress": False}
+    for data in (loader(shares), loader(shares, False), loader(shares.half()), loader(shares.double())):
+        row = fit(make_model(backbone), data, **options).history[0]
+        assert row["train_loss"] == pytest.approx(wanted, rel=1e-3)
+        assert row["train_accuracy"] == (model(images).argmax(1) == labels).double().mean().item()
+    fit(make_model(backbone), loader(shares), run_dir=tmp_path / "r", **options)
+    fit(make_model(backbone), loader(shares, False), run_dir=tmp_path / "r", resume=True, **options)
+    with pytest.raises(ValueError, match="train labels was"):
+        fit(make_model(backbone), loader(shares.flip(1)), run_dir=tmp_path / "r", resume=True, **options)
+    nothing, negative = shares.clone(), shares.clone()
+    nothing[4] = math.nan
+    negative[4] = torch.tensor([1.5, -0.5, 0.0])
+    refused: list[tuple[DataLoader[Any], dict[str, Any], str]] = [
+        (loader(nothing), {}, "train labels must be shares >= 0 that add up to 1, got nan for image 4"),
+        (loader(negative, False), {}, "train labels must be shares >= 0 that add up to 1, got -0.5 for image 4"),
+        (loader(negative[4:5].expand(6, 3)), {}, "labels must be shares >= 0 that add up to 1, got -0.5 for row 0"),
+        (loader(shares), {"val": loader(shares)}, "val labels must be integers for validation"),
+        (
+            loader(shares),
+            {"protoverb_weight": 1.0},
+            "train labels must be integers for validation and ProtoVerb's losses",
+        ),
+        (loader(shares), {"class_weights": "balanced"}, "class_weights must be numbers for images that are shares"),
+    ]
+    for data, changes, message in refused:
+        with pytest.raises(ValueError, match=message):
+            fit(model, data, run_dir=tmp_path / "new", **(options | changes))
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_no_batch_can_be_made_of_touches_no_folder(backbone: Path, tmp_path: Path) -> None:
     """Raw errors of torch, timm and Python, some of them after a good run was replaced."""
 

@@ -18,11 +18,12 @@ def class_weights(given: str | Sequence[float], labels: np.ndarray | None, class
     Args:
         given: "balanced" is `N / (K * count)` of each class, as `sklearn.utils.class_weight.compute_class_weight` has
             it; or K numbers > 0, in a sequence or as text with commas between them.
-        labels: (N,) integers of the training images; None of a stream.
+        labels: (N,) integers of the training images, or shares (N, K) of the classes; None of a stream.
         classes: K.
 
     Raises:
-        ValueError: another number of weights than classes, or "balanced" of a stream or of a class without an image.
+        ValueError: another number of weights than classes, or "balanced" of a stream, of shares, or of a class without
+            an image.
 
     Example:
         >>> class_weights("balanced", np.array([0, 0, 0, 1]), 2)
@@ -37,6 +38,8 @@ def class_weights(given: str | Sequence[float], labels: np.ndarray | None, class
         return torch.tensor(found, dtype=torch.float64)
     if labels is None:
         raise ValueError("class_weights must be numbers for a stream, whose labels nobody has counted, got balanced")
+    if labels.ndim > 1:
+        raise ValueError("class_weights must be numbers for images that are shares of classes, got balanced")
     counts = np.bincount(labels, minlength=classes)
     if not counts.all():
         raise ValueError(
@@ -55,6 +58,9 @@ def balanced_sampler(labels: np.ndarray) -> WeightedRandomSampler:
     Args:
         labels: (N,) integers.
 
+    Raises:
+        ValueError: other labels, such as shares of classes.
+
     Example:
         >>> labels = np.repeat([0, 1], [990, 10])
         >>> len(set(balanced_sampler(labels))) < 700  # the 10 are drawn again and again
@@ -62,4 +68,7 @@ def balanced_sampler(labels: np.ndarray) -> WeightedRandomSampler:
     """
     from sklearn.utils.class_weight import compute_sample_weight
 
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(f"labels must be (N,) integers, got {labels.shape} of {labels.dtype}")
     return WeightedRandomSampler(compute_sample_weight("balanced", labels).tolist(), len(labels))

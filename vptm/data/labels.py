@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -67,9 +68,41 @@ def check_several(
         )
 
 
+_ROUNDED = 0.05  # of shares in 16 bits
+
+
+def check_shares(labels: Tensor | np.ndarray, *, name: str = "labels", of: str = "image") -> None:
+    """Refuse shares (N, K) of classes that are below 0 or do not add up to 1.
+
+    Args:
+        labels: (N, K) of a floating type.
+        name, of: for the message, as of `check_labels`.
+
+    Raises:
+        ValueError: naming the first row that is wrong.
+
+    Example:
+        >>> check_shares(torch.tensor([[0.5, 0.5], [1.5, -0.5]]))
+        Traceback (most recent call last):
+        ValueError: labels must be shares >= 0 that add up to 1, got -0.5 for image 1
+    """
+    shares = torch.as_tensor(labels).double()
+    totals, least = shares.sum(1), shares.amin(1)
+    wrong = ~((totals - 1).abs() <= _ROUNDED) | ~(least >= 0)  # NaN too
+    if not wrong.any():
+        return
+    row = int(wrong.nonzero()[0, 0])
+    if not least[row] >= 0:
+        raise ValueError(f"{name} must be shares >= 0 that add up to 1, got {least[row].item():g} for {of} {row}")
+    raise ValueError(
+        f"{name} must be shares that add up to 1, got {totals[row].item():g} for {of} {row}: several labels of an "
+        "image need a model with multi_label=True"
+    )
+
+
 def dataset_labels(dataset: Any, ndim: int = 1) -> np.ndarray | None:
     """Labels (N,) of a data set that has them as `labels`, `targets` or tensors, as its items give them; with `ndim`
-    2 those (N, K) of several classes.
+    2 those (N, K) of several classes, or shares of them.
 
     Looked for below `Subset` too, and sent through `target_transform`. None where only the items can tell: no such
     attribute, one that is not N integers, or a subclass of `Subset` or transforms of image and label together, which

@@ -9,7 +9,7 @@ from timm.optim import list_optimizers
 from torch.utils.data import DataLoader, IterableDataset
 
 from vptm.data.datasets import ImageDataset
-from vptm.data.labels import check_labels, check_several, dataset_labels
+from vptm.data.labels import check_labels, check_several, check_shares, dataset_labels
 from vptm.messages import error_line, hint, listed, one_line
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.verbalizers import PrototypicalVerbalizer
@@ -120,11 +120,11 @@ def check_data(
         shares: whether labels may be shares of the classes.
 
     Returns:
-        The labels (N,) int64, or (N, K) of a multi-label model, of the loader's data set; None of a stream. A data set
-        that does not carry them is read once.
+        The labels (N,) int64, (N, K) of a multi-label model, or shares (N, K) float64, of the loader's data set; None
+        of a stream. A data set that does not carry them is read once.
     """
     first = _first_label(model, loader, name, cast, shares)
-    return _labels(loader, model.num_classes, name, first, 2 if model.multi_label else 1)
+    return _labels(loader, model, name, first)
 
 
 def _first_label(model: PromptedModel, loader: DataLoader[Any], name: str, cast: bool, shares: bool) -> Any:
@@ -163,18 +163,24 @@ def _check_batch(model: PromptedModel, batch: Any, name: str, cast: bool, shares
         raise ValueError(f"{name} labels must be integers for validation and ProtoVerb's losses, got shares")
 
 
-def _labels(loader: DataLoader[Any], classes: int, name: str, first: Any, ndim: int) -> np.ndarray | None:
+def _labels(loader: DataLoader[Any], model: PromptedModel, name: str, first: Any) -> np.ndarray | None:
     dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset):
         return None
+    classes, one = model.num_classes, np.asarray(first)
     if isinstance(dataset, ImageDataset) and len(dataset.classes) != classes:
         raise ValueError(f"{name} images must have the model's {classes} classes, got {len(dataset.classes)}")
+    shares = not model.multi_label and one.dtype.kind == "f" and one.shape == (classes,)
+    ndim = 2 if shares or model.multi_label else 1
     labels = dataset_labels(dataset, ndim)
-    if labels is None or (len(labels) and not np.array_equal(labels[0], np.asarray(first))):
+    if labels is None or (len(labels) and not np.array_equal(labels[0], one)):
         with generators_kept(loader, None):
-            labels = _read_labels(dataset, name) if ndim == 1 else _read_several(dataset, name)
+            labels = _read_labels(dataset, name) if ndim == 1 else _read_several(dataset, name, shares)
     if len(labels) == 0:
         raise ValueError(f"{name} must hold at least one image, it is empty")
+    if shares:
+        check_shares(labels, name=f"{name} labels")
+        return labels.astype(np.float64)
     (check_labels if ndim == 1 else check_several)(labels, classes, name=f"{name} labels")
     return labels.astype(np.int64)
 
@@ -192,11 +198,11 @@ def _read_labels(dataset: Any, name: str) -> np.ndarray:
     return np.array(labels, dtype=np.int64)
 
 
-def _read_several(dataset: Any, name: str) -> np.ndarray:
-    """The labels (N, K) of every item of several labels, which decodes every image."""
+def _read_several(dataset: Any, name: str, shares: bool) -> np.ndarray:
+    """The labels or shares (N, K) of every item, which decodes every image."""
     items = (images_and_labels(dataset[index], name, tensors=False)[1] for index in range(len(dataset)))
     rows = [np.asarray(labels) for labels in items]
     if len({row.shape for row in rows}) > 1 or any(row.dtype.kind not in "iufb" for row in rows):
-        shown = one_line(rows[0], 100)
-        raise ValueError(f"{name} labels must be 0 or 1, as many for each image, got {shown} at index 0")
+        wanted, shown = "shares of the classes" if shares else "0 or 1", one_line(rows[0], 100)
+        raise ValueError(f"{name} labels must be {wanted}, as many for each image, got {shown} at index 0")
     return np.array(rows)

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vptm.data.labels import check_labels, check_several
+from vptm.data.labels import check_labels, check_several, check_shares
 from vptm.models.prompted_model import PromptedModel
 from vptm.training.scores import Answers, SeveralAnswers
-
-_ROUNDED = 0.05  # of shares in 16 bits
 
 
 class OneLabel:
@@ -40,14 +38,7 @@ class OneLabel:
         """
         if labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] == self.classes:
             if labels.device.type == "cpu":  # looking stalls a GPU
-                off = (labels.double().sum(1) - 1).abs() > _ROUNDED
-                if off.any():
-                    row = int(off.nonzero()[0, 0])
-                    total = labels[row].double().sum().item()
-                    raise ValueError(
-                        f"labels must be shares that add up to 1, got {total:g} for row {row}: several labels of an "
-                        "image need a model with multi_label=True"
-                    )
+                check_shares(labels, of="row")
             return True
         if labels.is_floating_point() or labels.ndim != 1:
             raise ValueError(
