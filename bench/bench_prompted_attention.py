@@ -3,12 +3,12 @@
     pytest bench/bench_prompted_attention.py --benchmark-only
 
 Peers get what they need: prompts concatenated to keys and values, and the bias as timm builds it (gathered from the
-table, permuted, made contiguous) with zero columns for prompts. `scaled_dot_product_attention` runs once per backend,
-by force: the backend it would choose can be wrong (cuDNN before 9.26 with a mask). FlexAttention adds the bias itself,
-in its own kernel and, where flash-attn-4 is installed, in that one's. "flash without bias" and "flash-attn-4 without
-bias" compute less than the others and are there as the speed of light. Every implementation is checked against the
-definition in float64 first, on two images alone and on the first two of the batch; one that exceeds its error budget is
-reported and not timed.
+table, permuted, made contiguous) with columns for prompts, of zeros or of their gates. `scaled_dot_product_attention`
+runs once per backend, by force: the backend it would choose can be wrong (cuDNN before 9.26 with a mask). FlexAttention
+adds the bias itself, in its own kernel and, where flash-attn-4 is installed, in that one's. "flash without bias" and
+"flash-attn-4 without bias" compute less than the others and are there as the speed of light. Every implementation is
+checked against the definition in float64 first, on two images alone and on the first two of the batch; one that exceeds
+its error budget is reported and not timed.
 
 `extra_info` holds the bytes that must move and the floating-point operations (formulas in `_work`), and `share of
 ceiling`: the time this machine needs for them at its own measured copy bandwidth and matrix rate, over the measured
@@ -47,13 +47,15 @@ class Shape:
     window: tuple[int, int] = (14, 14)
     heads: int = 12
     head_dim: int = 64
+    gated: bool = False
 
     @property
     def tokens(self) -> int:
         return self.window[0] * self.window[1] + 1
 
     def __str__(self) -> str:
-        return f"B={self.batch} H={self.heads} N={self.tokens} P={self.prompts} D={self.head_dim}"
+        sizes = f"B={self.batch} H={self.heads} N={self.tokens} P={self.prompts} D={self.head_dim}"
+        return f"{sizes} gated" if self.gated else sizes
 
 
 def _shapes() -> list[tuple[Shape, torch.dtype]]:
@@ -62,6 +64,7 @@ def _shapes() -> list[tuple[Shape, torch.dtype]]:
     BEiT-B/16 at 224 in a training batch, without prompts, with a few and with as many as VPT uses; one image, where
     launches and tails decide; and BEiT-L/16 at 384, whose bias outgrows the first-level cache. Then every number of
     prompts, batch, size and resolution. On a CPU a batch of two, on its full grid also 100 prompts and a batch of 16.
+    Gated: every head and prompt has a value that is added to its column.
     """
     dtypes = timing.selection.dtypes
     if timing.selection.tiny:
@@ -69,8 +72,9 @@ def _shapes() -> list[tuple[Shape, torch.dtype]]:
         return [(shape, dtype) for dtype in dtypes for shape in small]
     if not CUDA:
         more = [Shape(2, 100), Shape(16, 50)] if timing.selection.full else []
-        return list(product([Shape(2, 0), Shape(2, 50), *more], dtypes))
+        return list(product([Shape(2, 0), Shape(2, 50), Shape(2, 50, gated=True), *more], dtypes))
     first = [Shape(64, 0), Shape(64, 50), Shape(64, 10), Shape(1, 50), Shape(16, 50, (24, 24), 16)]
+    first += [Shape(64, 50, gated=True)]
     grid = product(((14, 14), (24, 24)), (12, 16), (64, 1, 8, 256), (50, 0, 10, 100, 200))
     rest = [Shape(batch, prompts, window, heads) for window, heads, batch, prompts in grid]
     rest = [shape for shape in rest if shape not in first]
@@ -86,6 +90,7 @@ class Inputs:
     prompts: Tensor
     bias: RelativePositionBias
     frozen_bias: Tensor
+    gates: Tensor | None
     grad: Tensor
 
 
@@ -104,12 +109,13 @@ def _inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
         prompts=random(shape.prompts, 2 * width).requires_grad_(),
         bias=bias,
         frozen_bias=bias.dense(torch.float16 if CUDA else dtype),
+        gates=torch.randn(shape.heads, shape.prompts, generator=generator).to(DEVICE) if shape.gated else None,
         grad=random(shape.batch, shape.tokens, width),
     )
 
 
 def _vptm(shape: Shape, x: Inputs) -> Tensor:
-    out = prompted_attention(x.qkv, x.prompts, num_heads=shape.heads, bias=x.frozen_bias)
+    out = prompted_attention(x.qkv, x.prompts, num_heads=shape.heads, bias=x.frozen_bias, prompt_column_bias=x.gates)
     assert isinstance(out, Tensor)
     return out
 
@@ -119,8 +125,12 @@ def _concatenated(shape: Shape, x: Inputs, biased: bool) -> tuple[Tensor, Tensor
     pk, pv = x.prompts.view(shape.prompts, 2, shape.heads, shape.head_dim).permute(1, 2, 0, 3)
     k = torch.cat([k, pk.expand(shape.batch, -1, -1, -1)], 2)
     v = torch.cat([v, pv.expand(shape.batch, -1, -1, -1)], 2)
-    mask = pad(x.bias.dense().contiguous(), (0, shape.prompts)).to(x.qkv.dtype)[None] if biased else None
-    return q, k, v, mask
+    if not biased:
+        return q, k, v, None
+    mask = pad(x.bias.dense().contiguous(), (0, shape.prompts))
+    if x.gates is not None:
+        mask += pad(x.gates, (shape.tokens, 0))[:, None]
+    return q, k, v, mask.to(x.qkv.dtype)[None]
 
 
 def _sdpa(shape: Shape, x: Inputs, backend: SDPBackend | None, biased: bool = True) -> Tensor:
@@ -131,7 +141,8 @@ def _sdpa(shape: Shape, x: Inputs, backend: SDPBackend | None, biased: bool = Tr
 
 
 def _eager(shape: Shape, x: Inputs) -> Tensor:
-    return prompted_attention_reference(x.qkv, x.prompts, num_heads=shape.heads, bias=x.bias)[0]
+    given = {"num_heads": shape.heads, "bias": x.bias, "prompt_column_bias": x.gates}
+    return prompted_attention_reference(x.qkv, x.prompts, **given)[0]
 
 
 def _flex(shape: Shape, x: Inputs, backend: str = "AUTO") -> Tensor:
@@ -228,7 +239,7 @@ def _call(implementation: Implementation, shape: Shape, x: Inputs, direction: st
 
 def _two_images(implementation: Implementation, shape: Shape, x: Inputs, gradients: bool = True) -> tuple[Tensor, ...]:
     """out, dqkv and dprompts of the first images alone: the definition in float64 has no room for a whole batch."""
-    few = Inputs(x.qkv[:2].detach().requires_grad_(), x.prompts, x.bias, x.frozen_bias, x.grad[:2])
+    few = replace(x, qkv=x.qkv[:2].detach().requires_grad_(), grad=x.grad[:2])
     few_images = replace(shape, batch=len(few.qkv))
     if not gradients:
         return (implementation(few_images, _detached(few)),)
@@ -242,7 +253,8 @@ def _exact(shape: Shape, dtype: torch.dtype, of: torch.dtype, biased: bool) -> t
     x = _inputs(shape, of)
     qkv, prompts = (t.detach().to(dtype).requires_grad_() for t in (x.qkv[:2], x.prompts))
     bias = x.bias._replace(table=x.bias.table.to(dtype)) if biased else None
-    out, _ = prompted_attention_reference(qkv, prompts, num_heads=shape.heads, bias=bias)
+    gates = None if x.gates is None or not biased else x.gates.to(dtype)
+    out, _ = prompted_attention_reference(qkv, prompts, num_heads=shape.heads, bias=bias, prompt_column_bias=gates)
     grads = torch.autograd.grad(out, [qkv, prompts], x.grad[:2].to(dtype))
     return out.detach(), *grads
 
@@ -290,7 +302,7 @@ def bench_prompted_attention(
     benchmark.extra_info |= {
         "prompt_length": shape.prompts,
         "batch": shape.batch,
-        "shape": f"H={shape.heads} N={shape.tokens} D={shape.head_dim}, {direction}",
+        "shape": f"H={shape.heads} N={shape.tokens} D={shape.head_dim}{' gated' * shape.gated}, {direction}",
     }
     x, forms = _inputs(shape, dtype), _forms(benchmark.group)
     runs = {name: _call(form, shape, x, direction) for name, form in forms.items()}

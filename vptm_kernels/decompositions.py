@@ -42,6 +42,7 @@ def _prompted_attention(
     qkv: Tensor,
     prompts: Tensor | None,
     bias: Tensor | None,
+    columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
     window: Sequence[int],
@@ -65,6 +66,9 @@ def _prompted_attention(
     mask = expand_table(bias, (window[0], window[1]), token_ids) if bias is not None and window else bias
     if mask is not None:
         mask = F.pad(mask, (0, k.shape[1] - mask.shape[2], 0, q.shape[1] - mask.shape[1])).to(q.dtype)[None]
+    if columns is not None:
+        of_prompts = F.pad(columns.to(q.dtype), (qkv.shape[1], 0))[None, :, None]
+        mask = of_prompts if mask is None else mask + of_prompts
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).flatten(2), qkv.new_empty(0, dtype=accumulator(qkv.dtype))

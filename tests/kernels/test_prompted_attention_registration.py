@@ -21,6 +21,8 @@ CASES = [
     AttentionCase(tokens=7, dtype=torch.float32, prompts="queries", bias="table", window=(2, 3)),
     AttentionCase(tokens=7, dtype=torch.float32, prompts="pool", bias="dense"),
     AttentionCase(tokens=7, dtype=torch.float32, prompts="image", bias="columns", layout="sliced"),
+    AttentionCase(tokens=7, dtype=torch.float32, prompts="shared", columns="columns"),
+    AttentionCase(tokens=7, dtype=torch.float32, prompts="pool", bias="dense", columns="heads"),
 ]
 
 
@@ -32,18 +34,18 @@ def op_arguments(call, impl):
     elif bias is not None and bias.ndim == 4:
         bias = bias[0]
     options = (window, 2, call.get("prompt_qkv") is not None, call.get("max_prompt_length") or 0, 0.25)
-    return (call["qkv"], prompts, bias, ids, call.get("prompt_ranges")), options
+    return (call["qkv"], prompts, bias, call.get("prompt_column_bias"), ids, call.get("prompt_ranges")), options
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.prompts}-{case.bias}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.prompts}-{case.bias}-{case.columns}")
 def test_opcheck(case, impl):
     """Schema, autograd registration, fakes with the real strides, and AOT dispatch with dynamic shapes."""
     inputs, options = op_arguments(case.inputs(DEVICE, requires_grad=True), impl)
     torch.library.opcheck(prompted_attention_op, (*inputs, *options, True, impl))
     detached = [None if t is None else t.detach() for t in inputs]
     out, lse = prompted_attention_op(*detached, *options, True, impl)
-    needs = [True, inputs[1] is not None, inputs[2] is not None]
+    needs = [True, *(t is not None for t in inputs[1:4])]
     backward = (torch.randn_like(out), torch.randn_like(lse), *detached, out, lse, *options, needs, impl)
     torch.library.opcheck(prompted_attention_backward_op, backward, test_utils=("test_schema", "test_faketensor"))
 
@@ -53,7 +55,7 @@ def test_opcheck(case, impl):
 def test_fullgraph_compile_forward_and_backward(backend, impl):
     """Inductor asserts the strides that the fakes promise, so it sees a wrong fake that opcheck misses."""
     torch._dynamo.reset()
-    case = AttentionCase(tokens=7, dtype=torch.float32, bias="table", window=(2, 3), rotary="heads")
+    case = AttentionCase(tokens=7, dtype=torch.float32, bias="table", window=(2, 3), rotary="heads", columns="columns")
     call = case.inputs(DEVICE, requires_grad=True)
 
     def run(**call):

@@ -33,12 +33,16 @@ IMPLS = ["torch", "triton"] if has_triton() else ["torch"]
 # Kernels multiply float64 in the interpreter only.
 EXACT_IMPLS = [impl for impl in IMPLS if impl == "torch" or (DEVICE == "cpu" and not COMPILING)]
 needs_triton = pytest.mark.skipif(not has_triton(), reason="the triton package is not installed")
-TENSORS = ("x", "q", "norm_weight", "norm_bias", "k_weight", "v_weight", "v_bias", "prompt_kv", "bias")
+TENSORS = (
+    *("x", "q", "norm_weight", "norm_bias", "k_weight", "v_weight", "v_bias"),
+    *("prompt_kv", "prompt_column_bias", "bias"),
+)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call. prompts: "none", "shared" or "image"; bias: "none", "tokens" (H, N) or "all" (H, N+P); layout of x:
+    """One call. prompts: "none", "shared" or "image"; bias: "none", "tokens" (H, N) or "all" (H, N+P); columns:
+    whether prompts, where there are any, have values for their columns (H, P); layout of x:
     "contiguous", "sliced" (from wider rows and more tokens) or "expanded"; stream: dtype of x where it is another."""
 
     batch: int = 2
@@ -49,6 +53,7 @@ class Case:
     prompt_length: int = 3
     prompts: str = "shared"
     bias: str = "all"
+    columns: bool = False
     norm: bool = True
     v_bias: bool = True
     layout: str = "contiguous"
@@ -85,11 +90,14 @@ class Case:
             "v_bias": random(inner) if self.v_bias else None,
             "num_heads": self.heads,
             "prompt_kv": None,
+            "prompt_column_bias": None,
             "bias": None if self.bias == "none" else random(self.heads, columns),
             "scale": self.scale,
         }
         if self.prompts != "none":
             call["prompt_kv"] = random(*([self.batch] if self.prompts == "image" else []), length, 2 * inner)
+            if self.columns:
+                call["prompt_column_bias"] = random(self.heads, length)
         for name in learned:
             if call[name] is not None:
                 call[name].requires_grad_()
@@ -110,7 +118,7 @@ def gradients(call: dict[str, Any], out: torch.Tensor) -> dict[str, torch.Tensor
 
 def check(case: Case, impl: str, *, change: Any = None, growth: float = 1.0, terms: float = 0.0) -> None:
     """Forward and every gradient within the error budget of the dtype. growth: factor of exact tolerances. terms: size
-    of those that cancel in gradients."""
+    of those that cancel in sums."""
     call = case.inputs()
     if change is not None:
         with torch.no_grad():
@@ -123,7 +131,7 @@ def check(case: Case, impl: str, *, change: Any = None, growth: float = 1.0, ter
     if eager_call is not None and case.stream is not None:
         eager_call["x"] = call["x"].detach().clone().requires_grad_()
     eager = readout_attention_reference(**eager_call) if low else None
-    assert_close_to_exact(f"{case} out", out, exact, eager, factor=2, tolerance=1e-12 * growth)
+    assert_close_to_exact(f"{case} out", out, exact, eager, factor=2, tolerance=1e-12 * growth, terms=terms)
     found, wanted = gradients(call, out), gradients(exact_call, exact)
     peers = gradients(eager_call, eager) if low else dict.fromkeys(wanted)
     for name in wanted:
@@ -140,6 +148,8 @@ KINDS = list(itertools.product(["none", "shared", "image"], ["none", "tokens", "
 @pytest.mark.parametrize("prompts,bias,affine", KINDS)
 def test_every_kind_of_prompt_bias_and_norm_equals_the_definition(prompts, bias, affine, impl):
     check(Case(prompts=prompts, bias=bias, norm=affine, v_bias=affine), impl)
+    if prompts != "none":
+        check(Case(prompts=prompts, bias=bias, norm=affine, v_bias=affine, columns=True), impl)
 
 
 # One below, at and above a block of 16 tokens or channels; one of everything; more heads than a block of 16; head
@@ -204,6 +214,7 @@ def test_random_cases(data, impl):
             prompt_length=st.sampled_from([0, 1, 3, 17]),
             prompts=st.sampled_from(["none", "shared", "image"]),
             bias=st.sampled_from(["none", "tokens", "all"]),
+            columns=st.booleans(),
             norm=st.booleans(),
             v_bias=st.booleans(),
             layout=st.sampled_from(["contiguous", "sliced"]),
@@ -218,7 +229,8 @@ def test_random_cases(data, impl):
 @pytest.mark.parametrize("prompts", ["none", "shared", "image"])
 def test_gradcheck(prompts, impl):
     """Numerical derivatives of every input, so that the definition's own autograd is not the only witness."""
-    call = Case(batch=2, tokens=3, width=4, heads=2, head_dim=2, prompt_length=2, prompts=prompts).inputs()
+    sizes = {"batch": 2, "tokens": 3, "width": 4, "heads": 2, "head_dim": 2, "prompt_length": 2}
+    call = Case(prompts=prompts, columns=True, **sizes).inputs()
     names = list(leaves(call))
 
     def run(*tensors):
@@ -260,28 +272,38 @@ def test_tokens_given_as_prompts_are_the_same_function(impl):
 
 
 @pytest.mark.parametrize("impl", EXACT_IMPLS)
-def test_ranges_of_a_pool_equal_each_image_alone(impl):
-    """Every image reads its own rows, of any number, and a NaN in nobody's rows reaches nobody."""
+@pytest.mark.parametrize("gated", [False, True])
+def test_ranges_of_a_pool_equal_each_image_alone(gated, impl):
+    """Every image reads its own rows, of any number, with the values of their columns, and a NaN in nobody's rows
+    reaches nobody."""
     call = Case(batch=3, bias="tokens").inputs(learned=("x", "q", "prompt_kv"))
     pool = call.pop("prompt_kv").new_full((9, 20), float("nan"))
     pool[3:8] = torch.randn(5, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     pool.requires_grad_()
+    values = torch.randn(2, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(DEVICE)
+    values[:, [0, 8]] = float("nan")
+    values.requires_grad_()
     ranges = [[3, 5], [0, 0], [4, 2]]
     placed = torch.tensor(ranges, dtype=torch.int32, device=DEVICE)
+    call["prompt_column_bias"] = values if gated else None
     pooled = readout_attention(**call, prompt_kv=pool, prompt_ranges=placed, max_prompt_length=6, impl=impl)
+
+    def own(start, length):
+        columns = values[:, start : start + length] if gated else None
+        return {"prompt_kv": pool[start : start + length], "prompt_column_bias": columns}
+
     alone = torch.cat(
         [
             readout_attention(
-                **(call | {name: call[name][image : image + 1] for name in ("x", "q")}),
-                prompt_kv=pool[start : start + length],
+                **(call | {name: call[name][image : image + 1] for name in ("x", "q")} | own(start, length)),
                 impl=impl,
             )
             for image, (start, length) in enumerate(ranges)
         ]
     )
     torch.testing.assert_close(pooled, alone, rtol=0, atol=1e-12)
-    of = [call["x"], call["q"], pool]
-    grads = [torch.autograd.grad(out.square().sum(), of)[:2] for out in (pooled, alone)]
+    of = [*([values] if gated else []), call["x"], call["q"], pool]
+    grads = [torch.autograd.grad(out.square().sum(), of)[:-1] for out in (pooled, alone)]
     torch.testing.assert_close(*grads, rtol=0, atol=1e-10)
 
 
@@ -342,7 +364,8 @@ def test_one_channel_far_above_the_others(impl):
         call["x"][:, :, 0] = 1e4
 
     # 16 images, as of two eager may err little by chance; D = 4, whose scale rounds nothing, as that of 64 does not.
-    # Normalised, the channel is the root of the width in every token, and the gradient of its weight cancels.
+    # Normalised, the channel is the root of the width in every token: a term of that size stands in every score and
+    # value, which libraries of matrix products round in an order of their own, and the gradient of its weight cancels.
     check(Case(batch=16, head_dim=4, dtype=torch.float32, width=96), impl, change=outlier, terms=96**0.5)
 
 
@@ -443,6 +466,12 @@ def shared_call(**changes: Any) -> dict[str, Any]:
 BAD_INPUT = {
     "num_heads must be a positive int, got 0": {"num_heads": 0},
     "eps must be a finite non-negative number, got -1.0": {"eps": -1.0},
+    "prompt_column_bias must be a floating point (H, P) = (2, 3), one value for each head and row of the prompts, got "
+    "(3, 2)": {"prompt_column_bias": torch.zeros(3, 2)},
+    "prompt_column_bias must come with prompt_kv, got none": {
+        "prompt_column_bias": torch.zeros(2, 3),
+        "prompt_kv": None,
+    },
     "x must be (B, N, C), got (2, 20)": {"x": torch.randn(2, 20)},
     "x must have a unit last stride": {"x": torch.randn(2, 20, 21).mT},
     "x must have the dtype of q, torch.float32, got torch.float16": {"x": torch.randn(2, 21, 20).half()},

@@ -31,6 +31,7 @@ def _run(
     learned: str = "qkv prompts",
     window: tuple[int, int] = (14, 14),
     scale: float | None = None,
+    columns: bool = False,
     form: ForwardConfig | None = None,
 ) -> None:
     """form: of the forward kernel instead of the table's, on targets that have it among their candidates."""
@@ -56,7 +57,8 @@ def _run(
         data = torch.empty(heads, tokens, -(-tokens // 16) * 16, dtype=bias_dtype)[..., :tokens]
     elif bias == "columns":
         data = torch.empty(heads, tokens, tokens + prompts, dtype=torch.float32)
-    inputs: tuple[Any, ...] = (qkv, given, data, ids, ranges)
+    values = torch.empty(heads, given.shape[-2]) if columns and given is not None else None
+    inputs: tuple[Any, ...] = (qkv, given, data, values, ids, ranges)
     options: tuple[Any, ...] = (window if bias == "table" else (), heads, kind == "queries")
     options += (prompts if ranges is not None else 0, head_dim**-0.5 if scale is None else scale)
     with ExitStack() as patches:
@@ -70,6 +72,7 @@ def _run(
         out = torch.empty(batch, rows, width, dtype=dtype)
         lse = torch.empty(batch, heads, rows)
         needs = ["qkv" in learned, "prompts" in learned and given is not None, "bias" in learned]
+        needs.append("columns" in learned)
         triton_impl.backward(*(out, None, *inputs, out, lse, *options, needs))
 
 
@@ -101,6 +104,8 @@ def cases() -> Iterator[Case]:
         yield case(f"{passes}-bf16-prompt-columns", passes=passes, bias="columns")
         yield case(f"{passes}-bf16-N577", passes=passes, tokens=577)
         yield case(f"{passes}-fp32", passes=passes, dtype=single)
+        # What full blocks leave is 15 keys above and 23 here, where a tail that is written out spills.
+        yield case(f"{passes}-fp32-P50", True, passes=passes, dtype=single, prompts=50)
         yield case(f"{passes}-tf32", passes=passes, dtype=single, precision="high")
         for head_dim in (16, 32, 48, 80, 96, 128):
             yield case(f"{passes}-bf16-D{head_dim}", passes=passes, head_dim=head_dim)
@@ -117,6 +122,17 @@ def cases() -> Iterator[Case]:
         yield case(f"{passes}-bf16-N577-folded", passes=passes, tokens=577, scale=1.0)
         for head_dim in (16, 32, 48, 80, 96, 128):
             yield case(f"{passes}-bf16-D{head_dim}-folded", passes=passes, head_dim=head_dim, scale=1.0)
+        # Values of prompt columns: beside a bias, without one, in a pool, and where prompts attend.
+        gated: dict[str, Any] = {"passes": passes, "columns": True, "learned": "qkv prompts columns", "prompts": 50}
+        yield case(f"{passes}-bf16-P50-gated-folded", True, **gated, scale=1.0)
+        yield case(f"{passes}-bf16-P50-gated", **gated)
+        yield case(f"{passes}-bf16-P50-gated-no-bias", **gated, bias="none")
+        yield case(f"{passes}-fp16-P200-gated-folded", **gated | {"prompts": 200, "dtype": half}, scale=1.0)
+        yield case(f"{passes}-bf16-gated-queries", **gated, kind="queries")
+        yield case(f"{passes}-bf16-gated-pool", **gated, kind="pool")
+        yield case(f"{passes}-fp32-gated", **gated, dtype=single)
+        for head_dim in (16, 80, 128):
+            yield case(f"{passes}-bf16-D{head_dim}-gated", **gated, head_dim=head_dim)
     yield case("backward-prompts-only", True, passes="backward", learned="prompts")
     yield case("backward-table", True, passes="backward", bias="table", learned="qkv prompts bias")
     yield case("backward-fp16-table", passes="backward", bias="table", learned="qkv prompts bias", dtype=half)

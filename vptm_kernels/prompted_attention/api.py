@@ -38,6 +38,7 @@ def prompted_attention(
     num_heads: int,
     bias: Bias = ...,
     rotary: Rotary | None = ...,
+    prompt_column_bias: Tensor | None = ...,
     prompt_ranges: Tensor | None = ...,
     max_prompt_length: int | None = ...,
     scale: float | None = ...,
@@ -55,6 +56,7 @@ def prompted_attention(
     num_heads: int,
     bias: Bias = ...,
     rotary: Rotary | None = ...,
+    prompt_column_bias: Tensor | None = ...,
     prompt_ranges: Tensor | None = ...,
     max_prompt_length: int | None = ...,
     scale: float | None = ...,
@@ -71,6 +73,7 @@ def prompted_attention(
     num_heads: int,
     bias: Bias = None,
     rotary: Rotary | None = None,
+    prompt_column_bias: Tensor | None = None,
     prompt_ranges: Tensor | None = None,
     max_prompt_length: int | None = None,
     scale: float | None = None,
@@ -95,6 +98,9 @@ def prompted_attention(
             position has cos 1 and sin 0; prompts are not turned. Constants: they get no gradient. For tables of
             neighbouring channels 2i and 2i + 1 permute the rows of the query and key weights: scores do not change.
             Queries and keys are turned in a pass before the attention kernel, which reads and writes qkv once.
+        prompt_column_bias: (H, P), or (H, S) for a pool of S rows, floating point: added to the scaled scores of every
+            query with that prompt, beside `bias`. A gate of prompts: a value of -4 leaves a prompt exp(-4) of its
+            weight, -inf none.
         prompt_ranges: (B, 2) int32, start and length of every image's rows of the pool. Ranges may overlap. On the
             device of qkv, read back to be checked when it is first seen; or on the CPU, checked there and copied.
         max_prompt_length: an upper bound of the lengths in `prompt_ranges`.
@@ -108,16 +114,18 @@ def prompted_attention(
         out (B, N, H*D), or (B, N+P, H*D) with `prompt_qkv`, in the dtype of `qkv`; and lse (B, H, rows) if asked.
         A row whose scores are all -inf gives zeros and lse = -inf; Triton kernels take scores below -1e29 for -inf.
 
-    Gradients, of out and of lse, reach qkv, the prompts (summed over the images that use a row) and the bias (dense or
-    table). Only those asked for are computed, in a fixed order: equal inputs give bitwise equal gradients. There is no
-    second derivative. Under autocast qkv and prompts are cast, the bias is not. On a GPU, products of float32 follow
-    `torch.get_float32_matmul_precision()` at the time of the call, as `F.linear` does: TF32 for "high" and "medium".
+    Gradients, of out and of lse, reach qkv, the prompts (summed over the images that use a row), the bias (dense or
+    table) and `prompt_column_bias`. Only those asked for are computed, in a fixed order: equal inputs give bitwise
+    equal gradients. There is no second derivative. Under autocast qkv and prompts are cast, biases are not. On a GPU,
+    products of float32 follow `torch.get_float32_matmul_precision()` at the time of the call, as `F.linear` does: TF32
+    for "high" and "medium".
 
     Equal to, for shared prompts::
 
         q, k, v = qkv.view(B, N, 3, H, D).permute(2, 0, 3, 1, 4)
         pk, pv = prompt_kv.view(P, 2, H, D).permute(1, 2, 0, 3).expand(B, ...)
         scores = q @ cat([k, pk], 2).mT * scale + cat([bias, zeros(H, N, P)], 2)
+        scores += cat([zeros(H, 1, N), prompt_column_bias[:, None]], 2)
         out = (scores.softmax(-1) @ cat([v, pv], 2)).transpose(1, 2).flatten(2)
 
     With `rotary`, first::
@@ -147,17 +155,20 @@ def prompted_attention(
         qkv = rotate(qkv, check_rotary(rotary, qkv, num_heads), num_heads, choose(impl, qkv, head_dim))
     if isinstance(prompt_ranges, Tensor) and isinstance(qkv, Tensor) and prompt_ranges.device != qkv.device:
         prompt_ranges = _check_ranges(qkv, prompt_kv, prompt_ranges, max_prompt_length)
-    key = _signature(qkv, prompt_kv, prompt_qkv, num_heads, bias, prompt_ranges, max_prompt_length, scale, impl)
+    columns = prompt_column_bias
+    key = _signature(
+        *(qkv, prompt_kv, prompt_qkv, bias, columns, prompt_ranges), num_heads, max_prompt_length, scale, impl
+    )
     plan = None if key is None else _checked.get(key)
     if plan is not None:
         prompts = prompt_kv if prompt_qkv is None else prompt_qkv
         if prompt_ranges is not None:
             _check_ranges(qkv, prompts, prompt_ranges, max_prompt_length)
         table, _, token_ids = _parts(bias)
-        if torch.is_grad_enabled() and _learned(qkv, prompts, table):
-            out, lse = planned_attention(qkv, prompts, table, token_ids, prompt_ranges, plan, True)
+        if torch.is_grad_enabled() and _learned(qkv, prompts, table, columns):
+            out, lse = planned_attention(qkv, prompts, table, columns, token_ids, prompt_ranges, plan, True)
         else:
-            out, lse = run_plan(qkv, prompts, table, token_ids, prompt_ranges, plan, return_lse)
+            out, lse = run_plan(qkv, prompts, table, columns, token_ids, prompt_ranges, plan, return_lse)
         return (out, lse) if return_lse else out
 
     if not tensor("qkv", qkv).is_meta and torch.is_autocast_enabled(qkv.device.type):
@@ -175,6 +186,7 @@ def prompted_attention(
     elif bias is not None:
         pooled = prompt_ranges is not None
         bias = _check_dense(qkv, bias, num_heads, None if pooled else per_image_length, prompt_qkv is not None)
+    _check_columns(qkv, columns, num_heads, prompts)
     if scale is None:
         scale = head_dim**-0.5
     elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
@@ -187,16 +199,19 @@ def prompted_attention(
         prompts = prompt_qkv = None
         if isinstance(bias, RelativePositionBias) or (bias is not None and bias.shape[-2] != qkv.shape[1]):
             bias = None
+        if columns is not None:
+            rows = columns[:, None].expand(-1, qkv.shape[1], -1)
+            bias, columns = rows if bias is None else bias + rows, None
         key = None
 
     table, window, token_ids = _parts(bias)
-    tensors = (qkv, prompts, table, token_ids, prompt_ranges)
+    tensors = (qkv, prompts, table, columns, token_ids, prompt_ranges)
     options = (list(window), num_heads, prompt_qkv is not None, max_prompt_length or 0, float(scale))
     if key is not None and impl == "triton":
         from .triton_impl import plan_of
 
         _checked.keep(key, plan_of(*tensors, *options))
-    learned = torch.is_grad_enabled() and _learned(qkv, prompts, table)
+    learned = torch.is_grad_enabled() and _learned(qkv, prompts, table, columns)
     plain = nothing_traces(*tensors)
     # what is traced must not depend on the processor
     kept = impl == "triton" or (qkv.device.type == "cpu" and not (plain and products_are_faster(qkv)))
@@ -215,21 +230,18 @@ def _parts(bias: Bias) -> tuple[Tensor | None, tuple[int, ...], Tensor | None]:
     return bias[0] if bias.ndim == 4 and bias.shape[0] == 1 else bias, (), None
 
 
-def _learned(qkv: Tensor, prompts: Tensor | None, table: Tensor | None) -> bool:
-    return (
-        qkv.requires_grad
-        or (prompts is not None and prompts.requires_grad)
-        or (table is not None and table.requires_grad)
-    )
+def _learned(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _signature(
     qkv: Tensor,
     prompt_kv: Tensor | None,
     prompt_qkv: Tensor | None,
-    num_heads: int,
     bias: Bias,
+    columns: Tensor | None,
     ranges: Tensor | None,
+    num_heads: int,
     max_prompt_length: int | None,
     scale: float | None,
     impl: str,
@@ -237,7 +249,7 @@ def _signature(
     """What equal Triton calls have in common, and None where a call must be looked at: nothing is checked yet."""
     table, window, ids = bias if isinstance(bias, RelativePositionBias) else (bias, None, None)
     if (
-        not nothing_traces(qkv, prompt_kv, prompt_qkv, table, ids, ranges)
+        not nothing_traces(qkv, prompt_kv, prompt_qkv, table, columns, ids, ranges)
         or autocasting()
         or not (impl == "triton" or (impl == "auto" and qkv.is_cuda))
         or not (prompt_kv is None or prompt_qkv is None)
@@ -253,6 +265,7 @@ def _signature(
         prompt_qkv is None,
         place(table),
         window,
+        signature(columns),
         signature(ids),
         signature(ranges),
         num_heads,
@@ -376,3 +389,18 @@ def _check_dense(qkv: Tensor, bias: Tensor, num_heads: int, prompts: int | None,
     if bias.device != qkv.device:
         raise ValueError(f"bias must be on the device of qkv, {qkv.device}, got {bias.device}")
     return dense
+
+
+def _check_columns(qkv: Tensor, columns: Tensor | None, num_heads: int, prompts: Tensor | None) -> None:
+    if columns is None:
+        return
+    wanted = (num_heads, 0 if prompts is None else prompts.shape[-2])
+    if prompts is None:
+        raise ValueError("prompt_column_bias must come with prompt_kv or prompt_qkv, got neither")
+    if shape_of(tensor("prompt_column_bias", columns)) != wanted or not columns.is_floating_point():
+        raise ValueError(
+            f"prompt_column_bias must be a floating point (H, P) = {wanted}, one value for each head and row of the "
+            f"prompts, got {shape_of(columns)} {columns.dtype}"
+        )
+    if columns.device != qkv.device:
+        raise ValueError(f"prompt_column_bias must be on the device of qkv, {qkv.device}, got {columns.device}")

@@ -58,6 +58,12 @@ def tails(tokens: int, prompts: int, block_n: int, *, pooled: bool = False) -> t
     return one, 0
 
 
+def loops_over_tail(dtype_bits: int) -> bool:
+    """Whether what full blocks leave is walked over in steps of 16 keys: products of float32 without tensor cores
+    spill up to 3 KB where a tail of 32 keys is written out."""
+    return dtype_bits == 32
+
+
 def _interpreted(length: int) -> Config:
     """The interpreter's cost is the number of steps; blocks are small enough that tests see full blocks and tails."""
     block = 16 if length <= 20 else 32 if length < 128 else 64
@@ -91,12 +97,14 @@ def forward_config(
     prompts_attend: bool,
     *,
     gathered: bool = False,
+    column_bias: bool = False,
     interpreted: bool = False,
 ) -> ForwardConfig:
     """arch: "sm80", "sm90", ..., "gfx942". keys: tokens and prompts of an image, whose number kernels know unless they
     are pooled. bias_bits: of an element, 0 for no bias. scaled: whether the kernel multiplies queries by the scale.
     gathered: the bias is read from its table; on sm100 with Triton 3.6 four warps spill 8 bytes for queries that come
-    scaled, eight for others. With Triton 3.8 four spill 8 bytes there for heads of 16.
+    scaled, eight for others. With Triton 3.8 four spill 8 bytes there for heads of 16. column_bias: prompts have values
+    for their columns; on sm120 four warps spill 16 bytes for heads of 16.
 
     On sm90, timed on an H200 (`docs/kernels.md`): with at most 128 registers a thread four programs of 64 rows fit a
     multiprocessor, and the next keys come while a block is computed. Registers spill where the kernel multiplies by the
@@ -114,7 +122,7 @@ def forward_config(
             return ForwardConfig(64, 32, 4, 1)
         return ForwardConfig(32, 16 if arch == "sm120" else 32, 4, 1)
     if not _asynchronous_tensor_cores(arch):
-        return ForwardConfig(64, 32, 4, 1)
+        return ForwardConfig(64, 32, 8 if arch == "sm120" and head_dim <= 16 and column_bias else 4, 1)
     if arch == "sm90" and tokens > 64 and not prompts_attend:
         if not bias_bits:
             return ForwardConfig(64, 64, 4, 3)
@@ -175,32 +183,35 @@ def query_grad_config(
     *,
     prompts_attend: bool = False,
     prompt_columns: bool = False,
+    column_bias: bool = False,
     bias_bits: int = 0,
     interpreted: bool = False,
 ) -> Config:
     """prompts_attend: queries come from two tensors, and those of prompts sum over images, which takes registers.
-    prompt_columns: the bias has columns of prompts. bias_bits: of an element; on sm120 with Triton 3.6 64 columns in
-    float32 spill 8 bytes.
+    prompt_columns: the bias has columns of prompts. column_bias: prompts have values for their columns. bias_bits: of
+    an element; on sm120 with Triton 3.6 64 columns in float32 spill 8 bytes.
     """
     if interpreted:
         return _interpreted(tokens)
     if dtype_bits >= 32:
-        return Config(16, 32, 4, 1)
+        return Config(16, 32, 4, 1) if arch.startswith("gfx") else Config(32, 32, 8, 1)
     if head_dim > 64:
         if _asynchronous_tensor_cores(arch):
             return Config(64, 32, 8 if _tensor_memory(arch) else 4, 1)
         # 32 x 32 has a tenth fewer instructions for a score, and spills by version of Triton.
         return Config(32, 32, 4, 1) if arch.startswith("gfx") else Config(16, 64, 4, 1)
     if _tensor_memory(arch):
-        return Config(64, 32 if prompts_attend else 64, 8 if prompt_columns and not prompts_attend else 4, 1)
+        if prompts_attend:
+            return Config(32 if column_bias else 64, 32, 4, 1)
+        return Config(64, 64, 8 if prompt_columns or column_bias else 4, 1)
     if arch == "sm90":
         return Config(64, 64, 4, 1)
     if arch.startswith("gfx"):
         return Config(32, 16, 4, 1) if prompts_attend else Config(64, 32, 4, 1)
     if arch == "sm80":
-        return Config(32 if prompts_attend else 64, 32, 4, 1)
+        return Config(32, 16 if column_bias else 32, 4, 1) if prompts_attend else Config(64, 32, 4, 1)
     # Larger blocks spill a few registers on sm120; 32 x 32 has a fifth fewer instructions and half of the warps.
-    return Config(32, 16, 4, 1) if prompts_attend else Config(16, 32 if bias_bits > 16 else 64, 4, 1)
+    return Config(32, 16, 4, 1) if prompts_attend else Config(16, 32 if bias_bits > 16 or column_bias else 64, 4, 1)
 
 
 def query_grad_candidates(arch: str, dtype_bits: int, head_dim: int, tokens: int) -> list[Config]:
@@ -219,20 +230,22 @@ def key_grad_config(
     *,
     of_prompts: bool = False,
     prompts_attend: bool = False,
+    column_grad: bool = False,
     gathered: bool = False,
     interpreted: bool = False,
 ) -> Config:
     """block_m counts query rows, block_n keys; `keys` are those of one launch, tokens or prompts.
 
-    of_prompts: sums over images, which takes registers, and more with queries from two tensors (prompts_attend).
-    gathered: the bias is read from its table, which takes more still.
+    of_prompts: sums over images, which takes registers, and more with queries from two tensors (prompts_attend), or
+    where scores are summed over their rows as well (column_grad). gathered: the bias is read from its table, which
+    takes more still.
     """
     if interpreted:
         return _interpreted(keys)
     block_n = min(64, max(16, next_power_of_2(keys)))
     if dtype_bits >= 32:
-        return Config(32, min(32, block_n), 4, 1)
-    if arch.startswith("gfx") or ((head_dim > 64 or gathered) and not _asynchronous_tensor_cores(arch)):
+        return Config(16 if arch == "sm80" and of_prompts else 32, min(32, block_n), 4, 1)
+    if arch.startswith("gfx") or ((head_dim > 64 or gathered or column_grad) and not _asynchronous_tensor_cores(arch)):
         block_n = min(32, block_n)
     if head_dim > 64 and not _asynchronous_tensor_cores(arch):
         return Config(32, block_n, 8 if block_n > 16 else 4, 1)

@@ -29,6 +29,7 @@ from .kernels_common import (
     Rows,
     bias_rows,
     gathered_bias,
+    head_columns,
     key_terms,
     keys_of,
     load_block,
@@ -42,7 +43,9 @@ from .kernels_common import (
     scores,
     table_index,
     tail_block,
+    tail_keys_left,
     token_block,
+    with_columns,
 )
 
 
@@ -95,13 +98,13 @@ def _query_step(dq, q, do, lse, delta, k, v, bias, valid, HAS_BIAS: tl.constexpr
 
 
 @triton.jit
-def _query_grads(dq, q, do, lse, delta, row, queries, bias_head, ids_ptr, prompt_column, LAYOUT: tl.constexpr,
-                 KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr,
-                 STAGES: tl.constexpr):
+def _query_grads(dq, q, do, lse, delta, row, queries, bias_head, columns, ids_ptr, prompt_column,
+                 LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
+                 MATH: tl.constexpr, STAGES: tl.constexpr):
     """dq plus ds @ k over all keys of one image; rows from N on are prompts."""
     BLOCK_N: tl.constexpr = KEYS.BLOCK_N
     keys = keys_of(queries, LAYOUT)
-    bias = bias_rows(bias_head, ids_ptr, row, queries.N, prompt_column, BIAS, WINDOW, LAYOUT.INDEX)
+    bias = bias_rows(bias_head, columns, ids_ptr, row, queries.N, prompt_column, BIAS, WINDOW, LAYOUT.INDEX)
     every = tl.arange(0, BLOCK_N) >= 0
 
     full_tokens = 0
@@ -110,7 +113,7 @@ def _query_grads(dq, q, do, lse, delta, row, queries, bias_head, ids_ptr, prompt
         tl.assume(full_tokens > 0)
         for first in tl.range(0, full_tokens, BLOCK_N, num_stages=STAGES):
             first = tl.multiple_of(first, BLOCK_N)
-            k, v, x = token_block(first, keys, bias, LAYOUT, KEYS, BIAS, WINDOW, MATH.ACC)
+            k, v, x = token_block(first, keys, bias, LAYOUT, KEYS, BIAS, WINDOW, MATH)
             dq = _query_step(dq, q, do, lse, delta, k, v, x, every, BIAS.KIND, False, MATH)
 
     full_prompts = 0
@@ -120,22 +123,30 @@ def _query_grads(dq, q, do, lse, delta, row, queries, bias_head, ids_ptr, prompt
             tl.assume(full_prompts > 0)
         for first in tl.range(0, full_prompts, BLOCK_N, num_stages=STAGES):
             first = tl.multiple_of(first, BLOCK_N)
-            k, v, x = prompt_block(first, keys, bias, LAYOUT, KEYS, BIAS, WINDOW, MATH.ACC)
-            dq = _query_step(dq, q, do, lse, delta, k, v, x, every, BIAS.PROMPT_COLUMNS, False, MATH)
+            k, v, x = prompt_block(first, keys, bias, LAYOUT, KEYS, BIAS, WINDOW, MATH)
+            dq = _query_step(dq, q, do, lse, delta, k, v, x, every, BIAS.PROMPT_COLUMNS | BIAS.COLUMN_BIAS, False,
+                             MATH)
 
-    for i in tl.static_range((KEYS.TAIL_1 > 0) + (KEYS.TAIL_2 > 0)):
-        if i == 0:
-            t = tl.arange(0, KEYS.TAIL_1)
-        else:
-            t = KEYS.TAIL_1 + tl.arange(0, KEYS.TAIL_2)
-        k, v, x, valid = tail_block(t, keys, full_tokens, full_prompts, bias, LAYOUT, BIAS, WINDOW, MATH.ACC)
-        dq = _query_step(dq, q, do, lse, delta, k, v, x, valid, BIAS.KIND, True, MATH)
+    if KEYS.TAIL_LOOP:
+        for first in tl.range(0, tail_keys_left(keys, full_tokens, full_prompts, LAYOUT), KEYS.TAIL_1, num_stages=1):
+            t = first + tl.arange(0, KEYS.TAIL_1)
+            k, v, x, valid = tail_block(t, keys, full_tokens, full_prompts, bias, LAYOUT, BIAS, WINDOW, MATH)
+            dq = _query_step(dq, q, do, lse, delta, k, v, x, valid, (BIAS.KIND > 0) | BIAS.COLUMN_BIAS, True, MATH)
+    else:
+        for i in tl.static_range((KEYS.TAIL_1 > 0) + (KEYS.TAIL_2 > 0)):
+            if i == 0:
+                t = tl.arange(0, KEYS.TAIL_1)
+            else:
+                t = KEYS.TAIL_1 + tl.arange(0, KEYS.TAIL_2)
+            k, v, x, valid = tail_block(t, keys, full_tokens, full_prompts, bias, LAYOUT, BIAS, WINDOW, MATH)
+            dq = _query_step(dq, q, do, lse, delta, k, v, x, valid, (BIAS.KIND > 0) | BIAS.COLUMN_BIAS, True, MATH)
     return dq
 
 
 @triton.jit(do_not_specialize=["B", "images"])  # a smaller last batch compiles nothing
 def prompted_attention_query_grad_kernel(
-    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, grad_ptr,
+    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, column_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr,
+    grad_ptr,
     B, N, P, pool_size, prompt_column, images, stride_b, stride_pb, stride_th,
     LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr,
     BLOCK_M: tl.constexpr, STAGES: tl.constexpr, OF_PROMPTS: tl.constexpr, HAS_DLSE: tl.constexpr,
@@ -176,6 +187,7 @@ def prompted_attention_query_grad_kernel(
         tokens = qkv_ptr + b * stride_b + h * D
         prompts = qkv_ptr
         length = P
+        start = 0
         if LAYOUT.HAS_PROMPTS:
             prompts = prompt_ptr + b * stride_pb + h * D
             if LAYOUT.POOL:
@@ -194,8 +206,9 @@ def prompted_attention_query_grad_kernel(
         tl.store(delta_ptr + at + row, delta, mask=stored)
         lse = _load_lse(lse_ptr + at, row, stored)
         queries = Rows(tokens, prompts, N, length)
-        dq = _query_grads(dq, q, do, lse, delta, row, queries, bias_head, ids_ptr, prompt_column, LAYOUT, KEYS, BIAS,
-                          WINDOW, MATH, STAGES)
+        columns = head_columns(column_ptr, qkv_ptr, h, start, P, pool_size, LAYOUT, BIAS)
+        dq = _query_grads(dq, q, do, lse, delta, row, queries, bias_head, columns, ids_ptr, prompt_column, LAYOUT, KEYS,
+                          BIAS, WINDOW, MATH, STAGES)
 
     offs_d = tl.arange(0, LAYOUT.DP)
     keep = stored[:, None]
@@ -207,14 +220,16 @@ def prompted_attention_query_grad_kernel(
 
 @triton.jit(do_not_specialize=["B", "images"])  # a smaller last batch compiles nothing
 def prompted_attention_key_grad_kernel(
-    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, grad_ptr,
+    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, column_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr,
+    grad_ptr, column_grad_ptr,
     B, N, P, pool_size, prompt_column, images, stride_grad, stride_b, stride_pb, stride_th,
     LAYOUT: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OF_PROMPTS: tl.constexpr, HAS_DLSE: tl.constexpr,
-    FUSE_DELTA: tl.constexpr,
+    FUSE_DELTA: tl.constexpr, COLUMN_GRAD: tl.constexpr,
 ):
     """Inputs as in the query gradient, with delta (B, H, rows) -> grad, the key section of dqkv (B, N, 3*H*D), or with
-    OF_PROMPTS that of the partial sums (chunks, P, stride_grad); values follow keys.
+    OF_PROMPTS that of the partial sums (chunks, P, stride_grad); values follow keys. COLUMN_GRAD, of prompts: also the
+    partial sums (chunks, P, H) of the gradient of values of their columns.
 
     Scores are (rows, keys), and p and ds are transposed where they multiply from the left. FUSE_DELTA computes delta
     from out instead of loading it, for when no other kernel has stored it.
@@ -233,7 +248,8 @@ def prompted_attention_key_grad_kernel(
     h = outer % H
     chunk = (outer // H).to(tl.int64)
     offs_n = (pid % key_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    HAS_BIAS: tl.constexpr = BIAS.PROMPT_COLUMNS if OF_PROMPTS else BIAS.KIND
+    HAS_BIAS: tl.constexpr = BIAS.PROMPT_COLUMNS if OF_PROMPTS else BIAS.KIND > 0
+    HAS_COLUMN: tl.constexpr = OF_PROMPTS & BIAS.COLUMN_BIAS
     bias_head = qkv_ptr
     keys = offs_n
     if BIAS.KIND:
@@ -247,6 +263,7 @@ def prompted_attention_key_grad_kernel(
     DP: tl.constexpr = LAYOUT.DP  # Triton 3.6 takes no field of a group in a shape
     dk = tl.zeros((BLOCK_N, DP), MATH.ACC)
     dv = tl.zeros((BLOCK_N, DP), MATH.ACC)
+    dcolumn = tl.zeros((BLOCK_N,), MATH.ACC)
 
     first_image = chunk
     last_image = chunk + 1
@@ -257,6 +274,7 @@ def prompted_attention_key_grad_kernel(
         tokens = qkv_ptr + b * stride_b + h * D
         prompts = qkv_ptr
         last_prompt = P - 1
+        start = 0
         if LAYOUT.HAS_PROMPTS:
             prompts = prompt_ptr + b * stride_pb + h * D
             if LAYOUT.POOL:
@@ -275,6 +293,10 @@ def prompted_attention_key_grad_kernel(
         if MATH.QUERY_SCALE != 1.0:
             k = k * MATH.QUERY_SCALE
         queries = Rows(tokens, prompts, N, P)
+        columns = head_columns(column_ptr, qkv_ptr, h, start, P, pool_size, LAYOUT, BIAS)
+        column = 0.0
+        if HAS_COLUMN:
+            column = with_columns(column, columns, tl.minimum(offs_n, last_prompt), offs_n, False, MATH)
         for first in tl.range(0, rows, BLOCK_M, num_stages=STAGES):
             i = first + tl.arange(0, BLOCK_M)
             row = tl.minimum(i, rows - 1)
@@ -290,19 +312,23 @@ def prompted_attention_key_grad_kernel(
                 delta = tl.load(delta_ptr + at + row)
             x = 0.0
             if HAS_BIAS:
-                bias = bias_rows(bias_head, ids_ptr, row, N, prompt_column, BIAS, WINDOW, LAYOUT.INDEX)
+                bias = bias_rows(bias_head, columns, ids_ptr, row, N, prompt_column, BIAS, WINDOW, LAYOUT.INDEX)
                 if BIAS.KIND == TABLE:
                     x = gathered_bias(bias, keys, WINDOW, MATH.ACC)
                 else:
                     x = tl.load(bias.rows[:, None] + offs_n[None, :], mask=inside[None, :], other=0.0).to(MATH.ACC)
                     if BIAS.PARTIAL:
                         x = tl.where(bias.live[:, None], x, 0.0)
-            s = scores(q, k, x, HAS_BIAS, MATH)
+            if HAS_COLUMN:
+                x = x + column
+            s = scores(q, k, x, HAS_BIAS | HAS_COLUMN, MATH)
             p = tl.exp2(s * MATH.FACTOR - lse[:, None])
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=MATH.PRECISION, out_dtype=MATH.ACC)
             dp = tl.dot(do, tl.trans(v), input_precision=MATH.PRECISION, out_dtype=MATH.ACC)
             ds = p * (dp - delta[:, None])
             dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=MATH.PRECISION, out_dtype=MATH.ACC)
+            if COLUMN_GRAD:
+                dcolumn += tl.sum(ds, 0)
 
     offs_d = tl.arange(0, LAYOUT.DP)
     keep = (offs_n < grad_keys)[:, None]
@@ -311,11 +337,13 @@ def prompted_attention_key_grad_kernel(
     at_grad = grad_ptr + ((chunk * grad_keys + offs_n) * stride_grad + h * D)[:, None] + offs_d[None, :]
     tl.store(at_grad, (dk * MATH.GRAD_SCALE).to(grad_ptr.dtype.element_ty), mask=keep)
     tl.store(at_grad + H * D, dv.to(grad_ptr.dtype.element_ty), mask=keep)
+    if COLUMN_GRAD:
+        tl.store(column_grad_ptr + (chunk * grad_keys + offs_n) * H + h, dcolumn, mask=offs_n < grad_keys)
 
 
 @triton.jit(do_not_specialize=["B", "images"])  # a smaller last batch compiles nothing
 def prompted_attention_bias_grad_kernel(
-    qkv_ptr, prompt_ptr, bias_ptr, ids_ptr, do_ptr, lse_ptr, delta_ptr, grad_ptr,
+    qkv_ptr, prompt_ptr, bias_ptr, column_ptr, ids_ptr, do_ptr, lse_ptr, delta_ptr, grad_ptr,
     B, N, P, prompt_column, images, first_head, heads, grad_rows, grad_columns, stride_b, stride_pb, stride_th,
     LAYOUT: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -339,12 +367,15 @@ def prompted_attention_bias_grad_kernel(
     row = tl.minimum(offs_m, grad_rows - 1)
     column = tl.minimum(offs_n, grad_columns - 1)
     bias_head = bias_ptr + h.to(tl.int64) * stride_th
-    bias = bias_rows(bias_head, ids_ptr, row, N, prompt_column, BIAS, WINDOW, LAYOUT.INDEX)
+    bias = bias_rows(bias_head, qkv_ptr, ids_ptr, row, N, prompt_column, BIAS, WINDOW, LAYOUT.INDEX)
     if BIAS.KIND == TABLE:
         x = gathered_bias(bias, key_terms(load_ids(ids_ptr, offs_n, N, WINDOW), WINDOW), WINDOW, MATH.ACC)
     elif BIAS.PROMPT_COLUMNS:
         bias_column = tl.where(column < N, column, column - N + prompt_column)
         x = tl.load(bias.rows[:, None] + bias_column[None, :]).to(MATH.ACC)
+        if BIAS.COLUMN_BIAS:
+            columns = head_columns(column_ptr, qkv_ptr, h, 0, P, 0, LAYOUT, BIAS)
+            x = with_columns(x, columns, column - N, column >= N, True, MATH)
     else:
         # The tile's columns are padded to 16, so this mask is constant over 16 and the load stays wide.
         inside = offs_n < tl.cdiv(grad_columns, 16) * 16

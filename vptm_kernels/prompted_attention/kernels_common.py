@@ -33,7 +33,8 @@ class Layout(NamedTuple):
 
 
 class KeyBlocks(NamedTuple):
-    """How a kernel that walks over keys splits them: full blocks, then one or two narrow ones (0 for none).
+    """How a kernel that walks over keys splits them: full blocks, then one or two narrow ones (0 for none), or with
+    TAIL_LOOP as many of TAIL_1 keys as it takes.
 
     Numbers of full blocks are those where they are unrolled; loops ask only whether there are any.
     """
@@ -43,6 +44,7 @@ class KeyBlocks(NamedTuple):
     TAIL_2: int
     TOKEN_BLOCKS: int
     PROMPT_BLOCKS: int
+    TAIL_LOOP: bool
 
 
 class Bias(NamedTuple):
@@ -50,6 +52,7 @@ class Bias(NamedTuple):
 
     KIND: int
     PROMPT_COLUMNS: bool
+    COLUMN_BIAS: bool  # beside that, every prompt has a value for its column
     PARTIAL: bool  # rows from N on are prompts and have no bias
     STRIDE: int  # from one row of a tile to the next
 
@@ -63,11 +66,13 @@ class Window(NamedTuple):
 
 
 class Arithmetic(NamedTuple):
-    """Scores are (q * QUERY_SCALE) @ k^T * SCALE + bias; FACTOR takes them to base 2."""
+    """Scores are (q * QUERY_SCALE) @ k^T * SCALE + bias; FACTOR takes them to base 2. COLUMN_SCALE: of the values of
+    prompt columns, which are not scaled, where FACTOR holds the scale of scores."""
 
     QUERY_SCALE: float
     SCALE: float
     FACTOR: float
+    COLUMN_SCALE: float
     GRAD_SCALE: float
     ACC: tl.dtype
     PRECISION: str
@@ -84,13 +89,15 @@ class Rows(NamedTuple):
 
 class BiasRows(NamedTuple):
     """The bias of a block of query rows: pointer to the head's tile or table, ids of tokens, the rows (pointers into
-    the tile, or terms of the table's index), which of them have a bias, and where columns of prompts start."""
+    the tile, or terms of the table's index), which of them have a bias, where columns of prompts start, and pointer to
+    the head's values of the image's prompts."""
 
     head: Any
     ids: Any
     rows: Any
     live: Any
     prompt_column: Any
+    column_values: Any
 
 
 # Argument lists stand in rows, in the order in which they are passed.
@@ -193,7 +200,8 @@ def load_ids(ids_ptr, i, N, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def bias_rows(head, ids_ptr, row, N, prompt_column, BIAS: tl.constexpr, WINDOW: tl.constexpr, INDEX: tl.constexpr):
+def bias_rows(head, column_values, ids_ptr, row, N, prompt_column, BIAS: tl.constexpr, WINDOW: tl.constexpr,
+              INDEX: tl.constexpr):
     """BiasRows of query rows; those from N on are prompts."""
     live = row < N
     rows = row
@@ -206,7 +214,29 @@ def bias_rows(head, ids_ptr, row, N, prompt_column, BIAS: tl.constexpr, WINDOW: 
         if BIAS.PARTIAL:
             row = tl.minimum(row, N - 1)
         rows = head + row.to(INDEX) * BIAS.STRIDE
-    return BiasRows(head, ids, rows, live, prompt_column)
+    return BiasRows(head, ids, rows, live, prompt_column, column_values)
+
+
+@triton.jit
+def head_columns(column_ptr, none, h, start, P, pool_size, LAYOUT: tl.constexpr, BIAS: tl.constexpr):
+    """Pointer to a head's values (H, P) for prompt columns, or (H, pool_size) from row `start` of the pool on."""
+    values = none  # Triton 3.6 returns no None
+    if BIAS.COLUMN_BIAS:
+        if LAYOUT.POOL:
+            values = column_ptr + (h * pool_size + start)
+        else:
+            values = column_ptr + h * P
+    return values
+
+
+@triton.jit
+def with_columns(x, values, prompt, valid, MASK: tl.constexpr, MATH: tl.constexpr):
+    """x, a bias of scores or 0.0, plus the values of these prompts, the same for every query."""
+    if MASK:
+        value = tl.load(values + prompt, mask=valid, other=0.0)
+    else:
+        value = tl.load(values + prompt)
+    return x + (value.to(MATH.ACC) * MATH.COLUMN_SCALE)[None, :]
 
 
 @triton.jit
@@ -229,11 +259,13 @@ def block_bias(bias, column, N, BIAS: tl.constexpr, WINDOW: tl.constexpr, ACC: t
 
 @triton.jit
 def tail_bias(bias, t, full_tokens, full_prompts, left, total, N, BIAS: tl.constexpr, WINDOW: tl.constexpr,
-              ACC: tl.constexpr):
+              MATH: tl.constexpr):
     """Bias of the mixed block: `left` token columns, then prompt columns up to `total`."""
+    ACC: tl.constexpr = MATH.ACC
+    x = 0.0
     if BIAS.KIND == TABLE:
         x = gathered_bias(bias, key_terms(load_ids(bias.ids, full_tokens + t, N, WINDOW), WINDOW), WINDOW, ACC)
-    else:
+    elif BIAS.KIND:
         # The tile's rows are padded to 16 columns, so this mask is constant over 16 and the load stays wide.
         padded = tl.cdiv(left, 16) * 16
         x = tl.load(bias.rows[:, None] + (full_tokens + t)[None, :], mask=(t < padded)[None, :], other=0.0)
@@ -245,6 +277,9 @@ def tail_bias(bias, t, full_tokens, full_prompts, left, total, N, BIAS: tl.const
                          other=0.0).to(ACC)
         if BIAS.PARTIAL:
             x = tl.where(bias.live[:, None], x, 0.0)
+    if BIAS.COLUMN_BIAS:
+        prompt = full_prompts + t - left
+        x = with_columns(x, bias.column_values, prompt, (t >= left) & (t < total), True, MATH)
     return x
 
 
@@ -263,7 +298,8 @@ def scores(q, k, bias, HAS_BIAS: tl.constexpr, MATH: tl.constexpr):
     """q @ k^T * SCALE + bias."""
     if HAS_BIAS and MATH.SCALE == 1.0:
         # The product starts from the bias, which saves an addition per score.
-        s = tl.dot(q, tl.trans(k), bias, input_precision=MATH.PRECISION, out_dtype=MATH.ACC)
+        start = tl.broadcast_to(bias, (q.shape[0], k.shape[0]))
+        s = tl.dot(q, tl.trans(k), start, input_precision=MATH.PRECISION, out_dtype=MATH.ACC)
     else:
         s = tl.dot(q, tl.trans(k), input_precision=MATH.PRECISION, out_dtype=MATH.ACC)
         if HAS_BIAS:
@@ -284,24 +320,33 @@ def full_keys(keys, first, STRIDE: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_N: 
 
 @triton.jit
 def token_block(first, keys, bias, LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
-                ACC: tl.constexpr):
+                MATH: tl.constexpr):
     """k, v and bias of the whole block of tokens from `first` on."""
     k, v = full_keys(keys.tokens, first, LAYOUT.STRIDE_N, LAYOUT, KEYS.BLOCK_N)
     x = 0.0
     if BIAS.KIND:
-        x = block_bias(bias, first + tl.arange(0, KEYS.BLOCK_N), keys.N, BIAS, WINDOW, ACC)
+        x = block_bias(bias, first + tl.arange(0, KEYS.BLOCK_N), keys.N, BIAS, WINDOW, MATH.ACC)
     return k, v, x
 
 
 @triton.jit
-def prompt_block(first, keys, bias, LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
-                 ACC: tl.constexpr):
-    """k, v and bias of the whole block of prompts from `first` on."""
-    k, v = full_keys(keys.prompts, first, LAYOUT.STRIDE_P, LAYOUT, KEYS.BLOCK_N)
+def prompt_bias(first, N, bias, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr):
+    """Bias of the whole block of prompts from `first` on, of one row where it is the same for all."""
+    prompt = first + tl.arange(0, BLOCK_N)
     x = 0.0
     if BIAS.PROMPT_COLUMNS:
-        x = block_bias(bias, bias.prompt_column + first + tl.arange(0, KEYS.BLOCK_N), keys.N, BIAS, WINDOW, ACC)
-    return k, v, x
+        x = block_bias(bias, bias.prompt_column + prompt, N, BIAS, WINDOW, MATH.ACC)
+    if BIAS.COLUMN_BIAS:
+        x = with_columns(x, bias.column_values, prompt, prompt, False, MATH)
+    return x
+
+
+@triton.jit
+def prompt_block(first, keys, bias, LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
+                 MATH: tl.constexpr):
+    """k, v and bias of the whole block of prompts from `first` on."""
+    k, v = full_keys(keys.prompts, first, LAYOUT.STRIDE_P, LAYOUT, KEYS.BLOCK_N)
+    return k, v, prompt_bias(first, keys.N, bias, KEYS.BLOCK_N, BIAS, WINDOW, MATH)
 
 
 @triton.jit
@@ -313,23 +358,28 @@ def tail_keys(t, keys, full_tokens, full_prompts, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def tail_keys_left(keys, full_tokens, full_prompts, LAYOUT: tl.constexpr):
+    """How many keys full blocks leave."""
+    total = keys.N - full_tokens
+    if LAYOUT.HAS_PROMPTS:
+        total += keys.P - full_prompts
+    return total
+
+
+@triton.jit
 def tail_scores(t, keys, full_tokens, full_prompts, bias, LAYOUT: tl.constexpr, BIAS: tl.constexpr,
-                WINDOW: tl.constexpr, ACC: tl.constexpr):
+                WINDOW: tl.constexpr, MATH: tl.constexpr):
     """Bias and validity of the keys of tail_keys."""
     left = keys.N - full_tokens
-    total = left
-    if LAYOUT.HAS_PROMPTS:
-        total = left + keys.P - full_prompts
-    x = 0.0
-    if BIAS.KIND:
-        x = tail_bias(bias, t, full_tokens, full_prompts, left, total, keys.N, BIAS, WINDOW, ACC)
+    total = tail_keys_left(keys, full_tokens, full_prompts, LAYOUT)
+    x = tail_bias(bias, t, full_tokens, full_prompts, left, total, keys.N, BIAS, WINDOW, MATH)
     return x, t < total
 
 
 @triton.jit
 def tail_block(t, keys, full_tokens, full_prompts, bias, LAYOUT: tl.constexpr, BIAS: tl.constexpr,
-               WINDOW: tl.constexpr, ACC: tl.constexpr):
+               WINDOW: tl.constexpr, MATH: tl.constexpr):
     """k, v, bias and validity of keys t of what full blocks leave: tokens first, then prompts."""
     k, v = tail_keys(t, keys, full_tokens, full_prompts, LAYOUT)
-    x, valid = tail_scores(t, keys, full_tokens, full_prompts, bias, LAYOUT, BIAS, WINDOW, ACC)
+    x, valid = tail_scores(t, keys, full_tokens, full_prompts, bias, LAYOUT, BIAS, WINDOW, MATH)
     return k, v, x, valid

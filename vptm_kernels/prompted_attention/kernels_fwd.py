@@ -30,9 +30,11 @@ from .kernels_common import (
     bias_rows,
     block_bias,
     full_keys,
+    head_columns,
     key_terms,
     keys_of,
     load_ids,
+    prompt_bias,
     prompt_block,
     prompt_range,
     query_rows,
@@ -41,6 +43,7 @@ from .kernels_common import (
     table_index,
     tail_block,
     tail_keys,
+    tail_keys_left,
     tail_scores,
     token_block,
 )
@@ -86,7 +89,7 @@ def _attend_streaming(q, keys, bias, LAYOUT: tl.constexpr, KEYS: tl.constexpr, B
         tl.assume(full_tokens > 0)
         for first in tl.range(0, full_tokens, BLOCK_N, num_stages=STAGES):
             first = tl.multiple_of(first, BLOCK_N)
-            k, v, x = token_block(first, keys, bias, LAYOUT, KEYS, BIAS, WINDOW, MATH.ACC)
+            k, v, x = token_block(first, keys, bias, LAYOUT, KEYS, BIAS, WINDOW, MATH)
             acc, l, m = _attend(acc, l, m, q, k, v, x, every, BIAS.KIND, False, MATH)
 
     full_prompts = 0
@@ -96,16 +99,22 @@ def _attend_streaming(q, keys, bias, LAYOUT: tl.constexpr, KEYS: tl.constexpr, B
             tl.assume(full_prompts > 0)
         for first in tl.range(0, full_prompts, BLOCK_N, num_stages=STAGES):
             first = tl.multiple_of(first, BLOCK_N)
-            k, v, x = prompt_block(first, keys, bias, LAYOUT, KEYS, BIAS, WINDOW, MATH.ACC)
-            acc, l, m = _attend(acc, l, m, q, k, v, x, every, BIAS.PROMPT_COLUMNS, False, MATH)
+            k, v, x = prompt_block(first, keys, bias, LAYOUT, KEYS, BIAS, WINDOW, MATH)
+            acc, l, m = _attend(acc, l, m, q, k, v, x, every, BIAS.PROMPT_COLUMNS | BIAS.COLUMN_BIAS, False, MATH)
 
-    for i in tl.static_range((KEYS.TAIL_1 > 0) + (KEYS.TAIL_2 > 0)):
-        if i == 0:
-            t = tl.arange(0, KEYS.TAIL_1)
-        else:
-            t = KEYS.TAIL_1 + tl.arange(0, KEYS.TAIL_2)
-        k, v, x, valid = tail_block(t, keys, full_tokens, full_prompts, bias, LAYOUT, BIAS, WINDOW, MATH.ACC)
-        acc, l, m = _attend(acc, l, m, q, k, v, x, valid, BIAS.KIND, True, MATH)
+    if KEYS.TAIL_LOOP:
+        for first in tl.range(0, tail_keys_left(keys, full_tokens, full_prompts, LAYOUT), KEYS.TAIL_1, num_stages=1):
+            t = first + tl.arange(0, KEYS.TAIL_1)
+            k, v, x, valid = tail_block(t, keys, full_tokens, full_prompts, bias, LAYOUT, BIAS, WINDOW, MATH)
+            acc, l, m = _attend(acc, l, m, q, k, v, x, valid, (BIAS.KIND > 0) | BIAS.COLUMN_BIAS, True, MATH)
+    else:
+        for i in tl.static_range((KEYS.TAIL_1 > 0) + (KEYS.TAIL_2 > 0)):
+            if i == 0:
+                t = tl.arange(0, KEYS.TAIL_1)
+            else:
+                t = KEYS.TAIL_1 + tl.arange(0, KEYS.TAIL_2)
+            k, v, x, valid = tail_block(t, keys, full_tokens, full_prompts, bias, LAYOUT, BIAS, WINDOW, MATH)
+            acc, l, m = _attend(acc, l, m, q, k, v, x, valid, (BIAS.KIND > 0) | BIAS.COLUMN_BIAS, True, MATH)
     return acc, l, m
 
 
@@ -139,19 +148,16 @@ def _score_part(i: tl.constexpr, q, k, keys, bias, LAYOUT: tl.constexpr, KEYS: t
             x = block_bias(bias, i * BLOCK_N + tl.arange(0, BLOCK_N), keys.N, BIAS, WINDOW, MATH.ACC)
         s = scores(q, k, x, BIAS.KIND, MATH)
     elif i < FULL:
-        x = 0.0
-        if BIAS.PROMPT_COLUMNS:
-            column = bias.prompt_column + (i - KEYS.TOKEN_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
-            x = block_bias(bias, column, keys.N, BIAS, WINDOW, MATH.ACC)
-        s = scores(q, k, x, BIAS.PROMPT_COLUMNS, MATH)
+        x = prompt_bias((i - KEYS.TOKEN_BLOCKS) * BLOCK_N, keys.N, bias, BLOCK_N, BIAS, WINDOW, MATH)
+        s = scores(q, k, x, BIAS.PROMPT_COLUMNS | BIAS.COLUMN_BIAS, MATH)
     else:
         if i == FULL:
             t = tl.arange(0, KEYS.TAIL_1)
         else:
             t = KEYS.TAIL_1 + tl.arange(0, KEYS.TAIL_2)
         x, valid = tail_scores(t, keys, KEYS.TOKEN_BLOCKS * BLOCK_N, KEYS.PROMPT_BLOCKS * BLOCK_N, bias, LAYOUT, BIAS,
-                               WINDOW, MATH.ACC)
-        s = tl.where(valid[None, :], scores(q, k, x, BIAS.KIND, MATH), float("-inf"))
+                               WINDOW, MATH)
+        s = tl.where(valid[None, :], scores(q, k, x, (BIAS.KIND > 0) | BIAS.COLUMN_BIAS, MATH), float("-inf"))
     return s
 
 
@@ -200,7 +206,7 @@ def _attend_unrolled(q, keys, resident_k, resident_v, bias, LAYOUT: tl.constexpr
 
 
 @triton.jit
-def _attend_rows(first, queries, keys, resident_k, resident_v, bias_ptr, ids_ptr, out_ptr, lse_ptr, b, h, rows,
+def _attend_rows(first, queries, keys, resident_k, resident_v, bias_ptr, columns, ids_ptr, out_ptr, lse_ptr, b, h, rows,
                  prompt_column, stride_th, LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr,
                  WINDOW: tl.constexpr, MATH: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
                  KEYS_RESIDENT: tl.constexpr, SCORES_RESIDENT: tl.constexpr, WITH_LSE: tl.constexpr):
@@ -215,7 +221,7 @@ def _attend_rows(first, queries, keys, resident_k, resident_v, bias_ptr, ids_ptr
     head = queries.tokens
     if BIAS.KIND:
         head = bias_ptr + h.to(tl.int64) * stride_th
-    bias = bias_rows(head, ids_ptr, row, queries.N, prompt_column, BIAS, WINDOW, LAYOUT.INDEX)
+    bias = bias_rows(head, columns, ids_ptr, row, queries.N, prompt_column, BIAS, WINDOW, LAYOUT.INDEX)
 
     if KEYS_RESIDENT or SCORES_RESIDENT:
         acc, l, m = _attend_unrolled(q, keys, resident_k, resident_v, bias, LAYOUT, KEYS, BIAS, WINDOW, MATH, BLOCK_M,
@@ -240,15 +246,15 @@ def _attend_rows(first, queries, keys, resident_k, resident_v, bias_ptr, ids_ptr
 
 @triton.jit
 def prompted_attention_forward_kernel(
-    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, ids_ptr, out_ptr, lse_ptr,
+    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, column_ptr, ids_ptr, out_ptr, lse_ptr,
     N, P, pool_size, prompt_column, stride_b, stride_pb, stride_th,
     LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr,
     BLOCK_M: tl.constexpr, STAGES: tl.constexpr, KEYS_RESIDENT: tl.constexpr, SCORES_RESIDENT: tl.constexpr,
     HEADS_FIRST: tl.constexpr, WITH_LSE: tl.constexpr,
 ):
     """qkv (B, N, 3*H*D); prompts (P, 2*H*D), per image (B, P, 2*H*D), a pool (pool_size, 2*H*D) with ranges (B, 2), or
-    (P, 3*H*D) where they attend; bias (H, rows, columns) or (H, R + 1), ids (N,) -> out (B, rows, H*D) and lse
-    (B, H, rows)."""
+    (P, 3*H*D) where they attend; bias (H, rows, columns) or (H, R + 1), values of prompt columns (H, P) or
+    (H, pool_size), ids (N,) -> out (B, rows, H*D) and lse (B, H, rows)."""
     H: tl.constexpr = LAYOUT.H
     rows = N
     if LAYOUT.PROMPT_QUERIES:
@@ -271,6 +277,7 @@ def prompted_attention_forward_kernel(
 
     prompts = qkv_ptr
     length = P
+    start = 0
     if LAYOUT.HAS_PROMPTS:
         prompts = prompt_ptr + b * stride_pb + h * LAYOUT.D
         if LAYOUT.POOL:
@@ -278,6 +285,7 @@ def prompted_attention_forward_kernel(
             prompts += start.to(tl.int64) * LAYOUT.STRIDE_P
     queries = Rows(qkv_ptr + b * stride_b + h * LAYOUT.D, prompts, N, length)
     keys = keys_of(queries, LAYOUT)
+    columns = head_columns(column_ptr, qkv_ptr, h, start, P, pool_size, LAYOUT, BIAS)
 
     resident_k = ()
     resident_v = ()
@@ -291,13 +299,13 @@ def prompted_attention_forward_kernel(
             resident_v = resident_v + (v,)  # type: ignore[assignment]  # noqa: RUF005
         tl.assume(rows > 0)
         for row in tl.range(0, rows, BLOCK_M, num_stages=1, loop_unroll_factor=1):
-            _attend_rows(row, queries, keys, resident_k, resident_v, bias_ptr, ids_ptr, out_ptr, lse_ptr, b, h, rows,
-                         prompt_column, stride_th, LAYOUT, KEYS, BIAS, WINDOW, MATH, BLOCK_M, STAGES, KEYS_RESIDENT,
-                         SCORES_RESIDENT, WITH_LSE)
+            _attend_rows(row, queries, keys, resident_k, resident_v, bias_ptr, columns, ids_ptr, out_ptr, lse_ptr, b, h,
+                         rows, prompt_column, stride_th, LAYOUT, KEYS, BIAS, WINDOW, MATH, BLOCK_M, STAGES,
+                         KEYS_RESIDENT, SCORES_RESIDENT, WITH_LSE)
     else:
-        _attend_rows(first, queries, keys, resident_k, resident_v, bias_ptr, ids_ptr, out_ptr, lse_ptr, b, h, rows,
-                     prompt_column, stride_th, LAYOUT, KEYS, BIAS, WINDOW, MATH, BLOCK_M, STAGES, KEYS_RESIDENT,
-                     SCORES_RESIDENT, WITH_LSE)
+        _attend_rows(first, queries, keys, resident_k, resident_v, bias_ptr, columns, ids_ptr, out_ptr, lse_ptr, b, h,
+                     rows, prompt_column, stride_th, LAYOUT, KEYS, BIAS, WINDOW, MATH, BLOCK_M, STAGES,
+                     KEYS_RESIDENT, SCORES_RESIDENT, WITH_LSE)
 
 
 @triton.jit

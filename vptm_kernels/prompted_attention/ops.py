@@ -1,7 +1,8 @@
 """The registered ops: schemas, shapes, autograd, and the branch between Triton and PyTorch.
 
 `bias` is a dense (H, rows, columns) tensor when `window` is empty and a (R, H) table otherwise. `prompts` is prompt_kv,
-or prompt_qkv when `prompt_queries`. Outputs not asked for are empty tensors, because an op cannot return None.
+or prompt_qkv when `prompt_queries`; `columns` is prompt_column_bias. Outputs not asked for are empty tensors, because
+an op cannot return None.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def prompted_attention_op(
     qkv: Tensor,
     prompts: Tensor | None,
     bias: Tensor | None,
+    columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
     window: Sequence[int],
@@ -39,7 +41,7 @@ def prompted_attention_op(
 ) -> tuple[Tensor, Tensor]:
     """The output, and lse where it is asked for."""
     return run_attention(
-        *(qkv, prompts, bias, token_ids, ranges, window),
+        *(qkv, prompts, bias, columns, token_ids, ranges, window),
         *(num_heads, prompt_queries, max_prompt_length, scale, with_lse, impl),
     )
 
@@ -58,6 +60,7 @@ def _(
     qkv: Tensor,
     prompts: Tensor | None,
     bias: Tensor | None,
+    columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
     window: Sequence[int],
@@ -84,6 +87,7 @@ def prompted_attention_backward_op(
     qkv: Tensor,
     prompts: Tensor | None,
     bias: Tensor | None,
+    columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
     out: Tensor,
@@ -95,19 +99,19 @@ def prompted_attention_backward_op(
     scale: float,
     needs: Sequence[bool],
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, prompts and bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, prompts, bias and values of prompt columns."""
     found = _run_backward(
-        *(grad_out, grad_lse, qkv, prompts, bias, token_ids, ranges, out, lse, window),
+        *(grad_out, grad_lse, qkv, prompts, bias, columns, token_ids, ranges, out, lse, window),
         *(num_heads, prompt_queries, max_prompt_length, scale, needs, impl),
     )
-    dqkv, dprompts, dbias = (qkv.new_empty(0) if grad is None else grad for grad in found)
-    return dqkv, dprompts, dbias
+    dqkv, dprompts, dbias, dcolumns = (qkv.new_empty(0) if grad is None else grad for grad in found)
+    return dqkv, dprompts, dbias, dcolumns
 
 
 def _run_backward(grad_out: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        grad_out = torch.zeros_like(args[6])  # out
+        grad_out = torch.zeros_like(args[7])  # out
     if args[-1] == "torch":
         return torch_impl.backward(grad_out, *args[:-1])
     from . import triton_impl
@@ -123,6 +127,7 @@ def _(
     qkv: Tensor,
     prompts: Tensor | None,
     bias: Tensor | None,
+    columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
     out: Tensor,
@@ -134,32 +139,32 @@ def _(
     scale: float,
     needs: Sequence[bool],
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def empty(t: Tensor | None, needed: bool) -> Tensor:
         return t.new_empty(t.shape) if needed and t is not None else qkv.new_empty(0)
 
-    return empty(qkv, needs[0]), empty(prompts, needs[1]), empty(bias, needs[2])
+    return empty(qkv, needs[0]), empty(prompts, needs[1]), empty(bias, needs[2]), empty(columns, needs[3])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, prompts, bias, token_ids, ranges, *options, _with_lse, impl = inputs
+    qkv, prompts, bias, columns, token_ids, ranges, *options, _with_lse, impl = inputs
     ctx.options, ctx.impl = options, impl
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, prompts, bias, token_ids, ranges, *output)
+    ctx.save_for_backward(qkv, prompts, bias, columns, token_ids, ranges, *output)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    qkv, prompts, bias, token_ids, ranges, out, lse = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
-    grads: list[Tensor | None] = [None, None, None]
+    qkv, prompts, bias, columns, token_ids, ranges, out, lse = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    grads: list[Tensor | None] = [None, None, None, None]
     if any(needs) and (grad_out is not None or grad_lse is not None):
-        inputs = (grad_out, grad_lse, qkv, prompts, bias, token_ids, ranges, out, lse)
+        inputs = (grad_out, grad_lse, qkv, prompts, bias, columns, token_ids, ranges, out, lse)
         # With create_graph the registered op is needed: it refuses to be differentiated.
         plain = not torch.is_grad_enabled() and nothing_traces(*inputs)
         run = _run_backward if plain else prompted_attention_backward_op
         found = run(*inputs, *ctx.options, needs, ctx.impl)
         grads = [grad if needed else None for grad, needed in zip(found, needs)]
-    return (*grads, *[None] * (len(ctx.needs_input_grad) - 3))
+    return (*grads, *[None] * (len(ctx.needs_input_grad) - 4))
 
 
 prompted_attention_op.register_autograd(_backward, setup_context=_setup_context)
@@ -173,6 +178,7 @@ def run_plan(
     qkv: Tensor,
     prompts: Tensor | None,
     bias: Tensor | None,
+    columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
     plan: Plan,
@@ -180,7 +186,7 @@ def run_plan(
 ) -> tuple[Tensor, Tensor | None]:
     """`run_attention` by Triton, for a call whose plan is known."""
     with device_of(qkv):
-        return plan.forward(qkv, prompts, bias, token_ids, ranges, with_lse)
+        return plan.forward(qkv, prompts, bias, columns, token_ids, ranges, with_lse)
 
 
 def _setup_plan_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -206,6 +212,7 @@ def _forward_flops(
     qkv: Shape,
     prompts: Shape | None,
     bias: Shape | None,
+    columns: Shape | None,
     token_ids: Shape | None,
     ranges: Shape | None,
     window: Sequence[int],
@@ -227,6 +234,7 @@ def _backward_flops(
     qkv: Shape,
     prompts: Shape | None,
     bias: Shape | None,
+    columns: Shape | None,
     token_ids: Shape | None,
     ranges: Shape | None,
     out: Shape,

@@ -19,6 +19,7 @@ def prompted_attention_reference(
     num_heads: int,
     bias: Tensor | RelativePositionBias | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
+    prompt_column_bias: Tensor | None = None,
     prompt_ranges: Tensor | None = None,
     max_prompt_length: int | None = None,
     scale: float | None = None,
@@ -30,14 +31,25 @@ def prompted_attention_reference(
         qkv = torch.cat([*(section.flatten(2).to(qkv.dtype) for section in turned), value], -1)
     if prompt_ranges is not None:
         assert prompt_kv is not None
-        rows = [
-            prompted_attention_reference(
-                image[None], prompt_kv[start : start + length], num_heads=num_heads, bias=bias, scale=scale
+        rows = []
+        for image, (start, length) in zip(qkv, prompt_ranges.tolist()):
+            own = slice(start, start + length)
+            columns = None if prompt_column_bias is None else prompt_column_bias[:, own]
+            rows.append(
+                prompted_attention_reference(
+                    image[None],
+                    prompt_kv[own],
+                    num_heads=num_heads,
+                    bias=bias,
+                    prompt_column_bias=columns,
+                    scale=scale,
+                )
             )
-            for image, (start, length) in zip(qkv, prompt_ranges.tolist())
-        ]
         if not rows:
-            return prompted_attention_reference(qkv, prompt_kv[:0], num_heads=num_heads, bias=bias, scale=scale)
+            none = None if prompt_column_bias is None else prompt_column_bias[:, :0]
+            return prompted_attention_reference(
+                qkv, prompt_kv[:0], num_heads=num_heads, bias=bias, prompt_column_bias=none, scale=scale
+            )
         return torch.cat([out for out, _ in rows]), torch.cat([lse for _, lse in rows])
 
     batch, tokens, width = qkv.shape
@@ -61,6 +73,9 @@ def prompted_attention_reference(
             bias = bias[0]
         missing = (0, scores.shape[-1] - bias.shape[-1], 0, scores.shape[-2] - bias.shape[-2])
         scores = scores + torch.nn.functional.pad(bias, missing).to(scores.dtype)
+    if prompt_column_bias is not None:
+        columns = torch.nn.functional.pad(prompt_column_bias, (tokens, 0))
+        scores = scores + columns[:, None].to(scores.dtype)
     lse = scores.logsumexp(-1)
     # A row whose scores are all -inf attends to nothing and gives zeros.
     masked = (lse == float("-inf"))[..., None]

@@ -28,6 +28,7 @@ def forward(
     qkv: Tensor,
     prompts: Tensor | None,
     bias: Tensor | None,
+    columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
     window: Sequence[int],
@@ -42,10 +43,14 @@ def forward(
     out = qkv.new_empty(batch, rows if ranges is not None or batch == 0 else 0, width // 3)
     lse = qkv.new_empty((batch, num_heads, rows) if with_lse else (0,), dtype=accumulator(qkv.dtype))
     dense = _dense(bias, token_ids, window)
-    for images, chosen in _lengths(ranges) if ranges is not None else _groups(batch, prompts, None, batch):
+    # images whose prompts stand in other rows of a pool have other values of their columns
+    by_length = None if columns is not None else ranges
+    for images, chosen in _groups(batch, prompts, ranges, batch) if by_length is None else _lengths(by_length):
         own = None if prompts is None else prompts[chosen]
+        values = columns if columns is None or ranges is None else columns[:, chosen]
         if not with_lse and products_are_faster(qkv):
-            bias_16 = _mask(dense, rows, tokens + (0 if own is None else own.shape[-2]), qkv.dtype)
+            keys = tokens + (0 if own is None else own.shape[-2])
+            bias_16 = _mask(dense, values, rows, keys, qkv.dtype)
             # a row that is masked as a whole would be NaN here
             if bias_16 is None or not _may_mask_a_row(bias_16):
                 attended = _by_products(qkv[images], own, bias_16, num_heads, prompt_queries, scale)
@@ -55,7 +60,7 @@ def forward(
                     out[images] = attended
                 continue
         q, k, v = _project(qkv[images], own, num_heads, prompt_queries)
-        mask = _mask(dense, rows, k.shape[2], _mask_type(q))
+        mask = _mask(dense, values, rows, k.shape[2], _mask_type(q))
         if with_lse and cpu_attention is not None and _on_cpu(q):
             # called by name because only this form of scaled_dot_product_attention returns lse
             attended, found = cpu_attention(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
@@ -67,7 +72,7 @@ def forward(
             with _backends(mask):
                 attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
             if with_lse:
-                lse[images] = _scores(q, k, dense, scale).logsumexp(-1)
+                lse[images] = _scores(q, k, dense, values, scale).logsumexp(-1)
         rows_first = attended.transpose(1, 2).flatten(2)
         if ranges is None:  # one group; attention wrote rows first already, so this is what it allocated
             out = rows_first.contiguous()
@@ -82,6 +87,7 @@ def backward(
     qkv: Tensor,
     prompts: Tensor | None,
     bias: Tensor | None,
+    columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
     out: Tensor,
@@ -92,7 +98,7 @@ def backward(
     max_prompt_length: int,
     scale: float,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     batch, tokens, width = qkv.shape
     heads, head_dim = num_heads, width // (3 * num_heads)
     exact = accumulator(qkv.dtype)
@@ -100,6 +106,7 @@ def backward(
     dqkv = qkv.new_empty(qkv.shape) if needs[0] else None
     dprompts = torch.zeros(prompts.shape, dtype=exact, device=qkv.device) if needs[1] and prompts is not None else None
     ddense = torch.zeros(dense.shape, dtype=exact, device=qkv.device) if needs[2] and dense is not None else None
+    dcolumns = torch.zeros_like(columns, dtype=exact) if needs[3] and columns is not None else None
     grad_out = grad_out.unflatten(2, (heads, head_dim)).transpose(1, 2)
 
     keys = tokens + (0 if prompts is None else max_prompt_length if ranges is not None else prompts.shape[-2])
@@ -111,18 +118,22 @@ def backward(
         q, k, v = _project(qkv[images], None if prompts is None else prompts[chosen], heads, prompt_queries)
         if q.shape[2] == 0:  # nobody attends
             continue
+        values = columns if columns is None or ranges is None else columns[:, chosen]
+        of_values = None if dcolumns is None else dcolumns if ranges is None else dcolumns[:, chosen]
         if stored:
-            mask = _mask(dense, q.shape[2], k.shape[2], q.dtype)
-            dq, dk, dv = _by_products_backward(grad_out[images], q, k, v, mask, scale)
+            mask = _mask(dense, values, q.shape[2], k.shape[2], q.dtype)
+            dq, dk, dv = _by_products_backward(grad_out[images], q, k, v, mask, scale, of_values)
         elif flash and cpu_attention_backward is not None:
-            mask = _mask(dense, q.shape[2], k.shape[2], _mask_type(q))
+            mask = _mask(dense, values, q.shape[2], k.shape[2], _mask_type(q))
             attended = out[images].unflatten(2, (heads, head_dim)).transpose(1, 2)
             shift = lse[images].masked_fill(lse[images] == float("-inf"), 0)
             dq, dk, dv = cpu_attention_backward(
                 grad_out[images], q, k, v, attended, shift, 0.0, False, attn_mask=mask, scale=scale
             )
+            if of_values is not None and mask is not None:
+                of_values += _column_gradient(grad_out[images], q, k, v, attended, shift, mask, scale, tokens)
         else:
-            scores = _scores(q, k, dense, scale)
+            scores = _scores(q, k, dense, values, scale)
             masked = scores.amax(-1, keepdim=True) == float("-inf")
             weights = scores.softmax(-1).masked_fill_(masked, 0)
             q, k, v, dout = (t.to(exact) for t in (q, k, v, grad_out[images]))
@@ -134,6 +145,8 @@ def backward(
             dq, dk, dv = dscores @ k * scale, dscores.mT @ q * scale, weights.mT @ dout
             if ddense is not None:
                 ddense += dscores[:, :, : ddense.shape[1], : ddense.shape[2]].sum(0)
+            if of_values is not None:
+                of_values += dscores[..., tokens:].sum((0, 2))
         if dqkv is not None:
             sections = dqkv.unflatten(2, (3, heads, head_dim))
             for i, part in enumerate((dq, dk, dv)):
@@ -148,7 +161,9 @@ def backward(
     dbias = ddense
     if ddense is not None and bias is not None:
         dbias = (reduce_to_table(ddense, (window[0], window[1]), token_ids) if window else ddense).to(bias.dtype)
-    return dqkv, None if dprompts is None else dprompts.to(qkv.dtype), dbias
+    if dcolumns is not None and columns is not None:
+        dcolumns = dcolumns.to(columns.dtype)
+    return dqkv, None if dprompts is None else dprompts.to(qkv.dtype), dbias, dcolumns
 
 
 def _on_cpu(t: Tensor) -> bool:
@@ -256,9 +271,10 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 
 
 def _by_products_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, of_values: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, (B, H, rows or keys, D), from that of the output, as `_by_products` computes that."""
+    """Gradients of q, k and v, (B, H, rows or keys, D), from that of the output, as `_by_products` computes that; that
+    of values of the last P columns is added to of_values (H, P)."""
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     for i in range(q.shape[0]):
         # each enters two or three products, which would copy it each time
@@ -266,6 +282,8 @@ def _by_products_backward(
         weights = _weights(own_q, own_k, bias, scale)
         dv[i] = torch.bmm(weights.mT, dout)
         dscores = _softmax_gradient(torch.bmm(dout, own_v.mT), weights)
+        if of_values is not None:
+            of_values += dscores[..., dscores.shape[-1] - of_values.shape[1] :].sum(1, dtype=of_values.dtype)
         dq[i] = torch.bmm(dscores, own_k)
         dk[i] = torch.bmm(dscores.mT, own_q)
     return (dq, dk, dv) if scale == 1 else (dq.mul_(scale), dk.mul_(scale), dv)
@@ -278,8 +296,42 @@ def _softmax_gradient(grad: Tensor, weights: Tensor) -> Tensor:
     return (grad - (weights * grad).sum(-1, keepdim=True)) * weights
 
 
-def _mask(dense: Tensor | None, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
-    """(1, H, rows, columns) bias on aligned rows, zero where the dense one does not reach."""
+def _column_gradient(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor,
+    scale: float,
+    tokens: int,
+) -> Tensor:
+    """(H, P) gradient of values of the columns from `tokens` on, in which all (B, H, rows) have a part: their own
+    scores again, image by image, as flash attention gives no gradient of its mask."""
+    exact = accumulator(q.dtype)
+    total = torch.zeros(q.shape[1], k.shape[2] - tokens, dtype=exact, device=q.device)
+    for i in range(q.shape[0]):
+        own_q, dout, attended = (t[i].to(exact) for t in (q, grad, out))
+        own_k, own_v = (t[i, :, tokens:].to(exact) for t in (k, v))
+        weights = torch.baddbmm(mask[0, ..., tokens:].to(exact), own_q, own_k.mT, alpha=scale)
+        weights = weights.sub_(lse[i][..., None]).exp_()
+        delta = (dout * attended).sum(-1, keepdim=True)
+        total += (torch.bmm(dout, own_v.mT) - delta).mul_(weights).sum(1)
+    return total
+
+
+def _mask(dense: Tensor | None, values: Tensor | None, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+    """(1, H, rows, columns) bias on aligned rows, zero where the dense one does not reach, plus values (H, P) of the
+    last columns; of one row where there are only those."""
+    if values is not None:
+        rows = rows if dense is not None else 1
+        if dense is None:
+            dense = values.new_zeros(values.shape[0], 1, columns)
+        wider = dense.new_zeros(dense.shape[0], rows, columns, dtype=torch.promote_types(dense.dtype, values.dtype))
+        wider[:, : dense.shape[1], : dense.shape[2]] = dense
+        wider[..., columns - values.shape[1] :] += values[:, None]
+        dense = wider
     if dense is None:
         return None
     complete = dense.shape[1:] == (rows, columns) and dense.dtype == dtype
@@ -302,9 +354,11 @@ def _backends(mask: Tensor | None) -> AbstractContextManager[object]:
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def _scores(q: Tensor, k: Tensor, dense: Tensor | None, scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, dense: Tensor | None, values: Tensor | None, scale: float) -> Tensor:
     exact = accumulator(q.dtype)
     scores = q.to(exact) @ k.to(exact).mT * scale
     if dense is not None:
         scores[:, :, : dense.shape[1], : dense.shape[2]] += dense
+    if values is not None:
+        scores[..., scores.shape[-1] - values.shape[1] :] += values[:, None]
     return scores

@@ -29,6 +29,7 @@ from .configs import (
     heads_per_table_grad,
     images_per_program,
     key_grad_config,
+    loops_over_tail,
     query_grad_config,
     table_grad_blocks,
     tails,
@@ -46,13 +47,15 @@ from .kernels_fwd import prompted_attention_expand_table_kernel, prompted_attent
 
 _TRITON_DTYPES = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Inputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def forward(
     qkv: Tensor,
     prompts: Tensor | None,
     bias: Tensor | None,
+    columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
     window: Sequence[int],
@@ -62,7 +65,7 @@ def forward(
     scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    tensors = (qkv, prompts, bias, token_ids, ranges)
+    tensors = (qkv, prompts, bias, columns, token_ids, ranges)
     plan = plan_of(*tensors, window, num_heads, prompt_queries, max_prompt_length, scale)
     out, lse = plan.forward(*tensors, with_lse)
     return out, qkv.new_empty(0, dtype=plan.accumulator) if lse is None else lse
@@ -74,6 +77,7 @@ def backward(
     qkv: Tensor,
     prompts: Tensor | None,
     bias: Tensor | None,
+    columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
     out: Tensor,
@@ -85,7 +89,7 @@ def backward(
     scale: float,
     needs: Sequence[bool],
 ) -> Grads:
-    tensors = (qkv, prompts, bias, token_ids, ranges)
+    tensors = (qkv, prompts, bias, columns, token_ids, ranges)
     # planned by what is given here: hooks on saved tensors may give others back than forward had
     plan = plan_of(*tensors, window, num_heads, prompt_queries, max_prompt_length, scale)
     return plan.backward(grad_out, grad_lse, *tensors, out, lse, needs)
@@ -100,6 +104,7 @@ def plan_of(
     qkv: Tensor,
     prompts: Tensor | None,
     bias: Tensor | None,
+    columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
     window: Sequence[int],
@@ -110,12 +115,12 @@ def plan_of(
 ) -> Plan:
     """The plan of these arguments, which are not checked."""
     options = (*window, num_heads, prompt_queries, max_prompt_length, scale)
-    tensors = (signature(qkv), signature(prompts), place(bias), signature(token_ids), signature(ranges))
-    key = (tensors, options, float32_precision(qkv.dtype))
+    others = (signature(t) for t in (columns, token_ids, ranges))
+    key = (signature(qkv), signature(prompts), place(bias), *others, options, float32_precision(qkv.dtype))
     plan = _plans.get(key)
     if plan is None:
-        arguments = (qkv, prompts, bias, token_ids, ranges, window, num_heads, prompt_queries, max_prompt_length, scale)
-        plan = _plans.keep(key, Plan(*arguments))
+        tensors = (qkv, prompts, bias, columns, token_ids, ranges)
+        plan = _plans.keep(key, Plan(*tensors, window, num_heads, prompt_queries, max_prompt_length, scale))
     return plan
 
 
@@ -195,15 +200,15 @@ def _only_shifts_exponents(scale: float) -> bool:
 
 
 def _arithmetic(scale: float, biased: bool, accumulator: torch.dtype, precision: str) -> Arithmetic:
-    grad_scale, query_scale, factor = scale, 1.0, LOG2E.value
+    grad_scale, query_scale, factor, column_scale = scale, 1.0, LOG2E.value, 1.0
     if biased and _only_shifts_exponents(scale):
         # Queries take the scale, and the product of queries and keys starts from the bias.
         query_scale, scale = scale, 1.0
     elif not biased and scale > 0:
         # The scale joins the factor of the exponent. A negative one would turn the maximum into a minimum, and zero
         # would make NaN of masked scores.
-        scale, factor = 1.0, factor * scale
-    return Arithmetic(query_scale, scale, factor, grad_scale, _TRITON_DTYPES[accumulator], precision)
+        scale, factor, column_scale = 1.0, factor * scale, 1 / scale
+    return Arithmetic(query_scale, scale, factor, column_scale, grad_scale, _TRITON_DTYPES[accumulator], precision)
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -211,7 +216,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _packed(t: Tensor | None) -> Tensor | None:
-    """Ids and ranges one after the other, as kernels read them; expanded and transposed ones are copied."""
+    """Small tensors one element after the other, as kernels read them; expanded and transposed ones are copied."""
     return None if t is None else t.contiguous()
 
 
@@ -239,6 +244,7 @@ class Plan:
         qkv: Tensor,
         prompts: Tensor | None,
         bias: Tensor | None,
+        columns: Tensor | None,
         token_ids: Tensor | None,
         ranges: Tensor | None,
         window: Sequence[int],
@@ -250,7 +256,7 @@ class Plan:
         self.options = (list(window), num_heads, prompt_queries, max_prompt_length, scale)
         self.has_prompts = prompts is not None and prompts.shape[-2] > 0
         if not self.has_prompts:
-            prompts = ranges = None
+            prompts = ranges = columns = None
         self.batch, self.tokens, width = qkv.shape
         self.heads, self.head_dim = num_heads, width // (3 * num_heads)
         self.width = width // 3
@@ -280,6 +286,7 @@ class Plan:
         self.image_strides = (qkv.stride(0), stride_pb)
 
         self.bias = _bias_form(bias, window, qkv, num_heads)
+        self.column_bias = columns is not None
         self.window = (window[0], window[1]) if window else (0, 0)
         gathered = self.bias.kind == TABLE.value
         reach = max(self.tokens * stride_n, (0 if prompts is None else prompts.shape[-2]) * stride_p)
@@ -301,6 +308,7 @@ class Plan:
             "BIAS": Bias(
                 KIND=self.bias.kind,
                 PROMPT_COLUMNS=self.bias.prompt_columns,
+                COLUMN_BIAS=self.column_bias,
                 PARTIAL=self.bias.kind > 0 and self.prompt_queries and not self.bias.prompt_rows,
                 STRIDE=self.bias.row_stride,
             ),
@@ -314,9 +322,12 @@ class Plan:
 
     def key_blocks(self, block_n: int, unrolled: bool = False) -> KeyBlocks:
         tail_1, tail_2 = tails(self.tokens, self.prompts, block_n, pooled=self.pooled)
+        loop = tail_1 > 0 and not unrolled and loops_over_tail(self.target[1])
+        if loop:
+            tail_1, tail_2 = 16, 0
         blocks = self.tokens // block_n, self.prompts // block_n
         token_blocks, prompt_blocks = blocks if unrolled else (min(1, n) for n in blocks)
-        return KeyBlocks(block_n, tail_1, tail_2, token_blocks, prompt_blocks)
+        return KeyBlocks(block_n, tail_1, tail_2, token_blocks, prompt_blocks, loop)
 
     def _forward_launches(self) -> tuple[Launch, Launch]:
         """Without lse and with it."""
@@ -329,6 +340,7 @@ class Plan:
             self.pooled,
             self.prompt_queries,
             gathered=self.bias.kind == TABLE.value,
+            column_bias=self.column_bias,
             interpreted=self.interpreted,
         )
         row_blocks = 1 if config.keys_resident else triton.cdiv(self.rows, config.block_m)
@@ -370,6 +382,7 @@ class Plan:
         qkv: Tensor,
         prompts: Tensor | None,
         bias: Tensor | None,
+        columns: Tensor | None,
         token_ids: Tensor | None,
         ranges: Tensor | None,
         with_lse: bool,
@@ -377,7 +390,7 @@ class Plan:
         out = qkv.new_empty((self.batch, self.rows, self.width))
         lse = qkv.new_empty((self.batch, self.heads, self.rows), dtype=self.accumulator) if with_lse else None
         if self._forwards is not None:
-            self._forwards[with_lse](*self.inputs(qkv, prompts, bias, token_ids, ranges), out, lse)
+            self._forwards[with_lse](*self.inputs(qkv, prompts, bias, columns, token_ids, ranges), out, lse)
         return out, lse
 
     def inputs(
@@ -385,14 +398,16 @@ class Plan:
         qkv: Tensor,
         prompts: Tensor | None,
         bias: Tensor | None,
+        columns: Tensor | None,
         token_ids: Tensor | None,
         ranges: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """qkv, prompts, ranges, bias and token ids as kernels read them."""
+    ) -> Inputs:
+        """qkv, prompts, ranges, bias, values of prompt columns and token ids as kernels read them."""
         if not self.has_prompts:
-            prompts = ranges = None
+            prompts = ranges = columns = None
+        columns = _packed(columns)
         if bias is None:
-            return qkv, prompts, _packed(ranges), None, None
+            return qkv, prompts, _packed(ranges), None, columns, None
         token_ids = _packed(token_ids)
         form = self.bias
         if form.origin == "in place":
@@ -409,7 +424,7 @@ class Plan:
                 n, extra = self.tokens, bias.shape[2] - self.tokens
                 data[..., :n] = bias[..., :n]
                 data[..., form.prompt_column : form.prompt_column + extra] = bias[..., n:]
-        return qkv, prompts, _packed(ranges), data, token_ids if form.kind == TABLE.value else None
+        return qkv, prompts, _packed(ranges), data, columns, token_ids if form.kind == TABLE.value else None
 
     def backward(
         self,
@@ -418,33 +433,38 @@ class Plan:
         qkv: Tensor,
         prompts: Tensor | None,
         bias: Tensor | None,
+        columns: Tensor | None,
         token_ids: Tensor | None,
         ranges: Tensor | None,
         out: Tensor,
         lse: Tensor,
         needs: Sequence[bool],
     ) -> Grads:
-        wants_qkv, wants_prompts, wants_bias = needs
+        wants_qkv, wants_prompts, wants_bias, wants_columns = needs
         if self.empty:
-            dqkv, dprompts, dbias = (_zeros(t) if needed else None for t, needed in zip((qkv, prompts, bias), needs))
-            return dqkv, dprompts, dbias
-        dqkv = dprompts = dbias = None
-        of_prompts = wants_prompts and self.has_prompts
+            learned = zip((qkv, prompts, bias, columns), needs)
+            dqkv, dprompts, dbias, dcolumns = (_zeros(t) if needed else None for t, needed in learned)
+            return dqkv, dprompts, dbias, dcolumns
+        dqkv = dprompts = dbias = dcolumns = None
+        # that of their columns is a by-product of the prompts' gradient
+        of_columns = wants_columns and self.has_prompts
+        of_prompts = (wants_prompts and self.has_prompts) or of_columns
         if wants_qkv or of_prompts or wants_bias:
             grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
             # Kernels get a pointer they may add offsets to whether there is a gradient of lse or not.
             given = (out, grad_out, lse, lse if grad_lse is None else grad_lse.contiguous())
-            key = (wants_qkv, of_prompts, wants_bias, grad_lse is None, *(t.data_ptr() % 16 for t in given))
+            asked = (wants_qkv, of_prompts, of_columns, wants_bias, grad_lse is None)
+            key = (*asked, *(t.data_ptr() % 16 for t in given))
             run = self._backwards.get(key)
             if run is None:
-                learned = bias if wants_bias else None
-                run = _Backward(self, wants_qkv, of_prompts, learned, token_ids, grad_lse is not None)
+                learned_bias = bias if wants_bias else None
+                run = _Backward(self, wants_qkv, of_prompts, of_columns, learned_bias, token_ids, grad_lse is not None)
                 self._backwards[key] = run
-            inputs = self.inputs(qkv, prompts, bias, token_ids, ranges)
-            dqkv, dprompts, dbias = run(inputs, given, bias, token_ids)
-        if wants_prompts and not self.has_prompts:
-            dprompts = _zeros(prompts)
-        return dqkv, dprompts, dbias
+            inputs = self.inputs(qkv, prompts, bias, columns, token_ids, ranges)
+            dqkv, dprompts, dbias, dcolumns = run(inputs, given, bias, columns, token_ids)
+        if not self.has_prompts:
+            dprompts, dcolumns = _zeros(prompts), _zeros(columns)
+        return dqkv, dprompts if wants_prompts else None, dbias, dcolumns if wants_columns else None
 
 
 _BiasLaunches = tuple[tuple[int, ...], Launch, Launch | None]
@@ -458,12 +478,14 @@ class _Backward:
         plan: Plan,
         wants_qkv: bool,
         wants_prompts: bool,
+        wants_columns: bool,
         bias: Tensor | None,
         token_ids: Tensor | None,
         has_dlse: bool,
     ) -> None:
         """bias: None when it has no gradient."""
         self.plan, self.wants_qkv, self.wants_prompts = plan, wants_qkv, wants_prompts
+        self.wants_columns = wants_columns
         # The query kernels store delta for the others. If only prompts are learned no query kernel of tokens runs, and
         # the prompts' own kernel computes delta as it goes; in the cases left delta takes a pass of its own.
         self.fuse_delta = wants_prompts and not wants_qkv and bias is None
@@ -492,23 +514,25 @@ class _Backward:
                 self._keys(*launch, row=row, of_prompts=True),
             )
             self._pool = self._pool_launch(row) if plan.pooled else None
+            self._pool_columns = self._pool_launch(plan.heads) if plan.pooled and wants_columns else None
         self._of_bias = [] if bias is None else self._bias_launches(bias, token_ids)
 
     def __call__(
         self,
-        inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+        inputs: Inputs,
         given: tuple[Tensor, Tensor, Tensor, Tensor],
         bias: Tensor | None,
+        columns: Tensor | None,
         token_ids: Tensor | None,
     ) -> Grads:
         """inputs: `Plan.inputs`; given: out, its gradient, lse and its gradient (or lse again)."""
-        (qkv, prompts, ranges, data, ids), (out, grad_out, lse, grad_lse) = inputs, given
+        (qkv, prompts, ranges, data, values, ids), (out, grad_out, lse, grad_lse) = inputs, given
         width = self.plan.width
         delta = torch.empty_like(lse) if self.needs_delta else lse
         if self._delta is not None:
             self._delta(out, grad_out, grad_lse, delta)
         common = (*inputs, *given, delta)
-        dqkv = partial = dprompts = None
+        dqkv = partial = dprompts = dcolumns = None
         if self._of_qkv is not None:
             dqkv = qkv.new_empty(qkv.shape)
             self._of_qkv[0](*common, dqkv)
@@ -518,12 +542,15 @@ class _Backward:
             if self._of_prompts[0] is not None:
                 self._of_prompts[0](*common, partial)
         if self._of_qkv is not None and dqkv is not None:
-            self._of_qkv[1](*common, dqkv.narrow(2, width, 2 * width))  # indexing takes twice as long
+            self._of_qkv[1](*common, dqkv.narrow(2, width, 2 * width), None)  # indexing takes twice as long
         if self._of_prompts is not None and partial is not None and prompts is not None:
-            self._of_prompts[1](*common, partial[..., width:] if self.plan.prompt_queries else partial)
+            of_columns = self._partial_columns(prompts) if self.wants_columns else None
+            self._of_prompts[1](*common, partial[..., width:] if self.plan.prompt_queries else partial, of_columns)
             dprompts = self._sum_prompts(partial, prompts, ranges)
-        dbias = self._bias_grad((qkv, prompts, data, ids, grad_out, lse, delta), bias, token_ids)
-        return dqkv, dprompts, dbias
+            if of_columns is not None and columns is not None:
+                dcolumns = self._sum_columns(of_columns, columns, ranges)
+        dbias = self._bias_grad((qkv, prompts, data, values, ids, grad_out, lse, delta), bias, token_ids)
+        return dqkv, dprompts, dbias, dcolumns
 
     def _delta_launch(self, has_dlse: bool) -> Launch:
         plan, block = self.plan, 16 if self.plan.interpreted else 64
@@ -544,6 +571,7 @@ class _Backward:
             plan.tokens,
             prompts_attend=plan.prompt_queries,
             prompt_columns=plan.bias.prompt_columns,
+            column_bias=plan.column_bias,
             bias_bits=8 * plan.bias.dtype.itemsize if plan.bias.kind else 0,
             interpreted=plan.interpreted,
         )
@@ -566,6 +594,7 @@ class _Backward:
             keys,
             of_prompts=of_prompts,
             prompts_attend=plan.prompt_queries,
+            column_grad=of_prompts and self.wants_columns,
             gathered=gathered,
             interpreted=plan.interpreted,
         )
@@ -573,6 +602,7 @@ class _Backward:
             "OF_PROMPTS": of_prompts,
             "HAS_DLSE": has_dlse,
             "FUSE_DELTA": of_prompts and self.fuse_delta,
+            "COLUMN_GRAD": of_prompts and self.wants_columns,
             "BLOCK_N": config.block_n,
             **plan.constants,
             **_blocks(config, plan.arch),
@@ -610,6 +640,19 @@ class _Backward:
         grad = prompts.new_empty(prompts.shape)
         self._pool(partial, ranges, grad)
         return grad
+
+    def _partial_columns(self, prompts: Tensor) -> Tensor:
+        """(chunks, P, H), as the prompts' partial sums lie."""
+        shape = (self.chunks, self.plan.prompts, self.plan.heads)
+        return prompts.new_empty(shape, dtype=self.plan.accumulator)
+
+    def _sum_columns(self, partial: Tensor, columns: Tensor, ranges: Tensor | None) -> Tensor:
+        """(H, P), or (H, S) for a pool of S rows."""
+        if self._pool_columns is None:
+            return partial.sum(0).T.contiguous().to(columns.dtype)
+        grad = columns.new_empty(columns.shape[::-1])
+        self._pool_columns(partial, ranges, grad)
+        return grad.T.contiguous()
 
     def _bias_launches(self, bias: Tensor, token_ids: Tensor | None) -> list[_BiasLaunches]:
         """Shape of the partial sums, launch and, of a table, the launch that fills its columns: by groups of heads."""

@@ -37,6 +37,7 @@ def readout_attention(
     prompt_kv: Tensor | None = None,
     prompt_ranges: Tensor | None = None,
     max_prompt_length: int | None = None,
+    prompt_column_bias: Tensor | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
@@ -63,6 +64,8 @@ def readout_attention(
             gathered for every image: for one query a copy costs what reading them does. Values include the value bias.
         prompt_ranges: (B, 2) int32, start and length of every image's rows of the pool, as in `prompted_attention`.
         max_prompt_length: an upper bound of those lengths; `bias` is then (H, N).
+        prompt_column_bias: (H, P), or (H, S) for a pool, floating point: added to the scaled scores with each prompt,
+            beside `bias`, as in `prompted_attention`.
         bias: (H, N) or (H, N+P), prompts last, added to the scaled scores. Any floating dtype.
         scale: factor of the scores, default `D ** -0.5`. The bias is not scaled.
         impl: "auto" is "triton" for GPU tensors of float16, bfloat16 or float32 with at most 64 heads, else "torch". An
@@ -82,6 +85,7 @@ def readout_attention(
         n = layer_norm(x, (C,), norm_weight, norm_bias, eps)
         k, v = n @ k_weight.T, n @ v_weight.T + v_bias                  # (B, N, H*D), then split into heads
         k, v = cat([k, prompt_k], 1), cat([v, prompt_v], 1)
+        bias = bias + cat([zeros(H, N), prompt_column_bias], 1)
         out = softmax((q * scale) @ k.mT + bias) @ v                    # (B, H, 1, D), then heads joined
 
     Raises:
@@ -101,9 +105,14 @@ def readout_attention(
     torch.Size([10, 128])
     """
     outside = None
+    columns = prompt_column_bias
+    if columns is not None:
+        _check_columns(columns, q, prompt_kv, num_heads)
     if prompt_ranges is not None or max_prompt_length is not None:
-        prompt_kv, outside = _gather(x, q, prompt_kv, prompt_ranges, max_prompt_length, bias)
-    tensors = (x, q, norm_weight, norm_bias, k_weight, v_weight, v_bias, prompt_kv, bias)
+        prompt_kv, rows, outside = _gather(x, q, prompt_kv, prompt_ranges, max_prompt_length, bias)
+        # an empty pool has no row that any image could read
+        columns = None if columns is None or not columns.shape[1] else columns[:, rows].transpose(0, 1)
+    tensors = (x, q, norm_weight, norm_bias, k_weight, v_weight, v_bias, prompt_kv, columns, bias)
     plain = nothing_traces(*tensors)
     key = _signature(tensors, num_heads, eps, scale, impl) if plain and not autocasting() else None
     known = None if key is None else _checked.get(key)
@@ -153,6 +162,8 @@ def readout_attention(
             # The norm's shift adds one number to the scores of all tokens, so the prompts may have its negative.
             shift = (absorbed * norm_bias).sum(-1, keepdim=True)
             prompt_scores = (prompt_scores - shift).to(q.dtype)
+        if columns is not None:
+            prompt_scores = (prompt_scores + columns).to(q.dtype)
         if outside is not None:
             prompt_scores = prompt_scores.masked_fill(outside[:, None], float("-inf"))
     if norm_weight is not None:
@@ -185,8 +196,9 @@ def readout_attention(
 
 def _gather(
     x: Tensor, q: Tensor, pool: Tensor | None, ranges: Tensor | None, longest: int | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Every image's rows of the pool, (B, longest, 2*H*D), and which of them (B, longest) are beyond its range."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every image's rows of the pool, (B, longest, 2*H*D), their numbers, and which of them (B, longest) are beyond
+    its range."""
     if ranges is None:
         raise ValueError(f"max_prompt_length must be None without prompt_ranges, got {longest}")
     if not isinstance(pool, Tensor) or pool.ndim != 2:
@@ -203,9 +215,24 @@ def _gather(
     outside = step >= length
     rows = (start + step).masked_fill(outside, 0)
     if pool.shape[0] == 0:
-        return pool.new_zeros(x.shape[0], longest, pool.shape[1]), outside
+        return pool.new_zeros(x.shape[0], longest, pool.shape[1]), rows, outside
     # what stands in row 0 is nobody's business where it is not read: it may be NaN
-    return pool[rows].masked_fill(outside[..., None], 0), outside
+    return pool[rows].masked_fill(outside[..., None], 0), rows, outside
+
+
+def _check_columns(columns: Tensor, q: Tensor, prompt_kv: Tensor | None, num_heads: int) -> None:
+    if not isinstance(columns, Tensor):
+        raise TypeError(f"prompt_column_bias must be a tensor, got {type(columns).__name__}")
+    if not isinstance(prompt_kv, Tensor) or prompt_kv.ndim < 2:
+        raise ValueError("prompt_column_bias must come with prompt_kv, got none")
+    wanted = (num_heads, prompt_kv.shape[-2])
+    if shape_of(columns) != wanted or not columns.is_floating_point():
+        raise ValueError(
+            f"prompt_column_bias must be a floating point (H, P) = {wanted}, one value for each head and row of the "
+            f"prompts, got {shape_of(columns)} {columns.dtype}"
+        )
+    if columns.device != q.device:
+        raise ValueError(f"prompt_column_bias must be on the device of q, {q.device}, got {columns.device}")
 
 
 def _signature(

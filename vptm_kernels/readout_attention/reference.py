@@ -22,6 +22,7 @@ def readout_attention_reference(
     *,
     num_heads: int,
     prompt_kv: Tensor | None = None,
+    prompt_column_bias: Tensor | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -37,6 +38,8 @@ def readout_attention_reference(
     scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ k.mT
     if bias is not None:
         scores = scores + F.pad(bias, (0, scores.shape[-1] - bias.shape[-1])).to(scores.dtype)[:, None]
+    if prompt_column_bias is not None:
+        scores = scores + F.pad(prompt_column_bias, (x.shape[1], 0)).to(scores.dtype)[:, None]
     # A head that attends to nothing gives zeros.
     masked = (scores == float("-inf")).all(-1, keepdim=True)
     weights = scores.masked_fill(masked, 0).softmax(-1).masked_fill(masked, 0)

@@ -15,6 +15,7 @@ from ..prompted_attention.reference import prompted_attention_reference
 PROMPTS = ("none", "shared", "image", "pool", "queries")
 BIASES = ("none", "dense", "dense4", "columns", "square", "table", "aligned")
 ROTARIES = ("none", "shared", "heads")
+COLUMNS = ("none", "columns", "heads")
 LAYOUTS = ("contiguous", "sliced", "expanded", "unaligned")
 
 
@@ -25,6 +26,7 @@ class AttentionCase:
     prompts: "none", "shared", "image" (per image), "pool" (ranges into a pool, the first of them empty) or "queries".
     bias: "none", "dense" (H, N, N), "dense4" (1, H, N, N), "columns" (H, N, N+P), "square" (H, N+P, N+P), "table"
         (shuffled ids, some without a position) or "aligned" (H, N, N) on aligned rows.
+    columns: "none", "columns", a value for each head and prompt, or "heads", one for each head, expanded.
     rotary: "none", "shared" (N, D/2) or "heads" (H, N, D/2), angles of any size and a first row that is not turned.
     layout of qkv: "contiguous", "sliced" (from wider rows), "expanded" (one image for all), "unaligned" (odd offset).
     """
@@ -37,6 +39,7 @@ class AttentionCase:
     prompts: str = "shared"
     bias: str = "none"
     rotary: str = "none"
+    columns: str = "none"
     layout: str = "contiguous"
     dtype: torch.dtype = torch.float64
     window: tuple[int, int] | None = None
@@ -47,6 +50,8 @@ class AttentionCase:
     def valid(self) -> bool:
         has_prompts = self.prompts in ("shared", "image", "queries")
         if self.batch == 0 and self.layout == "expanded":
+            return False
+        if self.columns != "none" and self.prompts == "none":
             return False
         return (self.bias != "columns" or has_prompts) and (self.bias != "square" or self.prompts == "queries")
 
@@ -88,6 +93,9 @@ class AttentionCase:
             rows = n + p if self.bias == "square" else n
             columns = n + p if self.bias in ("columns", "square") else n
             call["bias"] = random(*([1] if self.bias == "dense4" else []), heads, rows, columns)
+        if self.columns != "none":
+            rows = p + 5 if self.prompts == "pool" else p
+            call["prompt_column_bias"] = random(heads, rows if self.columns == "columns" else 1).expand(heads, rows)
         if self.rotary != "none":
             leading = (heads,) if self.rotary == "heads" else ()
             angles = 4 * torch.randn(*leading, n, self.head_dim // 2, generator=generator, dtype=torch.float64)
@@ -127,7 +135,8 @@ class AttentionCase:
 
 def differentiable(call: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of a call that gradients can reach, by name."""
-    found = {name: call[name] for name in ("qkv", "prompt_kv", "prompt_qkv") if call.get(name) is not None}
+    names = ("qkv", "prompt_kv", "prompt_qkv", "prompt_column_bias")
+    found = {name: call[name] for name in names if call.get(name) is not None}
     bias = call.get("bias")
     if bias is not None:
         found["bias"] = bias.table if isinstance(bias, RelativePositionBias) else bias
