@@ -560,6 +560,28 @@ def test_what_processes_cannot_share_is_refused_before_a_folder_is_made(
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_folder_that_the_first_process_refuses_is_refused_in_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """The others would read the data and then say that a process ended, and of a folder that there is none of."""
+    (tmp_path / "file").touch()
+    told: list[Any] = []
+
+    class Pair(Ranks):
+        index, count = rank, 2
+
+        def first(self, value: Any) -> Any:
+            told.append(value)
+            return ValueError("what the first one said") if rank else value
+
+    monkeypatch.setattr("vptm.methods.run.join", lambda place: Pair())
+    settings = RunSettings.from_options({"data": str(tmp_path / "nowhere")}, "beit")
+    with pytest.raises(ValueError, match="what the first one said" if rank else "file/run cannot be written"):
+        train_run(settings, tmp_path / "file" / "run")
+    assert [type(value) for value in told] == [type(None) if rank else ValueError]
+
+
 class Unlabelled(Dataset[Any]):
     """Carries its labels only inside its items."""
 

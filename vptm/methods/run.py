@@ -116,10 +116,7 @@ def train_run(
     ranks = join(place)
     check_images_for_all(settings.batch_size, ranks, "--batch-size")
     report = first_reports(report)
-    if not ranks.index:
-        if out is not None:
-            check_run_folder(out, resume=resume, overwrite=overwrite)
-        check_writable(Path(_RUNS) if out is None else out)
+    _check_folder(out, ranks, resume=resume, overwrite=overwrite)
     run_of = opened(settings, place, resume=resume, report=report)
     data, parts, model, loaders = run_of.data, run_of.parts, run_of.model, run_of.loaders
     folder = ranks.first(_free_folder(data.name) if out is None else out)
@@ -184,6 +181,21 @@ def checked_place(settings: RunSettings) -> torch.device:
     resolve_precision(settings.train_settings.precision, place, training=True)
     check_is_there(settings.model)
     return place
+
+
+def _check_folder(out: Path | None, ranks: Ranks, *, resume: bool, overwrite: bool) -> None:
+    """Refuse in every process a run folder that the first one, which writes it, may or can not use."""
+    refusal: ValueError | None = None
+    if not ranks.index:
+        try:
+            if out is not None:
+                check_run_folder(out, resume=resume, overwrite=overwrite)
+            check_writable(Path(_RUNS) if out is None else out)
+        except ValueError as error:
+            refusal = error
+    refusal = ranks.first(refusal)
+    if refusal is not None:
+        raise refusal
 
 
 class OpenedRun(NamedTuple):
