@@ -64,8 +64,11 @@ def pair_bias(table: Tensor, window: tuple[int, int], extra_bias: str, query: Ro
     return class_to_class
 
 
-def naive_block(model: PromptedBEiT, layer: int, rows: list[Row], learned: Tensor | None = None) -> None:
-    """Run block `layer` on the rows of one image, in place; learned keys and values (P, 2C) stand beside theirs."""
+def naive_block(
+    model: PromptedBEiT, layer: int, rows: list[Row], learned: Tensor | None = None, crossing: Tensor | None = None
+) -> None:
+    """Run block `layer` on the rows of one image, in place; learned keys and values (P, 2C) stand beside theirs, and
+    prompts (P, C) in a cross-attention after it."""
     backbone = model.backbone
     block = backbone.blocks[layer]
     attn = block.attn
@@ -111,6 +114,14 @@ def naive_block(model: PromptedBEiT, layer: int, rows: list[Row], learned: Tenso
         outputs.append(attn.proj.weight @ torch.cat(mixed) + attn.proj.bias)
     for row, update in zip(rows, outputs):
         row.value = row.value + gamma_1 * update
+        if crossing is not None:
+            query, mixed = weight_q @ row.value + attn.q_bias, []
+            for h in range(heads):
+                part = slice(h * depth, (h + 1) * depth)
+                scores = [query[part] @ (weight_k @ prompt)[part] / depth**0.5 for prompt in crossing]
+                shares = torch.stack(scores).softmax(0)
+                mixed.append(sum(s * (weight_v @ p + attn.v_bias)[part] for s, p in zip(shares, crossing)))
+            row.value = row.value + gamma_1 * (attn.proj.weight @ torch.cat(mixed) + attn.proj.bias)
         x = F.layer_norm(row.value, (width,), block.norm2.weight, block.norm2.bias, block.norm2.eps)
         mlp = block.mlp
         if hasattr(mlp, "fc1_g"):
@@ -157,8 +168,8 @@ def naive_hidden(
         if mask_rows and config["extra_bias"].startswith("grid"):
             mask_rows[0].value = mask_rows[0].value + position[1 + spot]
     weight = model.prompts.weight
-    learned = (config["prompt_options"] or {}).get("kind") == "kv"
-    prompts = [] if learned else [Row("prompt", weight[0, p], p) for p in range(weight.shape[1])]
+    kind = (config["prompt_options"] or {}).get("kind", "tokens")
+    prompts = [] if kind != "tokens" else [Row("prompt", weight[0, p], p) for p in range(weight.shape[1])]
     order = {
         "after_cls": [class_row, *prompts, *mask_rows, *patches],
         "after_mask": [class_row, *mask_rows, *prompts, *patches],
@@ -172,7 +183,8 @@ def naive_hidden(
             elif config["prompt_mode"] == "progressive":
                 alpha = config["progressive_alpha"]
                 row.value = alpha * row.value + (1 - alpha) * weight[layer, row.place]
-        naive_block(model, layer, order, weight[layer] if learned else None)
+        learned, crossing = (weight[layer] if kind == one else None for one in ("kv", "cross"))
+        naive_block(model, layer, order, learned, crossing)
     if seen is not None:
         seen.extend(order)
     norm = backbone.norm if isinstance(backbone.norm, torch.nn.LayerNorm) else backbone.fc_norm

@@ -4,7 +4,7 @@ complex numbers, prompts between the prefix and the patches."""
 from __future__ import annotations
 
 import torch
-from naive_prompted_vit import learned_heads, linear, mlp, naive_hidden, norm
+from naive_prompted_vit import crossed, learned_heads, linear, mlp, naive_hidden, norm
 from torch import Tensor
 
 from vptm import PromptedViT
@@ -21,8 +21,8 @@ def turned(x: Tensor, turns: Tensor, half: bool) -> Tensor:
 def naive_eva_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: float = 1e-6) -> Tensor:
     """The read-out row (B, C) that `model` should give for images (B, channels, height, width)."""
     backbone = model.backbone
-    rows_of_prompts = 0 if (model.config["prompt_options"] or {}).get("kind") == "kv" else model.config["prompt_length"]
-    first = backbone.num_prefix_tokens + rows_of_prompts  # of the patches
+    tokens = (model.config["prompt_options"] or {}).get("kind", "tokens") == "tokens"
+    first = backbone.num_prefix_tokens + (model.config["prompt_length"] if tokens else 0)  # of the patches
     half = bool(getattr(backbone.blocks[0].attn, "rotate_half", False))
     embedding, turns = backbone._pos_embed(backbone.patch_embed(images))[1], None
     if embedding is not None:
@@ -31,7 +31,9 @@ def naive_eva_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: flo
         )
         turns = torch.complex(cosines, sines)
 
-    def run(x: Tensor, state: dict[str, Tensor], layer: int, keys_values: Tensor | None) -> Tensor:
+    def run(
+        x: Tensor, state: dict[str, Tensor], layer: int, keys_values: Tensor | None, crossing: Tensor | None
+    ) -> Tensor:
         name = f"blocks.{layer}"
         post = type(backbone.blocks[0]).__name__ == "EvaBlockPostNorm"
         inner = x if post else norm(x, state, f"{name}.norm1", eps)
@@ -56,6 +58,22 @@ def naive_eva_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: flo
             x = x + norm(update, state, f"{name}.norm1", eps)
         else:
             x = x + update * state.get(f"{name}.gamma_1", 1.0)
+        if crossing is not None:
+            zero = x.new_zeros(x.shape[-1])
+            fused = f"{name}.attn.qkv.weight" in state
+            weights = list(state[f"{name}.attn.qkv.weight"].chunk(3)) if fused else []
+            biases = list(state.get(f"{name}.attn.qkv.bias", x.new_zeros(3 * len(zero))).chunk(3))
+            if not fused:
+                weights = [state[f"{name}.attn.{one}_proj.weight"] for one in "qkv"]
+                biases = [state.get(f"{name}.attn.{one}_proj.bias", zero) for one in "qkv"]
+            elif f"{name}.attn.q_bias" in state:
+                biases = [state[f"{name}.attn.q_bias"], zero, state[f"{name}.attn.v_bias"]]
+            scale = state.get(f"{name}.gamma_1", 1.0)
+
+            def after(mixed: Tensor) -> Tensor:
+                return scale * linear(norm(mixed, state, f"{name}.attn.norm", eps), state, f"{name}.attn.proj")
+
+            x = crossed(x, crossing, weights, biases, heads, after)
         inner = x if post else norm(x, state, f"{name}.norm2", eps)
         update = mlp(inner, state, f"{name}.mlp", eps, "erf")
         if post:

@@ -52,6 +52,25 @@ def learned_heads(keys_values: Tensor, batch: int, heads: int, head: int) -> tup
     return keys.chunk(heads, -1)[head], values.chunk(heads, -1)[head]
 
 
+def crossed(
+    x: Tensor,
+    prompts: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    heads: int,
+    after: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Rows (B, T, C) plus what they take from prompts (P, C), by weights and biases of queries, keys and values, and
+    what comes `after` the heads."""
+    query = x @ weights[0].T + biases[0]
+    key, value = (prompts @ weight.T + bias for weight, bias in zip(weights[1:], biases[1:]))
+    mixed = []
+    for q, k, v in zip(*(one.chunk(heads, -1) for one in (query, key, value))):
+        scores = (q @ k.T / q.shape[-1] ** 0.5).exp()
+        mixed.append(scores / scores.sum(-1, keepdim=True) @ v)
+    return x + after(torch.cat(mixed, -1))
+
+
 def block(
     x: Tensor,
     state: dict[str, Tensor],
@@ -60,6 +79,7 @@ def block(
     eps: float,
     kind: str,
     keys_values: Tensor | None = None,
+    crossing: Tensor | None = None,
 ) -> Tensor:
     batch, rows, width = x.shape
     qkv = linear(norm(x, state, f"{name}.norm1", eps), state, f"{name}.attn.qkv").view(batch, rows, 3, heads, -1)
@@ -74,6 +94,20 @@ def block(
         mixed[:, :, h] = scores / scores.sum(-1, keepdim=True) @ value
     update = linear(norm(mixed.flatten(2), state, f"{name}.attn.norm", eps), state, f"{name}.attn.proj")
     x = x + update * state.get(f"{name}.ls1.gamma", 1.0)
+    if crossing is not None:
+        weights = list(state[f"{name}.attn.qkv.weight"].chunk(3))
+        biases = list(state.get(f"{name}.attn.qkv.bias", x.new_zeros(3 * width)).chunk(3))
+        x = crossed(
+            x,
+            crossing,
+            weights,
+            biases,
+            heads,
+            lambda mixed: (
+                linear(norm(mixed, state, f"{name}.attn.norm", eps), state, f"{name}.attn.proj")
+                * state.get(f"{name}.ls1.gamma", 1.0)
+            ),
+        )
     inner = mlp(norm(x, state, f"{name}.norm2", eps), state, f"{name}.mlp", eps, kind)
     return x + inner * state.get(f"{name}.ls2.gamma", 1.0)
 
@@ -98,10 +132,10 @@ def naive_hidden(
     heads: int,
     eps: float = 1e-6,
     kind: str = "erf",
-    run: Callable[[Tensor, dict[str, Tensor], int, Tensor | None], Tensor] | None = None,
+    run: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """The read-out row (B, C) that `model` should give for images (B, channels, height, width); `run(rows, state,
-    layer, learned keys and values)` is its block where it is none of a ViT."""
+    layer, learned keys and values, prompts of a cross-attention)` is its block where it is none of a ViT."""
     state = dict(model.backbone.state_dict())
     config, prompts = model.config, model.prompts.weight
     weight = state["patch_embed.proj.weight"]
@@ -126,8 +160,8 @@ def naive_hidden(
             prefix, patches = prefix + position[:, :first], patches + position[:, first:]
     prefix, patches = (norm(x, state, "norm_pre", eps) for x in (prefix, patches))
     length, options = config["prompt_length"], config["prompt_options"] or {}
-    learned = prompts if options.get("kind") == "kv" else None
-    if learned is not None:
+    learned, crossing = (prompts if options.get("kind") == one else None for one in ("kv", "cross"))
+    if learned is not None or crossing is not None:
         length, prompts = 0, patches.new_zeros(len(prompts), 0, patches.shape[-1])
     x = torch.cat([prefix, prompts[0].expand(batch, -1, -1), patches], 1)
     for layer in range(len(model.backbone.blocks)):
@@ -135,8 +169,8 @@ def naive_hidden(
             alpha = config["progressive_alpha"] if config["prompt_mode"] == "progressive" else 0.0
             rows = alpha * x[:, first : first + length] + (1 - alpha) * prompts[layer]
             x = torch.cat([x[:, :first], rows, x[:, first + length :]], 1)
-        own = None if learned is None else learned[layer]
-        x = block(x, state, f"blocks.{layer}", heads, eps, kind, own) if run is None else run(x, state, layer, own)
+        own = [None if one is None else one[layer] for one in (learned, crossing)]
+        x = block(x, state, f"blocks.{layer}", heads, eps, kind, *own) if run is None else run(x, state, layer, *own)
     x = norm(x, state, "norm", eps)
     if config["readout"] == "cls":
         read = x[:, 0]

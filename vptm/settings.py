@@ -23,7 +23,7 @@ from vptm.messages import check_integer, check_range, one_line, one_of
 Implementation = Literal["auto", "triton", "torch", "reference"]
 PromptMode = Literal["shallow", "deep", "progressive"]
 Placement = Literal["prepend", "add"]
-PromptKind = Literal["tokens", "kv"]
+PromptKind = Literal["tokens", "kv", "cross"]
 AddedTo = Literal["patches", "class_and_patches"]
 AfterPrompts = Literal["carry", "drop"]
 DropoutPer = Literal["sample", "batch"]
@@ -160,7 +160,8 @@ class PromptSettings(SettingsGroup):
     kind: Annotated[
         PromptKind,
         Help(
-            "What is learned: tokens, which a block projects to keys and values, or kv, these themselves.",
+            "What is learned: tokens, which a block projects to keys and values, kv, these themselves, or cross, "
+            "tokens in a cross-attention of their own.",
             option="prompt_kind",
         ),
     ] = "tokens"

@@ -1,4 +1,5 @@
-"""Learned keys and values in place of prompt rows (E2VPT, prefix tuning), against the independent models."""
+"""Learned keys and values (E2VPT, prefix tuning) and prompts in a cross-attention (CVPT), against the independent
+models."""
 
 from __future__ import annotations
 
@@ -15,12 +16,26 @@ from naive_prompted_eva import naive_eva_hidden
 from naive_prompted_vit import naive_hidden as naive_vit_hidden
 from safetensors.torch import load_file, save_file
 from test_prompted_eva import FAMILIES, eps_of, tiny_eva
-from tiny_models import BACKBONES, HEADS, build, build_vit, images, pictures, relative_error, tiny_vit
+from tiny_models import (
+    BACKBONES,
+    HEADS,
+    assert_as_exact_as_the_reference,
+    build,
+    build_vit,
+    images,
+    pictures,
+    relative_error,
+    tiny_vit,
+)
 
 import vptm
+from vptm.frozen import folded
 from vptm.frozen.encoder import FrozenEncoder
+from vptm_kernels._runtime.triton_support import has_triton
 
 KV: dict[str, Any] = {"prompt_mode": "deep", "prompt_options": {"kind": "kv"}}
+CROSS: dict[str, Any] = {"prompt_mode": "deep", "prompt_options": {"kind": "cross"}}
+KINDS = {"kv": KV, "cross": CROSS}
 
 
 def assert_equal_to(model: Any, batch: torch.Tensor, expected: torch.Tensor, label: object) -> None:
@@ -34,44 +49,62 @@ def assert_equal_to(model: Any, batch: torch.Tensor, expected: torch.Tensor, lab
         assert error <= (1e-10 if tensor.startswith("grad") else 1e-12), (label, tensor, error)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_learned_keys_and_values_of_a_beit(backbone: str) -> None:
-    """Fails if a bias of the block's own keys or values reaches a learned one, or if columns take another's bias."""
+def test_kinds_of_a_beit(backbone: str, kind: str) -> None:
+    """Fails if a bias of the block's own keys or values reaches a learned one, if columns take another's bias, or if a
+    cross-attention reads normalised rows, loses a bias or takes a share of the softmax of self-attention."""
     for readout, extra_bias in (("mask", "zero"), ("cls", "neutral"), ("mean", "learned")):
         if extra_bias == "neutral" and backbone == "absolute positions":
             continue
-        model = build(tiny_beit(**BACKBONES[backbone]), readout=readout, extra_bias=extra_bias, **KV)
+        model = build(tiny_beit(**BACKBONES[backbone]), readout=readout, extra_bias=extra_bias, **KINDS[kind])
         assert FrozenEncoder.supports(model)
         batch = images(model, 3)
         expected = torch.stack([naive_hidden(model, picture) for picture in batch])
         assert_equal_to(model, batch, expected, (readout, extra_bias))
 
 
-@pytest.mark.parametrize("more", [{}, {"init_values": 0.1}, {"reg_tokens": 1, "pre_norm": True}, {"qk_norm": True}])
-def test_learned_keys_and_values_of_a_vit(more: dict[str, Any]) -> None:
-    """With LayerScale, register tokens, and query-key norm, which is of the block's own keys alone and not folded."""
-    for readout in ("cls", "mean"):
-        model = build_vit(tiny_vit(**more), readout=readout, **KV)
-        assert FrozenEncoder.supports(model) == ("qk_norm" not in more)
+VITS: list[dict[str, Any]] = [{}, {"init_values": 0.1}, {"reg_tokens": 1, "pre_norm": True}, {"scale_attn_norm": True}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("more", VITS)
+def test_kinds_of_a_vit(more: dict[str, Any], kind: str) -> None:
+    """With LayerScale, register tokens, and a norm before the projection, which a value bias cannot pass; with few
+    prompts, whose keys of all heads are fewer than the channels of a row, and with more."""
+    for readout, length in (("cls", 3), ("mean", 9)):
+        model = build_vit(tiny_vit(**more), readout=readout, prompt_length=length, **KINDS[kind])
+        assert FrozenEncoder.supports(model)
         batch = pictures(model, 3)
         assert_equal_to(model, batch, naive_vit_hidden(model, batch, heads=HEADS), readout)
 
 
+def test_query_key_norm_is_not_of_learned_keys() -> None:
+    """Such blocks are not folded; a learned key stands as it is among those that are normed."""
+    model = build_vit(tiny_vit(qk_norm=True), **KV)
+    batch = pictures(model, 3)
+    assert not FrozenEncoder.supports(model)
+    assert_equal_to(model, batch, naive_vit_hidden(model, batch, heads=HEADS), "qk_norm")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "norms after"])
-def test_learned_keys_and_values_of_an_eva(family: str) -> None:
+def test_kinds_of_an_eva(family: str, kind: str) -> None:
     """A learned key is not turned and its channels are the model's own order, whatever order keys are folded in; a
-    value that is normed after attention keeps its bias and a learned one gets none."""
+    value that is normed after attention keeps its bias and a learned one gets none. No position turns a query of a
+    cross-attention."""
     vit = tiny_eva(family)
-    model = build_vit(vit, readout="map" if vit.attn_pool is not None else "mean", **KV)
+    model = build_vit(vit, readout="map" if vit.attn_pool is not None else "mean", **KINDS[kind])
     assert FrozenEncoder.supports(model)
     batch = pictures(model, 3)
     assert_equal_to(model, batch, naive_eva_hidden(model, batch, heads=HEADS, eps=eps_of(family)), family)
 
 
-def test_only_blocks_of_their_own_have_them() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_blocks_of_their_own_have_them(kind: str) -> None:
     """Of the first or the last blocks; the others equal the model without prompts, as no row is carried on."""
     for blocks in (1, -1):
-        model = build(prompt_mode="deep", prompt_options={"kind": "kv", "blocks": blocks}, readout="cls")
+        model = build(prompt_mode="deep", prompt_options={"kind": kind, "blocks": blocks}, readout="cls")
         batch = images(model, 3)
         _, kept = model.forward_intermediates(batch, output_fmt="NLC")
         bare = model.without_prompts().forward_intermediates(batch, output_fmt="NLC")[1]
@@ -94,10 +127,11 @@ def test_attention_maps_have_their_columns() -> None:
     assert torch.allclose(maps.sum(-1), torch.ones_like(maps[..., 0]), atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per", ["sample", "batch"])
-def test_dropout_of_learned_keys_and_values(per: str) -> None:
+def test_dropout_of_kinds(per: str, kind: str) -> None:
     """Both paths draw the same masks; per sample, copies of an image differ."""
-    model = build(prompt_dropout=0.5, prompt_mode="deep", prompt_options={"kind": "kv", "dropout_per": per}).train()
+    model = build(prompt_dropout=0.5, prompt_mode="deep", prompt_options={"kind": kind, "dropout_per": per}).train()
     batch = images(model, 1).expand(3, -1, -1, -1)
     found = {}
     for impl in ("torch", "reference"):
@@ -116,34 +150,48 @@ def test_initial_bound_is_e2vpts() -> None:
     assert float(bank.weight.detach().abs().max()) == pytest.approx(float(expected), rel=0.01)
 
 
+def test_initial_bound_is_cvpts() -> None:
+    """Xavier's of a (layers, P, C) tensor, as its released code draws it."""
+    bank = vptm.PromptBank(12, 10, 768, mode="deep", patch_values=768, kind="cross")
+    expected = torch.nn.init.xavier_uniform_(torch.empty(12, 10, 768)).abs().max()
+    assert bank.weight.shape == (12, 10, 768) and bank.length == 0
+    assert float(bank.weight.detach().abs().max()) == pytest.approx(float(expected), rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"prompt_mode": "shallow"}, "kind='kv' needs prompt_mode='deep', got 'shallow'"),
         ({"prompt_options": {"kind": "kv", "placement": "add"}}, "kind='kv' needs placement='prepend', got 'add'"),
         ({"prompt_options": {"kind": "kv", "prompt_dim": 4}}, "kind='kv' needs prompt_dim=None, got 4"),
-        ({"prompt_options": {"kind": "vk"}}, "kind must be one of tokens, kv, got 'vk'"),
+        ({"prompt_options": {"kind": "vk"}}, "kind must be one of tokens, kv, cross, got 'vk'"),
+        (
+            {"prompt_options": {"kind": "cross"}, "prompt_mode": "progressive"},
+            "kind='cross' needs prompt_mode='deep', got 'progressive'",
+        ),
     ],
 )
 def test_what_they_cannot_be(arguments: dict[str, Any], message: str) -> None:
     """One line for each."""
     with pytest.raises(ValueError, match=message):
         build(**{**KV, **arguments})
-    with pytest.raises(ValueError, match="needs prompt rows in the last block"):
-        build_vit(readout="mean_with_prompts", **KV)
-    with pytest.raises(ValueError, match="timm's plain pre-norm blocks, got EvaBlockPostNorm blocks"):
-        model = build_vit(tiny_eva("norms after"), readout="mean", **KV)
-        model(pictures(model))
+    for kind in KINDS.values():
+        with pytest.raises(ValueError, match="needs prompt rows in the last block"):
+            build_vit(readout="mean_with_prompts", **kind)
+        model = build_vit(tiny_eva("norms after"), readout="mean", **kind)
+        with pytest.raises(ValueError, match="timm's plain pre-norm blocks, got EvaBlockPostNorm blocks"):
+            model(pictures(model))
 
 
-def test_adapters_and_sealed_models_keep_them(tmp_path: Any) -> None:
-    """Saved, loaded, sealed and pickled, the scores are the same."""
-    model = vptm.PromptedBEiT("builtin", 3, **KV)
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_and_sealed_models_keep_them(tmp_path: Any, kind: str) -> None:
+    """Saved, loaded, sealed and copied, the scores are the same."""
+    model = vptm.PromptedBEiT("builtin", 3, **KINDS[kind])
     picture = torch.rand(3, 1, 28, 28)
     expected = model.eval()(picture)
     vptm.save_adapter(model, tmp_path / "adapter")
     loaded = vptm.load_adapter(tmp_path / "adapter")
-    assert loaded.config["prompt_options"] == {"kind": "kv"} and torch.equal(loaded(picture), expected)
+    assert loaded.config["prompt_options"] == {"kind": kind} and torch.equal(loaded(picture), expected)
     sealed = loaded.freeze_for_inference()
     for one in (sealed, copy.deepcopy(sealed)):
         with torch.no_grad():
@@ -228,3 +276,49 @@ def test_only_learned_keys_and_values_are_a_prefix(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match="with prompts of its own in all 3 blocks, got 3 prompts of kind"):
                 action(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_low_precision_of_kinds(kind: str, dtype: torch.dtype) -> None:
+    """At most twice the reference's own error in that dtype; under autocast near the float32 result."""
+    model = build(tiny_beit(dim=32), readout="cls", token_activation="hidden", **KINDS[kind])
+    assert_as_exact_as_the_reference(copy.deepcopy(model).to(dtype), images(model, 4).to(dtype))
+    single, batch = model.float(), images(model, 3).float()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = single.forward_hidden(batch)
+    assert relative_error(found.float(), single.forward_hidden(batch)) < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_graph_and_one_program_of_kinds(kind: str) -> None:
+    """One graph for all batch sizes, forward and backward, and an exported program of any batch."""
+    torch._dynamo.reset()
+    model = build(tiny_beit((3, 3)), **KINDS[kind])
+    graphs: list[Any] = []
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward
+    )
+    for size in (5, 3, 7):
+        batch = images(model, size)
+        expected, found = (
+            torch.autograd.grad(run(batch).square().sum(), model.prompts.weight)[0] for run in (model, compiled)
+        )
+        assert relative_error(found, expected) <= 1e-10
+    assert len(graphs) == 1
+    sizes = {"images": {0: torch.export.Dim("batch", min=1, max=64)}}
+    exported = torch.export.export(model, (images(model, 5),), dynamic_shapes=sizes).module()
+    for size in (1, 7):
+        batch = images(model, size)
+        assert relative_error(exported(batch), model(batch)) <= 1e-12
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs triton")
+@pytest.mark.parametrize("kind", KINDS)
+def test_triton_kernels_of_kinds(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks run in kernels, also where they add and normalise in one pass, which a cross-attention stands between."""
+    monkeypatch.setattr(folded, "one_pass_is_worth_it", lambda elements: True)
+    for readout in ("mask", "mean"):
+        model = build(tiny_beit(dim=32), readout=readout, impl="triton", **KINDS[kind])
+        for tensor, error in vptm.check(model, images(model)).items():
+            assert error <= (1e-10 if tensor.startswith("grad") else 1e-12), (readout, tensor, error)

@@ -35,6 +35,7 @@ TASKS = {
     "dropped after one block": DEEP | {"prompt_options": {"blocks": 1, "after": "drop"}},
     "added to patches": {"prompt_options": {"placement": "add"}, "prompt_length": 1},
     "learned keys and values": DEEP | {"prompt_options": {"kind": "kv"}, "prompt_length": 4},
+    "a cross-attention": DEEP | {"prompt_options": {"kind": "cross"}},
     "learned keys and values of one block": DEEP | {"prompt_options": {"kind": "kv", "blocks": 1}},
     "prompts with a learned bias": DEEP | {"extra_bias": "learned"},
     "prompts with the bias of the class row": {"extra_bias": "cls"},
@@ -114,6 +115,7 @@ def test_tasks_run_in_as_few_groups_as_their_kinds_allow():
     snapshot = bank_of(tasks)._snapshot
     form = {name: "alone" if task.model is not None else task.group[0] for name, task in snapshot.tasks.items()}
     assert sorted(name for name in form if form[name] == "alone") == [
+        "a cross-attention",
         "a learned mask token",
         "added to patches",
         "learned keys and values of one block",

@@ -26,6 +26,17 @@ class PackedWeights(NamedTuple):
     fc2: Tensor | None = None
 
 
+class CrossWeights(NamedTuple):
+    """What a cross-attention reads of a block beside `FrozenBlock`: queries, scaled, and keys and values of rows that
+    are not normalised, and the bias of the projection without what came out of self-attention."""
+
+    query_weight: Tensor
+    query_bias: Tensor
+    key_value_weight: Tensor
+    key_value_bias: Tensor
+    proj_bias: Tensor
+
+
 class FrozenBlock(NamedTuple):
     """One pre-norm block with constants folded: `qkv(normalise(x))`, `x + scale_1 * proj(...)`, `x + scale_2 *
     fc2(act(fc1(normalise(x))))`. Queries come scaled by `head_dim ** -0.5`.
@@ -289,3 +300,24 @@ def fold_block(block: Any, dtype: torch.dtype, *, rotary: bool = False) -> Froze
             *(rotary or normed, *inner_eps, gated),
         ]
     )
+
+
+def fold_cross(block: Any, dtype: torch.dtype) -> CrossWeights:
+    """The weights of a block's cross-attention: its own, with the scale of the scores in the queries' and what
+    `fold_block` folds into the projection in that one's bias, in fp64, rounded once to `dtype`."""
+    attn = block.attn
+    weight, bias = _qkv(attn)
+    weight = weight.double()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.double()
+    width = len(weight) // 3
+    scale = (width // attn.num_heads) ** -0.5
+    proj = attn.proj.weight.double()
+    proj_bias = proj.new_zeros(len(proj)) if attn.proj.bias is None else attn.proj.bias.double()
+    norm: Any = getattr(attn, "norm", None)
+    if type(norm) in NORMS and norm.bias is not None:
+        proj_bias = proj_bias + proj @ norm.bias.double()
+    gamma = _layer_scales(block)[0]
+    if gamma is not None and dtype != torch.float16:
+        proj_bias = gamma.double() * proj_bias
+    tensors = weight[:width] * scale, bias[:width] * scale, weight[width:], bias[width:], proj_bias
+    return CrossWeights._make(tensor.to(dtype) for tensor in tensors)

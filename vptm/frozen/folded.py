@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vptm.frozen.fold import FrozenBlock, PackedWeights, fold_block
+from vptm.frozen.fold import CrossWeights, FrozenBlock, PackedWeights, fold_block, fold_cross
 from vptm.frozen.parts import is_plain_linear, oddity
 from vptm.frozen.patches import with_patch_product
 from vptm.frozen.pooling import pool_rows
@@ -112,6 +112,7 @@ class Folded:
         # a GPU's product takes a bias along, and one launch less is worth more than a pass over fewer bytes
         self.for_gpu = triton or weight.device.type != "cpu"
         self._expand_biases(model, dtype, triton)
+        self._take_cross(model)
         self.patch_embed: nn.Module | None = None
         self.token_head: tuple[Tensor, Tensor | None] | None = None
         if dtype != weight.dtype:  # under autocast: cast once, here
@@ -136,6 +137,14 @@ class Folded:
         # of the block that runs for one row
         self.read_weights = self.blocks[-1].qkv_weight.split(width)
         self.read_query_bias = self.blocks[-1].qkv_bias[:width]
+
+    def _take_cross(self, model: PromptedRows) -> None:
+        """Weights of cross-attentions, where the model's prompts have any."""
+        self.cross: list[CrossWeights] = []
+        if model.prompts.kind == "cross":
+            dtype = self.qkv_weights.dtype
+            folded = (fold_cross(block, dtype) for block in model.backbone.blocks)
+            self.cross = [CrossWeights._make(one.to(self.qkv_weights.device) for one in weights) for weights in folded]
 
     def _expand_biases(self, model: PromptedRows, dtype: torch.dtype, triton: bool, learned: bool = False) -> None:
         # the kernel reads a token-to-token bias in place and takes prompt columns as zero; SDPA wants all columns
@@ -191,6 +200,8 @@ class Folded:
         twin = copy.copy(self)
         twin.sealed_prefixes = twin.sealed_head = None
         twin._expand_biases(model, self.qkv_weights.dtype, self.triton, learned)
+        if not self.cross:
+            twin._take_cross(model)
         return twin
 
     def sealed(self, prefixes: Prefixes | None, head: PreparedHead | None) -> Folded:
@@ -212,6 +223,7 @@ class Folded:
         """Every tensor derived from frozen weights, packed ones left out."""
         for block in self.blocks:
             yield from (value for value in block if isinstance(value, Tensor))
+        yield from (tensor for weights in self.cross for tensor in weights)
         yield from (bias for bias in self.biases if bias is not None)
         yield from (table for tables in self.rotary or () for table in tables)
         yield from () if self.patch_embed is None else (*self.patch_embed.parameters(), *self.patch_embed.buffers())
@@ -445,8 +457,9 @@ class Folded:
         mixed, fresh = self._mix(model, x, layer, prefix, qkv)
         # what is compiled fuses them by itself, and a size that is looked at there would be one of its guards
         eager = fresh is None and self.triton and not torch.compiler.is_compiling()
-        if not (eager and one_pass_is_worth_it(x.numel())):
-            return self._mlp(self._join(x, mixed, fresh, block), block), None
+        if model.prompts.kind == "cross" or not (eager and one_pass_is_worth_it(x.numel())):
+            x = self._crossed(model, self._join(x, mixed, fresh, block), layer)
+            return self._mlp(x, block), None
         update = F.linear(mixed, block.proj_weight, block.proj_bias)
         x, normed = residual_norm(x, update, gamma=block.scale_1, eps=block.eps_2, impl="triton")
         if eps is None:
@@ -495,6 +508,38 @@ class Folded:
             impl=model.impl,
         )
         return self._normed_inside(mixed, block), fresh
+
+    def _crossed(self, model: PromptedRows, x: Tensor, layer: int) -> Tensor:
+        """Rows (B, rows, C) after self-attention, with what those of a block that has a cross-attention take from its
+        prompts."""
+        prompts = model.prompts.crossing(layer, x.shape[0])
+        if prompts is None:
+            return x
+        block, cross = self.blocks[layer], self.cross[layer]
+        key, value = self._linear(prompts, cross.key_value_weight, cross.key_value_bias).chunk(2, -1)
+        if prompts.ndim == 2 and block.attn_eps is None and block.heads * len(prompts) <= self.width[0]:
+            return self._crossed_by_products(x, key, value, block, cross)
+        query = self._linear(x, cross.query_weight, cross.query_bias)
+        if prompts.ndim == 2:  # the same keys for every image: rows of all images are queries of one
+            query, key, value = query.reshape(1, -1, self.width[0]), key[None], value[None]
+        query, key, value = (one.unflatten(-1, (block.heads, -1)).transpose(1, 2) for one in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0).transpose(1, 2).reshape(x.shape)
+        mixed = self._normed_inside(mixed, block)
+        return self._add_linear(x, mixed, block.proj_weight, cross.proj_bias, block.scale_1, block.packed.proj)
+
+    def _crossed_by_products(
+        self, x: Tensor, key: Tensor, value: Tensor, block: FrozenBlock, cross: CrossWeights
+    ) -> Tensor:
+        """The same for few keys and values (P, C) that all images share: scores are one product of rows with the keys
+        of all heads, (q W) k = q (W k), and a second one maps shares to the output, so that no row has a query."""
+        split = (block.heads, -1)
+        key, value = (one.unflatten(-1, split).transpose(0, 1) for one in (key, value))  # (H, P, D)
+        scoring = (key @ cross.query_weight.unflatten(0, split)).flatten(0, 1)  # (H * P, C)
+        offset = (key @ cross.query_bias.unflatten(0, split)[..., None]).flatten()
+        giving = (value @ block.proj_weight.unflatten(1, split).movedim(0, -1)).flatten(0, 1)  # (H * P, C)
+        scores = self._linear(x, scoring, offset)
+        shares = scores.unflatten(-1, split).softmax(-1).flatten(-2).to(giving.dtype)
+        return self._add_linear(x, shares, giving.mT, cross.proj_bias, block.scale_1, None)
 
     def _rotary_of(self, layer: int, rows: int) -> tuple[Tensor, Tensor] | None:
         if self.rotary is None:
@@ -556,7 +601,7 @@ class Folded:
         if model.pools_prompts:
             x = self._attend(model, x, layer, prefix, None)[:, rows]
         else:
-            x = self._attend_from(model, x, layer, rows, prefix)
+            x = self._crossed(model, self._attend_from(model, x, layer, rows, prefix), layer)
         if model.attention_pool is not None:
             return pool_rows(model.attention_pool, norm, self._mlp(x, block), model.impl)
         if type(norm) is not nn.Identity:
@@ -569,7 +614,8 @@ class Folded:
         to be turned or normed."""
         block, prompts = self.blocks[layer], model.prompts
         if block.keeps_biases:
-            return self._mlp(self._attend_from(model, x, layer, slice(row, row + 1), prefix)[:, 0], block)
+            out = self._attend_from(model, x, layer, slice(row, row + 1), prefix)
+            return self._mlp(self._crossed(model, out, layer)[:, 0], block)
         weight_q, weight_k, weight_v = self.read_weights
         row_in = x[:, row]
         query = self._linear(self._normalise(row_in, block.eps_1), weight_q, self.read_query_bias)
@@ -597,4 +643,6 @@ class Folded:
             impl=model.impl,
         )
         out = self._add_attended(row_in, value, block)
+        if self.cross:
+            out = self._crossed(model, out[:, None], layer)[:, 0]
         return self._mlp(out, block)

@@ -37,7 +37,8 @@ def reference_features(
             x = torch.cat([x[:, : where.start], x[:, where] + added, x[:, where.stop :]], dim=1)
         entering = torch.cat([x, model.prompts(layer, batch, carried).to(x.dtype)], dim=1)
         keys_values = model.prompts.keys_values(layer, batch)
-        rows = model.run_block(model.reference_block, layer, entering, attention, rotary, keys_values)
+        crossing = model.prompts.crossing(layer, batch)
+        rows = model.run_block(model.reference_block, layer, entering, attention, rotary, keys_values, crossing)
         if observe is not None:
             observe(layer, entering, rows, keys_values)
         x, carried = rows[:, :tokens], rows[:, tokens:]

@@ -46,6 +46,7 @@ class Prompts(Protocol):
     def rows(self, block: int, batch: int) -> Tensor: ...
     def added(self, block: int, batch: int) -> Tensor | None: ...
     def keys_values(self, block: int, batch: int) -> Tensor | None: ...
+    def crossing(self, block: int, batch: int) -> Tensor | None: ...
     def __call__(self, block: int, batch: int, carried: Tensor | None = None) -> Tensor: ...
     def modules(self) -> Iterator[nn.Module]: ...
 
@@ -89,9 +90,11 @@ class PromptedRows(nn.Module):
         attention: AttentionFunction,
         rotary: Tensor | None = None,
         keys_values: Tensor | None = None,
+        crossing: Tensor | None = None,
     ) -> Tensor:
         """Block `layer` on all rows (B, T, C), prompts last, in eager PyTorch; `rotary` is what `rotary_embedding`
-        gave, `keys_values` (P, 2C) or (B, P, 2C) are learned ones that every row attends to as well."""
+        gave, `keys_values` (P, 2C) or (B, P, 2C) are learned ones that every row attends to as well, `crossing` (P, C)
+        or (B, P, C) the prompts of a cross-attention."""
         raise NotImplementedError
 
     @abstractmethod

@@ -10,7 +10,7 @@ from einops import rearrange
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models import beit, vision_transformer
 from timm.models.eva import EvaBlock
-from torch import Tensor
+from torch import Tensor, nn
 
 from vptm.frozen.parts import ATTENTIONS, EVA_ATTENTIONS, oddity, softmax_attention, with_learned
 from vptm.frozen.rows import AttentionFunction
@@ -56,14 +56,35 @@ def attend_with(
     return attn.proj_drop(attn.proj(attn.norm(rearrange(mixed, "b h t d -> b t (h d)"))))
 
 
-def pre_norm_block(block: Any, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-    """timm's pre-norm block on rows (B, T, C), with `attend` in place of its attention."""
-    eva = isinstance(block, EvaBlock)
-    first, second = (block.gamma_1, block.gamma_2) if eva else (None, None)
-    update = attend(block.norm1(x))
-    x = x + block.drop_path1(block.ls1(update) if not eva else update if first is None else first * update)
-    update = block.mlp(block.norm2(x))
-    return x + block.drop_path2(block.ls2(update) if not eva else update if second is None else second * update)
+def cross_attend(attn: Any, x: Tensor, prompts: Tensor, attention: AttentionFunction) -> Tensor:
+    """What a cross-attention on an attention's own projections gives rows (B, T, C) that attend to prompts (P, C) or
+    (B, P, C) alone."""
+    query = heads_of(attn, x)[0]
+    _, key, value = heads_of(attn, (prompts if prompts.ndim == 3 else prompts.expand(len(x), -1, -1)).to(x.dtype))
+    mixed = rearrange(attention(query, key, value, None), "b h t d -> b t (h d)")
+    return attn.proj_drop(attn.proj(attn.norm(mixed) if hasattr(attn, "norm") else mixed))
+
+
+def pre_norm_block(
+    block: Any,
+    x: Tensor,
+    attend: Callable[[Tensor], Tensor],
+    cross: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """timm's pre-norm block on rows (B, T, C), with `attend` in place of its attention and, between that and the MLP,
+    what `cross` adds to the rows."""
+    scales = [block.ls1, block.ls2] if isinstance(block, vision_transformer.Block) else [block.gamma_1, block.gamma_2]
+
+    def scaled(number: int, update: Tensor) -> Tensor:
+        scale = scales[number]
+        if scale is None:
+            return update
+        return scale(update) if isinstance(scale, nn.Module) else scale * update
+
+    x = x + block.drop_path1(scaled(0, attend(block.norm1(x))))
+    if cross is not None:
+        x = x + scaled(0, cross(x))
+    return x + block.drop_path2(scaled(1, block.mlp(block.norm2(x))))
 
 
 def not_written_out(block: Any) -> str | None:

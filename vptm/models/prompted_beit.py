@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from timm.models import register_model
 from timm.models.beit import Attention, Beit
 from torch import Tensor, nn
 
-from vptm.frozen.parts import BiasedAttention, biased_attention, block_forward, softmax_attention
+from vptm.frozen.parts import BiasedAttention, GivenBias, biased_attention, block_forward, softmax_attention
 from vptm.frozen.rows import AttentionFunction
+from vptm.frozen.written_out import cross_attend, pre_norm_block
 from vptm.messages import one_of
 from vptm.models.position_bias import extended_index, parse_extra_bias
 from vptm.models.prompted_model import PromptedModel
@@ -281,13 +283,20 @@ class PromptedBEiT(PromptedModel):
         attention: AttentionFunction,
         rotary: Tensor | None = None,
         keys_values: Tensor | None = None,
+        crossing: Tensor | None = None,
     ) -> Tensor:
         """Block `layer` on rows `[class | patches | mask? | prompts]`, of which the last may be missing."""
         bias, count = self.position_bias(layer), rows.shape[1]
         if bias is not None:
             keys = count if keys_values is None else count + keys_values.shape[-2]
             bias = bias[None, :, :count, :keys]
-        return block_forward(self.backbone.blocks[layer], rows, bias, attention, keys_values)
+        block: Any = self.backbone.blocks[layer]
+        if crossing is None:
+            return block_forward(block, rows, bias, attention, keys_values)
+        self._refuse_other_blocks(block)
+        given = GivenBias(bias, attention)
+        cross = partial(cross_attend, block.attn, prompts=crossing, attention=attention)
+        return pre_norm_block(block, rows, lambda x: block.attn(x, shared_rel_pos_bias=given), cross)
 
     def attention_weights(self, layer: int, rows: Tensor, keys_values: Tensor | None = None) -> Tensor:
         """What each of the rows (B, T, C) that enter block `layer` attends to, (B, H, T, T), softmax over the last;

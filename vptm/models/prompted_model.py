@@ -19,6 +19,7 @@ from vptm.frozen.folded import Folded, Start
 from vptm.frozen.parts import learns, oddity, sdpa, softmax_attention
 from vptm.frozen.reference import reference_features
 from vptm.frozen.sharing import unshare_storage
+from vptm.frozen.written_out import not_written_out
 from vptm.messages import one_of
 from vptm.models.adapter_hub import Pretrained
 from vptm.models.config import LabelledOutput, ModelConfig
@@ -86,6 +87,11 @@ class PromptedModel(Pretrained):
         """The frozen weights of this model, as a source of others that share them."""
         raise NotImplementedError
 
+    def _refuse_other_blocks(self, block: Any) -> None:
+        reason = not_written_out(block)
+        if reason is not None:
+            raise ValueError(f"prompts of kind {self.prompts.kind!r} need timm's plain pre-norm blocks, got {reason}")
+
     def unread_prompts(self) -> str | None:
         """What keeps prompts from being asked for their rows, in words; None where nothing does."""
         prompts = self.prompts
@@ -119,7 +125,8 @@ class PromptedModel(Pretrained):
                 f"got {config['prompt_length']}"
             )
         last = len(self.backbone.blocks) - 1
-        if self.pools_prompts and bank.length and (bank.role(last) == "none" or bank.kind == "kv"):
+        rows_to_read = bank.kind == "tokens" and bank.role(last) != "none"
+        if self.pools_prompts and config["prompt_length"] and bank.placement == "prepend" and not rows_to_read:
             raise ValueError(f"readout={self.readout!r} needs prompt rows in the last block, prompt_options leave none")
         return bank
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from vptm.frozen.parts import with_learned
 from vptm.frozen.rotary import of_block, rotary_embedding
 from vptm.frozen.rows import AttentionFunction
-from vptm.frozen.written_out import attend_with, heads_of, not_written_out, pre_norm_block
+from vptm.frozen.written_out import attend_with, cross_attend, heads_of, pre_norm_block
 from vptm.models.codebooks import load_codebook
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import Implementation, PromptMode, TokenActivation, VerbalizerName, ViTReadout, ViTSettings
@@ -235,20 +236,21 @@ class PromptedViT(PromptedModel):
         attention: AttentionFunction,
         rotary: Tensor | None = None,
         keys_values: Tensor | None = None,
+        crossing: Tensor | None = None,
     ) -> Tensor:
-        """timm's own block, of whatever kind; `attention` is timm's choice, unless there are learned keys and values:
-        then the block is written out."""
+        """timm's own block, of whatever kind; `attention` is timm's choice, unless there are learned keys and values.
+        With those, or a cross-attention, the block is written out."""
         block: Any = self.backbone.blocks[layer]
         own = None if rotary is None else self._rotary_of(layer, rows, rotary)
+        more: dict[str, Any] = {} if own is None else {"rope": own}
+        if keys_values is None and crossing is None:
+            return block(rows, **more)
+        self._refuse_other_blocks(block)
         if keys_values is not None:
-            self._refuse_other_blocks(block)
             return pre_norm_block(block, rows, lambda x: attend_with(block.attn, x, attention, own, keys_values))
-        return block(rows) if own is None else block(rows, rope=own)
-
-    def _refuse_other_blocks(self, block: Any) -> None:
-        reason = not_written_out(block)
-        if reason is not None:
-            raise ValueError(f"prompts of kind {self.prompts.kind!r} need timm's plain pre-norm blocks, got {reason}")
+        assert crossing is not None
+        cross = partial(cross_attend, block.attn, prompts=crossing, attention=attention)
+        return pre_norm_block(block, rows, lambda x: block.attn(x, **more), cross)
 
     def _rotary_of(self, layer: int, rows: Tensor, rotary: Tensor) -> Tensor:
         return of_block(rotary, layer, rows.shape[1] - self.backbone.num_prefix_tokens - self.num_patches)

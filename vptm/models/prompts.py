@@ -34,6 +34,13 @@ class PromptBank(nn.Module):
     prompts and its pruning, and what PEFT's prefix tuning learns (`vptm.load_peft_prefix`). They are for "deep" and in
     the blocks that have their own alone. E2VPT's released settings learn one tensor for both; here they are two.
 
+    With `kind="cross"` prompts are no keys of self-attention and take nothing from its softmax: between self-attention
+    and MLP the rows x of a block become `x + s * proj(softmax(q(x) k(P_l)^T / sqrt(D)) v(P_l))`, a cross-attention with
+    the block's own projections, on rows and prompts that are not normalised. This is CVPT (arXiv:2408.14961) with its
+    weights shared and frozen, where its released code puts it by default (`insert=3`). s is the block's LayerScale, of
+    which the paper's ViT has none; no position bias and no rotary position reaches it. It is for "deep" and in the
+    blocks that have prompts of their own alone.
+
     Args:
         depth: number of transformer blocks L.
         length: prompts per layer P, 0 allowed.
@@ -50,7 +57,8 @@ class PromptBank(nn.Module):
         prompt_dim: width of the learned rows, brought to C by a learned linear `projection` shared by all blocks; None
             has no projection.
         kind: "tokens", or "kv" for learned keys and values, which start uniform in `sqrt(6 / (P * C / heads))`, E2VPT's
-            Kaiming initialisation.
+            Kaiming initialisation; or "cross" for prompts in a cross-attention of their own, which start uniform in
+            `sqrt(6 / ((P + rows) * C))`, CVPT's Xavier initialisation.
         placement: "prepend" gives the prompts rows of their own. "add" adds them to the rows that enter a block, one
             prompt to all of them (P = 1) or one to each; in shallow mode to block 0 alone.
         added_to: the rows of "add": "patches", the N patch tokens, as VPT's text has it; "class_and_patches", the class
@@ -61,7 +69,7 @@ class PromptBank(nn.Module):
     Attributes:
         weight: (rows, P, prompt_dim): one row where shallow or shared, else one for every block with prompts of its
             own. With "kv" (rows, P, 2C): keys, then values, each heads then channels.
-        length: prompt rows among the tokens: P, or 0 where they are added.
+        length: prompt rows, or keys, among the tokens: P, or 0 where they are added or in a cross-attention.
 
     Example:
         >>> bank = PromptBank(depth=2, length=3, dim=8, mode="deep", patch_values=48)
@@ -108,14 +116,13 @@ class PromptBank(nn.Module):
             raise ValueError(f"after='drop' needs blocks > 0, the blocks that have prompts, got {blocks!r}")
         if added_to != "patches" and placement != "add":
             raise ValueError(f"added_to={added_to!r} needs placement='add', got {placement!r}")
-        if kind == "kv":
-            for name, value, needed in (
-                ("prompt_mode", mode, "deep"),
-                ("placement", placement, "prepend"),
-                ("prompt_dim", prompt_dim, None),
-            ):
+        if kind != "tokens":
+            for name, value, needed in (("prompt_mode", mode, "deep"), ("placement", placement, "prepend")):
                 if value != needed:
-                    raise ValueError(f"kind='kv' needs {name}={needed!r}, got {value!r}")
+                    raise ValueError(f"kind={kind!r} needs {name}={needed!r}, got {value!r}")
+        if kind == "kv":
+            if prompt_dim is not None:
+                raise ValueError(f"kind='kv' needs prompt_dim=None, got {prompt_dim!r}")
             if heads is None or heads < 1 or dim % heads:
                 raise ValueError(f"kind='kv' needs heads, a divisor of the width {dim}, got {heads!r}")
         self.mode: str = mode
@@ -123,7 +130,7 @@ class PromptBank(nn.Module):
         self.dim = dim
         self.placement: str = placement
         self.added_to: str = added_to
-        self.length = length if placement == "prepend" else 0
+        self.length = length if placement == "prepend" and kind != "cross" else 0
         self.dropout = dropout
         self.dropout_per = dropout_per
         self.after = after
@@ -136,6 +143,8 @@ class PromptBank(nn.Module):
         if heads is not None and kind == "kv":
             width, bound = 2 * dim, math.sqrt(6.0 / max(length * (dim // heads), 1))
         rows = 1 if shared else count
+        if kind == "cross":
+            bound = math.sqrt(6.0 / ((length + rows) * width))
         values = torch.empty(rows, length, width).uniform_(-bound, bound)
         # without a value there is nothing to learn, and DistributedDataParallel would wait for its gradient
         self.weight = nn.Parameter(values, requires_grad=length > 0)
@@ -174,6 +183,11 @@ class PromptBank(nn.Module):
     def keys_values(self, block: int, batch: int) -> Tensor | None:
         """Learned keys and values (P, 2C) or (B, P, 2C) of one block; None where it has none."""
         return self.rows(block, batch) if self.kind == "kv" and self.role(block) == "own" else None
+
+    def crossing(self, block: int, batch: int) -> Tensor | None:
+        """Prompts (P, C) or (B, P, C) of the cross-attention of one block; None where it has none."""
+        held = self.kind == "cross" and self.weight.shape[1] > 0 and block in self.blocks
+        return self.rows(block, batch) if held else None
 
     def forward(self, block: int, batch: int, carried: Tensor | None = None) -> Tensor:
         """Prompt rows (B, P, C) that enter a block, (B, 0, C) where none do; `carried` (B, P, C) are the rows the block

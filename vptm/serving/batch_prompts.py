@@ -51,6 +51,9 @@ class BatchPrompts(nn.Module):
     def keys_values(self, block: int, batch: int) -> None:
         """No block has learned keys and values."""
 
+    def crossing(self, block: int, batch: int) -> None:
+        """No block has a cross-attention."""
+
     def forward(self, block: int, batch: int, carried: Tensor | None = None) -> Tensor:
         """Prompt rows (B, P, C) that enter a block, as in `PromptBank`."""
         role = self.role(block)

@@ -420,6 +420,7 @@ class TaskBank:
             readout = readout._replace(cosine=_IN_POOLS)
         alike = (
             prompts.placement == "prepend"
+            and prompts.kind != "cross"
             and model.prompt_bias is None
             and model.extra_bias.startswith(("zero", "grid"))
             and (model.mask_token is None or model.mask_token is self._model.mask_token)
@@ -437,7 +438,7 @@ class TaskBank:
             group = frame = "rows", kind, schedule(prompts, len(self._folded.blocks))
             rows = torch.stack([prompts.rows(block, 1) for block in prompts.blocks[: len(prompts.weight)]])
         else:
-            group, frame = object(), ("alone", kind, prompts.length)
+            group, frame = object(), ("alone", kind, prompts.kind, prompts.length)
             alike = False
         alone = None if alike else model
         outside = _bytes(rows, readout.linear, readout.module)
