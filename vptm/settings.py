@@ -201,6 +201,7 @@ class ModelSettings(SettingsGroup):
     projection_bias: Annotated[bool, Help("Bias in the prototype projection.")] = False
     temperature: Annotated[float | None, Help("Fixed temperature; learned from 0.1 by default.")] = None
     img_size: Annotated[int | tuple[int, int] | None, Help("Pixels; the model's own by default.")] = None
+    dynamic_img_size: Annotated[bool, NO_OPTION] = False
     pretrained: Annotated[bool, NO_OPTION] = False
     multi_label: Annotated[
         bool,

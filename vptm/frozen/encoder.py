@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from vptm.frozen.parts import learns
 from vptm.frozen.rows import PromptedRows
 from vptm.frozen.watch import Watch
 from vptm_kernels._runtime.triton_support import choose
+
+Made = TypeVar("Made")
+_MOST_SIZES = 8
 
 
 class _Made(NamedTuple):
@@ -61,6 +64,7 @@ class FrozenEncoder:
         self._seal_backbone: Watch | None = None
         self._prompted = prompted
         self._without_prompts: tuple[Folded, Folded] | None = None
+        self._sizes: dict[tuple[Any, int], tuple[Folded, Any]] = {}
 
     def __getstate__(self) -> dict[str, object]:
         return {name: self.__dict__[name] for name in ("_seal", "_bare", "_packs", "_prompted")}
@@ -164,6 +168,7 @@ class FrozenEncoder:
                     watch = Watch(modules, [model._buffers, model._modules, frozen_mask])
                     self._keys = {}  # another number of heads may take another implementation
                     self._made = made = _Made(watch, self.unsupported(model), {})
+                    self._sizes.clear()
         return made
 
     def _traced(self, model: PromptedRows) -> Folded | None:
@@ -185,6 +190,7 @@ class FrozenEncoder:
         known = self._without_prompts
         if known is None or known[0] is not folded:
             self._without_prompts = known = folded, folded.without_prompts()
+            self._sizes.clear()
         return known[1]
 
     def _sealed(self, model: PromptedRows) -> Folded:
@@ -226,7 +232,43 @@ class FrozenEncoder:
             if self._seal_backbone is None:
                 self._seal_backbone = Watch(model.backbone.modules(), values=False)
             self._seal, self._bare, self._seal_watch, self._made = seal, unsealed.packed(False), watch, None
+            self._sizes.clear()
+
+    def at_size(self, folded: Folded, size: tuple[int, int], make: Callable[[], Made]) -> Made:
+        """What `make` makes of `folded` for pictures of `size`, kept for the last sizes while `folded` is true."""
+        with self._lock:
+            # the object itself is kept beside, so that its address is nobody else's
+            known = self._sizes.pop((size, id(folded)), None)
+            if known is None:
+                with torch.inference_mode(False), torch.no_grad():
+                    known = folded, make()
+                while len(self._sizes) >= _MOST_SIZES:
+                    del self._sizes[next(iter(self._sizes))]
+            self._sizes[size, id(folded)] = known
+        made: Made = known[1]
+        return made
 
     def forget_learned(self) -> None:
         """Project and fold what is learned again, after an edit that PyTorch does not count."""
         self._seal_watch = None
+
+
+class SizedEncoder(FrozenEncoder):
+    """Of a model at another size than its own, for one call: runs on what `encoder`'s model made for that size.
+
+    Args:
+        folded: None where it runs its modules.
+        encoder: of the model at its own size.
+    """
+
+    def __init__(self, folded: Folded | None, encoder: FrozenEncoder) -> None:
+        super().__init__()
+        self._given, self._own = folded, encoder
+
+    @property
+    def sealed(self) -> bool:
+        return self._own.sealed
+
+    def folded(self, model: PromptedRows) -> Folded | None:
+        """What it was given."""
+        return self._given

@@ -204,6 +204,13 @@ class Folded:
             twin._take_cross(model)
         return twin
 
+    def at_size(self, model: PromptedRows, patch_embed: nn.Module | None) -> Folded:
+        """The same for the same model at another size, with its own `patch_embed` in the type it computes in, where
+        there is one; what was sealed does not go with a size."""
+        twin = self.beside(model)
+        twin.sealed_prefixes, twin.sealed_head, twin.patch_embed = self.sealed_prefixes, self.sealed_head, patch_embed
+        return twin
+
     def sealed(self, prefixes: Prefixes | None, head: PreparedHead | None) -> Folded:
         """The same, with what is learned projected and folded as it is now."""
         twin = copy.copy(self)

@@ -31,6 +31,7 @@ from vptm.settings import (
     TokenActivation,
     VerbalizerName,
 )
+from vptm.weights.beit_architecture import resize_positions
 from vptm.weights.beits import LoadedBackbone, LoadReport, load_backbone
 
 PROMPT_LOCATIONS = ("after_cls", "after_mask", "before_mask", "end")
@@ -76,6 +77,9 @@ class PromptedBEiT(PromptedModel):
             (a parameter `prompt_bias` (L, 2, H, P): added to prompt columns in class and mask rows, and in patch rows).
         vocab_size: tokens of a fresh token head, used only where the source brings neither trained weights nor a head.
         img_size: pixels, int or (height, width); None keeps the source's. Position bias is resized by timm's rule.
+        dynamic_img_size: also take pictures of other sizes, multiples of the patch, each as a model of that size does:
+            position bias and embeddings are resized by timm's rules. Constants of a size are made at its first pictures
+            and kept for the last eight sizes. Compiled and exported programs take the model's own size alone.
         pretrained: for timm names, load timm's weights (classification weights: they have no mask token or token head).
         multi_label: an image has any number of labels, (B, K) of 0 and 1: the loss is binary cross-entropy, and scores
             are logits of probabilities that do not add up to 1.
@@ -93,6 +97,8 @@ class PromptedBEiT(PromptedModel):
 
     saved_as = "PromptedBEiT"
     bias_index: Tensor
+    _resized_from: tuple[int, int] | None = None
+    _resized: dict[int, Tensor]
 
     def __init__(
         self,
@@ -117,6 +123,7 @@ class PromptedBEiT(PromptedModel):
         extra_bias: str = "zero",
         vocab_size: int = 8192,
         img_size: int | tuple[int, int] | None = None,
+        dynamic_img_size: bool = False,
         pretrained: bool = False,
         multi_label: bool = False,
         impl: Implementation = "auto",
@@ -191,28 +198,68 @@ class PromptedBEiT(PromptedModel):
         self.mask_token = None if mask_token is None else nn.Parameter(mask_token.detach().clone())
         self.lm_head = lm_head
 
-        self.num_patches = self.backbone.patch_embed.num_patches
-        window = tuple(self.backbone.patch_embed.grid_size)
-        bias_mode, grid = parse_extra_bias(extra_bias, window)
         self.has_mask_row = readout == "mask" and mask_mode == "insert"
-        self.grid_position = None if grid is None else grid[0] * window[1] + grid[1]
-        self.replaced_patch: int | None = None
-        if readout == "mask" and mask_mode == "replace":
-            centre = (window[0] // 2) * window[1] + window[1] // 2
-            self.replaced_patch = centre if self.grid_position is None else self.grid_position
+        self._take_window()
+        bias_mode, _ = parse_extra_bias(extra_bias, tuple(self.backbone.patch_embed.grid_size))
         self._check_bias_source(bias_mode)
 
         self.prompts = self._make_prompts()
         length = self.prompts.length
-        self.num_rows = 1 + self.num_patches + int(self.has_mask_row) + length
-        index = extended_index(window, prompts=length, mask=self.has_mask_row, mode=bias_mode, grid=grid)
-        self.register_buffer("bias_index", index, persistent=False)
+        self.register_buffer("bias_index", self._take_rows(), persistent=False)
         self.prompt_bias = None
         if bias_mode == "learned":
             heads = self.backbone.blocks[0].attn.num_heads
             self.prompt_bias = nn.Parameter(torch.zeros(len(self.backbone.blocks), 2, heads, length))
         self.verbalizer = self._make_verbalizer(num_classes)
         self._finish()
+
+    def _take_window(self) -> None:
+        """What goes with the window of patches that the backbone has."""
+        self.num_patches = self.backbone.patch_embed.num_patches
+        window = tuple(self.backbone.patch_embed.grid_size)
+        _, grid = parse_extra_bias(self.extra_bias, window)
+        self.grid_position = None if grid is None else grid[0] * window[1] + grid[1]
+        self.replaced_patch: int | None = None
+        if self.readout == "mask" and self.mask_mode == "replace":
+            centre = (window[0] // 2) * window[1] + window[1] // 2
+            self.replaced_patch = centre if self.grid_position is None else self.grid_position
+
+    def _take_rows(self) -> Tensor:
+        """The number of rows with prompts among them, and their index into the position table."""
+        length, window = self.prompts.length, tuple(self.backbone.patch_embed.grid_size)
+        self.num_rows = 1 + self.num_patches + int(self.has_mask_row) + length
+        mode, grid = parse_extra_bias(self.extra_bias, window)
+        return extended_index(window, prompts=length, mask=self.has_mask_row, mode=mode, grid=grid)
+
+    def _take_size(self, own: Any) -> None:
+        super()._take_size(own)
+        blocks = self.backbone.blocks
+        tables = [one for layer in range(len(blocks)) for one in own._position_tables(layer)]
+        if tables and not all(biased_attention(block) for block in blocks):
+            raise ValueError("images of another size need timm's attention in every block, got another")
+        if any(table.requires_grad for table in tables):
+            raise ValueError("images of another size need frozen position tables, got some that learn")
+        self.bias_index = self._take_rows().to(own.bias_index.device)
+        self._resized_from, self._resized = tuple(own.backbone.patch_embed.grid_size), {}
+
+    def _position_tables(self, layer: int) -> list[Tensor]:
+        """What block `layer` has of position tables, of the window that the backbone has."""
+        parts = (self.backbone.rel_pos_bias, biased_attention(self.backbone.blocks[layer]))
+        found = [getattr(part, "relative_position_bias_table", None) for part in parts]
+        return [table if self._resized_from is None else self._at_window(table) for table in found if table is not None]
+
+    def _at_window(self, table: Tensor) -> Tensor:
+        """A table of another window, resized in float32 as it is where a model is made."""
+        known = self._resized.get(id(table))
+        if known is None:
+            assert self._resized_from is not None
+            state, window = (
+                {"relative_position_bias_table": table.detach().float()},
+                self.backbone.patch_embed.grid_size,
+            )
+            resize_positions(state, self._resized_from, tuple(window))
+            known = self._resized[id(table)] = state["relative_position_bias_table"].to(table)
+        return known
 
     def _check_bias_source(self, mode: str) -> None:
         backbone = self.backbone
@@ -316,10 +363,7 @@ class PromptedBEiT(PromptedModel):
     def position_bias(self, layer: int, *, learned: bool = True) -> Tensor | None:
         """Bias (H, T, T) of the table's entries for rows `[class | patches | mask? | prompts]`, with `prompt_bias`
         where it is learned and asked for; None where nothing is added."""
-        backbone = self.backbone
-        parts = (backbone.rel_pos_bias, biased_attention(backbone.blocks[layer]))
-        found = (getattr(part, "relative_position_bias_table", None) for part in parts)
-        tables = [table for table in found if table is not None]
+        tables = self._position_tables(layer)
         bias = None
         if tables:
             table = sum(tables[1:], start=tables[0])

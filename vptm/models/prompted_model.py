@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn import functional as F
 
 from vptm.data.labels import check_labels, check_several
-from vptm.frozen.encoder import FrozenEncoder
+from vptm.frozen.encoder import FrozenEncoder, SizedEncoder
 from vptm.frozen.fold import linears_of, refuse_unread
 from vptm.frozen.folded import Folded, Start
 from vptm.frozen.parts import learns, oddity, sdpa, softmax_attention
@@ -25,6 +25,7 @@ from vptm.models.adapter_hub import Pretrained
 from vptm.models.config import LabelledOutput, ModelConfig
 from vptm.models.intermediates import FORMATS, as_timm, chosen_blocks
 from vptm.models.prompts import PromptBank
+from vptm.models.sizes import Size, Sized, at_size, check_dynamic, size_of
 from vptm.models.verbalizers import ClassEmbeddings, LinearVerbalizer, PrototypicalVerbalizer
 from vptm.settings import PromptSettings, names
 
@@ -73,6 +74,8 @@ class PromptedModel(Pretrained):
             for parameter in self._parameters.values():
                 if parameter is not None:
                     parameter.data = parameter.data.to(dtype)
+        if self.config["dynamic_img_size"]:
+            check_dynamic(self.backbone)
         self._encoder = FrozenEncoder()
         self.register_load_state_dict_pre_hook(_refuse_loading)
         self.register_load_state_dict_post_hook(_refresh_loaded)
@@ -305,6 +308,63 @@ class PromptedModel(Pretrained):
         self._refuse_dropped("state_dict()")
         return super().state_dict(*args, **kwargs)
 
+    def of_size(self, images: Any) -> PromptedModel:
+        """This model at the size of `images`, for one call: itself at its own size, and where it takes no other.
+
+        Raises:
+            ValueError: a size that it cannot take.
+        """
+        own = self.backbone.patch_embed
+        if not self.config.get("dynamic_img_size") or not isinstance(images, Tensor) or images.ndim != 4:
+            return self
+        if tuple(images.shape[2:]) == tuple(own.img_size):
+            return self
+        size = size_of(images, own.patch_size)
+        if torch.compiler.is_compiling() or is_tracing():
+            raise ValueError(f"images in a compiled or exported program must be of {tuple(own.img_size)}, got {size}")
+        if self.prompts.placement == "add" and self.config["prompt_length"] > 1:
+            raise ValueError(
+                f"images of another size need prompts that are added to all patches alike, "
+                f"got {self.config['prompt_length']}"
+            )
+        folded = self.folded_constants()
+        if folded is None:
+            found = Sized(self._parts_at(size), None)
+        else:
+            given = folded
+
+            def make() -> Sized:
+                parts = self._parts_at(size)
+                embed = None if given.patch_embed is None else at_size(given.patch_embed, size)
+                return Sized(parts, given.at_size(self._with_size(parts, None), embed))
+
+            found = self._encoder.at_size(folded, size, make)
+        return self._with_size(found.parts, found.folded)
+
+    def _with_size(self, parts: Mapping[str, Any], folded: Folded | None) -> PromptedModel:
+        twin = self._twin(SizedEncoder(folded, self._encoder))
+        for name, part in parts.items():
+            setattr(twin, name, part)
+        return twin
+
+    def _parts_at(self, size: Size) -> dict[str, Any]:
+        """The attributes of this model that are others at `size`."""
+        twin = self._twin(FrozenEncoder())
+        twin.backbone = at_size(self.backbone, size)
+        twin._take_size(self)
+        before = {**self.__dict__, **self._buffers, **self._modules}
+        now = {**twin.__dict__, **twin._buffers, **twin._modules}
+        kept = ("_encoder", "_modules", "_parameters", "_buffers")
+        return {name: value for name, value in now.items() if name not in kept and value is not before.get(name)}
+
+    def _take_window(self) -> None:
+        """Take what goes with the window of patches that `backbone` has."""
+        raise NotImplementedError
+
+    def _take_size(self, own: Any) -> None:
+        """Take what goes with the size that `backbone` has; `own` is the model at its own size."""
+        self._take_window()
+
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError or TypeError unless `images` is (B, channels, height, width) floating point of this model's
         size, on its device and, outside autocast, in its dtype, and the model is on one device in one dtype."""
@@ -341,6 +401,8 @@ class PromptedModel(Pretrained):
             (B, prefix + N, C), and one more row at the end where a mask row is inserted. With `prompt_length=0` and the
             CLS or mean read-out this equals `backbone.forward_features`.
         """
+        if (model := self.of_size(images)) is not self:
+            return model.forward_features(images)
         self.check_images(images)
         folded = self.folded_constants()
         return self._plain_features(images) if folded is None else folded.features(self, images)
@@ -384,6 +446,17 @@ class PromptedModel(Pretrained):
             (torch.Size([2, 18, 192]), [torch.Size([2, 192, 4, 4]), torch.Size([2, 192, 4, 4])])
         """
         one_of("output_fmt", output_fmt, FORMATS)
+        if (model := self.of_size(images)) is not self:
+            return model.forward_intermediates(
+                images,
+                indices,
+                return_prefix_tokens=return_prefix_tokens,
+                norm=norm,
+                stop_early=stop_early,
+                output_fmt=output_fmt,
+                intermediates_only=intermediates_only,
+                output_dict=output_dict,
+            )
         self.check_images(images)
         depth, final = len(self.backbone.blocks), self.backbone.norm
         chosen = chosen_blocks(indices, depth)
@@ -437,6 +510,8 @@ class PromptedModel(Pretrained):
             >>> [one.shape for one in model.attention_maps(torch.zeros(2, 1, 28, 28), indices=[-1])]
             [torch.Size([2, 6, 18, 28])]
         """
+        if (model := self.of_size(images)) is not self:
+            return model.attention_maps(images, indices)
         self.check_images(images)
         self._refuse_dropped("attention_maps()")
         refuse_unread(self.backbone)
@@ -502,6 +577,8 @@ class PromptedModel(Pretrained):
 
     def forward_hidden(self, images: Tensor) -> Tensor:
         """The normalised read-out row (B, C), equal to `forward_head(forward_features(images), pre_logits=True)`."""
+        if (model := self.of_size(images)) is not self:
+            return model.forward_hidden(images)
         self.check_images(images)
         return self.hidden_on(images, self.folded_constants())
 
@@ -556,6 +633,8 @@ class PromptedModel(Pretrained):
         if (images is None) == (pixel_values is None):
             raise TypeError(f"one of images and pixel_values must be given, got {'none' if images is None else 'both'}")
         pixels: Tensor = pixel_values if images is None else images  # type: ignore[assignment]
+        if (model := self.of_size(pixels)) is not self:
+            return model.forward(pixels, labels=labels)
         self.check_images(pixels)
         folded = self.folded_constants()
         scores = self.forward_scores(self.hidden_on(pixels, folded), folded)

@@ -77,6 +77,10 @@ class PromptedViT(PromptedModel):
         train_lm_head: also learn that classifier or codebook.
         img_size: pixels, int or (height, width); None keeps the source's, as an instance has to. Position embeddings
             are resized by timm's rule.
+        dynamic_img_size: also take pictures of other sizes, multiples of the patch, each as a model of that size does:
+            absolute positions are resampled by timm's rule, rotary ones made for the window. Constants of a size are
+            made at its first pictures and kept for the last eight sizes. Compiled and exported programs take the
+            model's own size alone.
         pretrained: for a timm name, load timm's weights.
         architecture: timm name of what a file holds, where its tensors do not tell number of heads, eps or activation.
         multi_label: an image has any number of labels, (B, K) of 0 and 1: the loss is binary cross-entropy, and scores
@@ -95,6 +99,7 @@ class PromptedViT(PromptedModel):
     """
 
     saved_as = "PromptedViT"
+    replaced_patch: int | None
     keeps_unread_head = False
 
     def __init__(
@@ -115,6 +120,7 @@ class PromptedViT(PromptedModel):
         projection_bias: bool = False,
         temperature: float | None = None,
         img_size: int | tuple[int, int] | None = None,
+        dynamic_img_size: bool = False,
         pretrained: bool = False,
         architecture: str | None = None,
         codebook: torch.Tensor | nn.Linear | str | Path | None = None,
@@ -164,15 +170,12 @@ class PromptedViT(PromptedModel):
         self.default_cfg = dict(loaded.default_cfg)
         self.prompt_bias = self.lm_head = None
         self.mask_token = None if loaded.mask_token is None else nn.Parameter(loaded.mask_token.detach().clone())
-        self.replaced_patch: int | None = None
-        if readout == "mask":
-            if self.mask_token is None:
-                raise ValueError(
-                    f"readout='mask' needs a mask token in the encoder, {loaded.report.source} has none: expected "
-                    "DINOv2's, DINOv3's or EVA-02's weights as their repository keeps them"
-                )
-            rows, columns = backbone.patch_embed.grid_size
-            self.replaced_patch = (rows // 2) * columns + columns // 2
+        if readout == "mask" and self.mask_token is None:
+            raise ValueError(
+                f"readout='mask' needs a mask token in the encoder, {loaded.report.source} has none: expected "
+                "DINOv2's, DINOv3's or EVA-02's weights as their repository keeps them"
+            )
+        self._take_window()
         if codebook is not None:
             self.lm_head = load_codebook(codebook, backbone.embed_dim, backbone.patch_embed.proj.weight.dtype)
             self.config["codebook"] = list(self.lm_head.weight.shape)
@@ -186,9 +189,23 @@ class PromptedViT(PromptedModel):
             self.lm_head = copy.deepcopy(backbone.head)  # of its own, as it may learn
         backbone.reset_classifier(0)
         self.prompts = self._make_prompts()
-        self.num_rows = backbone.num_prefix_tokens + self.num_patches + self.prompts.length
+        self._take_rows()
         self.verbalizer = self._make_verbalizer(num_classes)
         self._finish()
+
+    def _take_window(self) -> None:
+        """What goes with the window of patches that the backbone has."""
+        rows, columns = self.backbone.patch_embed.grid_size
+        self.num_patches = self.backbone.patch_embed.num_patches
+        self.replaced_patch = (rows // 2) * columns + columns // 2 if self.readout == "mask" else None
+
+    def _take_rows(self) -> None:
+        """The number of rows, with prompts among them."""
+        self.num_rows = self.backbone.num_prefix_tokens + self.num_patches + self.prompts.length
+
+    def _take_size(self, own: Any) -> None:
+        super()._take_size(own)
+        self._take_rows()
 
     def embed(self, images: Tensor, patch_embed: nn.Module | None = None) -> Tensor:
         """Rows `[class | registers | patches]` with positions, after `norm_pre`."""

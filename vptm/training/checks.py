@@ -158,7 +158,7 @@ def _check_batch(model: PromptedModel, batch: Any, name: str, cast: bool, shares
     images, labels = images_and_labels(batch, name)
     weight = model.prompts.weight
     images = images.to(weight.device)
-    model.check_images(images.to(weight.dtype) if cast and images.is_floating_point() else images)
+    model.of_size(images).check_images(images.to(weight.dtype) if cast and images.is_floating_point() else images)
     if labels.ndim == 2 and labels_of(model).are_shares(labels) and not shares:
         raise ValueError(f"{name} labels must be integers for validation and ProtoVerb's losses, got shares")
 
