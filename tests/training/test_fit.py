@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import Mixup
 from tiny_data import picture, write_backbone
 from tiny_runs import LEARNS, Interrupting, assert_same_run, loaders, make_model, metrics, pictures, run, stopped_run
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 import vptm.frozen.rows
 import vptm.training.masters
@@ -682,6 +683,33 @@ def test_labels_may_be_shares_of_classes(backbone: Path) -> None:
         scores = model(images)
     assert row["train_loss"] == pytest.approx(torch.nn.functional.cross_entropy(scores, shares).item(), rel=1e-5)
     assert row["train_accuracy"] == (scores.argmax(1) == labels).double().mean().item()
+
+
+@pytest.mark.parametrize("kind", ["timm", "MixUp", "CutMix"])
+def test_batches_that_timm_and_torchvision_mix_are_trained_on(backbone: Path, tmp_path: Path, kind: str) -> None:
+    """The loss is that of the shares they make. timm's asserts an even number of images: of the first look, too; of an
+    odd one the refusal says so and touches no folder."""
+    made: list[tuple[torch.Tensor, torch.Tensor]] = []
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    mix = Mixup(mixup_alpha=0.8, num_classes=3) if kind == "timm" else getattr(v2, kind)(num_classes=3)
+
+    def collate(items: Any) -> Any:
+        made.append(mix(*default_collate(items)))
+        return made[-1]
+
+    model = make_model(backbone)
+    data = pictures(12).with_transform(transforms(model))
+    row = fit(model, DataLoader(data, batch_size=4, collate_fn=collate), epochs=1, lr=1e-30, progress=False).history[0]
+    images, shares = (torch.cat(parts) for parts in zip(*made[-3:]))
+    assert shares.shape == (12, 3) and not torch.isin(shares, torch.tensor([0.0, 1.0])).all(), "nothing was mixed"
+    with torch.no_grad():
+        wanted = torch.nn.functional.cross_entropy(model(images), shares).item()
+    assert row["train_loss"] == pytest.approx(wanted, rel=1e-5)
+    if kind == "timm":
+        one = DataLoader(data, batch_size=1, collate_fn=collate)
+        with pytest.raises(TypeError, match="train must give tensors that its collate_fn can batch: Batch size should"):
+            fit(model, one, epochs=1, lr=0.1, run_dir=tmp_path / "r")
+        assert not (tmp_path / "r").exists()
 
 
 def test_a_data_set_may_hold_shares_of_classes(backbone: Path, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_what_has_no_meaning_is_refused_before_a_folder_is_made(backbone: Path, 
         ({"class_weights": "balanced"}, "class_weights must be None for a multi-label model, got 'balanced'"),
         ({"train": one}, r"train labels must be \(N, 3\) of 0 and 1 for a multi-label model, got \(3,\) of int64"),
         ({"val": one}, r"val labels must be \(N, 3\) of 0 and 1 for a multi-label model, got \(3,\) of int64"),
-        ({"train": with_labels([[0, 1], [0, 0], [1, 1]])}, r"must be \(N, 3\) of 0 and 1 .*, got \(1, 2\)"),
+        ({"train": with_labels([[0, 1], [0, 0], [1, 1]])}, r"must be \(N, 3\) of 0 and 1 .*, got \(2, 2\)"),
         (
             {"train": with_labels([[0, 1, 0], [0, 0, 3], [1, 1, 0]])},
             "train labels must be 0 or 1 for each of 3 classes, ",

@@ -144,8 +144,10 @@ def _first_label(model: PromptedModel, loader: DataLoader[Any], name: str, cast:
     with generators_kept(loader, None):  # reading an image may draw augmentation
         item = dataset[0]
         try:
-            batch = item if loader.batch_size is None and loader.batch_sampler is None else loader.collate_fn([item])
-        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            # timm's Mixup takes an even number of items
+            some = [item] if loader.batch_size == 1 else [item, item]
+            batch = item if loader.batch_size is None and loader.batch_sampler is None else loader.collate_fn(some)
+        except (TypeError, ValueError, KeyError, RuntimeError, AssertionError) as error:
             raise TypeError(f"{name} must give tensors that its collate_fn can batch: {error_line(error)}") from error
     if loader.batch_sampler is None:
         images_and_labels(batch, name)
