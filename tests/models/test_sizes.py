@@ -197,7 +197,12 @@ def test_every_path_at_another_size() -> None:
 
 @pytest.mark.parametrize(
     ("length", "options"),
-    [(3, {"kind": "kv"}), (1, {"placement": "add"}), (1, {"placement": "add", "added_to": "class_and_patches"})],
+    [
+        (3, {"kind": "kv"}),
+        (3, {"kind": "cross"}),
+        (1, {"placement": "add"}),
+        (1, {"placement": "add", "added_to": "class_and_patches"}),
+    ],
 )
 def test_prompts_of_other_kinds_at_another_size(length: int, options: dict[str, Any]) -> None:
     for backbone in (tiny_vit((3, 3), **VITS["EVA-02"]), tiny_beit((3, 3))):
