@@ -112,8 +112,8 @@ def unfoldable(block: Any) -> str | None:
             return other
     else:
         return f"{type(block).__name__} blocks"
-    plain = type(block) is not beit.Block or attn.qkv.bias is None  # whose bias stands beside the linear
-    return None if plain and _has_plain_parts(block) else other
+    plain = _has_plain_parts(block) and (type(block) is not beit.Block or attn.qkv.bias is None)
+    return None if plain else other  # a BEiT's bias stands beside the linear
 
 
 def _has_plain_parts(block: Any) -> bool:
