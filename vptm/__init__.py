@@ -36,6 +36,7 @@ _HOME = {
     "inspect_tokens": "inspection.explain",
     "evaluate": "training.evaluate",
     "init_prompts": "methods.spt",
+    "init_vipamin": "methods.vipamin",
     "set_class_embeddings": "methods.provp",
 }
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "fit",
     "fit_prototypes",
     "init_prompts",
+    "init_vipamin",
     "inspect_tokens",
     "load_adapter",
     "load_backbone",
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from vptm.methods.protoverb import fit_prototypes
     from vptm.methods.provp import set_class_embeddings
     from vptm.methods.spt import init_prompts
+    from vptm.methods.vipamin import init_vipamin
     from vptm.models.adapter_saving import save_adapter
     from vptm.models.opening import load_adapter, open_model
     from vptm.models.peft_prefix import load_peft_prefix, save_peft_prefix

@@ -36,7 +36,7 @@ TokenActivation = Literal["hidden", "logits", "softmax", "log_softmax"]
 Schedule = Literal["cosine", "tanh", "none", "vpt", "spt", "provp"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 LearnedGroup = Literal["prompts", "verbalizer", "temperature", "mask_token", "lm_head", "backbone"]
-PromptStart = Literal["uniform", "random", "mean", "max", "kmeans"]
+PromptStart = Literal["uniform", "random", "mean", "max", "kmeans", "vipamin"]
 PrototypeStart = Literal["xavier", "class_means"]
 OnBadImage = Literal["error", "skip"]
 ExportFormat = Literal["pt2", "aoti", "onnx", "safetensors"]
@@ -453,12 +453,16 @@ class RunSettings(PictureSettings):
     ] = False
     augment: Annotated[bool, Help("Random shift or crop, and mirror, of training images.")] = True
     flip: Annotated[bool | None, Help("Mirror training images; by default not for digits.")] = None
-    prompt_init: Annotated[PromptStart, Help("Where prompts start: uniform, or at tokens of the model (SPT).")] = (
-        "uniform"
-    )
-    init_images: Annotated[int | None, Help("Images such tokens are drawn from; all training images by default.")] = (
-        None
-    )
+    prompt_init: Annotated[
+        PromptStart, Help("Where prompts start: uniform, at tokens of the model (SPT), or by VIPAMIN.")
+    ] = "uniform"
+    init_images: Annotated[
+        int | None, Help("Images such tokens are drawn from; all training images by default, 256 for vipamin.")
+    ] = None
+    init_neighbours: Annotated[int, Help("Patches that a prompt of vipamin starts as the mean of.")] = 8
+    init_orthogonal: Annotated[
+        float, Help("Share of what self-attention does not span in a prompt of vipamin, in [0, 1].")
+    ] = 0.5
     prototype_init: Annotated[PrototypeStart, Help("Where prototypes start: class means are those of the images.")] = (
         "xavier"
     )
@@ -496,7 +500,11 @@ class RunSettings(PictureSettings):
         parse_shots(self.shots)
         self._at_least(1, "batch_size")
         self._at_least(0, "workers", "prototype_steps")
-        self._at_least(1, "init_images")
+        self._at_least(1, "init_images", "init_neighbours")
+        check_range(self._label("init_orthogonal"), self.init_orthogonal, "in [0, 1]")
+        for name, default in (("init_neighbours", 8), ("init_orthogonal", 0.5)):
+            if getattr(self, name) != default and self.prompt_init != "vipamin":
+                raise ValueError(f"{self._label(name)} needs --prompt-init vipamin, got {self.prompt_init}")
         if not 0 <= self.train_settings.seed < 2**32:
             raise ValueError(f"--seed must be in 0..2^32-1, got {self.train_settings.seed}")
         if not 0 < self.prototype_lr < math.inf:

@@ -211,7 +211,7 @@ def _joined(linears: list[Any]) -> tuple[Tensor, Tensor | None]:
     return torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight, bias
 
 
-def _qkv(attn: Any) -> tuple[Tensor, Tensor | None]:
+def qkv_of(attn: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of queries, keys and values."""
     if getattr(attn, "q_bias", None) is None:
         return _joined(_projections(attn))
@@ -265,7 +265,7 @@ def fold_block(block: Any, dtype: torch.dtype, *, rotary: bool = False) -> Froze
     attn_norm: Any = getattr(attn, "norm", None)
     mlp_norm: Any = getattr(mlp, "norm", None)
     gammas = _layer_scales(block)
-    qkv_weight, qkv_bias = after_norm(*_qkv(attn), block.norm1)
+    qkv_weight, qkv_bias = after_norm(*qkv_of(attn), block.norm1)
     width, heads = qkv_bias.numel() // 3, attn.num_heads
     scale = (width // heads) ** -0.5
     key_order = None
@@ -306,7 +306,7 @@ def fold_cross(block: Any, dtype: torch.dtype) -> CrossWeights:
     """The weights of a block's cross-attention: its own, with the scale of the scores in the queries' and what
     `fold_block` folds into the projection in that one's bias, in fp64, rounded once to `dtype`."""
     attn = block.attn
-    weight, bias = _qkv(attn)
+    weight, bias = qkv_of(attn)
     weight = weight.double()
     bias = weight.new_zeros(len(weight)) if bias is None else bias.double()
     width = len(weight) // 3

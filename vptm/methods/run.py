@@ -22,6 +22,7 @@ from vptm.data.usage import class_lines, dark_line, refuse_unreadable
 from vptm.messages import WITH_PATHS, one_line
 from vptm.methods.protoverb import fit_prototypes
 from vptm.methods.spt import init_prompts
+from vptm.methods.vipamin import init_vipamin
 from vptm.models.adapter_saving import save_adapter
 from vptm.models.opening import open_model
 from vptm.models.prompted_model import PromptedModel
@@ -282,8 +283,17 @@ def _start(
     settings: RunSettings, model: PromptedModel, loaders: dict[str, DataLoader[Any]], place: torch.device
 ) -> None:
     """Prompts and prototypes where the settings let them start."""
-    if settings.prompt_init != "uniform":
-        seed, images = settings.train_settings.seed, settings.init_images
+    seed, images = settings.train_settings.seed, settings.init_images
+    if settings.prompt_init == "vipamin":
+        init_vipamin(
+            model.to(place),
+            loaders["train"],
+            neighbours=settings.init_neighbours,
+            orthogonal=settings.init_orthogonal,
+            images=256 if images is None else images,
+            seed=seed,
+        )
+    elif settings.prompt_init != "uniform":
         init_prompts(model.to(place), loaders["train"], settings.prompt_init, images=images, seed=seed)
     if settings.prototype_init == "class_means":
         verbalizer: Any = model.to(place).verbalizer

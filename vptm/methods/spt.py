@@ -27,7 +27,7 @@ from vptm.training.seeding import generators_kept, seed_everything
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-INIT_METHODS = get_args(PromptStart)[1:]  # the first is the one without images
+INIT_METHODS = get_args(PromptStart)[1:-1]  # the first is the one without images, the last vptm.init_vipamin's
 _IMAGES_PER_STEP = 8  # tokens of 12 layers of ViT-B for 8 images are 58 MB
 
 
@@ -121,21 +121,7 @@ def init_prompts(
         True
     """
     one_of("method", method, INIT_METHODS)
-    model._refuse_dropped("init_prompts")
-    bank = model.prompts
-    if bank.weight.shape[-1] != model.num_features or bank.projection is not None or bank.length == 0:
-        kind = "prompts" if bank.projection is None else "projected prompts"
-        raise ValueError(
-            "init_prompts needs prompts that are token rows of their own, "
-            f"got {bank.length} {kind} of {bank.weight.shape[-1]} values for tokens of {model.num_features}"
-        )
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        raise TypeError("loader must be a torch DataLoader over a data set that can be indexed")
-    size = len(loader.dataset)  # type: ignore[arg-type]
-    if size == 0:
-        raise ValueError("loader must hold at least one image, it is empty")
+    size, bank = check_start(model, loader, seed, "init_prompts"), model.prompts
     if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
         raise ValueError(f"images must be an integer >= 1 or None, got {images!r}")
     count = images or size
@@ -162,7 +148,27 @@ def init_prompts(
     return forwarded
 
 
-def _layers(model: PromptedModel) -> list[int]:
+def check_start(model: PromptedModel, loader: DataLoader[Any], seed: int, action: str) -> int:
+    """The number of images to draw from, where prompts can start at what a model makes of them."""
+    model._refuse_dropped(action)
+    bank = model.prompts
+    if bank.weight.shape[-1] != model.num_features or bank.projection is not None or bank.length == 0:
+        kind = "prompts" if bank.projection is None else "projected prompts"
+        raise ValueError(
+            f"{action} needs prompts that are token rows of their own, "
+            f"got {bank.length} {kind} of {bank.weight.shape[-1]} values for tokens of {model.num_features}"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise TypeError("loader must be a torch DataLoader over a data set that can be indexed")
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    if size == 0:
+        raise ValueError("loader must hold at least one image, it is empty")
+    return size
+
+
+def layers_of(model: PromptedModel) -> list[int]:
     """The block each row of the bank is for; a shared prompt starts as the first block's tokens."""
     return list(model.prompts.blocks)[: len(model.prompts.weight)]
 
@@ -177,14 +183,14 @@ def _sampled(
     bar: Progress,
 ) -> tuple[Tensor, int]:
     """Rows (layers, P, C) chosen before anything is computed, and the number of images they named."""
-    layers, length = _layers(model), model.prompts.length
+    layers, length = layers_of(model), model.prompts.length
     per_image = model.num_patches if windows is None else len(windows)
     # one row per layer: numbers of (draw, token or window) pairs
     pairs = np.stack([generator.choice(len(drawn) * per_image, length, replace=False) for _ in layers])
     named = np.unique(pairs // per_image)
     prompts = torch.empty_like(model.prompts.weight)
     position = 0
-    for batch in _tracked(_batches(model, loader, drawn[named]), bar, len(named)):
+    for batch in tracked(batches_at(model, loader, drawn[named]), bar, len(named)):
         tokens = layer_tokens(model, batch, layers)
         place = {int(draw): row for row, draw in enumerate(named[position : position + len(batch)])}
         for layer, chosen in enumerate(pairs):
@@ -206,13 +212,13 @@ def _centres(
     """Cluster centres (layers, P, C) of the tokens of each layer, one pass over the images."""
     from sklearn.cluster import MiniBatchKMeans
 
-    layers, length = _layers(model), model.prompts.length
+    layers, length = layers_of(model), model.prompts.length
     clusters = [
         MiniBatchKMeans(length, random_state=(seed + layer) % 2**32, n_init=1, compute_labels=False) for layer in layers
     ]
     weight = model.prompts.weight
     smallest = -(-length // model.num_patches)  # the first batch must hold a token for every centre
-    for batch in _tracked(_batches(model, loader, drawn, max(_IMAGES_PER_STEP, smallest)), bar, len(drawn)):
+    for batch in tracked(batches_at(model, loader, drawn, max(_IMAGES_PER_STEP, smallest)), bar, len(drawn)):
         for cluster, tokens in zip(clusters, layer_tokens(model, batch, layers)):
             rows = tokens.flatten(0, 1).float()
             if not bool(rows.isfinite().all()):
@@ -221,7 +227,7 @@ def _centres(
     return torch.from_numpy(np.stack([cluster.cluster_centers_ for cluster in clusters])).to(weight), len(drawn)
 
 
-def _batches(
+def batches_at(
     model: PromptedModel, loader: DataLoader[Any], indices: np.ndarray, size: int = _IMAGES_PER_STEP
 ) -> Iterator[Tensor]:
     """Images of the loader's data set at `indices`, in that order, as its workers and collate function make them."""
@@ -238,7 +244,7 @@ def _batches(
         yield images
 
 
-def _tracked(batches: Iterator[Tensor], bar: Progress, total: int) -> Iterator[Tensor]:
+def tracked(batches: Iterator[Tensor], bar: Progress, total: int) -> Iterator[Tensor]:
     """`batches`, with the images forwarded on `bar`."""
     task = bar.add_task("starting prompts from tokens", total=total, note="")
     for batch in batches:
