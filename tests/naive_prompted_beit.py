@@ -106,6 +106,8 @@ def naive_block(
                 if model.extra_bias == "learned" and key_row.kind == "prompt" and query_row.kind != "prompt":
                     which = 1 if query_row.kind == "patch" else 0
                     score = score + model.prompt_bias[layer, which, h, key_row.place]
+                if model.config["prompt_gate"] is not None and key_row.kind == "prompt":
+                    score = score + model.prompts.gate[layer, h, key_row.place]
                 scores.append(score)
             weights = torch.stack(scores).softmax(0)
             looks.append(weights)

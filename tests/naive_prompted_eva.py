@@ -4,7 +4,7 @@ complex numbers, prompts between the prefix and the patches."""
 from __future__ import annotations
 
 import torch
-from naive_prompted_vit import crossed, learned_heads, linear, mlp, naive_hidden, norm
+from naive_prompted_vit import crossed, gates, learned_heads, linear, mlp, naive_hidden, norm
 from torch import Tensor
 
 from vptm import PromptedViT
@@ -43,6 +43,7 @@ def naive_eva_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: flo
                 query, value = query + state[f"{name}.attn.q_bias"], value + state[f"{name}.attn.v_bias"]
         else:
             query, key, value = (linear(inner, state, f"{name}.attn.{one}_proj") for one in "qkv")
+        added = gates(model, layer, backbone.num_prefix_tokens, x.shape[1], heads)
         mixed = []
         for h, (q, k, v) in enumerate(zip(*(one.chunk(heads, -1) for one in (query, key, value)))):
             if turns is not None:
@@ -51,7 +52,7 @@ def naive_eva_hidden(model: PromptedViT, images: Tensor, *, heads: int, eps: flo
             if keys_values is not None:
                 more = learned_heads(keys_values, len(x), heads, h)
                 k, v = torch.cat([k, more[0]], 1), torch.cat([v, more[1]], 1)
-            scores = (q @ k.mT / q.shape[-1] ** 0.5).exp()
+            scores = (q @ k.mT / q.shape[-1] ** 0.5 + added[h]).exp()
             mixed.append(scores / scores.sum(-1, keepdim=True) @ v)
         update = linear(norm(torch.cat(mixed, -1), state, f"{name}.attn.norm", eps), state, f"{name}.attn.proj")
         if post:

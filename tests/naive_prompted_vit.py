@@ -71,6 +71,22 @@ def crossed(
     return x + after(torch.cat(mixed, -1))
 
 
+def gates(model: PromptedViT, layer: int, first: int, rows: int, heads: int) -> list[Tensor]:
+    """What each head adds to its scores with every row, of which those from `first` on are prompts, and then with
+    learned keys."""
+    found = [torch.zeros(rows, dtype=torch.float64) for _ in range(heads)]
+    kind = (model.config["prompt_options"] or {}).get("kind")
+    beside, length = kind == "kv", 0 if kind == "cross" else model.config["prompt_length"]
+    for h in range(heads):
+        if model.config["prompt_gate"] is None:
+            own = torch.zeros(length, dtype=torch.float64)
+        else:
+            own = model.prompts.gate[layer, h]
+        rest = found[h] if beside else found[h][length:]
+        found[h] = torch.cat([rest, own]) if beside else torch.cat([rest[:first], own, rest[first:]])
+    return found
+
+
 def block(
     x: Tensor,
     state: dict[str, Tensor],
@@ -78,6 +94,7 @@ def block(
     heads: int,
     eps: float,
     kind: str,
+    added: list[Tensor],
     keys_values: Tensor | None = None,
     crossing: Tensor | None = None,
 ) -> Tensor:
@@ -90,7 +107,7 @@ def block(
         if keys_values is not None:
             more = learned_heads(keys_values, batch, heads, h)
             key, value = torch.cat([key, more[0]], 1), torch.cat([value, more[1]], 1)
-        scores = (query @ key.mT / (width // heads) ** 0.5).exp()
+        scores = (query @ key.mT / (width // heads) ** 0.5 + added[h]).exp()
         mixed[:, :, h] = scores / scores.sum(-1, keepdim=True) @ value
     update = linear(norm(mixed.flatten(2), state, f"{name}.attn.norm", eps), state, f"{name}.attn.proj")
     x = x + update * state.get(f"{name}.ls1.gamma", 1.0)
@@ -170,7 +187,11 @@ def naive_hidden(
             rows = alpha * x[:, first : first + length] + (1 - alpha) * prompts[layer]
             x = torch.cat([x[:, :first], rows, x[:, first + length :]], 1)
         own = [None if one is None else one[layer] for one in (learned, crossing)]
-        x = block(x, state, f"blocks.{layer}", heads, eps, kind, *own) if run is None else run(x, state, layer, *own)
+        if run is None:
+            added = gates(model, layer, first, x.shape[1], heads)
+            x = block(x, state, f"blocks.{layer}", heads, eps, kind, added, *own)
+        else:
+            x = run(x, state, layer, *own)
     x = norm(x, state, "norm", eps)
     if config["readout"] == "cls":
         read = x[:, 0]

@@ -20,7 +20,7 @@ from vptm.training.fit import fit
     [
         (PromptedBEiT, settings.BEiTSettings, {"prompt_location"}),
         (PromptedViT, settings.ViTSettings, set()),
-        (PromptBank, settings.PromptSettings, {"mode", "dropout", "alpha", "heads"}),
+        (PromptBank, settings.PromptSettings, {"mode", "dropout", "alpha", "gate", "heads"}),
         (
             fit,
             settings.TrainSettings,

@@ -59,6 +59,7 @@ def number(argument: str, value: object) -> float:
 
 
 _RANGES: dict[str, Callable[[float], bool]] = {
+    "finite": math.isfinite,
     "finite and > 0": lambda value: 0 < value < math.inf,
     "finite and >= 0": lambda value: 0 <= value < math.inf,
     "in [0, 1]": lambda value: 0 <= value <= 1,

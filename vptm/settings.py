@@ -27,6 +27,7 @@ PromptKind = Literal["tokens", "kv", "cross"]
 AddedTo = Literal["patches", "class_and_patches"]
 AfterPrompts = Literal["carry", "drop"]
 DropoutPer = Literal["sample", "batch"]
+GatePer = Literal["prompt", "head"]
 Readout = Literal["mask", "cls", "mean", "map", "mean_with_prompts"]
 BEiTReadout = Literal["mask", "cls", "mean"]
 ViTReadout = Literal["cls", "mean", "map", "mean_with_prompts", "mask"]
@@ -35,7 +36,7 @@ VerbalizerName = Literal["prototypical", "linear", "class_embeddings"]
 TokenActivation = Literal["hidden", "logits", "softmax", "log_softmax"]
 Schedule = Literal["cosine", "tanh", "none", "vpt", "spt", "provp"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-LearnedGroup = Literal["prompts", "verbalizer", "temperature", "mask_token", "lm_head", "backbone"]
+LearnedGroup = Literal["prompts", "gate", "verbalizer", "temperature", "mask_token", "lm_head", "backbone"]
 PromptStart = Literal["uniform", "random", "mean", "max", "kmeans", "vipamin"]
 PrototypeStart = Literal["xavier", "class_means"]
 OnBadImage = Literal["error", "skip"]
@@ -175,6 +176,9 @@ class PromptSettings(SettingsGroup):
     dropout_per: Annotated[DropoutPer, Help("What has a dropout mask of its own.", option="prompt_dropout_per")] = (
         "sample"
     )
+    gate_per: Annotated[
+        GatePer, Help("What has a gate of its own: each prompt in each head, or each head.", option="prompt_gate_per")
+    ] = "prompt"
     patch_values: Annotated[int | None, NO_OPTION] = None
 
     def __post_init__(self) -> None:
@@ -192,6 +196,10 @@ class ModelSettings(SettingsGroup):
     prompt_mode: Annotated[PromptMode, Help("Where prompts enter.")] = "shallow"
     prompt_dropout: Annotated[float, Help("Dropout of prompts.")] = 0.0
     progressive_alpha: Annotated[float | Sequence[float], Help("Alpha of progressive prompts.")] = 0.01
+    prompt_gate: Annotated[
+        float | None,
+        Help("Start of learned gates that add to what attention scores with prompts, as -4; none by default."),
+    ] = None
     prompt_options: Annotated[Mapping[str, Any] | None, NO_OPTION] = None
     readout: Annotated[Readout, Help("Row that the verbalizer reads.")] = "mask"
     train_lm_head: Annotated[bool, Help("Also learn the visual-token head.")] = False
@@ -213,6 +221,7 @@ class ModelSettings(SettingsGroup):
         super().__post_init__()
         check_integer("prompt_length", self.prompt_length, 0)
         check_range("prompt_dropout", self.prompt_dropout, "in [0, 1)")
+        check_range("prompt_gate", self.prompt_gate, "finite", optional="or None for no gate")
         check_integer("prototype_dim", self.prototype_dim, 1, optional=True)
         check_range("temperature", self.temperature, "finite and > 0", optional="or None to learn it")
         alpha = self.progressive_alpha

@@ -29,6 +29,8 @@ CASES = {
     "deep": DEEP,
     "shallow, softmax tokens, a patch replaced": {"token_activation": "softmax", "mask_mode": "replace"},
     "progressive, class row, linear": {"prompt_mode": "progressive", "readout": "cls", "verbalizer": "linear"},
+    "gates": DEEP | {"prompt_gate": -1.0},
+    "gates of rows, mean": {"prompt_gate": -1.0, "readout": "mean", "prompt_options": {"gate_per": "head"}},
     "learned bias, mean, token space": DEEP | {"extra_bias": "learned", "readout": "mean", "prototype_dim": None},
 }
 has_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))

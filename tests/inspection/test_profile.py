@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_flops import B, D, H, K, L, N, P, beit_model
-from tiny_models import build_vit, images, pictures, tiny_vit
+from tiny_models import HEADS, build_vit, images, pictures, tiny_vit
 
 from vptm.commands.app import _run
 from vptm.inspection.profile import PATHS, Quartiles, Stage, forwards_of, stages_of, table, total
@@ -40,6 +40,13 @@ def test_stages_add_up_and_name_the_right_block(mode: str) -> None:
     if mode == "deep":  # what block 0 projects needs no gradient
         assert stages[1].saved["vptm"] == pytest.approx(kept - 8 * B * N * D, rel=0.03)
     assert all(stage.seconds[path] > 0 for stage in stages for path in stage.seconds)
+
+
+def test_gates_count_with_the_blocks_they_are_of() -> None:
+    """Those of carried prompts too, whose rows count with the embedding."""
+    model = build_vit(tiny_vit(), prompt_mode="shallow", prompt_gate=-4.0)
+    stages = stages_of(model, pictures(model), repeats=1)
+    assert [stage.trained for stage in stages[:-1]] == [3 * 16, *[HEADS * 3] * 3]
 
 
 def test_a_trainable_backbone_is_refused() -> None:

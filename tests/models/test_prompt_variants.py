@@ -66,7 +66,7 @@ def naive_row(model: vptm.PromptedBEiT, picture: Tensor) -> Tensor:
     blocks = options.get("blocks", 1 if mode == "shallow" else DEPTH)
     own = list(range(blocks)) if blocks > 0 else list(range(DEPTH + blocks, DEPTH))
     tokens = torch.cat([model.backbone.cls_token[0], model.backbone.patch_embed(picture[None])[0]])
-    rows = tokens[:0]
+    rows, gates = tokens[:0], iter([] if bank.gate is None else bank.gate)
     for layer, block in enumerate(model.backbone.blocks):
         prompt = None
         if layer in own:
@@ -80,8 +80,14 @@ def naive_row(model: vptm.PromptedBEiT, picture: Tensor) -> Tensor:
             rows = 0.3 * rows + 0.7 * prompt if mixing else prompt
         elif layer > own[-1] and options.get("after") == "drop":
             rows = rows[:0]
-        out = block(torch.cat([tokens, rows])[None])[0]
+        added = None
+        if len(rows) and bank.gate is not None:
+            gate = next(gates)
+            columns = [torch.stack([head[p % len(head)] for p in range(length)]) for head in gate]
+            added = torch.stack([torch.cat([torch.zeros(len(tokens)), one]) for one in columns])[None, :, None]
+        out = block(torch.cat([tokens, rows])[None], shared_rel_pos_bias=added)[0]
         tokens, rows = out[: len(tokens)], out[len(tokens) :]
+    assert next(gates, None) is None, "one gate for every block with prompts, and no more"
     return model.backbone.norm(tokens[0])
 
 
@@ -128,12 +134,39 @@ def test_vit_encoder_equals_reference(name: str) -> None:
             assert error <= (1e-10 if tensor.startswith("grad") else 1e-12), (readout, tensor, error)
 
 
+ROWS = [name for name in VARIANTS if "added" not in name]  # those whose prompts are among the keys
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("per", ["prompt", "head"])
+def test_gates_of_every_variant_equal_the_naive_model(name: str, per: str) -> None:
+    """Reference path and fast path by timm's own blocks: fails if a gate is of another block, head or prompt, or misses
+    a query, as one of a prompt row, whose gradients then differ."""
+    options: dict[str, Any] = {"prompt_gate": -1.0, "prompt_options": {"gate_per": per}}
+    backbone = {"use_shared_rel_pos_bias": False}
+    model = variant(name, backbone=backbone, readout="cls", token_activation="hidden", **options)
+    batch = images(model, 2)
+    expected = torch.stack([naive_row(model, picture) for picture in batch])
+    learned = model.prompts.weight, model.prompts.gate
+    wanted = torch.autograd.grad(expected.square().sum(), learned)
+    for impl in ("reference", "torch"):
+        model.impl = impl
+        hidden = model.forward_hidden(batch)
+        assert relative_error(hidden, expected) <= 1e-12
+        assert max(map(relative_error, torch.autograd.grad(hidden.square().sum(), learned), wanted)) <= 1e-10
+    for readout, extra_bias in (("mask", "neutral"), ("mean", "learned"), ("cls", "zero"), ("mask", "learned")):
+        model = variant(name, readout=readout, extra_bias=extra_bias, **options)
+        for tensor, error in vptm.check(model, images(model)).items():
+            assert error <= (1e-10 if tensor.startswith("grad") else 1e-12), (readout, extra_bias, tensor, error)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("per", ["sample", "batch"])
 def test_dropout_order(name: str, per: str) -> None:
     """Dropped per sample, two copies of an image differ; per batch they agree. Both equal the reference under one
     seed, so the fast path draws as many masks, in the same order, and uses each once."""
-    model = variant(name, length_of(name), prompt_dropout=0.5, prompt_options={"dropout_per": per})
+    options: dict[str, Any] = {} if "add" in name else {"prompt_gate": -0.5}
+    model = variant(name, length_of(name), prompt_dropout=0.5, prompt_options={"dropout_per": per}, **options)
     model.train()
     batch = images(model, 1).expand(3, -1, -1, -1)
     outputs = {}
@@ -168,6 +201,7 @@ def test_random_variants_run_alike(data: st.DataObject) -> None:
         prompt_options=options,
         progressive_alpha=alpha,
         readout=data.draw(st.sampled_from(["cls", "mask", "mean"])),
+        prompt_gate=None if options.get("placement") == "add" else data.draw(st.sampled_from([None, -1.0, 0.0])),
     )
     errors = vptm.check(model, images(model))
     assert max(errors.values()) <= 1e-10, errors
@@ -278,6 +312,20 @@ def test_tokens_start_the_prompts_of_their_own_block() -> None:
         ({"prompt_options": {"placement": "ad"}}, "did you mean 'add'"),
         ({"prompt_options": {"prompt_dim": 0}}, "prompt_dim must be an integer >= 1 or None, got 0"),
         ({"prompt_options": {"dropout_per": "image"}}, "dropout_per must be one of sample, batch"),
+        ({"prompt_gate": float("nan")}, "prompt_gate must be finite, or None for no gate, got nan"),
+        ({"prompt_gate": float("inf")}, "prompt_gate must be finite, or None for no gate, got inf"),
+        ({"prompt_gate": float("-inf")}, "prompt_gate must be finite, or None for no gate, got -inf"),
+        ({"prompt_gate": -4.0, "prompt_length": 0}, "prompt_gate must be None for prompt_length=0, .*, got -4.0"),
+        (
+            {"prompt_gate": -4.0, "prompt_options": {"placement": "add"}, "prompt_length": 1},
+            "prompt_gate must be None for placement='add', which has no prompt columns, got -4.0",
+        ),
+        (
+            {"prompt_gate": -4.0, "prompt_options": {"kind": "cross"}},
+            "prompt_gate must be None for kind='cross', which has no prompt columns, got -4.0",
+        ),
+        ({"prompt_options": {"gate_per": "head"}}, "gate_per='head' needs prompt_gate, got None"),
+        ({"prompt_gate": -4.0, "prompt_options": {"gate_per": "block"}}, "gate_per must be one of prompt, head, got"),
         ({"progressive_alpha": [0.1]}, "must be a number or 2 of them, got 1"),
         ({"progressive_alpha": [0.1, 1.5]}, r"must be in \[0, 1\], got 1.5"),
     ],

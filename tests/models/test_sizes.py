@@ -119,6 +119,24 @@ def test_beits_answer_at_every_size_as_models_made_at_it(backbone: str, prompt_m
         assert_same(model, made_at(beit, size, model, **options), size, (backbone, extra_bias, mask_mode))
 
 
+@pytest.mark.parametrize("prompt_mode", ["shallow", "deep", "progressive"])
+def test_gates_of_prompts_go_to_every_size(prompt_mode: str) -> None:
+    """They stand in the last columns, however many rows are before them, on both paths and where blocks do not fold;
+    a sealed model takes those that it was sealed with."""
+    options = {"prompt_mode": prompt_mode, "prompt_gate": -1.0, "progressive_alpha": 0.3}
+    for backbone in (tiny_beit((3, 3)), tiny_vit((3, 3)), tiny_vit((3, 3), block_fn=ResPostBlock)):
+        for size in SIZES[:2]:
+            model = prompted(backbone, dynamic_img_size=True, **options)
+            fixed = made_at(backbone, size, model, **options)
+            assert_same(model, fixed, size, (type(backbone).__name__, size))
+            with torch.no_grad():
+                model.prompts.gate.zero_()
+                changed = model(pictures(size))
+                assert relative_error(changed, fixed(pictures(size))) > 1e-3
+                if FrozenEncoder.supports(model):
+                    assert relative_error(model.freeze_for_inference()(pictures(size)), changed) <= 1e-12
+
+
 def test_a_mask_row_stands_in_the_centre_of_every_size() -> None:
     token, backbone = torch.randn(1, 1, 16), tiny_vit((3, 3))
     loaded = load_vit(copy.deepcopy(backbone))

@@ -37,6 +37,12 @@ TASKS = {
     "learned keys and values": DEEP | {"prompt_options": {"kind": "kv"}, "prompt_length": 4},
     "a cross-attention": DEEP | {"prompt_options": {"kind": "cross"}},
     "learned keys and values of one block": DEEP | {"prompt_options": {"kind": "kv", "blocks": 1}},
+    "gates": DEEP | {"prompt_gate": -1.0},
+    "gates of heads, of another length": DEEP
+    | {"prompt_gate": -1.0, "prompt_length": 5, "prompt_options": {"gate_per": "head"}},
+    "gates of learned keys and values": DEEP | {"prompt_gate": -1.0, "prompt_options": {"kind": "kv"}},
+    "rows with gates": {"prompt_gate": -1.0},
+    "gates and the mean": DEEP | {"prompt_gate": -1.0, "readout": "mean"},
     "prompts with a learned bias": DEEP | {"extra_bias": "learned"},
     "prompts with the bias of the class row": {"extra_bias": "cls"},
     "a mask row at a place": DEEP | {"extra_bias": "grid:1,1"},
@@ -121,6 +127,7 @@ def test_tasks_run_in_as_few_groups_as_their_kinds_allow():
         "learned keys and values of one block",
         "prompts with a learned bias",
         "prompts with the bias of the class row",
+        "rows with gates",
         "several labels, added to patches",
     ]
     rows = ["another shallow", "dropped after one block", "progressive", "shallow", "shallow of another length"]
@@ -131,6 +138,7 @@ def test_tasks_run_in_as_few_groups_as_their_kinds_allow():
     assert len({groups[name] for name in deep if name != "linear on tokens"}) == 1
     assert groups["shallow"] == groups["another shallow"] != groups["progressive"]
     assert groups["shallow"] == groups["several labels, shallow"]
+    assert groups["gates"] == groups["gates of heads, of another length"] != groups["deep"]
     assert groups["progressive"] != groups["progressive of another alpha"]
 
 
@@ -138,8 +146,9 @@ def test_tasks_run_in_as_few_groups_as_their_kinds_allow():
 def test_vision_transformers_too(options):
     vit = tiny_vit(num_classes=0)
     kinds = [DEEP, {"prompt_length": 1}, DEEP | {"prompt_length": 2, "num_classes": 2}, {"prompt_mode": "progressive"}]
+    kinds += [kind | {"prompt_gate": -1.0} for kind in kinds]
     tasks = {str(i): build_vit(copy.deepcopy(vit), seed=i, **options, **kind) for i, kind in enumerate(kinds)}
-    bank, names = bank_of(tasks), ["2", "0", "3", "1", "0"]
+    bank, names = bank_of(tasks), ["2", "0", "3", "1", "0", *"47656"]
     x = pictures(tasks["0"], len(names))
     scores = bank.predict(x, names)
     for i, name in enumerate(names):
@@ -151,7 +160,7 @@ def test_vision_transformers_too(options):
 @pytest.mark.skipif(not has_triton(), reason="the triton package is not installed")
 def test_kernels_read_each_image_s_rows_of_the_pool(monkeypatch):
     """With impl="triton" a mixed deep batch is one call per block, on the pool itself."""
-    names = ("deep", "deep of another length", "no prompts")
+    names = ("deep", "deep of another length", "no prompts", "gates", "gates of heads, of another length")
     tasks = models(tiny_beit(dim=32), {name: TASKS[name] for name in names})
     bank, calls = bank_of(tasks, impl="triton"), []
 
@@ -165,6 +174,9 @@ def test_kernels_read_each_image_s_rows_of_the_pool(monkeypatch):
     assert [prompts.data_ptr() for prompts in mixed] == [
         t.data_ptr() for t in bank._snapshot.pools["keys and values"][:2]
     ]
+    calls.clear()
+    check(bank, tasks, ["gates", "gates of heads, of another length", "gates of heads, of another length"])
+    assert len([images for images, _ in calls if images == 3]) == 2
 
 
 def test_low_precision_stays_within_the_error_of_each_model():
@@ -218,6 +230,8 @@ def test_memory_is_that_of_the_tasks():
     each = 8 * (3 * 4 * 2 * 16 + 6 * (16 + 1) + 5 * 6)
     assert bank.info("task 7").memory == each
     assert 100 * each <= bank.memory <= 1.05 * 100 * each
+    gated = build(prompt_mode="deep", prompt_length=4, prompt_gate=-1.0)
+    assert bank_of({"gates": gated}).info("gates").memory == each + 8 * 3 * 4 * 2
     for i in range(99):
         bank.remove(f"task {i}")
     bank.memory_limit = 2 * each

@@ -40,10 +40,11 @@ def groups_of(model: PromptedBEiT, **settings: Any) -> dict[str, tuple[float, fl
 
 def test_every_learned_tensor_has_the_decay_of_its_group(backbone: Path) -> None:
     """By default prompts, vectors and the temperature have none; each group can have its own."""
-    model = make_model(backbone, projection_bias=True, train_mask_token=True)
+    model = make_model(backbone, projection_bias=True, train_mask_token=True, prompt_gate=-4.0)
     prompts, mask, temperature = "prompts.weight", "mask_token", "verbalizer.log_temperature"
+    gate = "prompts.gate"
     matrices = ("verbalizer.prototypes", "verbalizer.projection.weight")
-    everything = {prompts, mask, temperature, *matrices, "verbalizer.projection.bias"}
+    everything = {prompts, gate, mask, temperature, *matrices, "verbalizer.projection.bias"}
 
     def decays(**settings: Any) -> dict[str, float]:
         found = {name: decay for name, (_, decay) in groups_of(model, **settings).items()}
@@ -52,8 +53,8 @@ def test_every_learned_tensor_has_the_decay_of_its_group(backbone: Path) -> None
 
     assert decays() == dict.fromkeys(matrices, 0.1)
     assert decays(prompt_weight_decay=0.2, head_weight_decay=0.3) == {prompts: 0.2, **dict.fromkeys(matrices, 0.3)}
-    named = {"verbalizer": 0.0, "prompts": 0.5, "temperature": 0.6, "mask_token": 0.7}
-    assert decays(weight_decay_of=named) == {prompts: 0.5, temperature: 0.6, mask: 0.7}
+    named = {"verbalizer": 0.0, "prompts": 0.5, "temperature": 0.6, "mask_token": 0.7, "gate": 0.8}
+    assert decays(weight_decay_of=named) == {prompts: 0.5, temperature: 0.6, mask: 0.7, gate: 0.8}
 
 
 def test_one_step_moves_each_group_by_its_own_rate(backbone: Path) -> None:
@@ -61,18 +62,19 @@ def test_one_step_moves_each_group_by_its_own_rate(backbone: Path) -> None:
     gradient, and a rate of 0 leaves its group bitwise alone, also with decay and a clipped gradient."""
     images = torch.randn(6, 1, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     data = DataLoader(TensorDataset(images, torch.arange(6) % 3), batch_size=6)
-    model = make_model(backbone, prompt_mode="deep").double()
+    model = make_model(backbone, prompt_mode="deep", prompt_gate=-1.0).double()
     start = {name: tensor.clone() for name, tensor in model.learned_state_dict().items()}
     loss = torch.nn.functional.cross_entropy(model.train()(images), torch.arange(6) % 3)
     loss.backward()
     gradients = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
     model.zero_grad()
-    rates = {"prompts": 0.5, "temperature": 0.0}
+    rates = {"prompts": 0.5, "gate": 0.3, "temperature": 0.0}
     options: dict[str, Any] = {"epochs": 1, "lr": 0.02, "progress": False, "optimizer": "momentum", "schedule": "vpt"}
     row = fit(model, data, lr_of=rates, weight_decay_of={"temperature": 0.5}, **options).history[0]
     assert row["lr"] == 0.02, "what is reported is the rate of what has none of its own"
     for name, tensor in model.learned_state_dict().items():
-        rate = 0.5 if name == "prompts.weight" else 0.0 if name.endswith("log_temperature") else 0.02
+        own = {"prompts.weight": 0.5, "prompts.gate": 0.3, "verbalizer.log_temperature": 0.0}
+        rate = own.get(name, 0.02)
         assert torch.allclose(tensor, start[name] - rate * gradients[name], rtol=1e-10, atol=1e-12), name
     assert torch.equal(model.verbalizer.log_temperature, start["verbalizer.log_temperature"])
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -96,6 +98,7 @@ def test_rates_are_part_of_what_a_run_is(backbone: Path, tmp_path: Path) -> None
         ({"lr_of": {"prompt": 0.1}}, "lr_of must be one of prompts, .*, got 'prompt', did you mean 'prompts'"),
         ({"lr_of": {"prompts": math.nan}}, r"lr_of\['prompts'\] must be finite and >= 0, got nan"),
         ({"weight_decay_of": {"prompts": -1}}, r"weight_decay_of\['prompts'\] must be finite and >= 0, got -1"),
+        ({"lr_of": {"gate": 0.1}}, "lr_of must name groups that the model learns, prompts, ver.*, got 'gate'"),
         ({"lr_of": {"mask_token": 0.1}}, "lr_of must name groups that the model learns, prompts, ver.*, got 'mask_tok"),
         (
             {"lr_of": {"prompts": 0, "verbalizer": 0, "temperature": 0}},
@@ -154,7 +157,7 @@ def test_wrong_numbers_are_refused_before_data_is_opened(vptm: Console, tmp_path
             "--lr-of must be NAME=NUMBER, with commas between several of other names, got 'prompts'",
         ),
         ("--lr-of", "prompts=1,prompts=2", "--lr-of must be NAME=NUMBER, with commas between several of other names, "),
-        ("--lr-of", "gait=1", "lr_of must be one of prompts, verbalizer, temperature, mask_token, lm_head, backbone, "),
+        ("--lr-of", "gait=1", "lr_of must be one of prompts, gate, verbalizer, temperature, mask_token, lm_head, bac"),
         ("--optimizer", "adamww", "optimizer must be one of timm.optim.list_optimizers(), got 'adamww', did you mean"),
     ):
         status, said = vptm.refused("train", "--data", tmp_path / "none", option, value)

@@ -32,7 +32,7 @@ class Inference(nn.Module):
             if model.prompt_bias is not None:
                 folded = folded.beside(model, learned=True)
             head = model.verbalizer.prepare(model.lm_head)
-            self._folded = _without_views(folded.sealed(folded.prefixes(model, 1), head))
+            self._folded = _without_views(folded.sealed(folded.prefixes(model, 1), head, folded.columns(model)))
             backbone = copy.copy(model.backbone)
             backbone._modules = backbone._modules | {"blocks": nn.ModuleList()}
             for name in {"rel_pos_bias", "rope"} & backbone._modules.keys():
@@ -63,7 +63,7 @@ def _without_views(folded: Folded) -> Folded:
 
     twin = folded.packed(False)
     twin.blocks = [block._replace(qkv_weight=own(block.qkv_weight)) for block in folded.blocks]
-    for name in ("biases", "square_biases", "wide_biases", "prefix_biases", "sealed_prefixes"):
+    for name in ("biases", "square_biases", "wide_biases", "prefix_biases", "sealed_prefixes", "sealed_columns"):
         setattr(twin, name, [own(tensor) for tensor in getattr(folded, name)])
     return twin
 

@@ -228,7 +228,8 @@ class FrozenEncoder:
                 self._packs |= pack
                 unsealed = folded.sealed(None, None)
                 seal = unsealed.packed(self._packs)
-                seal = seal.sealed(unsealed.prefixes(model, 1), model.verbalizer.prepare(model.lm_head))
+                head = model.verbalizer.prepare(model.lm_head)
+                seal = seal.sealed(unsealed.prefixes(model, 1), head, unsealed.columns(model))
             if self._seal_backbone is None:
                 self._seal_backbone = Watch(model.backbone.modules(), values=False)
             self._seal, self._bare, self._seal_watch, self._made = seal, unsealed.packed(False), watch, None

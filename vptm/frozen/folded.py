@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vptm.frozen.fold import CrossWeights, FrozenBlock, PackedWeights, fold_block, fold_cross
-from vptm.frozen.parts import is_plain_linear, oddity
+from vptm.frozen.parts import is_plain_linear, oddity, with_columns
 from vptm.frozen.patches import with_patch_product
 from vptm.frozen.pooling import pool_rows
 from vptm.frozen.rotary import half_tables
@@ -46,6 +46,8 @@ class PooledPrefix(NamedTuple):
 
 Prefix = Tensor | PooledPrefix | None
 Prefixes = Sequence[Prefix]
+# What each block adds to its scores with prompts, (H, P), or (H, S) for those of a pool; None where nothing.
+Columns = Sequence[Tensor | None]
 
 
 class Start(NamedTuple):
@@ -93,7 +95,8 @@ class Folded:
     Attributes:
         key: what it was made for.
         blocks: folded blocks.
-        sealed_prefixes, sealed_head: projected prompts and the verbalizer's constants, where the model was sealed.
+        sealed_prefixes, sealed_head, sealed_columns: projected prompts, the verbalizer's constants and gates, where
+            the model was sealed.
     """
 
     def __init__(self, model: PromptedRows, dtype: torch.dtype, triton: bool, key: str) -> None:
@@ -125,6 +128,7 @@ class Folded:
             self.patch_embed = with_patch_product(self.patch_embed or backbone.patch_embed) or self.patch_embed
         self.sealed_prefixes: Prefixes | None = None
         self.sealed_head: PreparedHead | None = None
+        self.sealed_columns: Columns | None = None
 
     def _normalise(self, x: Tensor, eps: float) -> Tensor:
         return torch.layer_norm(x, self.width, None, None, eps)
@@ -191,14 +195,14 @@ class Folded:
         """The same for the model without its prompts, on the same tensors."""
         twin = copy.copy(self)
         twin._take_biases(self.square_biases, self.num_tokens)
-        twin.sealed_prefixes = twin.sealed_head = None
+        twin.sealed_prefixes = twin.sealed_head = twin.sealed_columns = None
         return twin
 
     def beside(self, model: PromptedRows, *, learned: bool = False) -> Folded:
         """The same for another model on this backbone: the same weights, and the position bias of its rows, with
         `prompt_bias` as it is now where `learned`."""
         twin = copy.copy(self)
-        twin.sealed_prefixes = twin.sealed_head = None
+        twin.sealed_prefixes = twin.sealed_head = twin.sealed_columns = None
         twin._expand_biases(model, self.qkv_weights.dtype, self.triton, learned)
         if not self.cross:
             twin._take_cross(model)
@@ -209,12 +213,13 @@ class Folded:
         there is one; what was sealed does not go with a size."""
         twin = self.beside(model)
         twin.sealed_prefixes, twin.sealed_head, twin.patch_embed = self.sealed_prefixes, self.sealed_head, patch_embed
+        twin.sealed_columns = self.sealed_columns
         return twin
 
-    def sealed(self, prefixes: Prefixes | None, head: PreparedHead | None) -> Folded:
+    def sealed(self, prefixes: Prefixes | None, head: PreparedHead | None, columns: Columns | None = None) -> Folded:
         """The same, with what is learned projected and folded as it is now."""
         twin = copy.copy(self)
-        twin.sealed_prefixes, twin.sealed_head = prefixes, head
+        twin.sealed_prefixes, twin.sealed_head, twin.sealed_columns = prefixes, head, columns
         return twin
 
     def packed(self, wanted: bool) -> Folded:
@@ -293,6 +298,15 @@ class Folded:
             return torch.baddbmm(torch.stack(biases)[:, None], rows, self.prefix_weights).unbind()
         # on a CPU launches cost nothing, and a product of many matrices is the slower one
         return [self._project_prompts(row, layer) for layer, row in enumerate(rows.unbind())]
+
+    def columns(self, model: PromptedRows) -> list[Tensor | None]:
+        """What gates add in every block as they are now, to be sealed; None where they add zeros alone."""
+        found = [model.prompts.columns(layer) for layer in range(len(self.blocks))]
+        return [None if one is None or not one.any() else one.detach().clone() for one in found]
+
+    def _columns(self, model: PromptedRows, layer: int) -> Tensor | None:
+        """What block `layer` adds to its scores with prompts, (H, P)."""
+        return model.prompts.columns(layer) if self.sealed_columns is None else self.sealed_columns[layer]
 
     def _project_prompts(self, rows: Tensor, layer: int) -> Tensor:
         """Keys and values of prompt rows that are normalised."""
@@ -502,6 +516,9 @@ class Folded:
         else:
             chosen = self.biases if queries is None else self.square_biases if prefix is None else self.wide_biases
             bias = chosen[layer]
+        columns = self._columns(model, layer)
+        if columns is not None and rows > tokens:  # prompts are rows among others
+            bias, columns = with_columns(bias, columns, rows, rows), None
         if qkv is None or qkv.shape[1] != rows:  # those of a `Start` are of tokens alone
             qkv = self._project(x, block)
         mixed = prompted_attention(
@@ -510,6 +527,7 @@ class Folded:
             prompt_qkv=prompt_qkv,
             num_heads=block.heads,
             bias=bias,
+            prompt_column_bias=columns,
             rotary=self._rotary_of(layer, qkv.shape[1]),
             scale=1.0,
             impl=model.impl,
@@ -592,6 +610,7 @@ class Folded:
             **_prompt_arguments(prefix),
             num_heads=block.heads,
             bias=bias,
+            prompt_column_bias=self._columns(model, layer),
             rotary=self._rotary_of(layer, tokens),
             scale=1.0,
             impl=model.impl,
@@ -634,6 +653,10 @@ class Folded:
         bias = self.biases[layer] if model.prompt_bias is None else model.position_bias(layer)
         if bias is not None:
             bias = bias[:, row, : x.shape[1] + (0 if prefix is None else prompts.length)]
+        columns = self._columns(model, layer)
+        if columns is not None and prefix is None:  # prompts are rows among others
+            bias = with_columns(None if bias is None else bias[:, None], columns, 1, x.shape[1])[:, 0]
+            columns = None
         value = readout_attention(
             x,
             query,
@@ -645,6 +668,7 @@ class Folded:
             None,  # the value bias is in the next linear
             num_heads=block.heads,
             **_prompt_arguments(prefix),
+            prompt_column_bias=columns,
             bias=bias,
             scale=1.0,
             impl=model.impl,

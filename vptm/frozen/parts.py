@@ -40,6 +40,12 @@ def with_learned(key: Tensor, value: Tensor, keys_values: Tensor) -> tuple[Tenso
     return torch.cat([key, learned[0]], 2), torch.cat([value, learned[1]], 2)
 
 
+def with_columns(bias: Tensor | None, columns: Tensor, queries: int, keys: int) -> Tensor:
+    """`bias` (H, queries, keys), None for zeros, with `columns` (H, P) added to its last P keys in every query."""
+    wide = F.pad(columns, (keys - columns.shape[1], 0))[:, None]
+    return wide.expand(-1, queries, -1) if bias is None else bias + wide
+
+
 class GivenBias(NamedTuple):
     """All of the position bias of a block, (1, H, T, T) or None, the function that attends with it, and learned keys
     and values (P, 2C) or (B, P, 2C), for which the bias has columns last, or None."""

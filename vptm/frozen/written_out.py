@@ -44,15 +44,21 @@ def heads_of(attn: Any, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor
 
 
 def attend_with(
-    attn: Any, x: Tensor, attention: AttentionFunction, rotary: Tensor | None, keys_values: Tensor
+    attn: Any,
+    x: Tensor,
+    attention: AttentionFunction,
+    rotary: Tensor | None,
+    keys_values: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """What a ViT's attention gives for its rows (B, T, C), with learned keys and values beside theirs."""
+    """What a ViT's attention gives for its rows (B, T, C), with learned keys and values beside theirs, and `bias` (1,
+    H, 1, T + P) added to the scores."""
     query, key, value = heads_of(attn, x, rotary)
     key, value = with_learned(key, value, keys_values)
     if attn.attn_drop.training and attn.attn_drop.p:
-        mixed = softmax_attention(query, key, value, None, attn.attn_drop)
+        mixed = softmax_attention(query, key, value, bias, attn.attn_drop)
     else:
-        mixed = attention(query, key, value, None)
+        mixed = attention(query, key, value, bias)
     return attn.proj_drop(attn.proj(attn.norm(rearrange(mixed, "b h t d -> b t (h d)"))))
 
 

@@ -230,7 +230,7 @@ def _lasting(model: PromptedModel) -> Iterator[Tensor]:
 
 
 def _parameters(model: PromptedModel) -> dict[str, tuple[int, int]]:
-    """{stage: (parameters, trained ones)}; a block's own prompts count with it."""
+    """{stage: (parameters, trained ones)}; a block's own prompts and gates count with it."""
     blocks = list(model.backbone.blocks)
     stages = {"embedding": [0, 0]} | {f"block {i}": [0, 0] for i in range(len(blocks))} | {"read-out": [0, 0]}
     for name, parameter in model.named_parameters():
@@ -242,6 +242,8 @@ def _parameters(model: PromptedModel) -> dict[str, tuple[int, int]]:
         targets = [stage]
         if name == "prompts.weight" and len(parameter) == len(model.prompts.blocks) > 1:
             targets = [f"block {i}" for i in model.prompts.blocks]
+        elif name == "prompts.gate":
+            targets = [f"block {i}" for i in range(len(blocks)) if model.prompts.role(i) != "none"]
         for target in targets:
             stages[target][0] += size // len(targets)
             stages[target][1] += size // len(targets) * parameter.requires_grad

@@ -75,10 +75,14 @@ def save_peft_prefix(model: PromptedModel, folder: str | Path) -> None:
     The verbalizer is not part of it: `vptm.save_adapter` keeps all that was learned.
 
     Raises:
-        ValueError: a model whose prompts are no learned keys and values of every block, or not finite ones.
+        ValueError: a model whose prompts are no learned keys and values of every block, or not finite ones, or have
+            gates, for which such a file has no place.
         WriteError: an OSError that names the file that cannot be written.
     """
     layers, heads, width = _sizes(model, "save_peft_prefix")
+    if model.prompts.gate is not None:
+        start = model.config["prompt_gate"]
+        raise ValueError(f"save_peft_prefix needs prompts without gates, which its files cannot hold, got {start!r}")
     weight = model.prompts.weight.detach().cpu()
     check_values({"prompts.weight": weight})
     config = {

@@ -15,7 +15,14 @@ from timm.models import register_model
 from timm.models.beit import Attention, Beit
 from torch import Tensor, nn
 
-from vptm.frozen.parts import BiasedAttention, GivenBias, biased_attention, block_forward, softmax_attention
+from vptm.frozen.parts import (
+    BiasedAttention,
+    GivenBias,
+    biased_attention,
+    block_forward,
+    softmax_attention,
+    with_columns,
+)
 from vptm.frozen.rows import AttentionFunction
 from vptm.frozen.written_out import cross_attend, pre_norm_block
 from vptm.messages import one_of
@@ -62,8 +69,10 @@ class PromptedBEiT(PromptedModel):
             embeddings go with the rows, so their order cannot change the function.
         prompt_dropout: per-sample prompt dropout in training.
         progressive_alpha: alpha of progressive prompts, or one for every block but the first.
+        prompt_gate: start of learned gates, added in every block to the scaled scores with its prompts, one for each
+            head and prompt: a prompt has exp(gate) of its weight, and -4 starts near the frozen model. None has none.
         prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim", "kind",
-            "placement", "added_to", "dropout_per", "patch_values".
+            "placement", "added_to", "dropout_per", "gate_per", "patch_values".
         readout: row the head reads: "mask", "cls", or "mean" over the patch rows.
         mask_mode: "insert" an extra mask row, or "replace" the patch at the centre (at (y, x) with
             `extra_bias="grid:y,x"`).
@@ -110,6 +119,7 @@ class PromptedBEiT(PromptedModel):
         prompt_location: str | None = None,
         prompt_dropout: float = 0.0,
         progressive_alpha: float | Sequence[float] = 0.01,
+        prompt_gate: float | None = None,
         prompt_options: Mapping[str, Any] | None = None,
         readout: BEiTReadout = "mask",
         mask_mode: MaskMode = "insert",
@@ -333,10 +343,13 @@ class PromptedBEiT(PromptedModel):
         crossing: Tensor | None = None,
     ) -> Tensor:
         """Block `layer` on rows `[class | patches | mask? | prompts]`, of which the last may be missing."""
-        bias, count = self.position_bias(layer), rows.shape[1]
+        bias, count, columns = self.position_bias(layer), rows.shape[1], self.prompts.columns(layer)
+        keys = count if keys_values is None else count + keys_values.shape[-2]
         if bias is not None:
-            keys = count if keys_values is None else count + keys_values.shape[-2]
-            bias = bias[None, :, :count, :keys]
+            bias = bias[:, :count, :keys]
+        if columns is not None and keys == self.num_rows:
+            bias = with_columns(bias, columns, count, keys)
+        bias = None if bias is None else bias[None]
         block: Any = self.backbone.blocks[layer]
         if crossing is None:
             return block_forward(block, rows, bias, attention, keys_values)

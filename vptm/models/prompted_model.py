@@ -108,7 +108,6 @@ class PromptedModel(Pretrained):
         config, options = self.config, dict(self.config["prompt_options"] or {})
         for name in options:
             one_of("prompt_options", name, names(PromptSettings))
-        heads = getattr(getattr(self.backbone.blocks[0], "attn", None), "num_heads", None)
         bank = PromptBank(
             len(self.backbone.blocks),
             config["prompt_length"],
@@ -116,7 +115,8 @@ class PromptedModel(Pretrained):
             mode=config["prompt_mode"],
             dropout=config["prompt_dropout"],
             alpha=config["progressive_alpha"],
-            heads=heads,
+            heads=self._heads(),
+            gate=config["prompt_gate"],
             **{"patch_values": self.backbone.patch_embed.proj.weight[0].numel(), **options},
         )
         rows, named = self.num_patches, "patches"
@@ -132,6 +132,11 @@ class PromptedModel(Pretrained):
         if self.pools_prompts and config["prompt_length"] and bank.placement == "prepend" and not rows_to_read:
             raise ValueError(f"readout={self.readout!r} needs prompt rows in the last block, prompt_options leave none")
         return bank
+
+    def _heads(self) -> int | None:
+        """Heads of a block's attention, None where no part of it says how many."""
+        parts = self.backbone.blocks[0].modules()
+        return next((part.num_heads for part in parts if isinstance(getattr(part, "num_heads", None), int)), None)
 
     def _make_verbalizer(self, num_classes: int) -> Verbalizer:
         activation = self.config["token_activation"]
@@ -275,7 +280,7 @@ class PromptedModel(Pretrained):
         """
         twin = self._twin(FrozenEncoder(self.folded_constants))
         twin.config = self.config | {"prompt_length": 0, "prompt_mode": "shallow"}
-        twin.config |= {"prompt_dropout": 0.0, "prompt_options": None}
+        twin.config |= {"prompt_dropout": 0.0, "prompt_gate": None, "prompt_options": None}
         if twin.extra_bias == "learned":  # of prompts alone
             twin.extra_bias = twin.config["extra_bias"] = "zero"
         twin.prompt_bias = None

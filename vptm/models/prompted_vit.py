@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from vptm.frozen.parts import with_learned
+from vptm.frozen.parts import with_columns, with_learned
 from vptm.frozen.rotary import of_block, rotary_embedding
 from vptm.frozen.rows import AttentionFunction
 from vptm.frozen.written_out import attend_with, cross_attend, heads_of, pre_norm_block
@@ -52,8 +53,10 @@ class PromptedViT(PromptedModel):
             embeddings and `norm_pre` and get neither; their place among the rows cannot change the function.
         prompt_dropout: per-sample prompt dropout in training.
         progressive_alpha: alpha of progressive prompts, or one for every block but the first.
+        prompt_gate: start of learned gates, added in every block to the scaled scores with its prompts, one for each
+            head and prompt: a prompt has exp(gate) of its weight, and -4 starts near the frozen model. None has none.
         prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim", "kind",
-            "placement", "added_to", "dropout_per", "patch_values".
+            "placement", "added_to", "dropout_per", "gate_per", "patch_values".
         readout: "cls"; "mean" over the patch rows (and class and register rows where the source's own mean takes them);
             "map", the source's own attention pooling (SigLIP's), whose one query attends to the normalised patch rows
             (and to the prefix where the source's does) and to no prompt; "mask", an extension of VPTM to weights that
@@ -111,6 +114,7 @@ class PromptedViT(PromptedModel):
         prompt_mode: PromptMode = "deep",
         prompt_dropout: float = 0.0,
         progressive_alpha: float | Sequence[float] = 0.01,
+        prompt_gate: float | None = None,
         prompt_options: Mapping[str, Any] | None = None,
         readout: ViTReadout = "cls",
         train_lm_head: bool = False,
@@ -255,19 +259,44 @@ class PromptedViT(PromptedModel):
         keys_values: Tensor | None = None,
         crossing: Tensor | None = None,
     ) -> Tensor:
-        """timm's own block, of whatever kind; `attention` is timm's choice, unless there are learned keys and values.
-        With those, or a cross-attention, the block is written out."""
+        """timm's own block, of whatever kind, which takes gates of prompts as its mask; `attention` is timm's choice,
+        unless there are learned keys and values. With those, or a cross-attention, the block is written out."""
         block: Any = self.backbone.blocks[layer]
         own = None if rotary is None else self._rotary_of(layer, rows, rotary)
+        mask = self._gate_mask(layer, rows, keys_values)
         more: dict[str, Any] = {} if own is None else {"rope": own}
         if keys_values is None and crossing is None:
-            return block(rows, **more)
+            return block(rows, **more, **self._mask_for(block, layer, mask))
         self._refuse_other_blocks(block)
         if keys_values is not None:
-            return pre_norm_block(block, rows, lambda x: attend_with(block.attn, x, attention, own, keys_values))
+            return pre_norm_block(block, rows, lambda x: attend_with(block.attn, x, attention, own, keys_values, mask))
         assert crossing is not None
         cross = partial(cross_attend, block.attn, prompts=crossing, attention=attention)
         return pre_norm_block(block, rows, lambda x: block.attn(x, **more), cross)
+
+    def _mask_for(self, block: Any, layer: int, mask: Tensor | None) -> dict[str, Tensor]:
+        """A mask (1, H, 1, T) of gates as keywords of a block of timm's; none where there is none."""
+        if mask is None:
+            return {}
+        takes = signature(block.forward).parameters.values()
+        if not any(one.name == "attn_mask" or one.kind is one.VAR_KEYWORD for one in takes):
+            raise ValueError(
+                f"prompt_gate needs blocks whose forward takes attn_mask, block {layer} is a "
+                f"{type(block).__name__} with another"
+            )
+        differential = (part for part in block.modules() if type(part).__name__.startswith("Diff"))
+        if not all(getattr(part, "fused_attn", True) for part in differential):
+            mask = mask.repeat_interleave(2, dim=1)  # both softmaxes of a head stand side by side there
+        return {"attn_mask": mask}
+
+    def _gate_mask(self, layer: int, rows: Tensor, keys_values: Tensor | None) -> Tensor | None:
+        """What gates of prompts add to the scores of block `layer` with all of its keys, (1, H, 1, keys), in the dtype
+        of the rows; None where they add nothing."""
+        columns = self.prompts.columns(layer)
+        keys = rows.shape[1] + (0 if keys_values is None else keys_values.shape[-2])
+        if columns is None or keys != self.num_rows:
+            return None
+        return with_columns(None, columns, 1, keys)[None].to(rows.dtype)
 
     def _rotary_of(self, layer: int, rows: Tensor, rotary: Tensor) -> Tensor:
         return of_block(rotary, layer, rows.shape[1] - self.backbone.num_prefix_tokens - self.num_patches)
@@ -287,7 +316,8 @@ class PromptedViT(PromptedModel):
         query, key, value = heads_of(attn, x, None if rotary is None else self._rotary_of(layer, x, rotary))
         if keys_values is not None:
             key, _ = with_learned(key, value, keys_values)
-        return (query * attn.scale @ key.mT).softmax(dim=-1)
+        scores, mask = query * attn.scale @ key.mT, self._gate_mask(layer, rows, keys_values)
+        return (scores if mask is None else scores + mask).softmax(dim=-1)
 
     @property
     def attention_pool(self) -> nn.Module | None:

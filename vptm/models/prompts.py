@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vptm.messages import check_integer, check_range, number, one_of
-from vptm.settings import AddedTo, AfterPrompts, DropoutPer, Placement, PromptKind, PromptMode, PromptSettings
+from vptm.settings import AddedTo, AfterPrompts, DropoutPer, GatePer, Placement, PromptKind, PromptMode, PromptSettings
 
 
 class PromptBank(nn.Module):
@@ -41,6 +41,10 @@ class PromptBank(nn.Module):
     which the paper's ViT has none; no position bias and no rotary position reaches it. It is for "deep" and in the
     blocks that have prompts of their own alone.
 
+    With a gate, every query of a block adds `gate[block, head, prompt]` to its scaled score with a prompt, prompt rows
+    too: a prompt has exp(gate) of the weight it would have. A start of -4 lets training begin near the frozen model,
+    as zero-initialised attention does in LLaMA-Adapter (arXiv:2303.16199).
+
     Args:
         depth: number of transformer blocks L.
         length: prompts per layer P, 0 allowed.
@@ -64,11 +68,16 @@ class PromptBank(nn.Module):
         added_to: the rows of "add": "patches", the N patch tokens, as VPT's text has it; "class_and_patches", the class
             row (and what else comes before the patches) as well, as VPT's released code does ("add" and "add-1").
         dropout_per: "sample" draws a dropout mask for every image, as VPT does for ViTs; "batch" one for all.
-        heads: attention heads, for "kv".
+        gate: start of the learned gates, finite; None has none. Not for placement="add", kind="cross" or no prompt,
+            which put no column into self-attention.
+        gate_per: "prompt" learns a gate for each prompt in each head of each block, "head" one for all prompts there.
+        heads: attention heads H, for gates and "kv".
 
     Attributes:
         weight: (rows, P, prompt_dim): one row where shallow or shared, else one for every block with prompts of its
             own. With "kv" (rows, P, 2C): keys, then values, each heads then channels.
+        gate: (blocks, H, P), or (blocks, H, 1) with gate_per="head", of the blocks whose attention has prompts among
+            its keys; None without gates.
         length: prompt rows, or keys, among the tokens: P, or 0 where they are added or in a cross-attention.
 
     Example:
@@ -97,6 +106,8 @@ class PromptBank(nn.Module):
         placement: Placement = "prepend",
         added_to: AddedTo = "patches",
         dropout_per: DropoutPer = "sample",
+        gate: float | None = None,
+        gate_per: GatePer = "prompt",
         heads: int | None = None,
     ) -> None:
         super().__init__()
@@ -153,6 +164,22 @@ class PromptBank(nn.Module):
             self.projection = nn.Linear(prompt_dim, dim)
             nn.init.kaiming_normal_(self.projection.weight, a=0, mode="fan_out")
             nn.init.zeros_(self.projection.bias)
+        self.gate: nn.Parameter | None = None
+        if gate is not None:
+            self.gate = nn.Parameter(self._gates(gate, gate_per, depth, heads))
+        elif gate_per != "prompt":
+            raise ValueError(f"gate_per={gate_per!r} needs prompt_gate, got None")
+
+    def _gates(self, start: float, per: str, depth: int, heads: int | None) -> Tensor:
+        check_range("prompt_gate", start, "finite", optional="or None for no gate")
+        if self.length == 0:
+            without = "placement='add'" if self.placement == "add" else "prompt_length=0"
+            without = "kind='cross'" if self.kind == "cross" else without
+            raise ValueError(f"prompt_gate must be None for {without}, which has no prompt columns, got {start!r}")
+        if heads is None:
+            raise ValueError("heads must be those of a block's attention where prompt_gate is given, got None")
+        blocks = sum(self.role(block) != "none" for block in range(depth))
+        return torch.full((blocks, heads, self.length if per == "prompt" else 1), float(start))
 
     def role(self, block: int) -> str:
         """Which prompt rows, or keys and values, enter a block: "own" (fresh ones), "mixed", "carried", or "none"."""
@@ -165,6 +192,12 @@ class PromptBank(nn.Module):
     def per_sample(self) -> bool:
         """Whether every image has prompts of its own, by its own dropout mask."""
         return self.training and self.dropout > 0 and self.dropout_per == "sample"
+
+    def columns(self, block: int) -> Tensor | None:
+        """What a block adds to its scaled scores with its prompts, (H, P); None where it adds nothing."""
+        if self.gate is None or self.role(block) == "none":
+            return None
+        return self.gate[block - self.blocks.start].expand(-1, self.length)
 
     def rows(self, block: int, batch: int) -> Tensor:
         """`P_l` of one block: (P, C), or (B, P, C) where `per_sample()`; keys and values (P, 2C) or (B, P, 2C) with

@@ -41,6 +41,9 @@ class BatchPrompts(nn.Module):
         """Every image has its own."""
         return True
 
+    def columns(self, block: int) -> None:
+        """Tasks with gates are in no such batch."""
+
     def rows(self, block: int, batch: int) -> Tensor:
         """`P_l` of every image, (B, P, C)."""
         return self.weight[0 if len(self.weight) == 1 else block - self.blocks.start]

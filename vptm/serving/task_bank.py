@@ -30,7 +30,8 @@ from vptm_kernels import FoldedHead, prototype_cosine
 WHEN_FULL = ("refuse", "evict")
 # What a pool may hold beyond its tasks, as a share of them: so often it is copied while it grows.
 _SLACK = 32
-_KEYS_VALUES = "keys and values"
+# Pools of prompts: of tasks without gates, and of those whose prompts have some.
+_KEYS_VALUES, _GATED = "keys and values", "keys, values and gates"
 
 
 class TaskInfo(NamedTuple):
@@ -51,7 +52,7 @@ class TaskInfo(NamedTuple):
 class _Task:
     """A task as it was when it was added.
 
-    group: what its images run with, and frame: what that runs on. prompts: its range of the pool of keys and values.
+    group: what its images run with, and frame: what that runs on. prompts: its range of `pool`, of keys and values.
     rows: prompts that run as rows. model: of its own, where neither is exact. dim, head, classes: its head, and its
     range of prototypes, among those of d = dim. outside: bytes that are in no pool.
     """
@@ -61,6 +62,7 @@ class _Task:
     frame: Hashable
     readout: Readout
     outside: int
+    pool: str = _KEYS_VALUES
     prompts: tuple[int, int] = (0, 0)
     rows: Tensor | None = None
     model: PromptedModel | None = None
@@ -90,11 +92,12 @@ class TaskBank:
 
     A task is what was learned and saved as an adapter, as it was when it was added: a later edit of the model it came
     from changes nothing here. Deep prompts are held as the keys and values they become, in one pool in which each task
-    takes as many rows as it has prompts; token head and projection are held as one map, prototypes as unit rows. Tasks
-    whose prompts run as rows (shallow, progressive) share a batch with those that have as many and use them alike;
-    what fits neither form (prompts with a bias of their own, added to patches, or averaged by the read-out; a mask
-    token that learned) runs task by task, on the same frozen weights. Tasks whose images have one label and tasks whose
-    images have several stand side by side: scores of the first are logits of a softmax, of the second of sigmoids.
+    takes as many rows as it has prompts, and those with gates in another; token head and projection are held as one
+    map, prototypes as unit rows. Tasks whose prompts run as rows (shallow, progressive) share a batch with those that
+    have as many and use them alike; what fits neither form (prompts with a bias of their own, added to patches, or
+    averaged by the read-out; gates of rows; a mask token that learned) runs task by task, on the same frozen weights.
+    Tasks whose images have one label and tasks whose images have several stand side by side: scores of the first are
+    logits of a softmax, of the second of sigmoids.
 
     Any number of threads may call any method at any time: a prediction reads the bank as it was when it began.
 
@@ -323,14 +326,18 @@ class TaskBank:
         longest = max(length for _, length in ranges)
         if longest == 0:
             return model.hidden_on(images, folded)
-        pool = snapshot.pools[_KEYS_VALUES]
-        if len(set(ranges)) == 1:
+        pool = snapshot.pools[tasks[0].pool]
+        alone = len(set(ranges)) == 1
+        if alone:
             start, length = ranges[0]
-            prefixes: list[Any] = [rows[start : start + length] for rows in pool]
-        else:
+            pool = tuple(rows[start : start + length] for rows in pool)
+        depth = len(folded.blocks)
+        prefixes: Sequence[Any] = pool[:depth]
+        if not alone:
             placed = torch.tensor(ranges, dtype=torch.int32)
-            prefixes = [PooledPrefix(rows, placed, longest) for rows in pool]
-        return model.hidden_on(images, folded.sealed(prefixes, None))
+            prefixes = [PooledPrefix(rows, placed, longest) for rows in prefixes]
+        columns = [gates.T for gates in pool[depth:]] or None
+        return model.hidden_on(images, folded.sealed(prefixes, None, columns))
 
     def _scores(self, snapshot: _Snapshot, hidden: Tensor, tasks: list[_Task]) -> Tensor:
         widest = max(task.readout.classes for task in tasks)
@@ -429,17 +436,18 @@ class TaskBank:
         prefixes = self._folded.prefixes(model, 1) if alike and prompts.length else []
         group: Hashable
         frame: Hashable
-        rows = None
+        rows, pool = None, _KEYS_VALUES if prompts.gate is None else _GATED
         if alike and all(prefix is not None for prefix in prefixes):
-            group = frame = "prefixes", kind
+            group, frame = ("prefixes", kind, pool), ("prefixes", kind)
             if prefixes:
-                wanted[_KEYS_VALUES] = tuple(prefix for prefix in prefixes if isinstance(prefix, Tensor))
-        elif alike and prompts.kind == "tokens":
+                columns = [prompts.columns(block) for block in range(len(prefixes))] if pool is _GATED else []
+                gates = [one.T for one in columns if one is not None]
+                wanted[pool] = (*(prefix for prefix in prefixes if isinstance(prefix, Tensor)), *gates)
+        elif alike and prompts.kind == "tokens" and prompts.gate is None:
             group = frame = "rows", kind, schedule(prompts, len(self._folded.blocks))
             rows = torch.stack([prompts.rows(block, 1) for block in prompts.blocks[: len(prompts.weight)]])
         else:
-            group, frame = object(), ("alone", kind, prompts.kind, prompts.length)
-            alike = False
+            group, frame, alike = object(), ("alone", kind, prompts.kind, prompts.length), False
         alone = None if alike else model
         outside = _bytes(rows, readout.linear, readout.module)
         if alone is not None:
@@ -453,7 +461,7 @@ class TaskBank:
             dict(model.default_cfg),
             threshold,
         )
-        return _Task(info, group, frame, readout, outside, rows=rows, model=alone, dim=dim), wanted
+        return _Task(info, group, frame, readout, outside, pool, rows=rows, model=alone, dim=dim), wanted
 
     def _frame(self, model: PromptedModel, task: _Task) -> _Frame:
         if task.model is None and task.rows is None:
@@ -558,7 +566,7 @@ def _ranges(task: _Task) -> dict[Hashable, tuple[int, int]]:
     """Which rows of which pools a task holds: (start, length)."""
     found: dict[Hashable, tuple[int, int]] = {}
     if task.prompts[1]:
-        found[_KEYS_VALUES] = task.prompts
+        found[task.pool] = task.prompts
     if task.dim:
         found["heads", task.dim] = task.head, 1
         found["prototypes", task.dim] = task.classes
@@ -567,8 +575,8 @@ def _ranges(task: _Task) -> dict[Hashable, tuple[int, int]]:
 
 def _placed(task: _Task, starts: Mapping[Hashable, int]) -> _Task:
     """The same task where its rows start elsewhere."""
-    if _KEYS_VALUES in starts:
-        task = replace(task, prompts=(starts[_KEYS_VALUES], task.info.prompt_length))
+    if task.pool in starts:
+        task = replace(task, prompts=(starts[task.pool], task.info.prompt_length))
     if ("heads", task.dim) in starts:
         task = replace(task, head=starts["heads", task.dim])
     if ("prototypes", task.dim) in starts:

@@ -9,6 +9,9 @@ from torch import nn
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import TrainSettings
 
+# Tensors whose group is not the part that holds them.
+_OWN = {"verbalizer.log_temperature": "temperature", "prompts.gate": "gate"}
+
 
 def group_of(name: str) -> str:
     """The group of a parameter by its `state_dict` name, as `lr_of` and `weight_decay_of` of `vptm.fit` call it.
@@ -17,8 +20,8 @@ def group_of(name: str) -> str:
         >>> [group_of(name) for name in ("prompts.weight", "verbalizer.prototypes", "verbalizer.log_temperature")]
         ['prompts', 'verbalizer', 'temperature']
     """
-    if name == "verbalizer.log_temperature":
-        return "temperature"
+    if name in _OWN:
+        return _OWN[name]
     first = name.partition(".")[0]
     return "prompts" if first == "prompt_bias" else first
 
@@ -32,7 +35,7 @@ def parameter_groups(model: PromptedModel, settings: TrainSettings) -> list[dict
     """What `model` trains as an optimiser takes it: one group per learning rate and weight decay.
 
     A rate other than `settings.lr` is there as `lr_scale`, its share of that. What has a rate of 0 is left out. Vectors
-    and scalars, `model.no_weight_decay()` and prompts do not decay unless they are named: prompts by
+    and scalars, `model.no_weight_decay()`, prompts and gates do not decay unless they are named: prompts by
     `prompt_weight_decay`, all of a group without a matrix by `weight_decay_of`.
     """
     rates, decays = settings.lr_of or {}, dict(settings.weight_decay_of or {})
@@ -44,7 +47,7 @@ def parameter_groups(model: PromptedModel, settings: TrainSettings) -> list[dict
 
     def decay(name: str, parameter: nn.Parameter) -> float:
         group = group_of(name)
-        if group in ("temperature", "mask_token") or (group == "prompts" and name.endswith("weight")):
+        if group in ("gate", "temperature", "mask_token") or (group == "prompts" and name.endswith("weight")):
             return decays.get(group, 0.0)
         if parameter.ndim <= 1 or name in exempt:
             return 0.0
