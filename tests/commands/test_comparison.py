@@ -204,9 +204,15 @@ def test_what_no_run_could_use_is_refused_before_the_first(
         ("linear", {"arguments": ["--epoch", "3"]}, r"^No such option:? '?--epoch\b"),
         ("mine.yaml", {"search": True}, "^recipe mine.yaml: search.lrr: No such option: --lrr"),
         ("typo.yaml", {}, "unknown setting 'lrr'"),
+        ("linear", {"arguments": ["--device", "cpu", "--precision", "tf32"]}, "^precision tf32 needs a GPU"),
+        ("linear", {"arguments": ["--accumulate", "2"]}, "^accumulate must divide the batch of 3 images, got 2$"),
     ):
         with pytest.raises(ValueError, match=message):
             run(method, **settings)
+    for model, kind in (("beit_base_patch16_22", ValueError), ("none.pth", FileNotFoundError)):
+        with pytest.raises(kind, match=f"^{model}: no such file"):
+            compare(["linear"], "out", data="no-test", seeds=1, epochs=1, shots="2", arguments=["--model", model])
+    assert not Path("out").exists()
     assert calls == []
     assert len(run("linear", data="no-val", seeds=1)[0].runs) == 1
 

@@ -21,6 +21,7 @@ from vptm.data.datasets import ImageData
 from vptm.data.division import few_shot
 from vptm.data.sources import load_data
 from vptm.data.split_list import SplitList
+from vptm.methods.run import checked_place
 from vptm.recipes.recipe import Recipe, read_recipe
 from vptm.settings import FREE_ON_RESUME, RunSettings, numbers_text, option_name, parse_shots, train_options
 from vptm.training.run_folder import RUN_FILE, prepare_run_folder
@@ -81,10 +82,10 @@ def compare(
         One result per method, in the order given.
 
     Raises:
-        ValueError: before any run: an unknown or repeated method, a number out of range, an option or recipe that
-            `vptm train` refuses, data without test images, with too few training images, or with `search` without
+        ValueError: before any run: an unknown or repeated method or model, a number out of range, an option or recipe
+            that `vptm train` refuses, data without test images, with too few training images, or with `search` without
             validation images, an `out` that is no folder, or finished runs in it made with other settings.
-        FileNotFoundError: data or a .yaml file that does not exist.
+        FileNotFoundError: data, weights or a .yaml file that does not exist.
     """
     recipes = [read_recipe(method) for method in methods]
     names = [recipe.name for recipe in recipes]
@@ -107,6 +108,8 @@ def compare(
         last = ["--seed", str(SEARCH_SEED), "--no-test"] if seed is None else ["--seed", str(seed), "--test"]
         return [*common, "--recipe", method, *chosen, *last]
 
+    for method in methods:
+        checked_place(train_settings(options_of(method, {}, 0))[0])
     _check_data(train_settings(common)[0], search)
     for method, recipe, result in methods_run:
         searched = recipe.search if search else {}
