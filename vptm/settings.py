@@ -24,6 +24,7 @@ Implementation = Literal["auto", "triton", "torch", "reference"]
 PromptMode = Literal["shallow", "deep", "progressive"]
 Placement = Literal["prepend", "add"]
 PromptKind = Literal["tokens", "kv", "cross"]
+ProjectionPer = Literal["model", "block"]
 AddedTo = Literal["patches", "class_and_patches"]
 AfterPrompts = Literal["carry", "drop"]
 DropoutPer = Literal["sample", "batch"]
@@ -158,6 +159,13 @@ class PromptSettings(SettingsGroup):
     ] = "carry"
     shared: Annotated[bool, Help("One prompt for all blocks.", option="prompt_shared")] = False
     prompt_dim: Annotated[int | None, Help("Width of prompts that a learned projection maps to tokens.")] = None
+    projection_per: Annotated[
+        ProjectionPer,
+        Help(
+            "What has a projection of its own: the model, with a bias, or every block, without (BPT).",
+            option="prompt_projection_per",
+        ),
+    ] = "model"
     kind: Annotated[
         PromptKind,
         Help(

@@ -60,6 +60,8 @@ def test_settings_of_the_papers() -> None:
     assert (kv["prompt_kind"], kv["prompt_mode"], kv["prompt_length"], kv["batch_size"]) == ("kv", "deep", 5, 64)
     vipamin = recipes["vipamin-deep"]
     assert (vipamin["prompt_length"], vipamin["prompt_init"], vipamin["batch_size"]) == (20, "vipamin", 128)
+    bpt = recipes["bpt-shallow"]
+    assert (bpt["prompt_length"], bpt["prompt_dim"], bpt["lr"], bpt["head_weight_decay"]) == (100, 75, 0.05, 0.5)
     cvpt = recipes["cvpt"]
     assert (cvpt["prompt_kind"], cvpt["optimizer"], cvpt["lr"], cvpt["weight_decay"]) == ("cross", "adamw", 1e-3, 0.05)
     assert (cvpt["prompt_length"], cvpt["prompt_dropout"], cvpt["batch_size"]) == (10, 0.1, 32)

@@ -100,6 +100,14 @@ def test_kinds_of_an_eva(family: str, kind: str) -> None:
     assert_equal_to(model, batch, naive_eva_hidden(model, batch, heads=HEADS, eps=eps_of(family)), family)
 
 
+def test_bilinear_prompts_in_a_cross_attention() -> None:
+    """The two options go together, folded and not."""
+    options = {"kind": "cross", "prompt_dim": 4, "projection_per": "block"}
+    model = build(prompt_mode="deep", prompt_options=options)
+    errors = vptm.check(model, images(model, 3))
+    assert "grad prompts.basis" in errors and max(errors.values()) <= 1e-10, errors
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_blocks_of_their_own_have_them(kind: str) -> None:
     """Of the first or the last blocks; the others equal the model without prompts, as no row is carried on."""

@@ -28,6 +28,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "shared by the last": ("deep", {"shared": True, "blocks": -3}),
     "projected": ("deep", {"prompt_dim": 5}),
     "projected, carried": ("shallow", {"prompt_dim": 20}),
+    "bilinear": ("deep", {"prompt_dim": 5, "projection_per": "block"}),
+    "bilinear, carried": ("shallow", {"prompt_dim": 20, "projection_per": "block"}),
+    "bilinear, shared by the last": (
+        "deep",
+        {"prompt_dim": 5, "projection_per": "block", "shared": True, "blocks": -3},
+    ),
     "added once": ("shallow", {"placement": "add"}),
     "added everywhere": ("deep", {"placement": "add"}),
     "added to the first": ("deep", {"placement": "add", "blocks": 2}),
@@ -63,6 +69,8 @@ def naive_row(model: vptm.PromptedBEiT, picture: Tensor) -> Tensor:
     mode, options, bank = model.config["prompt_mode"], model.config["prompt_options"], model.prompts
     length = model.config["prompt_length"]
     weight = bank.weight if bank.projection is None else bank.weight @ bank.projection.weight.T + bank.projection.bias
+    if options.get("projection_per") == "block":
+        weight = torch.einsum("lpd,lcd->lpc", bank.weight, bank.basis)
     blocks = options.get("blocks", 1 if mode == "shallow" else DEPTH)
     own = list(range(blocks)) if blocks > 0 else list(range(DEPTH + blocks, DEPTH))
     tokens = torch.cat([model.backbone.cls_token[0], model.backbone.patch_embed(picture[None])[0]])
@@ -183,6 +191,8 @@ def test_random_variants_run_alike(data: st.DataObject) -> None:
     """Any allowed combination, also those nobody wrote down above, is the reference function."""
     mode = data.draw(st.sampled_from(["shallow", "deep", "progressive"]))
     options: dict[str, Any] = {"prompt_dim": data.draw(st.sampled_from([None, 3, 24]))}
+    if options["prompt_dim"] is not None:
+        options["projection_per"] = data.draw(st.sampled_from(["model", "block"]))
     if mode != "progressive":
         options["placement"] = data.draw(st.sampled_from(["prepend", "add"]))
         if options["placement"] == "add":
@@ -247,6 +257,11 @@ def test_initial_bounds() -> None:
     bank = vptm.PromptBank(2, 200, 512, mode="deep", patch_values=768, prompt_dim=100)
     assert float(bank.weight.detach().abs().max()) == pytest.approx((6 / 868) ** 0.5, rel=2e-3)
     assert float(bank.projection.weight.detach().std()) == pytest.approx((2 / 512) ** 0.5, rel=0.02)
+    bank = vptm.PromptBank(2, 200, 512, mode="deep", patch_values=768, prompt_dim=75, projection_per="block")
+    assert bank.weight.shape == (2, 200, 75) and float(bank.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
+    expected = torch.nn.init.xavier_uniform_(torch.empty(512, 75)).abs().max()
+    assert bank.basis.shape == (2, 512, 75)
+    assert float(bank.basis.detach().abs().max()) == pytest.approx(float(expected), rel=0.01)
 
 
 def test_parameter_counts_of_the_papers() -> None:
@@ -288,7 +303,8 @@ def test_tokens_start_the_prompts_of_their_own_block() -> None:
         assert len(fed) == len(model.prompts.weight)
         for prompts, tokens in zip(model.prompts.weight, fed):
             assert (prompts[:, None] - tokens.flatten(0, 1)).abs().amax(-1).amin(1).max() < 1e-12
-    for options in ({"prompt_dim": 5}, {"placement": "add"}):
+    bilinear = {"prompt_dim": 16, "projection_per": "block"}
+    for options in ({"prompt_dim": 5}, bilinear, {"placement": "add"}):
         model = build(prompt_mode="deep", prompt_options=options, prompt_length=1)
         with pytest.raises(ValueError, match="token rows of their own"):
             vptm.init_prompts(model, DataLoader(TensorDataset(images(model), torch.zeros(2))), progress=False)
@@ -310,6 +326,7 @@ def test_tokens_start_the_prompts_of_their_own_block() -> None:
         ),
         ({"prompt_options": {"added_to": "class_and_patches"}}, "needs placement='add', got 'prepend'"),
         ({"prompt_options": {"placement": "ad"}}, "did you mean 'add'"),
+        ({"prompt_options": {"projection_per": "block"}}, "needs prompt_dim, the width of what it projects, got None"),
         ({"prompt_options": {"prompt_dim": 0}}, "prompt_dim must be an integer >= 1 or None, got 0"),
         ({"prompt_options": {"dropout_per": "image"}}, "dropout_per must be one of sample, batch"),
         ({"prompt_gate": float("nan")}, "prompt_gate must be finite, or None for no gate, got nan"),

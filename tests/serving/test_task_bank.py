@@ -34,6 +34,7 @@ TASKS = {
     "the last block alone": DEEP | {"prompt_options": {"blocks": -1}},
     "dropped after one block": DEEP | {"prompt_options": {"blocks": 1, "after": "drop"}},
     "added to patches": {"prompt_options": {"placement": "add"}, "prompt_length": 1},
+    "bilinear prompts": DEEP | {"prompt_options": {"prompt_dim": 4, "projection_per": "block"}},
     "learned keys and values": DEEP | {"prompt_options": {"kind": "kv"}, "prompt_length": 4},
     "a cross-attention": DEEP | {"prompt_options": {"kind": "cross"}},
     "learned keys and values of one block": DEEP | {"prompt_options": {"kind": "kv", "blocks": 1}},

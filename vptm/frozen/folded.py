@@ -289,8 +289,7 @@ class Folded:
                 self._prefix(model, layer, batch) if self._takes_prefix(model, layer) else None
                 for layer in range(depth)
             ]
-        rows = prompts.weight if prompts.projection is None else prompts.projection(prompts.weight)
-        rows = self._normalise(rows, self.prefix_eps)
+        rows = self._normalise(prompts.expanded(), self.prefix_eps)
         biases = [bias for bias in self.prefix_biases if bias is not None]
         if self.for_gpu and not biases:
             return torch.bmm(rows, self.prefix_weights).unbind()

@@ -152,8 +152,9 @@ def check_start(model: PromptedModel, loader: DataLoader[Any], seed: int, action
     """The number of images to draw from, where prompts can start at what a model makes of them."""
     model._refuse_dropped(action)
     bank = model.prompts
-    if bank.weight.shape[-1] != model.num_features or bank.projection is not None or bank.length == 0:
-        kind = "prompts" if bank.projection is None else "projected prompts"
+    projected = bank.projection is not None or bank.basis is not None
+    if bank.weight.shape[-1] != model.num_features or projected or bank.length == 0:
+        kind = "projected prompts" if projected else "prompts"
         raise ValueError(
             f"{action} needs prompts that are token rows of their own, "
             f"got {bank.length} {kind} of {bank.weight.shape[-1]} values for tokens of {model.num_features}"

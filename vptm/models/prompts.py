@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vptm.messages import check_integer, check_range, number, one_of
-from vptm.settings import AddedTo, AfterPrompts, DropoutPer, GatePer, Placement, PromptKind, PromptMode, PromptSettings
+from vptm.settings import (
+    AddedTo,
+    AfterPrompts,
+    DropoutPer,
+    GatePer,
+    Placement,
+    ProjectionPer,
+    PromptKind,
+    PromptMode,
+    PromptSettings,
+)
 
 
 class PromptBank(nn.Module):
@@ -60,6 +70,9 @@ class PromptBank(nn.Module):
         shared: one prompt for all blocks.
         prompt_dim: width of the learned rows, brought to C by a learned linear `projection` shared by all blocks; None
             has no projection.
+        projection_per: "model" for that projection, or "block" for a learned matrix `basis[l]` (C, prompt_dim) of every
+            block with prompts of its own, without a bias: `P_l = weight[l] basis[l]^T`, the bilinear prompts of BPT
+            (arXiv:2506.22908), which start normal with deviation 0.02 and by Xavier's rule. Its whitening is left out.
         kind: "tokens", or "kv" for learned keys and values, which start uniform in `sqrt(6 / (P * C / heads))`, E2VPT's
             Kaiming initialisation; or "cross" for prompts in a cross-attention of their own, which start uniform in
             `sqrt(6 / ((P + rows) * C))`, CVPT's Xavier initialisation.
@@ -102,6 +115,7 @@ class PromptBank(nn.Module):
         after: AfterPrompts = "carry",
         shared: bool = False,
         prompt_dim: int | None = None,
+        projection_per: ProjectionPer = "model",
         kind: PromptKind = "tokens",
         placement: Placement = "prepend",
         added_to: AddedTo = "patches",
@@ -131,6 +145,8 @@ class PromptBank(nn.Module):
             for name, value, needed in (("prompt_mode", mode, "deep"), ("placement", placement, "prepend")):
                 if value != needed:
                     raise ValueError(f"kind={kind!r} needs {name}={needed!r}, got {value!r}")
+        if projection_per == "block" and prompt_dim is None:
+            raise ValueError("projection_per='block' needs prompt_dim, the width of what it projects, got None")
         if kind == "kv":
             if prompt_dim is not None:
                 raise ValueError(f"kind='kv' needs prompt_dim=None, got {prompt_dim!r}")
@@ -160,7 +176,12 @@ class PromptBank(nn.Module):
         # without a value there is nothing to learn, and DistributedDataParallel would wait for its gradient
         self.weight = nn.Parameter(values, requires_grad=length > 0)
         self.projection = None
-        if prompt_dim is not None:
+        self.basis: nn.Parameter | None = None
+        if prompt_dim is not None and projection_per == "block":
+            nn.init.normal_(self.weight, std=0.02)
+            start = torch.empty(rows, dim, prompt_dim).uniform_(-1, 1) * math.sqrt(6.0 / (dim + prompt_dim))
+            self.basis = nn.Parameter(start, requires_grad=length > 0)
+        elif prompt_dim is not None:
             self.projection = nn.Linear(prompt_dim, dim)
             nn.init.kaiming_normal_(self.projection.weight, a=0, mode="fan_out")
             nn.init.zeros_(self.projection.bias)
@@ -202,12 +223,21 @@ class PromptBank(nn.Module):
     def rows(self, block: int, batch: int) -> Tensor:
         """`P_l` of one block: (P, C), or (B, P, C) where `per_sample()`; keys and values (P, 2C) or (B, P, 2C) with
         "kv"."""
-        rows = self.weight[0 if len(self.weight) == 1 else block - self.blocks.start]
+        index = 0 if len(self.weight) == 1 else block - self.blocks.start
+        rows = self.weight[index]
         if self.projection is not None:
             rows = self.projection(rows)
+        if self.basis is not None:
+            rows = rows @ self.basis[index].mT
         if self.per_sample():
             rows = repeat(rows, "p c -> b p c", b=batch)
         return F.dropout(rows, self.dropout, self.training)
+
+    def expanded(self) -> Tensor:
+        """Prompts (rows, P, C) of all blocks that have their own, without dropout."""
+        if self.basis is not None:
+            return torch.bmm(self.weight, self.basis.mT)
+        return self.weight if self.projection is None else self.projection(self.weight)
 
     def added(self, block: int, batch: int) -> Tensor | None:
         """What is added to `added_to` of the rows that enter a block, (P, C) or (B, P, C); None where nothing is."""

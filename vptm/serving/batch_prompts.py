@@ -48,6 +48,10 @@ class BatchPrompts(nn.Module):
         """`P_l` of every image, (B, P, C)."""
         return self.weight[0 if len(self.weight) == 1 else block - self.blocks.start]
 
+    def expanded(self) -> Tensor:
+        """(layers, B, P, C)."""
+        return self.weight
+
     def added(self, block: int, batch: int) -> None:
         """Nothing is added to patch tokens."""
 

@@ -47,7 +47,8 @@ def parameter_groups(model: PromptedModel, settings: TrainSettings) -> list[dict
 
     def decay(name: str, parameter: nn.Parameter) -> float:
         group = group_of(name)
-        if group in ("gate", "temperature", "mask_token") or (group == "prompts" and name.endswith("weight")):
+        own = group == "prompts" and name.endswith(("weight", "basis"))
+        if group in ("gate", "temperature", "mask_token") or own:
             return decays.get(group, 0.0)
         if parameter.ndim <= 1 or name in exempt:
             return 0.0
