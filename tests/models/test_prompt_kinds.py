@@ -283,6 +283,8 @@ def test_only_learned_keys_and_values_are_a_prefix(tmp_path: Path) -> None:
         for action in (vptm.load_peft_prefix, vptm.save_peft_prefix):
             with pytest.raises(ValueError, match="with prompts of its own in all 3 blocks, got 3 prompts of kind"):
                 action(model, tmp_path)
+    with pytest.raises(ValueError, match=r"needs prompts without a position bias, .* got extra_bias='cls'"):
+        vptm.save_peft_prefix(build(extra_bias="cls", **KV), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

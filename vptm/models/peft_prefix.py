@@ -76,13 +76,18 @@ def save_peft_prefix(model: PromptedModel, folder: str | Path) -> None:
 
     Raises:
         ValueError: a model whose prompts are no learned keys and values of every block, or not finite ones, or have
-            gates, for which such a file has no place.
+            gates or a position bias, for which such a file has no place.
         WriteError: an OSError that names the file that cannot be written.
     """
     layers, heads, width = _sizes(model, "save_peft_prefix")
     if model.prompts.gate is not None:
         start = model.config["prompt_gate"]
         raise ValueError(f"save_peft_prefix needs prompts without gates, which its files cannot hold, got {start!r}")
+    if not model.extra_bias.startswith(("zero", "grid")):
+        raise ValueError(
+            "save_peft_prefix needs prompts without a position bias, which its files cannot hold, "
+            f"got extra_bias={model.extra_bias!r}"
+        )
     weight = model.prompts.weight.detach().cpu()
     check_values({"prompts.weight": weight})
     config = {
