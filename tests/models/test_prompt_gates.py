@@ -337,6 +337,11 @@ def test_an_adapter_keeps_gates(tmp_path: Path) -> None:
     state = {name: value for name, value in model.learned_state_dict().items() if name != "prompts.gate"}
     with pytest.raises(ValueError, match=r"missing \['prompts.gate'\]"):
         model.load_learned_state_dict(state)
+    config = json.loads((tmp_path / "adapter" / CONFIG_FILE).read_text())
+    del config["model"]["prompt_gate"], config["model"]["prompt_options"]["gate_per"]
+    (tmp_path / "adapter" / CONFIG_FILE).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"unknown prompts.gate"):
+        vptm.load_adapter(tmp_path / "adapter")
 
 
 def test_a_prefix_file_of_peft_holds_no_gates(tmp_path: Path) -> None:

@@ -552,7 +552,8 @@ def test_an_entry_that_its_schema_has_is_not_made_up(folder: Path, schema: int) 
     }
     allowed = set().union(*(names for since, names in later.items() if since >= schema))
     allowed |= {"interpolation", "crop_pct", "crop_mode", "background", "value_range", "schema_version"}
-    allowed |= {"dynamic_img_size"}  # came within schema 4, and False is what models were before
+    # came within schema 4, and False, or no gate, is what models were before
+    allowed |= {"dynamic_img_size", "prompt_gate"}
     for section in (None, "backbone", "model", "preprocessing"):
         for name in config if section is None else config[section]:
             changed = json.loads(json.dumps(config))
