@@ -105,7 +105,11 @@ def cases() -> Iterator[Case]:
         yield case(f"{passes}-bf16-N577", passes=passes, tokens=577)
         yield case(f"{passes}-fp32", passes=passes, dtype=single)
         # What full blocks leave is 15 keys above and 23 here, where a tail that is written out spills.
-        yield case(f"{passes}-fp32-P50", True, passes=passes, dtype=single, prompts=50)
+        yield case(f"{passes}-fp32-P50", passes=passes, dtype=single, prompts=50)
+        yield case(f"{passes}-fp32-P50-folded", True, passes=passes, dtype=single, prompts=50, scale=1.0)
+        yield case(f"{passes}-fp32-D16-folded", passes=passes, dtype=single, head_dim=16, scale=1.0)
+        yield case(f"{passes}-fp32-D80-folded", passes=passes, dtype=single, head_dim=80, scale=1.0)
+        yield case(f"{passes}-fp32-D128-folded", passes=passes, dtype=single, head_dim=128, scale=1.0)
         yield case(f"{passes}-tf32", passes=passes, dtype=single, precision="high")
         for head_dim in (16, 32, 48, 80, 96, 128):
             yield case(f"{passes}-bf16-D{head_dim}", passes=passes, head_dim=head_dim)
@@ -131,6 +135,7 @@ def cases() -> Iterator[Case]:
         yield case(f"{passes}-bf16-gated-queries", **gated, kind="queries")
         yield case(f"{passes}-bf16-gated-pool", **gated, kind="pool")
         yield case(f"{passes}-fp32-gated", **gated, dtype=single)
+        yield case(f"{passes}-fp32-D128-gated-folded", **gated, dtype=single, head_dim=128, scale=1.0)
         for head_dim in (16, 80, 128):
             yield case(f"{passes}-bf16-D{head_dim}-gated", **gated, head_dim=head_dim)
     yield case("backward-prompts-only", True, passes="backward", learned="prompts")

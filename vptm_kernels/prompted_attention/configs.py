@@ -104,18 +104,22 @@ def forward_config(
     are pooled. bias_bits: of an element, 0 for no bias. scaled: whether the kernel multiplies queries by the scale.
     gathered: the bias is read from its table; on sm100 with Triton 3.6 four warps spill 8 bytes for queries that come
     scaled, eight for others. With Triton 3.8 four spill 8 bytes there for heads of 16. column_bias: prompts have values
-    for their columns; on sm120 four warps spill 16 bytes for heads of 16.
+    for their columns; for heads of 16 four warps spill 16 bytes on sm120.
 
     On sm90, timed on an H200 (`docs/kernels.md`): with at most 128 registers a thread four programs of 64 rows fit a
     multiprocessor, and the next keys come while a block is computed. Registers spill where the kernel multiplies by the
     scale, gathers the bias, or where prompts attend; without a bias the compiler keeps to 128 by itself. Elsewhere the
     scores of up to 208 keys stay in registers for an eighth fewer instructions, where head dimensions have a scale that
-    is a power of two.
+    is a power of two. In float32 a bound of 128 keeps the compiler from 64 registers and some bytes spilled.
     """
     few = keys <= RESIDENT_SCORES and not pooled
     if interpreted:
         return ForwardConfig(*_interpreted(tokens), scores_resident=few)
     if dtype_bits >= 32:
+        if head_dim > 64 and not arch.startswith("gfx"):
+            return ForwardConfig(32, 16, 8, 1, max_registers=128)
+        if head_dim <= 16 and not arch.startswith("gfx"):
+            return ForwardConfig(32, 32, 8 if arch == "sm120" else 4, 1, max_registers=128)
         return ForwardConfig(32, 32, 8 if arch == "sm120" else 4, 1)  # four spill 8 bytes there with Triton 3.6
     if head_dim > 64:
         if _asynchronous_tensor_cores(arch):
@@ -194,7 +198,9 @@ def query_grad_config(
     if interpreted:
         return _interpreted(tokens)
     if dtype_bits >= 32:
-        return Config(16, 32, 4, 1) if arch.startswith("gfx") else Config(32, 32, 8, 1)
+        if arch.startswith("gfx"):
+            return Config(16, 32, 4, 1)
+        return Config(16, 16, 8, 1) if head_dim > 64 else Config(32, 32, 8, 1)
     if head_dim > 64:
         if _asynchronous_tensor_cores(arch):
             return Config(64, 32, 8 if _tensor_memory(arch) else 4, 1)
@@ -207,7 +213,7 @@ def query_grad_config(
     if arch == "sm90":
         return Config(64, 64, 4, 1)
     if arch.startswith("gfx"):
-        return Config(32, 16, 4, 1) if prompts_attend else Config(64, 32, 4, 1)
+        return Config(16 if column_bias else 32, 16, 4, 1) if prompts_attend else Config(64, 32, 4, 1)
     if arch == "sm80":
         return Config(32, 16 if column_bias else 32, 4, 1) if prompts_attend else Config(64, 32, 4, 1)
     # Larger blocks spill a few registers on sm120; 32 x 32 has a fifth fewer instructions and half of the warps.
@@ -244,7 +250,13 @@ def key_grad_config(
         return _interpreted(keys)
     block_n = min(64, max(16, next_power_of_2(keys)))
     if dtype_bits >= 32:
-        return Config(16 if arch == "sm80" and of_prompts else 32, min(32, block_n), 4, 1)
+        if arch.startswith("gfx"):
+            return Config(32, min(32, block_n), 4, 1)
+        if head_dim > 64:
+            return Config(16, 16, 8, 1, max_registers=168)
+        if arch == "sm80":
+            return Config(32, min(32, block_n), 8, 1, max_registers=128)
+        return Config(16, min(32, block_n), 4, 1)
     if arch.startswith("gfx") or ((head_dim > 64 or gathered or column_grad) and not _asynchronous_tensor_cores(arch)):
         block_n = min(32, block_n)
     if head_dim > 64 and not _asynchronous_tensor_cores(arch):
