@@ -180,12 +180,16 @@ def test_files_and_what_they_may_hold(tmp_path: Path) -> None:
     torch.save({"weight": codes(), "epoch": 3}, tmp_path / "g.pt")
     torch.save({"weight": codes(), "bias": torch.ones(TOKENS + 1)}, tmp_path / "h.pt")
     (tmp_path / "i.npy").write_bytes(b"x")
+    torch.save(torch.ones(1, WIDTH).expand(10**9, WIDTH), tmp_path / "j.pt")
     for source, kind, message in (
         (codes()[:, 1:], ValueError, r"codebook must have shape \(V, 64\), .*, got \(7, 63\)"),
         (codes()[0], ValueError, r"codebook must have shape \(V, 64\), .*, got \(64,\)"),
         (codes()[:0], ValueError, r"got \(0, 64\)"),
         (codes().long(), ValueError, "must be floating point, got torch.int64"),
         (codes() / 0, ValueError, "must be finite"),
+        (codes().double() * 1e300, ValueError, r"weight must be finite as torch\.float32, got .*e\+300"),
+        (codes().to("meta"), ValueError, "must have dense values, got torch.strided on meta"),
+        (codes().to_sparse(), ValueError, "must have dense values, got torch.sparse_coo on cpu"),
         (Doubled(WIDTH, 3), ValueError, "must be a plain nn.Linear, got a Doubled"),
         ([[1.0]], TypeError, "must be a tensor, an nn.Linear or the path of a file, got list"),
         (tmp_path / "none.pt", FileNotFoundError, r"codebook .*none\.pt: no such file"),
@@ -193,6 +197,7 @@ def test_files_and_what_they_may_hold(tmp_path: Path) -> None:
         (tmp_path / "f.pt", ValueError, r"codebook .*f\.pt: must hold one \(V, C\) tensor, .*, got weight, other"),
         (tmp_path / "g.pt", ValueError, r"must hold one \(V, C\) tensor, .*, got weight, epoch"),
         (tmp_path / "h.pt", ValueError, r"must have a bias of shape \(7,\), got \(8,\)"),
+        (tmp_path / "j.pt", ValueError, r"j\.pt must have a value for each of its 64000000000 places, got 64"),
         (tmp_path / "i.npy", ValueError, r"must be a \.safetensors, \.pt or \.pth file, got \.npy"),
     ):
         with pytest.raises(kind, match=message) as refusal:

@@ -31,6 +31,7 @@ from tiny_models import (
 import vptm
 from vptm.frozen import folded
 from vptm.frozen.encoder import FrozenEncoder
+from vptm.weights.files import WriteError
 from vptm_kernels._runtime.triton_support import has_triton
 
 KV: dict[str, Any] = {"prompt_mode": "deep", "prompt_options": {"kind": "kv"}}
@@ -259,6 +260,7 @@ def test_a_sealed_model_takes_a_prefix(tmp_path: Path) -> None:
         ("adapter_config.json", "adapter_config.json is missing"),
         ("adapter_model.safetensors", "adapter_model.safetensors is missing"),
         (None, "must be finite, got NaN"),
+        (1e300, r"prompt_embeddings must be finite as torch\.float32, got 1e\+300"),
     ],
 )
 def test_a_prefix_that_does_not_fit(tmp_path: Path, file: Any, message: str) -> None:
@@ -267,9 +269,10 @@ def test_a_prefix_that_does_not_fit(tmp_path: Path, file: Any, message: str) -> 
     peft_file(tmp_path, *(file if isinstance(file, tuple) else (3, 3, HEADS, 8)), **more)
     if isinstance(file, str):
         (tmp_path / file).unlink()
-    if file is None:
-        save_file({"prompt_embeddings": torch.full((3, 96), torch.nan)}, tmp_path / "adapter_model.safetensors")
-    model = build(**KV)
+    if file is None or isinstance(file, float):
+        values = torch.full((3, 96), file or torch.nan, dtype=torch.float64)
+        save_file({"prompt_embeddings": values}, tmp_path / "adapter_model.safetensors")
+    model = build(**KV) if file is None else build(**KV).float()
     before = model.prompts.weight.detach().clone()
     with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
         vptm.load_peft_prefix(model, tmp_path)
@@ -286,6 +289,9 @@ def test_only_learned_keys_and_values_are_a_prefix(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needs prompts without a position bias, .* got extra_bias='cls'"):
         vptm.save_peft_prefix(build(extra_bias="cls", **KV), tmp_path)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="file cannot be written: File exists"):
+        vptm.save_peft_prefix(build(**KV), tmp_path / "file")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

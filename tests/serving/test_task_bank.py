@@ -445,3 +445,15 @@ def test_a_bank_of_another_type_checks_adapters_as_they_were_saved(tmp_path):
     assert scores.dtype == torch.bfloat16 and torch.equal(scores[0], scores[1])
     with torch.no_grad():
         assert (scores[0].float() - model(x)[0]).abs().max() < 0.5
+
+
+def test_values_beyond_the_type_of_the_bank_are_refused():
+    """70000 is infinite in float16, and every score of the task would be NaN."""
+    bank = TaskBank("builtin", dtype=torch.float16)
+    model = PromptedBEiT("builtin", 3).eval()
+    model.prompts.weight.data[0, 1, 2] = 70000.0
+    with pytest.raises(
+        ValueError, match=r"^shoes: prompts\.weight must be finite as torch\.float16, got 70000\.0 at \[0, 1, 2\]$"
+    ):
+        bank.add("shoes", model)
+    assert bank.names == []

@@ -441,6 +441,23 @@ def test_what_could_never_be_loaded_is_not_written(backbone: Path, tmp_path: Pat
     assert not (tmp_path / "a").exists()
 
 
+def test_doubles_beyond_float32_are_neither_written_nor_read(folder: Path, backbone: Path, tmp_path: Path) -> None:
+    """A model is opened in float32, where they are infinite and every score NaN."""
+    model = trained(backbone).double()
+    with torch.no_grad():
+        model.prompts.weight[0, 0, 0] = 1e300
+    message = r"prompts\.weight must be finite as torch\.float32, got 1e\+300"
+    with pytest.raises(ValueError, match=message):
+        save_adapter(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError, match=message):
+        load_adapter(folder).load_learned_state_dict(model.learned_state_dict())
+    tensors = load_file(folder / TENSORS_FILE) | {"prompts.weight": model.prompts.weight.detach()}
+    save_file(tensors, folder / TENSORS_FILE, metadata={"vptm_hash": weight_hash(tensors)})
+    with pytest.raises(ValueError, match=f"does not fit its config: {message}"):
+        load_adapter(folder)
+
+
 @pytest.mark.parametrize("unfrozen", [False, True])
 def test_adapters_of_schema_1_still_load(backbone: Path, tmp_path: Path, unfrozen: bool) -> None:
     """Before, a fine-tuned adapter had the hash of the backbone it started from, no list of what was trained, and a

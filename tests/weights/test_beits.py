@@ -888,7 +888,7 @@ REFUSED: dict[str, tuple[Mutation, str]] = {
     "weights without data": (plus(norm__bias=torch.ones(24, device="meta")), r"norm\.bias must have dense values"),
     "double beyond fp32": (
         plus(norm__bias=torch.full((24,), 1e300, dtype=torch.float64)),
-        "got NaN or infinite values",
+        r"norm\.bias must be finite as torch\.float32, got 1e\+300",
     ),
     "qkv of no dimension": (plus(blocks__0__attn__qkv__weight=torch.tensor(1.0)), r"attn\.qkv\.weight must have shape"),
     "heads unknown": (

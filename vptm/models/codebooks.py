@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vptm.frozen.parts import is_plain_linear
 from vptm.messages import listed
 from vptm.weights.files import TORCH_SUFFIXES, check_values, one_line_errors, read_safetensors, read_torch
+from vptm.weights.key_maps import check_dense
 
 
 def load_codebook(source: Tensor | nn.Linear | str | os.PathLike[str], width: int, dtype: torch.dtype) -> nn.Linear:
@@ -56,7 +57,8 @@ def load_codebook(source: Tensor | nn.Linear | str | os.PathLike[str], width: in
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{label} must have a bias of shape ({len(weight)},), got {tuple(bias.shape)}")
-    check_values({"weight": weight} | ({} if bias is None else {"bias": bias}), label)
+    check_dense(weight, label)
+    check_values({"weight": weight} | ({} if bias is None else {"bias": bias}), label, dtype=dtype)
     head = empty_codebook(list(weight.shape)).to(dtype)
     with torch.no_grad():
         head.weight.copy_(weight)

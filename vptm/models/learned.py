@@ -13,7 +13,7 @@ from vptm.frozen.rows import PromptedRows
 from vptm.frozen.sharing import unshare_storage
 from vptm.models.verbalizers import PrototypicalVerbalizer
 from vptm.weights.adapter_format import with_one_element
-from vptm.weights.files import weight_hash
+from vptm.weights.files import check_values, weight_hash
 
 
 class LearnedParts(PromptedRows):
@@ -69,8 +69,7 @@ class LearnedParts(PromptedRows):
         for name, tensor in learned.items():
             if state[name].shape != tensor.shape:
                 raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
-            if not torch.isfinite(state[name]).all():
-                raise ValueError(f"{name} must be finite, got NaN or infinite values")
+            check_values({name: state[name]}, dtype=tensor.dtype)
         if any(name.startswith("backbone.") for name in learned):
             unshare_storage(self.backbone)
             learned = self.learned_state_dict()
@@ -79,9 +78,9 @@ class LearnedParts(PromptedRows):
                 tensor.copy_(state[name])
         self._encoder.forget_learned()
 
-    def check_finite(self) -> None:
-        """Raise ValueError where something learned, or a frozen verbalizer, holds NaN or infinite values, or a
-        verbalizer another number of prototypes than there are classes."""
+    def check_finite(self, dtype: torch.dtype | None = None) -> None:
+        """Raise ValueError where something learned, or a frozen verbalizer, holds NaN, infinite values or, as `dtype`,
+        would, or a verbalizer another number of prototypes than there are classes."""
         verbalizer = self.verbalizer
         if isinstance(verbalizer, PrototypicalVerbalizer) and len(verbalizer.prototypes) != self.num_classes:
             raise ValueError(
@@ -90,10 +89,11 @@ class LearnedParts(PromptedRows):
             )
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             if tensor.requires_grad or name.startswith("verbalizer."):
-                wrong = (~tensor.detach().isfinite()).nonzero()
+                wrong = (~tensor.detach().to(dtype or tensor.dtype).isfinite()).nonzero()
                 if len(wrong):
-                    index = wrong[0].tolist()
-                    raise ValueError(f"{name} must be finite, got {float(tensor.detach()[tuple(index)])} at {index}")
+                    index, kind = wrong[0].tolist(), "" if dtype is None else f" as {dtype}"
+                    value = float(tensor.detach()[tuple(index)])
+                    raise ValueError(f"{name} must be finite{kind}, got {value} at {index}")
 
     def _comes_from_no_source(self, name: str) -> bool:
         """Whether a tensor is made here, or learned by `config`, and so belongs to what was learned, trained or not."""

@@ -11,7 +11,7 @@ from einops import rearrange
 from safetensors.torch import save
 
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE
-from vptm.weights.files import check_values, one_line_errors, read_json, read_safetensors, write_atomically
+from vptm.weights.files import check_values, make_folder, one_line_errors, read_json, read_safetensors, write_atomically
 
 if TYPE_CHECKING:
     from vptm.models.prompted_model import PromptedModel
@@ -58,8 +58,8 @@ def load_peft_prefix(model: PromptedModel, folder: str | Path) -> None:
         tensors, _ = read_safetensors(folder / TENSORS_FILE)
         if _TENSOR not in tensors:
             raise ValueError(f"{folder / TENSORS_FILE} must hold {_TENSOR!r}, got {sorted(tensors)}")
-        check_values({_TENSOR: tensors[_TENSOR]}, str(folder / TENSORS_FILE))
         learned, weight = tensors[_TENSOR], model.prompts.weight
+        check_values({_TENSOR: learned}, str(folder / TENSORS_FILE), dtype=weight.dtype)
         if learned.shape != (weight.shape[1], layers * 2 * width):
             raise ValueError(
                 f"{folder / TENSORS_FILE} must hold {_TENSOR} (P, L * 2 * C) = "
@@ -105,7 +105,7 @@ def save_peft_prefix(model: PromptedModel, folder: str | Path) -> None:
     }
     folder = Path(folder)
     content = save({_TENSOR: rearrange(weight, "l p two_c -> p (l two_c)").contiguous()}, metadata={"format": "pt"})
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     write_atomically(folder / TENSORS_FILE, content)
 

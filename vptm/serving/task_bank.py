@@ -405,7 +405,10 @@ class TaskBank:
         reason = given.unread_prompts()
         if reason is not None:
             raise ValueError(f"{name}: prompts must be a plain PromptBank, got {reason}")
-        given.check_finite()
+        try:
+            given.check_finite(self.dtype)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         theirs, own = _weights(given), _weights(mine)
         if theirs.keys() == own.keys() and all(_is_same(value, own[key]) for key, value in theirs.items()):
             return

@@ -19,8 +19,8 @@ from torch import Tensor
 from vptm.messages import listed, one_line
 from vptm.version import __version__
 from vptm.weights.files import (
-    WriteError,
     check_values,
+    make_folder,
     one_line_errors,
     read_json,
     read_safetensors,
@@ -65,14 +65,15 @@ def write_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mappin
         tensors: by name, of any device and layout.
 
     Raises:
-        ValueError: what `read_adapter_config` would refuse, or values that are NaN or infinite; nothing is written.
+        ValueError: what `read_adapter_config` would refuse, or values that are not finite as float32; nothing is
+            written.
         TypeError: a config that is not JSON-able; nothing is written.
         WriteError: an OSError that names the file that cannot be written.
     """
     folder = Path(folder)
     # copies: tensors that share memory cannot be written
     tensors = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    check_values(tensors)
+    check_values(tensors, dtype=torch.float32)  # what a model is opened in
     stated = {
         "schema_version": SCHEMA_VERSION,
         "peft_type": PEFT_TYPE,
@@ -86,10 +87,7 @@ def write_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mappin
         raise ValueError(one_line(f"model must be one that an adapter can hold: {wrong}"))
     # inside the tensor file, so one rename replaces both; one entry, because safetensors writes several in random order
     content = save(tensors, metadata={"vptm_hash": weight_hash(tensors)})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(f"adapter folder {folder} cannot be written: {error.strerror or error}") from error
+    make_folder(folder)
     write_atomically(folder / CONFIG_FILE, text)
     write_atomically(folder / TENSORS_FILE, content)
 
@@ -236,7 +234,7 @@ def check_adapter_tensors(
         for name, tensor in tensors.items():
             if tensor.shape != parameters[name].shape:
                 raise ValueError(f"{name} must have shape {tuple(parameters[name].shape)}, got {tuple(tensor.shape)}")
-        check_values(tensors)
+            check_values({name: tensor}, dtype=parameters[name].dtype)
     except ValueError as error:
         raise ValueError(f"{path} does not fit its config: {error}") from None
     if stated_hash != weight_hash(tensors):

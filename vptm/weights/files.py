@@ -87,6 +87,16 @@ def replacing_several(path: Path) -> Iterator[Path]:
                 _move(file, path.parent / file.name)
 
 
+def make_folder(folder: Path) -> None:
+    """The folder, where it is missing.
+
+    Raises:
+        WriteError: naming it.
+    """
+    with _naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     try:
@@ -249,26 +259,37 @@ def read_json(path: Path, label: str | None = None) -> dict[str, Any]:
     return value
 
 
-def check_values(tensors: Mapping[str, Tensor], label: str | None = None, *, backbone: bool = False) -> None:
+def check_values(
+    tensors: Mapping[str, Tensor],
+    label: str | None = None,
+    *,
+    backbone: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Raise ValueError unless every tensor is floating point and finite.
 
     Args:
         tensors: by name.
         label: what messages begin with.
-        backbone: of a backbone: none is without values, and all are made fp32, in which large doubles are infinite.
+        backbone: of a backbone: none is without values, and all are made fp32.
+        dtype: what they are made, in which larger values are infinite; None where they stay as they are.
     """
     where = "" if label is None else f"{label}: "
+    dtype = torch.float32 if backbone else dtype
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{where}{name} must be floating point, got {tensor.dtype}")
         if backbone and tensor.numel() == 0:
             raise ValueError(f"{where}{name} must hold values, got shape {tuple(tensor.shape)}")
         try:  # 8-bit floats have no isfinite of their own
-            values = tensor if tensor.dtype == torch.float64 and not backbone else tensor.float()
+            values = tensor if tensor.dtype == torch.float64 else tensor.float()
         except RuntimeError:  # packed ones have no values one by one
             raise ValueError(f"{where}{name} must be floating point of 8 bits or more, got {tensor.dtype}") from None
         if not values.isfinite().all():
             raise ValueError(f"{where}{name} must be finite, got NaN or infinite values")
+        if dtype is not None and not values.to(dtype).isfinite().all():
+            largest = float(values.abs().max())
+            raise ValueError(f"{where}{name} must be finite as {dtype}, got {largest:.4g}")
 
 
 def weight_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -107,6 +107,19 @@ def canonical_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {k: v for k, v in renamed.items() if not is_index(k) and not k.endswith("attn.k_bias")}
 
 
+def check_dense(value: Tensor, label: str) -> None:
+    """Raise ValueError unless a tensor holds a value for each of its places, side by side.
+
+    A few bytes can claim any shape, and every copy of it takes that much memory.
+    """
+    if value.is_meta or value.is_nested or value.layout is not torch.strided:
+        kind = "a nested tensor" if value.is_nested else f"{value.layout} on {value.device.type}"
+        raise ValueError(f"{label} must have dense values, got {kind}")
+    stored = value.untyped_storage().nbytes() // value.element_size()
+    if value.numel() > stored:
+        raise ValueError(f"{label} must have a value for each of its {value.numel()} places, got {stored}")
+
+
 def unwrap(state: Mapping[str, Any], label: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors inside wrappers and prefixes, and the names of the training state left behind."""
     dropped: list[str] = []
@@ -124,12 +137,7 @@ def unwrap(state: Mapping[str, Any], label: str) -> tuple[dict[str, Tensor], lis
                 raise ValueError(f"{label}: {key} must be a tensor, got a {type(value).__name__}")
             dropped.append(str(key))
             continue
-        if value.is_meta or value.is_nested or value.layout is not torch.strided:
-            kind = "a nested tensor" if value.is_nested else f"{value.layout} on {value.device.type}"
-            raise ValueError(f"{label}: {key} must have dense values, got {kind}")
-        stored = value.untyped_storage().nbytes() // value.element_size()
-        if value.numel() > stored:  # a few bytes can claim any shape, and every copy of it takes that much memory
-            raise ValueError(f"{label}: {key} must have a value for each of its {value.numel()} places, got {stored}")
+        check_dense(value, f"{label}: {key}")
         _add(tensors, str(key), value, label)
     cleaned = clean_state_dict(tensors)  # of torch.compile and DistributedDataParallel
     if len(cleaned) < len(tensors):
