@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vptm.messages import hint, one_of
+from vptm.messages import check_range, hint, one_of
 
 RECIPES = ("finetune", "linear", "provp", "spt-deep", "spt-shallow", "vpt-deep", "vptm")
 
@@ -29,6 +29,14 @@ RECIPES = ("finetune", "linear", "provp", "spt-deep", "spt-shallow", "vpt-deep",
 def test_hint(value: object, allowed: tuple[str, ...], near: str | None) -> None:
     """An abbreviation finds its name; a far name, or a letter or family that many begin with, gets no random one."""
     assert hint(value, allowed) == ("" if near is None else f", did you mean {near!r}?")
+
+
+def test_numbers_that_no_float_holds_are_refused_by_name() -> None:
+    """Python's integers have no end; what learns is float32, which 1e39 would make infinite."""
+    with pytest.raises(ValueError, match=r"^ema must be a number that a float holds, got an integer of 1329 bits$"):
+        check_range("ema", 10**400, "in (0, 1)")
+    with pytest.raises(ValueError, match=r"^prompt_gate must be finite, got -1e\+39$"):
+        check_range("prompt_gate", -1e39, "finite")
 
 
 def test_one_of_names_argument_choices_and_value() -> None:

@@ -52,14 +52,21 @@ def one_line(text: object, longest: int = _LONGEST) -> str:
 
 
 def number(argument: str, value: object) -> float:
-    """`value` as a float; TypeError naming the argument where it is no number."""
+    """`value` as a float; TypeError naming the argument where it is no number, ValueError where no float holds it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        bits = int(value).bit_length()
+        raise ValueError(f"{argument} must be a number that a float holds, got an integer of {bits} bits") from None
 
+
+_LARGEST = 3.4028234663852886e38
+"""Of float32, in which everything learns."""
 
 _RANGES: dict[str, Callable[[float], bool]] = {
-    "finite": math.isfinite,
+    "finite": lambda value: abs(value) <= _LARGEST,
     "finite and > 0": lambda value: 0 < value < math.inf,
     "finite and >= 0": lambda value: 0 <= value < math.inf,
     "in [0, 1]": lambda value: 0 <= value <= 1,

@@ -192,6 +192,7 @@ class PromptSettings(SettingsGroup):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("prompt_dim", self.prompt_dim, 1, optional=True)
+        check_integer("patch_values", self.patch_values, 1, optional=True)
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,8 @@ class ModelSettings(SettingsGroup):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("prompt_length", self.prompt_length, 0)
+        if not isinstance(self.prompt_options, Mapping | None):
+            raise TypeError(f"prompt_options must be a mapping or None, got {self.prompt_options!r}")
         check_range("prompt_dropout", self.prompt_dropout, "in [0, 1)")
         check_range("prompt_gate", self.prompt_gate, "finite", optional="or None for no gate")
         check_integer("prototype_dim", self.prototype_dim, 1, optional=True)

@@ -103,7 +103,7 @@ def test_the_two_parts_are_mixed_and_draws_are_repeated() -> None:
     ("options", "arguments", "message"),
     [
         ({"prompt_options": {"kind": "kv"}}, {}, "init_vipamin needs prompts that are token rows of their own"),
-        ({"prompt_options": {"kind": "cross"}}, {}, "token rows of their own, got 0 prompts"),
+        ({"prompt_options": {"kind": "cross"}}, {}, "of their own, got 3 prompts of kind 'cross'"),
         ({}, {"neighbours": 7}, "neighbours must be at most the number of patches, 6, got 7"),
         ({}, {"neighbours": 0}, "neighbours must be an integer >= 1, got 0"),
         ({}, {"orthogonal": 1.5}, r"orthogonal must be in \[0, 1\], got 1.5"),

@@ -328,6 +328,9 @@ def test_tokens_start_the_prompts_of_their_own_block() -> None:
         ({"prompt_options": {"placement": "ad"}}, "did you mean 'add'"),
         ({"prompt_options": {"projection_per": "block"}}, "needs prompt_dim, the width of what it projects, got None"),
         ({"prompt_options": {"prompt_dim": 0}}, "prompt_dim must be an integer >= 1 or None, got 0"),
+        ({"prompt_options": {"patch_values": -9}}, "patch_values must be an integer >= 1 or None, got -9"),
+        ({"prompt_options": "kv"}, "prompt_options must be a mapping or None, got 'kv'"),
+        ({"prompt_options": [("kind", "kv")]}, r"prompt_options must be a mapping or None, got \[\('kind', 'kv'\)\]"),
         ({"prompt_options": {"dropout_per": "image"}}, "dropout_per must be one of sample, batch"),
         ({"prompt_gate": float("nan")}, "prompt_gate must be finite, or None for no gate, got nan"),
         ({"prompt_gate": float("inf")}, "prompt_gate must be finite, or None for no gate, got inf"),
@@ -349,8 +352,25 @@ def test_tokens_start_the_prompts_of_their_own_block() -> None:
 )
 def test_bad_options_are_refused(arguments: dict[str, Any], message: str) -> None:
     """One line that names the argument and what it was."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         build(**{"prompt_mode": "deep", **arguments})
+
+
+def test_a_patch_of_no_stated_size_is_the_backbone_s() -> None:
+    """None is the default there, as of every option: prompts then start in the bound of the patch."""
+    models = []
+    for options in ({}, {"patch_values": None}):
+        torch.manual_seed(0)
+        models.append(build(tiny_beit(depth=DEPTH), readout="cls", prompt_options=options))
+    assert torch.equal(models[0].prompts.weight, models[1].prompts.weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt_dim": 4}, {"prompt_dim": 4, "projection_per": "block"}])
+def test_without_prompts_nothing_of_theirs_learns(options: dict[str, Any]) -> None:
+    """DistributedDataParallel would wait for the gradient of a parameter that no score depends on."""
+    model = build(tiny_beit(depth=DEPTH), prompt_mode="deep", prompt_length=0, prompt_options=options)
+    model(images(model)).sum().backward()
+    assert [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None] == []
 
 
 @pytest.mark.parametrize("kind", ["beit", "vit"])

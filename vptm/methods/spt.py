@@ -154,10 +154,10 @@ def check_start(model: PromptedModel, loader: DataLoader[Any], seed: int, action
     bank = model.prompts
     projected = bank.projection is not None or bank.basis is not None
     if bank.weight.shape[-1] != model.num_features or projected or bank.length == 0:
-        kind = "projected prompts" if projected else "prompts"
+        kind = "projected prompts" if projected else f"prompts of kind {bank.kind!r} and placement {bank.placement!r}"
         raise ValueError(
-            f"{action} needs prompts that are token rows of their own, "
-            f"got {bank.length} {kind} of {bank.weight.shape[-1]} values for tokens of {model.num_features}"
+            f"{action} needs prompts that are token rows of their own, got {bank.weight.shape[1]} {kind}, "
+            f"of {bank.weight.shape[-1]} values for tokens of {model.num_features}"
         )
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an integer >= 0, got {seed!r}")

@@ -108,6 +108,8 @@ class PromptedModel(Pretrained):
         config, options = self.config, dict(self.config["prompt_options"] or {})
         for name in options:
             one_of("prompt_options", name, names(PromptSettings))
+        if options.get("patch_values") is None:
+            options["patch_values"] = self.backbone.patch_embed.proj.weight[0].numel()
         bank = PromptBank(
             len(self.backbone.blocks),
             config["prompt_length"],
@@ -117,7 +119,7 @@ class PromptedModel(Pretrained):
             alpha=config["progressive_alpha"],
             heads=self._heads(),
             gate=config["prompt_gate"],
-            **{"patch_values": self.backbone.patch_embed.proj.weight[0].numel(), **options},
+            **options,
         )
         rows, named = self.num_patches, "patches"
         if bank.added_to == "class_and_patches":

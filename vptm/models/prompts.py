@@ -182,7 +182,7 @@ class PromptBank(nn.Module):
             start = torch.empty(rows, dim, prompt_dim).uniform_(-1, 1) * math.sqrt(6.0 / (dim + prompt_dim))
             self.basis = nn.Parameter(start, requires_grad=length > 0)
         elif prompt_dim is not None:
-            self.projection = nn.Linear(prompt_dim, dim)
+            self.projection = nn.Linear(prompt_dim, dim).requires_grad_(length > 0)
             nn.init.kaiming_normal_(self.projection.weight, a=0, mode="fan_out")
             nn.init.zeros_(self.projection.bias)
         self.gate: nn.Parameter | None = None
