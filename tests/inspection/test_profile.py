@@ -49,6 +49,13 @@ def test_gates_count_with_the_blocks_they_are_of() -> None:
     assert [stage.trained for stage in stages[:-1]] == [3 * 16, *[HEADS * 3] * 3]
 
 
+def test_matrices_of_bilinear_prompts_count_with_their_blocks() -> None:
+    """Fails where a block's own matrix counts with the embedding."""
+    model = build_vit(tiny_vit(), prompt_mode="deep", prompt_options={"prompt_dim": 4, "projection_per": "block"})
+    stages = stages_of(model, pictures(model), repeats=1)
+    assert [stage.trained for stage in stages[:-1]] == [0, *[3 * 4 + 16 * 4] * 3]
+
+
 def test_a_trainable_backbone_is_refused() -> None:
     """It runs unfolded; counting it frozen would report a path that does not run."""
     model = beit_model("deep", P).unfreeze()

@@ -21,8 +21,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vptm
 from vptm.frozen.encoder import FrozenEncoder
+from vptm.inspection.explain import inspect_tokens, readout_attention_weights
+from vptm.inspection.profile import stages_of
 from vptm.models import prompted_model
 from vptm.models.opening import open_model
+from vptm.training.reformation import FeatureReformation
 from vptm.weights.vits import load_vit
 from vptm_kernels._runtime.triton_support import has_triton
 
@@ -227,6 +230,48 @@ def test_prompts_of_other_kinds_at_another_size(length: int, options: dict[str, 
         settings = {"prompt_mode": "deep", "prompt_length": length, "prompt_options": options}
         model = prompted(backbone, dynamic_img_size=True, **settings)
         assert_same(model, made_at(backbone, (8, 20), model, **settings), (8, 20), options)
+
+
+def test_a_head_reads_no_other_row_of_features_of_another_size() -> None:
+    """Fails where the row of the model's own size is read of other pictures' features, which is another patch."""
+    models = [prompted(tiny_beit((3, 3)), readout=readout, dynamic_img_size=True) for readout in ("mask", "mean")]
+    models += [prompted(tiny_vit((3, 3)), readout=one, dynamic_img_size=True) for one in ("mean", "mean_with_prompts")]
+    for model in models:
+        own, other = model.forward_features(pictures((12, 12))), model.forward_features(pictures((8, 20)))
+        assert relative_error(model.forward_head(own), model(pictures((12, 12)))) <= 1e-12
+        message = rf"features must have the {own.shape[1]} rows .* own size, got {other.shape[1]}: forward_hidden takes"
+        with pytest.raises(ValueError, match=message):
+            model.forward_head(other)
+    model = prompted(tiny_vit((3, 3)), dynamic_img_size=True)  # the class row is the first at every size
+    batch = pictures((8, 20))
+    assert relative_error(model.forward_head(model.forward_features(batch)), model(batch)) <= 1e-12
+
+
+@pytest.mark.parametrize("readout", ["mask", "mean"])
+def test_what_looks_into_a_model_follows_the_size(readout: str) -> None:
+    """Attention of the row that is read, and both paths of a profile."""
+    backbone = tiny_beit((3, 3))
+    model = prompted(backbone, readout=readout, dynamic_img_size=True)
+    fixed, batch = made_at(backbone, (8, 20), model, readout=readout), pictures((8, 20))
+    found, wanted = (inspect_tokens(one, batch[0]) for one in (model, fixed))
+    assert found.attention.shape == (2, 2, 5) and relative_error(found.attention, wanted.attention) <= 1e-12
+    assert found.shares == pytest.approx(wanted.shares, rel=1e-12)
+    assert found.classes[0].probability == pytest.approx(wanted.classes[0].probability, rel=1e-12)
+    weights = [readout_attention_weights(one, batch) for one in (model, fixed)]
+    assert relative_error(*weights) <= 1e-12
+    stages = [stages_of(one, batch, repeats=1) for one in (model, fixed)]
+    assert [stage.flops for stage in stages[0]] == [stage.flops for stage in stages[1]]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_reformation_at_another_size(cache: bool) -> None:
+    for backbone in (tiny_vit((3, 3)), tiny_beit((3, 3))):
+        model = prompted(backbone, prompt_mode="progressive", dynamic_img_size=True)
+        fixed = made_at(backbone, (8, 20), model, prompt_mode="progressive")
+        for impl in ("torch", "reference"):
+            model.impl = fixed.impl = impl
+            found, wanted = (FeatureReformation(one, cache=cache)(pictures((8, 20))) for one in (model, fixed))
+            assert all(relative_error(*pair) <= 1e-12 for pair in zip(found, wanted)), (type(backbone), impl)
 
 
 def test_training_at_another_size_learns_what_a_model_made_at_it_learns() -> None:

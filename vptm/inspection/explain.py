@@ -101,6 +101,8 @@ def inspect_tokens(
         raise TypeError(f"image must be floating point, normalised as vptm.transforms does, got {image.dtype}")
     pixels = image.to(place)[None]
     with eval_mode(model):
+        model = model.of_size(pixels)
+        assert isinstance(model, PromptedBEiT)
         hidden = model.forward_hidden(pixels)
         scores = model.forward_scores(hidden)[0]
         probabilities = scores.sigmoid() if model.multi_label else scores.softmax(-1)
@@ -139,9 +141,10 @@ def inspect_tokens(
 
 
 @torch.no_grad()
-def readout_attention_weights(model: PromptedBEiT, images: Tensor, layer: int = -1) -> Tensor:
+def readout_attention_weights(model: PromptedModel, images: Tensor, layer: int = -1) -> Tensor:
     """Softmax weights (B, H, T) of the row that is read, over the rows `[class | patches | mask? | prompts]` of block
     `layer`; the mean over the averaged rows where a mean is read."""
+    model = model.of_size(images)
     weights, row = model.attention_maps(images, [layer])[0], model._readout_row()
     return weights[:, :, model.mean_rows()].mean(2) if row is None else weights[:, :, row]
 

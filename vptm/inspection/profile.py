@@ -168,6 +168,7 @@ def _check(model: PromptedModel) -> None:
 
 
 def _concatenation(model: PromptedModel, images: Tensor) -> Tensor:
+    model = model.of_size(images)
     return model.forward_head(reference_features(model, images, sdpa))
 
 
@@ -240,7 +241,7 @@ def _parameters(model: PromptedModel) -> dict[str, tuple[int, int]]:
         elif name.startswith(("verbalizer.", "lm_head.", "backbone.norm.", "backbone.fc_norm.")):
             stage = "read-out"
         targets = [stage]
-        if name == "prompts.weight" and len(parameter) == len(model.prompts.blocks) > 1:
+        if name in ("prompts.weight", "prompts.basis") and len(parameter) == len(model.prompts.blocks) > 1:
             targets = [f"block {i}" for i in model.prompts.blocks]
         elif name == "prompts.gate":
             targets = [f"block {i}" for i in range(len(blocks)) if model.prompts.role(i) != "none"]

@@ -583,7 +583,8 @@ class PromptedModel(Pretrained):
             self.block_listener = None
 
     def forward_hidden(self, images: Tensor) -> Tensor:
-        """The normalised read-out row (B, C), equal to `forward_head(forward_features(images), pre_logits=True)`."""
+        """The normalised read-out row (B, C), at the model's own size equal to
+        `forward_head(forward_features(images), pre_logits=True)`."""
         if (model := self.of_size(images)) is not self:
             return model.forward_hidden(images)
         self.check_images(images)
@@ -607,13 +608,23 @@ class PromptedModel(Pretrained):
 
         Weights that were trained with mean pooling keep their norm after the pooling (`fc_norm`); it is then used on
         the row that is read, whichever it is.
+
+        Raises:
+            ValueError: features of another number of rows, as those of pictures of another size than the model's are,
+                whose window no row tells: `forward_hidden` and the model itself take such pictures.
         """
         row = self._readout_row()
+        rows = self.num_rows - (0 if self.pools_prompts else self.prompts.length)
+        if row != 0 and features.shape[1] != rows:
+            raise ValueError(
+                f"features must have the {rows} rows that readout={self.readout!r} has at the model's own size, "
+                f"got {features.shape[1]}: forward_hidden takes pictures of other sizes"
+            )
         if row is not None:
             pooled = features[:, row]
         else:
-            rows, pool = features[:, self.mean_rows()], self.attention_pool
-            pooled = rows.mean(dim=1) if pool is None else pool(rows)
+            averaged, pool = features[:, self.mean_rows()], self.attention_pool
+            pooled = averaged.mean(dim=1) if pool is None else pool(averaged)
         hidden = self.backbone.fc_norm(pooled)
         return hidden if pre_logits else self.forward_scores(hidden)
 

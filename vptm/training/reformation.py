@@ -55,7 +55,7 @@ class FeatureReformation:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The prompted read-out rows (B, C) of a batch, and its loss."""
-        model = self.model
+        model = self.model.of_size(images)
         folded = model.folded_constants() if self._cache is None and model.prompts.placement == "prepend" else None
         if folded is not None:
             model.check_images(images)
@@ -85,8 +85,8 @@ class FeatureReformation:
 
     @torch.no_grad()
     def _compute(self, images: Tensor, start: Start | None = None) -> Tensor:
-        twin = self.twin
-        twin.impl = self.model.impl
+        self.twin.impl = self.model.impl
+        twin = self.twin.of_size(images)
         return image_features(self.model, twin.hidden_on(images, twin.folded_constants(), start))
 
 
