@@ -119,6 +119,20 @@ def test_what_cannot_start_so(options: dict[str, Any], arguments: dict[str, Any]
     assert torch.equal(model.prompts.weight, before)
 
 
+def test_a_model_of_bfloat16_starts_where_one_of_float32_does() -> None:
+    """Averages over images and what is outside them are computed in float32: bfloat16 has no QR, and no digits for
+    sums."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build_vit(tiny_vit(), prompt_length=3).bfloat16().to(dtype)
+        loader = loader_of(model)
+        loader.dataset.tensors = (loader.dataset.tensors[0].bfloat16().to(dtype), loader.dataset.tensors[1])
+        vptm.init_vipamin(model, loader, neighbours=6, images=40, seed=2, progress=False)
+        found.append(model.prompts.weight.detach().float())
+    assert model.prompts.weight.dtype == torch.bfloat16
+    assert (found[0] - found[1]).abs().max() < 0.05 * found[0].abs().max()
+
+
 def test_rows_that_span_every_channel_leave_nothing_outside() -> None:
     """As many rows as channels: refused, unless nothing outside is asked for."""
     model = build_vit(tiny_vit((4, 4)), prompt_length=2)

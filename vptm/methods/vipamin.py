@@ -25,7 +25,7 @@ from vptm.training.seeding import generators_kept, seed_everything
 
 
 class _Means:
-    """What blocks are fed and make of it, averaged over images."""
+    """What blocks are fed and make of it, averaged over images in at least float32."""
 
     def __init__(self) -> None:
         self.sums: dict[tuple[str, int], Tensor] = {}
@@ -33,8 +33,8 @@ class _Means:
 
     def add(self, name: str, layer: int, rows: Tensor) -> None:
         """Rows (B, T, D) of a batch."""
-        found = self.sums.get((name, layer))
-        self.sums[name, layer] = rows.sum(0) if found is None else found + rows.sum(0)
+        total, found = rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)), self.sums.get((name, layer))
+        self.sums[name, layer] = total if found is None else found + total
 
     def of(self, name: str, layer: int) -> Tensor:
         """(T, D)."""
@@ -131,7 +131,7 @@ def init_vipamin(
             if orthogonal > 0:
                 reference_features(twin, batch, sdpa, spanned)
         bound = math.sqrt(6.0 / (model.backbone.patch_embed.proj.weight[0].numel() + model.num_features))
-        start = torch.empty_like(bank.weight)
+        start = torch.empty_like(bank.weight, dtype=torch.promote_types(bank.weight.dtype, torch.float32))
         for row, layer in enumerate(layers):
             found = (1 - orthogonal) * _matched(model, means, layer, neighbours)
             if orthogonal > 0:
@@ -161,8 +161,9 @@ def _heads(model: PromptedModel, layer: int, rows: Tensor) -> tuple[Tensor, Tens
 
 def _value_map(model: PromptedModel, layer: int) -> tuple[Tensor, Tensor]:
     weight, bias = qkv_of(model.backbone.blocks[layer].attn)
-    width = len(weight) // 3
-    return weight[2 * width :], weight.new_zeros(width) if bias is None else bias[2 * width :]
+    width, wide = len(weight) // 3, torch.promote_types(weight.dtype, torch.float32)
+    values = weight[2 * width :].to(wide)
+    return values, values.new_zeros(width) if bias is None else bias[2 * width :].to(wide)
 
 
 def _matched(model: PromptedModel, means: _Means, layer: int, neighbours: int) -> Tensor:
