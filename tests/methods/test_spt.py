@@ -244,7 +244,7 @@ def test_bad_input_is_refused_before_the_prompts_change() -> None:
         vptm.init_prompts(model, DataLoader(Stream()), progress=False)
     with pytest.raises(ValueError, match=r"got 0 prompts"):
         vptm.init_prompts(build(0), DataLoader(data), progress=False)
-    with pytest.raises(ValueError, match=r"got 4 projected prompts of 16 values"):
+    with pytest.raises(ValueError, match=r"got 4 projected prompts, of 16 values for tokens of 16"):
         # as wide as tokens: tokens put before a random projection would be none behind it
         projected = vptm.PromptedBEiT(
             tiny_beit(), 2, prompt_length=4, prompt_options={"prompt_dim": 16}, readout="cls", token_activation="hidden"
