@@ -136,6 +136,8 @@ def test_tasks_run_in_as_few_groups_as_their_kinds_allow():
     deep = ["deep", "deep of another length", "no prompts", "linear on tokens", "prototypes of another size"]
     deep += ["several labels", "learned keys and values"]
     groups = {name: snapshot.tasks[name].group for name in tasks}
+    lengths = {name: task.info.prompt_length for name, task in snapshot.tasks.items()}
+    assert lengths == {name: model.config["prompt_length"] for name, model in tasks.items()}
     assert len({groups[name] for name in deep if name != "linear on tokens"}) == 1
     assert groups["shallow"] == groups["another shallow"] != groups["progressive"]
     assert groups["shallow"] == groups["several labels, shallow"]
@@ -382,6 +384,9 @@ BAD = {
     "threshold must be left out for a model of one label an image, got 0.3": lambda b, m: predict(
         b, images(m), threshold=0.3
     ),
+    "a TaskBank needs the original weights, freeze_for_inference dropped them": lambda b, m: TaskBank(
+        copy.deepcopy(m).freeze_for_inference()
+    ),
     "when_full must be one of refuse, evict, got 'lru'": lambda b, m: TaskBank(m, when_full="lru"),
     "memory_limit must be bytes >= 1 or None, got 0": lambda b, m: TaskBank(m, memory_limit=0),
     "impl must be one of auto, triton, torch for a TaskBank": lambda b, m: TaskBank(m, impl="reference"),
@@ -392,7 +397,7 @@ BAD = {
 def test_wrong_calls_are_one_clear_line(message):
     model = build()
     bank = bank_of({"clothes": model})
-    with pytest.raises((ValueError, TypeError), match=re.escape(message)) as error:
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=re.escape(message)) as error:
         BAD[message](bank, model)
     assert "\n" not in str(error.value) and bank.names == ["clothes"]
 

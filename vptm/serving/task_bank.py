@@ -118,6 +118,7 @@ class TaskBank:
 
     Raises:
         ValueError: a backbone that does not run folded, an option outside its set.
+        RuntimeError: a model whose weights `freeze_for_inference` dropped, with which no task can be compared.
 
     Example:
         >>> bank = TaskBank("builtin")
@@ -150,6 +151,7 @@ class TaskBank:
         if isinstance(backbone, PromptedModel):
             if settings:
                 raise TypeError(f"a model is taken as it is, got {sorted(settings)[0]}=")
+            backbone._refuse_dropped("a TaskBank")
             model = backbone.without_prompts()
         else:
             model = open_model(backbone, 1, prompt_length=0, **settings)
@@ -458,7 +460,7 @@ class TaskBank:
         info = TaskInfo(
             readout.classes,
             None if model.class_names is None else tuple(model.class_names),
-            prompts.length,
+            prompts.weight.shape[1],
             prompts.mode,
             outside + _bytes(*wanted.values()),
             dict(model.default_cfg),
