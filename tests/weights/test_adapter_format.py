@@ -159,6 +159,10 @@ def edit(folder: Path, **changes: Any) -> None:
         # a few bytes must not take the memory of the machine
         ({"model": {"prompt_length": 10**9}}, "model.prompt_length asks for 1000000000"),
         ({"model": {"prototype_dim": 10**9}}, "model.num_classes asks for 3000000000"),
+        (
+            {"model": {"prompt_length": 0, "prompt_options": {"prompt_dim": 10**9}}},
+            r"model\.prompt_options\.prompt_dim asks for 1000000000",
+        ),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(folder: Path, changes: dict[str, Any], message: str) -> None:

@@ -171,6 +171,8 @@ def check_claims(folder: Path, config: Mapping[str, Any], learned: Mapping[str, 
         "prompt_length": options.get("prompt_dim") if isinstance(options, dict) else None,
     }
     counts = {name: config.get(name) for name in widths}
+    # a projection is made for no prompt, too
+    counts["prompt_options.prompt_dim"], widths["prompt_options.prompt_dim"] = widths["prompt_length"], None
     if isinstance(codebook := config.get("codebook"), list) and len(codebook) == 2:
         counts["codebook"], widths["codebook"] = codebook
     for name, width in widths.items():
