@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,14 @@ def test_a_gate_starts_where_it_is_told() -> None:
         assert model.prompts.gate.shape == shape and bool((model.prompts.gate == -4).all()), more
     with pytest.raises(ValueError, match="heads must be those of a block's attention where prompt_gate is given"):
         vptm.PromptBank(2, 3, 8, patch_values=48, gate=-4.0)
+
+
+@pytest.mark.parametrize("heads", [0, -2, 2.0, "2", True])
+def test_heads_of_a_bank_are_a_number_of_them(heads: Any) -> None:
+    """No heads would be gates without a value, which learn nothing and say nothing."""
+    for kind in ("tokens", "kv"):
+        with pytest.raises(ValueError, match=re.escape(f"heads must be an integer >= 1 or None, got {heads!r}")):
+            vptm.PromptBank(2, 3, 8, mode="deep", patch_values=48, kind=kind, gate=-4.0, heads=heads)
 
 
 def test_an_adapter_keeps_gates(tmp_path: Path) -> None:

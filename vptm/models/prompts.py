@@ -126,32 +126,13 @@ class PromptBank(nn.Module):
     ) -> None:
         super().__init__()
         one_of("prompt_mode", mode, get_args(PromptMode))
-        PromptSettings.of(locals())  # checks what stands there
+        options = PromptSettings.of(locals())
         check_integer("prompt_length", length, 0)
         check_range("prompt_dropout", dropout, "in [0, 1)")
-        if blocks is not None and (
-            isinstance(blocks, bool) or not isinstance(blocks, int) or not 1 <= abs(blocks) <= depth
-        ):
-            raise ValueError(f"blocks must be in 1..{depth}, in -{depth}..-1, or None, got {blocks!r}")
-        if mode == "shallow" and (blocks is not None or shared):
-            raise ValueError("blocks and shared need prompt_mode 'deep' or 'progressive', got 'shallow'")
-        if mode == "progressive" and placement == "add":
-            raise ValueError("placement='add' needs prompt_mode 'shallow' or 'deep', got 'progressive'")
-        if after == "drop" and (blocks is None or blocks < 0):
-            raise ValueError(f"after='drop' needs blocks > 0, the blocks that have prompts, got {blocks!r}")
-        if added_to != "patches" and placement != "add":
-            raise ValueError(f"added_to={added_to!r} needs placement='add', got {placement!r}")
-        if kind != "tokens":
-            for name, value, needed in (("prompt_mode", mode, "deep"), ("placement", placement, "prepend")):
-                if value != needed:
-                    raise ValueError(f"kind={kind!r} needs {name}={needed!r}, got {value!r}")
-        if projection_per == "block" and prompt_dim is None:
-            raise ValueError("projection_per='block' needs prompt_dim, the width of what it projects, got None")
-        if kind == "kv":
-            if prompt_dim is not None:
-                raise ValueError(f"kind='kv' needs prompt_dim=None, got {prompt_dim!r}")
-            if heads is None or heads < 1 or dim % heads:
-                raise ValueError(f"kind='kv' needs heads, a divisor of the width {dim}, got {heads!r}")
+        check_integer("heads", heads, 1, optional=True)
+        _refuse_together(options, mode, depth)
+        if kind == "kv" and (heads is None or dim % heads):
+            raise ValueError(f"kind='kv' needs heads, a divisor of the width {dim}, got {heads!r}")
         self.mode: str = mode
         self.kind: str = kind
         self.dim = dim
@@ -165,14 +146,8 @@ class PromptBank(nn.Module):
         count = 1 if mode == "shallow" else abs(blocks or depth)
         first = depth - count if blocks is not None and blocks < 0 else 0
         self.blocks = range(first, first + count)
-        width = prompt_dim or dim
-        bound = math.sqrt(6.0 / (patch_values + width))
-        if heads is not None and kind == "kv":
-            width, bound = 2 * dim, math.sqrt(6.0 / max(length * (dim // heads), 1))
         rows = 1 if shared else count
-        if kind == "cross":
-            bound = math.sqrt(6.0 / ((length + rows) * width))
-        values = torch.empty(rows, length, width).uniform_(-bound, bound)
+        values = self._uniform(rows, length, prompt_dim or dim, patch_values, heads or 1)
         # without a value there is nothing to learn, and DistributedDataParallel would wait for its gradient
         self.weight = nn.Parameter(values, requires_grad=length > 0)
         self.projection = None
@@ -190,6 +165,16 @@ class PromptBank(nn.Module):
             self.gate = nn.Parameter(self._gates(gate, gate_per, depth, heads))
         elif gate_per != "prompt":
             raise ValueError(f"gate_per={gate_per!r} needs prompt_gate, got None")
+
+    def _uniform(self, rows: int, length: int, width: int, patch_values: int, heads: int) -> Tensor:
+        """Values (rows, P, width), (rows, P, 2C) with "kv", uniform in the bound of their kind."""
+        fans = patch_values + width
+        if self.kind == "kv":
+            width, fans = 2 * self.dim, max(length * (self.dim // heads), 1)
+        elif self.kind == "cross":
+            fans = (length + rows) * width
+        bound = math.sqrt(6.0 / fans)
+        return torch.empty(rows, length, width).uniform_(-bound, bound)
 
     def _gates(self, start: float, per: str, depth: int, heads: int | None) -> Tensor:
         check_range("prompt_gate", start, "finite", optional="or None for no gate")
@@ -272,6 +257,31 @@ class PromptBank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, mode={self.mode}, dropout={self.dropout}"
+
+
+def _refuse_together(options: PromptSettings, mode: str, depth: int) -> None:
+    """Raise ValueError where options do not go with each other, with the mode or with so many blocks."""
+    blocks, kind, placement = options.blocks, options.kind, options.placement
+    if blocks is not None and (
+        isinstance(blocks, bool) or not isinstance(blocks, int) or not 1 <= abs(blocks) <= depth
+    ):
+        raise ValueError(f"blocks must be in 1..{depth}, in -{depth}..-1, or None, got {blocks!r}")
+    if mode == "shallow" and (blocks is not None or options.shared):
+        raise ValueError("blocks and shared need prompt_mode 'deep' or 'progressive', got 'shallow'")
+    if mode == "progressive" and placement == "add":
+        raise ValueError("placement='add' needs prompt_mode 'shallow' or 'deep', got 'progressive'")
+    if options.after == "drop" and (blocks is None or blocks < 0):
+        raise ValueError(f"after='drop' needs blocks > 0, the blocks that have prompts, got {blocks!r}")
+    if options.added_to != "patches" and placement != "add":
+        raise ValueError(f"added_to={options.added_to!r} needs placement='add', got {placement!r}")
+    if kind != "tokens":
+        for name, value, needed in (("prompt_mode", mode, "deep"), ("placement", placement, "prepend")):
+            if value != needed:
+                raise ValueError(f"kind={kind!r} needs {name}={needed!r}, got {value!r}")
+    if options.projection_per == "block" and options.prompt_dim is None:
+        raise ValueError("projection_per='block' needs prompt_dim, the width of what it projects, got None")
+    if kind == "kv" and options.prompt_dim is not None:
+        raise ValueError(f"kind='kv' needs prompt_dim=None, got {options.prompt_dim!r}")
 
 
 def _alphas(alpha: float | Sequence[float], depth: int) -> list[float]:
