@@ -120,6 +120,18 @@ def test_every_kind_of_prompt_and_bias_equals_the_definition(case, impl):
 
 
 @pytest.mark.parametrize("impl", EXACT_IMPLS)
+@pytest.mark.parametrize("prompts", ["shared", "queries"])
+def test_values_and_bias_of_fewer_bits_add_up_in_those_of_the_scores(prompts, impl):
+    """Both are float32 beside float64: their sum rounded to float32 would be off by 1e-7."""
+    call = AttentionCase(prompts=prompts, prompt_length=3, tokens=5, bias="columns").inputs(DEVICE)
+    call["bias"] = (call["bias"] * 3).float()
+    values = torch.linspace(-5, 4, 6, device=DEVICE).view(2, 3)
+    exact = call | {"bias": call["bias"].double(), "prompt_column_bias": values.double()}
+    out = prompted_attention(**call, prompt_column_bias=values, impl=impl)
+    torch.testing.assert_close(out, reference(exact)[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
 @pytest.mark.parametrize("prompts", ["shared", "image", "pool", "queries"])
 def test_a_column_value_is_a_weight_of_its_prompt(prompts, impl):
     """A value of -inf is no prompt, zero changes nothing. Fails where values reach tokens, another head, or another row

@@ -328,7 +328,8 @@ def _mask(dense: Tensor | None, values: Tensor | None, rows: int, columns: int, 
         rows = rows if dense is not None else 1
         if dense is None:
             dense = values.new_zeros(values.shape[0], 1, columns)
-        wider = dense.new_zeros(dense.shape[0], rows, columns, dtype=torch.promote_types(dense.dtype, values.dtype))
+        wide = torch.promote_types(torch.promote_types(dense.dtype, values.dtype), dtype)
+        wider = dense.new_zeros(dense.shape[0], rows, columns, dtype=wide)
         wider[:, : dense.shape[1], : dense.shape[2]] = dense
         wider[..., columns - values.shape[1] :] += values[:, None]
         dense = wider
