@@ -209,6 +209,31 @@ def test_a_file_with_other_scores_is_not_written(tmp_path, monkeypatch):
     assert path.read_bytes() == b"before" and [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
 
 
+FULL = """
+import resource, sys
+import vptm
+from vptm.export.formats import export
+model = vptm.PromptedBEiT("builtin", 3)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+for to in sys.argv[2:]:
+    try:
+        export(model, sys.argv[1] + "/model." + to, to)
+    except OSError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("resource") is None, reason="this system has no limit of file sizes")
+def test_a_file_that_grows_no_further_is_named(tmp_path):
+    """In a process of its own, as torch's writer ends the one that it fails in."""
+    command = [sys.executable, "-c", FULL, str(tmp_path), "pt2", "safetensors"]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout.splitlines()
+    assert len(told) == 2, told
+    for line, name in zip(told, ("model.pt2", "model.safetensors")):
+        assert f"{name} cannot be written: " in line and "File too large" in line, line
+    assert not list(tmp_path.iterdir())
+
+
 class Branching(torch.nn.Linear):
     """What no exporter can trace."""
 

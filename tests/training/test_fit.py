@@ -1013,6 +1013,18 @@ def test_no_entry_of_the_state_can_be_missing_or_wrong(backbone: Path, tmp_path:
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()), place
 
 
+@pytest.mark.parametrize("content", [b"", b"hello", None], ids=["empty", "text", "half"])
+def test_what_is_no_whole_state_is_named(backbone: Path, tmp_path: Path, content: bytes | None) -> None:
+    """In the words of the library, and not those of torch's reader of archives."""
+    stopped_run(make_model(backbone), tmp_path / "r", 2)
+    path = tmp_path / "r" / STATE_FILE
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content)
+    with pytest.raises(
+        ValueError, match=r"state\.pt must be a training state of vptm, it is cut off or .*; use overwrite$"
+    ):
+        run(make_model(backbone), tmp_path / "r", epochs=3, resume=True)
+
+
 def test_a_state_cannot_claim_what_it_does_not_hold(backbone: Path, tmp_path: Path) -> None:
     """A mapping that holds itself, a value repeated to a size that no machine has: refused without following either."""
     stopped_run(make_model(backbone), tmp_path / "r", 2)
@@ -1038,7 +1050,9 @@ def test_a_flipped_bit_of_the_state_is_refused(backbone: Path, tmp_path: Path) -
     content = bytearray(whole)
     content[whole.index(value) + 5] ^= 4
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"state\.pt is not a training state of vptm"):
+    with pytest.raises(
+        ValueError, match=r"state\.pt must be a whole torch checkpoint, it is damaged: .* in it changed; use overwrite$"
+    ):
         run(make_model(backbone), tmp_path / "r", epochs=2, resume=True)
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_data import write_backbone
 
 from vptm import PromptedBEiT, PromptedViT, load_adapter, save_adapter
+from vptm.models.adapter_loading import load_on
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, read_adapter_config
 from vptm.weights.files import weight_hash, write_atomically
 
@@ -134,6 +135,7 @@ def test_other_backbone_weights_are_refused_with_both_hashes(folder: Path, tmp_p
     with pytest.raises(ValueError, match="pass the right weights as source=") as refusal:
         load_adapter(folder, source=other)
     assert expected[:19] in str(refusal.value) and PromptedBEiT(other, 3).weight_hash()[:19] in str(refusal.value)
+    assert str(folder) in str(refusal.value)
 
 
 def edit(folder: Path, **changes: Any) -> None:
@@ -156,6 +158,7 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"class_names": ["a", "b"]}, "must name every class: 2 class_names for 3 classes"),
         ({"class_names": "ab"}, "must have class_names as a list of strings or null"),
         ({"model": {"depht": 2}}, "does not fit PromptedBEiT: .*depht"),
+        ({"model": {"prompt_gate": 1e39}}, "does not (open|fit PromptedBEiT): prompt_gate must be finite"),
         # a few bytes must not take the memory of the machine
         ({"model": {"prompt_length": 10**9}}, "model.prompt_length asks for 1000000000"),
         ({"model": {"prototype_dim": 10**9}}, "model.num_classes asks for 3000000000"),
@@ -166,10 +169,13 @@ def edit(folder: Path, **changes: Any) -> None:
     ],
 )
 def test_configs_that_do_not_fit_are_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
+    """In one line that says which adapter it is, also where many are read onto one backbone."""
+    model = load_adapter(folder)
     edit(folder, **changes)
-    with pytest.raises(ValueError, match=message) as refusal:
-        load_adapter(folder)
-    assert "\n" not in str(refusal.value)
+    for read in (load_adapter, lambda folder: load_on(model, folder)):
+        with pytest.raises(ValueError, match=message) as refusal:
+            read(folder)
+        assert "\n" not in str(refusal.value) and str(folder) in str(refusal.value)
 
 
 def damage(folder: Path, kind: str) -> None:

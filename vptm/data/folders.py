@@ -58,8 +58,11 @@ def read_folder(root: Path, notes: list[str]) -> tuple[dict[str, Listing], list[
     """
     folders = _subfolders(root)
     if not folders:
+        files = sorted(root.iterdir())
+        lists = [file for file in files if file.suffix in (".jsonl", ".csv")]
+        hint = f": pass a list by its file, as {lists[0]}" if lists else ""
         raise ValueError(
-            f"{root} must hold one folder per class, got {'loose files only' if any(root.iterdir()) else 'nothing'}"
+            f"{root} must hold one folder per class, got {'loose files only' if files else 'nothing'}{hint}"
         )
     _note_loose(root, notes)
     left_out: Counter[str] = Counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -152,8 +153,9 @@ def _difference(run: Callable[[Tensor], Tensor], model: PromptedModel) -> float:
 
 
 def _save_program(program: torch.export.ExportedProgram, file: Path, said: Mapping[str, str]) -> None:
-    with file.open("wb") as stream:  # a path would have to end in .pt2
-        torch.export.save(program, stream, extra_files={FACTS: json.dumps(dict(said), indent=2)})
+    buffer = io.BytesIO()  # where a disk is full, torch's own writer ends the process
+    torch.export.save(program, buffer, extra_files={FACTS: json.dumps(dict(said), indent=2)})
+    file.write_bytes(buffer.getbuffer())
 
 
 def _check_compiler() -> None:

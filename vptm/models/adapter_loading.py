@@ -58,7 +58,7 @@ def load(kind: type[Saved], folder: Path, config: Mapping[str, Any], source: Any
         raise ValueError(f"{folder / CONFIG_FILE} does not fit {kind.__name__}: {error}") from None
     except (FileNotFoundError, ValueError) as error:
         if not isinstance(error, FileNotFoundError) and not (source is None and isinstance(error.__cause__, OSError)):
-            raise
+            raise ValueError(f"{folder} does not open: {error}") from error
         raise FileNotFoundError(
             f"{error}; the adapter was trained on {recorded}: pass the backbone as source="
         ) from error
@@ -124,7 +124,7 @@ def load_on(model: Any, folder: str | Path) -> Any:
         check_claims(folder, config["model"], learned)
         try:
             own = build(type(model), model.loaded(), {**config["model"], "img_size": None, "pretrained": False})
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / CONFIG_FILE} does not fit {kind}: {error}") from None
         own.config |= {name: config["model"][name] for name in ("img_size", "pretrained") if name in config["model"]}
         found = completed(folder, own, config, learned, stated_hash)
@@ -148,7 +148,7 @@ def completed(
     """A model as it was built, with what its adapter holds."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     check_adapter_tensors(folder, config, learned, stated_hash, parameters, model.learned_state_dict().keys())
-    check_backbone_hash(config, learned, model.frozen_state_dict(), model.source)
+    check_backbone_hash(folder, config, learned, model.frozen_state_dict(), model.source)
     _fill(model, learned, config)
     model.class_names = config.get("class_names")
     size = model.default_cfg["input_size"]

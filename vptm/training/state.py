@@ -44,9 +44,14 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         check_archive(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; use overwrite") from None
+    try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated archives, foreign files and pickled code raise many kinds
-        raise ValueError(f"{path} is not a training state of vptm: {type(error).__name__}; use overwrite") from None
+        raise ValueError(
+            f"{path} must be a training state of vptm, it is cut off or something else; use overwrite"
+        ) from error
     version = state.get("version") if isinstance(state, dict) else None
     if type(version) is not int or not 1 <= version <= _VERSION:
         raise ValueError(f"{path} must be a training state of version 1 to {_VERSION}, use overwrite to start again")

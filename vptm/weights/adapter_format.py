@@ -242,12 +242,16 @@ def check_adapter_tensors(
 
 
 def check_backbone_hash(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], frozen: Mapping[str, Tensor], source: str | None
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+    source: str | None,
 ) -> None:
     """Refuse a backbone whose weights are not those that the adapter was trained on.
 
     Args:
-        config, tensors: of the adapter.
+        folder, config, tensors: of the adapter.
         frozen: what the model has from `source`.
         source: its name, None for a module.
 
@@ -264,6 +268,6 @@ def check_backbone_hash(
         }
     if expected != (found := weight_hash(frozen)):
         raise ValueError(
-            f"backbone {source or 'object'} has weight hash {found[:19]}, the adapter was trained on "
+            f"backbone {source or 'object'} has weight hash {found[:19]}, the adapter {folder} was trained on "
             f"{expected[:19]} from {config['backbone'].get('source')}: pass the right weights as source="
         )

@@ -101,8 +101,9 @@ def make_folder(folder: Path) -> None:
 def _naming(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error_line(error)
+        raise WriteError(f"{path} cannot be written: {reason}") from error
 
 
 def _move(file: Path, path: Path) -> None:
