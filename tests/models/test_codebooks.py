@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vptm
+from vptm.commands.train import train_settings
 from vptm.models.adapter_loading import load_on
 from vptm.models.codebooks import load_codebook
 from vptm.models.opening import open_model
@@ -217,3 +218,12 @@ def test_a_codebook_goes_with_what_reads_it(dinov2: str, tmp_path: Path) -> None
         open_model("builtin", 3, codebook=codes())
     with pytest.raises(ValueError, match="--codebook is for ViT models, builtin is a BEiT"):
         vptm.settings.RunSettings.from_options({"model": "builtin", "codebook": "x.pt"}, "beit")
+
+
+def test_a_run_records_where_its_codebook_lies(dinov2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does of its weights: a resume from another folder reads the same file."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", dinov2, "--readout", "mask", "--token-activation", "logits", "--codebook", "codes.pt"]
+    assert train_settings(arguments)[0].model_settings.codebook == str(tmp_path / "codes.pt")
+    with pytest.raises(FileNotFoundError, match=r"codebook .*codes\.pt: no such file"):
+        open_tokens(dinov2, codebook="codes.pt")

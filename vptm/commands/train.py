@@ -134,7 +134,10 @@ def _given(ctx: typer.Context) -> set[str]:
 def _located(options: Mapping[str, Any]) -> dict[str, Any]:
     from vptm.training.run_folder import located
 
-    return {**options, **{name: located(name, options[name]) for name in ("model", "data")}}
+    found = {name: located(name, options[name]) for name in ("model", "data")}
+    if options["codebook"] is not None:
+        found["codebook"] = str(Path(options["codebook"]).expanduser().resolve())
+    return {**options, **found}
 
 
 def _fresh(values: Mapping[str, Any], given: AbstractSet[str]) -> RunSettings:
