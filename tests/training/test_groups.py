@@ -57,6 +57,18 @@ def test_every_learned_tensor_has_the_decay_of_its_group(backbone: Path) -> None
     assert decays(weight_decay_of=named) == {prompts: 0.5, temperature: 0.6, mask: 0.7, gate: 0.8}
 
 
+def test_no_factor_of_prompts_decays(backbone: Path) -> None:
+    """Rows, matrices and gates of bilinear prompts are all prompts: in vptm's groups, and in timm's by
+    `no_weight_decay`."""
+    bilinear = {"prompt_dim": 4, "projection_per": "block"}
+    model = make_model(backbone, prompt_mode="deep", prompt_gate=-4.0, prompt_options=bilinear)
+    factors = {"prompts.weight", "prompts.basis", "prompts.gate"}
+    found = {name: decay for name, (_, decay) in groups_of(model).items() if name.startswith("prompts.")}
+    assert found == dict.fromkeys(factors, 0.0) and factors <= model.no_weight_decay()
+    named = groups_of(model, prompt_weight_decay=0.2)
+    assert {name: named[name][1] for name in factors} == dict.fromkeys(factors, 0.2) | {"prompts.gate": 0.0}
+
+
 def test_one_step_moves_each_group_by_its_own_rate(backbone: Path) -> None:
     """Plain gradient descent under a published schedule, which wrote one rate for all: what moves is the rate times the
     gradient, and a rate of 0 leaves its group bitwise alone, also with decay and a clipped gradient."""
