@@ -43,10 +43,13 @@ def test_stages_add_up_and_name_the_right_block(mode: str) -> None:
 
 
 def test_gates_count_with_the_blocks_they_are_of() -> None:
-    """Those of carried prompts too, whose rows count with the embedding."""
+    """Those of carried prompts too, whose rows count with the embedding; a block without prompts has none."""
     model = build_vit(tiny_vit(), prompt_mode="shallow", prompt_gate=-4.0)
     stages = stages_of(model, pictures(model), repeats=1)
     assert [stage.trained for stage in stages[:-1]] == [3 * 16, *[HEADS * 3] * 3]
+    dropped = {"prompt_mode": "deep", "prompt_options": {"blocks": 2, "after": "drop"}}
+    stages = stages_of(build_vit(tiny_vit(), prompt_gate=-4.0, **dropped), pictures(model), repeats=1)
+    assert [stage.trained for stage in stages[:-1]] == [0, *[3 * 16 + HEADS * 3] * 2, 0]
 
 
 def test_matrices_of_bilinear_prompts_count_with_their_blocks() -> None:

@@ -209,6 +209,8 @@ def test_every_path_at_another_size() -> None:
             with grad:
                 assert relative_error(sealed(batch), fixed(batch)) <= 1e-12
                 assert relative_error(sealed(pictures((12, 12))), model.eval()(pictures((12, 12)))) <= 1e-12
+        with pytest.raises(RuntimeError, match=r"attention_maps\(\) needs the original weights"):
+            sealed.attention_maps(batch)
         bare = model.without_prompts()
         assert relative_error(bare(batch), fixed.without_prompts()(batch)) <= 1e-12
         half, single = model.float(), fixed.float()
