@@ -29,6 +29,7 @@ from tiny_models import (
 )
 
 import vptm
+from vptm.export.program import export_program
 from vptm.frozen import folded
 from vptm.frozen.encoder import FrozenEncoder
 from vptm.weights.files import WriteError
@@ -338,3 +339,12 @@ def test_triton_kernels_of_kinds(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
         model = build(tiny_beit(dim=32), readout=readout, impl="triton", **KINDS[kind])
         for tensor, error in vptm.check(model, images(model)).items():
             assert error <= (1e-10 if tensor.startswith("grad") else 1e-12), (readout, tensor, error)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_of_blocks_that_do_not_fold_takes_any_batch(kind: str) -> None:
+    """Fails where a number of images is a constant of the program."""
+    model = build_vit(tiny_vit(qk_norm=True), **KINDS[kind])
+    with torch.no_grad():
+        program = export_program(model).module()
+        assert relative_error(program(pictures(model, 3)), model(pictures(model, 3))) <= 1e-12

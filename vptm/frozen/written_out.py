@@ -66,7 +66,7 @@ def cross_attend(attn: Any, x: Tensor, prompts: Tensor, attention: AttentionFunc
     """What a cross-attention on an attention's own projections gives rows (B, T, C) that attend to prompts (P, C) or
     (B, P, C) alone."""
     query = heads_of(attn, x)[0]
-    _, key, value = heads_of(attn, (prompts if prompts.ndim == 3 else prompts.expand(len(x), -1, -1)).to(x.dtype))
+    _, key, value = heads_of(attn, (prompts if prompts.ndim == 3 else prompts.expand(x.shape[0], -1, -1)).to(x.dtype))
     mixed = rearrange(attention(query, key, value, None), "b h t d -> b t (h d)")
     return attn.proj_drop(attn.proj(attn.norm(mixed) if hasattr(attn, "norm") else mixed))
 
