@@ -147,7 +147,7 @@ def alike(form: str, peer: str) -> bool:
 
 def with_mkl() -> dict[str, timing.Peer]:
     """On processors where vptm sends linears to oneDNN: vptm without that."""
-    return {WITH_MKL: PEERS[WITH_MKL]} if onednn_is_faster() else {}
+    return {WITH_MKL: PEERS[WITH_MKL]} if onednn_is_faster(torch.float32) else {}
 
 
 def frozen(model: PromptedBEiT) -> PromptedBEiT:

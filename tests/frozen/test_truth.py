@@ -615,7 +615,7 @@ def test_packed_weights_of_a_sealed_model_stand_in_nothings_way(
 ) -> None:
     """oneDNN's layout cannot be copied, traced or differentiated: whatever needs that goes on, by weights as they
     are, and a copy packs its own."""
-    monkeypatch.setattr(frozen_linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(frozen_linear, "onednn_is_faster", lambda dtype: True)
     monkeypatch.setattr(frozen_linear, "_FEWEST_WEIGHTS", 0)
     read: list[bool] = []
     packs: list[int] = []

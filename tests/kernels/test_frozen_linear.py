@@ -33,7 +33,7 @@ def calls(monkeypatch):
 @pytest.fixture(params=[True, False], ids=["onednn", "default"])
 def onednn(request, monkeypatch):
     """Both libraries, whatever processor this is and however small the layer."""
-    monkeypatch.setattr(module, "onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(module, "onednn_is_faster", lambda dtype: request.param)
     monkeypatch.setattr(module, "_FEWEST_WEIGHTS", 0)
     return request.param
 

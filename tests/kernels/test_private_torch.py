@@ -79,7 +79,7 @@ def test_gradients_of_a_softmax_are_written_out_where_their_operator_is_not_ther
 
 @torch.no_grad()
 def test_a_frozen_linear_is_the_public_one_where_its_operator_is_not_there(monkeypatch):
-    monkeypatch.setattr(frozen_linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(frozen_linear, "onednn_is_faster", lambda dtype: True)
     monkeypatch.setattr(frozen_linear, "_FEWEST_WEIGHTS", 0)
     monkeypatch.setattr(frozen_linear, "onednn_linear", None)
     x, weight, bias = torch.randn(2, 7), torch.randn(3, 7), torch.randn(3)
@@ -91,7 +91,7 @@ def test_a_frozen_linear_is_the_public_one_where_its_operator_is_not_there(monke
 
 
 def test_weights_are_multiplied_as_they_are_where_nothing_packs_them(monkeypatch):
-    monkeypatch.setattr(frozen_linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(frozen_linear, "onednn_is_faster", lambda dtype: True)
     monkeypatch.setattr(frozen_linear, "_FEWEST_WEIGHTS", 0)
     weight = torch.randn(3, 7)
     assert frozen_linear.pack_weight(weight) is not None

@@ -212,9 +212,10 @@ class PromptedModel(Pretrained):
         and training can unfreeze, and folded copies in the encoder, which run. Afterwards the block's linear
         weights in `backbone` are without values (on the meta device; a module that was passed in keeps its own): the
         model is for inference as it stands, on its device, in its dtype and with the parts, modes and hooks it has.
-        Prompts are projected, and token head and projection multiplied, once, for calls that record no gradient. On AMD
-        processors with AVX-512 such calls read weights in a layout of oneDNN's, held beside the folded ones: what the
-        originals took is taken again, unless `torch.backends.mkldnn.enabled` is False.
+        Prompts are projected, and token head and projection multiplied, once, for calls that record no gradient. Where
+        oneDNN is faster (float32 on AMD processors with AVX-512, bfloat16 on x86 processors that multiply it) such
+        calls read weights in a layout of its own, held beside the folded ones: what the originals took is taken again,
+        unless `torch.backends.mkldnn.enabled` is False.
         `state_dict`, `load_state_dict`, `train`, `unfreeze`, `refresh`, `.to` and the
         reference path then raise RuntimeError; edits of the norms and biases that are left change nothing.
         `learned_state_dict`, `vptm.save_adapter` and `weight_hash` go on working. A pickle of such a model, as a

@@ -118,6 +118,10 @@ def cases() -> Iterator[Case]:
         yield case(f"{passes}-bf16-P10-folded", passes == "forward", passes=passes, scale=1.0)
         yield case(f"{passes}-bf16-P50-folded", True, passes=passes, prompts=50, scale=1.0)
         yield case(f"{passes}-fp16-P50-folded", passes=passes, prompts=50, scale=1.0, dtype=half)
+        yield case(f"{passes}-bf16-P20-folded", passes=passes, prompts=20, scale=1.0)
+        # Two narrow blocks, of 32 and 16 keys, and of 64 and 16 in a pool.
+        yield case(f"{passes}-bf16-P100-folded", True, passes=passes, prompts=100, scale=1.0)
+        yield case(f"{passes}-bf16-pool-P100-folded", passes=passes, kind="pool", prompts=100, scale=1.0)
         yield case(f"{passes}-bf16-P50-no-bias-folded", passes=passes, prompts=50, scale=1.0, bias="none")
         yield case(f"{passes}-bf16-P200-folded", passes=passes, prompts=200, scale=1.0)
         yield case(f"{passes}-bf16-queries-folded", passes=passes, kind="queries", scale=1.0)

@@ -132,7 +132,9 @@ def forward_config(
             return ForwardConfig(64, 64, 4, 3)
         if not scaled:
             large = ForwardConfig(128, 64, 8, 1, max_registers=128)
-            return large if gathered else ForwardConfig(64, 64, 4, 2, max_registers=128)
+            # with two narrow blocks of a pool's keys two stages spill 8 bytes
+            stages = 1 if pooled and tails(tokens, keys - tokens, 64, pooled=True)[1] else 2
+            return large if gathered else ForwardConfig(64, 64, 4, stages, max_registers=128)
     resident = few and arch == "sm90" and head_dim in (16, 64) and bias_bits <= 16
     warps = 8 if _tensor_memory(arch) and (head_dim <= 16 or (gathered and not scaled)) else 4
     return ForwardConfig(64, 64, warps, 1, scores_resident=resident)
@@ -208,7 +210,8 @@ def query_grad_config(
         return Config(32, 32, 4, 1) if arch.startswith("gfx") else Config(16, 64, 4, 1)
     if _tensor_memory(arch):
         if prompts_attend:
-            return Config(32 if column_bias else 64, 32, 4, 1)
+            # without the bound 8 to 24 bytes are spilled at 128 registers, by number of prompts
+            return Config(64, 32, 4, 1, max_registers=168)
         return Config(64, 64, 8 if prompt_columns or column_bias else 4, 1)
     if arch == "sm90":
         return Config(64, 64, 4, 1)
@@ -263,7 +266,7 @@ def key_grad_config(
         return Config(32, block_n, 8 if block_n > 16 else 4, 1)
     narrow = block_n == 16 and not (arch == "sm80" and of_prompts and prompts_attend)
     wide = narrow or _asynchronous_tensor_cores(arch)
-    warps = 8 if of_prompts and block_n == 64 and _tensor_memory(arch) else 4
+    warps = 8 if of_prompts and block_n >= 32 and _tensor_memory(arch) else 4
     return Config(64 if wide and head_dim <= 64 else 32, block_n, warps, 1)
 
 
