@@ -104,7 +104,7 @@ def forward_config(
     are pooled. bias_bits: of an element, 0 for no bias. scaled: whether the kernel multiplies queries by the scale.
     gathered: the bias is read from its table; on sm100 with Triton 3.6 four warps spill 8 bytes for queries that come
     scaled, eight for others. With Triton 3.8 four spill 8 bytes there for heads of 16. column_bias: prompts have values
-    for their columns; for heads of 16 four warps spill 16 bytes on sm120.
+    for their columns; for heads of 16 four warps spill 16 bytes on sm120, and 8 on sm80 with Triton 3.6.
 
     On sm90, timed on an H200 (`docs/kernels.md`): with at most 128 registers a thread four programs of 64 rows fit a
     multiprocessor, and the next keys come while a block is computed. Registers spill where the kernel multiplies by the
@@ -126,7 +126,7 @@ def forward_config(
             return ForwardConfig(64, 32, 4, 1)
         return ForwardConfig(32, 16 if arch == "sm120" else 32, 4, 1)
     if not _asynchronous_tensor_cores(arch):
-        return ForwardConfig(64, 32, 8 if arch == "sm120" and head_dim <= 16 and column_bias else 4, 1)
+        return ForwardConfig(64, 32, 8 if arch in ("sm80", "sm120") and head_dim <= 16 and column_bias else 4, 1)
     if arch == "sm90" and tokens > 64 and not prompts_attend:
         if not bias_bits:
             return ForwardConfig(64, 64, 4, 3)
@@ -211,7 +211,7 @@ def query_grad_config(
     if _tensor_memory(arch):
         if prompts_attend:
             # without the bound 8 to 24 bytes are spilled at 128 registers, by number of prompts
-            return Config(64, 32, 4, 1, max_registers=168)
+            return Config(64, 32, 4, 1, max_registers=200)
         return Config(64, 64, 8 if prompt_columns or column_bias else 4, 1)
     if arch == "sm90":
         return Config(64, 64, 4, 1)
@@ -259,8 +259,10 @@ def key_grad_config(
             return Config(16, 16, 8, 1, max_registers=168)
         if arch == "sm80":
             return Config(32, min(32, block_n), 8, 1, max_registers=128)
-        return Config(16, min(32, block_n), 4, 1)
+        return Config(16, min(32, block_n), 4, 1, max_registers=128 if block_n == 16 else 0)
     if arch.startswith("gfx") or ((head_dim > 64 or gathered or column_grad) and not _asynchronous_tensor_cores(arch)):
+        block_n = min(32, block_n)
+    if column_grad and head_dim > 64 and _tensor_memory(arch):
         block_n = min(32, block_n)
     if head_dim > 64 and not _asynchronous_tensor_cores(arch):
         return Config(32, block_n, 8 if block_n > 16 else 4, 1)
