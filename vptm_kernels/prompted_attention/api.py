@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from .._runtime.arguments import shape_of, tensor
+from .._runtime.arguments import check_prompt_columns, shape_of, tensor
 from .._runtime.plans import Plans, place, signature
 from .._runtime.private_torch import autocasting
 from .._runtime.ranges import check_ranges
@@ -186,7 +186,9 @@ def prompted_attention(
     elif bias is not None:
         pooled = prompt_ranges is not None
         bias = _check_dense(qkv, bias, num_heads, None if pooled else per_image_length, prompt_qkv is not None)
-    _check_columns(qkv, columns, num_heads, prompts)
+    if columns is not None:
+        beside = "prompt_kv or prompt_qkv, got neither"
+        check_prompt_columns(columns, prompts, num_heads, qkv, called="qkv", beside=beside)
     if scale is None:
         scale = head_dim**-0.5
     elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
@@ -389,18 +391,3 @@ def _check_dense(qkv: Tensor, bias: Tensor, num_heads: int, prompts: int | None,
     if bias.device != qkv.device:
         raise ValueError(f"bias must be on the device of qkv, {qkv.device}, got {bias.device}")
     return dense
-
-
-def _check_columns(qkv: Tensor, columns: Tensor | None, num_heads: int, prompts: Tensor | None) -> None:
-    if columns is None:
-        return
-    wanted = (num_heads, 0 if prompts is None else prompts.shape[-2])
-    if prompts is None:
-        raise ValueError("prompt_column_bias must come with prompt_kv or prompt_qkv, got neither")
-    if shape_of(tensor("prompt_column_bias", columns)) != wanted or not columns.is_floating_point():
-        raise ValueError(
-            f"prompt_column_bias must be a floating point (H, P) = {wanted}, one value for each head and row of the "
-            f"prompts, got {shape_of(columns)} {columns.dtype}"
-        )
-    if columns.device != qkv.device:
-        raise ValueError(f"prompt_column_bias must be on the device of qkv, {qkv.device}, got {columns.device}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from .._runtime.arguments import shape_of
+from .._runtime.arguments import check_prompt_columns, shape_of
 from .._runtime.plans import Plans, signature
 from .._runtime.private_torch import autocasting
 from .._runtime.ranges import check_ranges
@@ -107,7 +107,8 @@ def readout_attention(
     outside = None
     columns = prompt_column_bias
     if columns is not None:
-        _check_columns(columns, q, prompt_kv, num_heads)
+        prompts = prompt_kv if isinstance(prompt_kv, Tensor) and prompt_kv.ndim > 1 else None
+        check_prompt_columns(columns, prompts, num_heads, q, called="q", beside="prompt_kv, got none")
     if prompt_ranges is not None or max_prompt_length is not None:
         prompt_kv, rows, outside = _gather(x, q, prompt_kv, prompt_ranges, max_prompt_length, bias)
         # an empty pool has no row that any image could read
@@ -218,21 +219,6 @@ def _gather(
         return pool.new_zeros(x.shape[0], longest, pool.shape[1]), rows, outside
     # what stands in row 0 is nobody's business where it is not read: it may be NaN
     return pool[rows].masked_fill(outside[..., None], 0), rows, outside
-
-
-def _check_columns(columns: Tensor, q: Tensor, prompt_kv: Tensor | None, num_heads: int) -> None:
-    if not isinstance(columns, Tensor):
-        raise TypeError(f"prompt_column_bias must be a tensor, got {type(columns).__name__}")
-    if not isinstance(prompt_kv, Tensor) or prompt_kv.ndim < 2:
-        raise ValueError("prompt_column_bias must come with prompt_kv, got none")
-    wanted = (num_heads, prompt_kv.shape[-2])
-    if shape_of(columns) != wanted or not columns.is_floating_point():
-        raise ValueError(
-            f"prompt_column_bias must be a floating point (H, P) = {wanted}, one value for each head and row of the "
-            f"prompts, got {shape_of(columns)} {columns.dtype}"
-        )
-    if columns.device != q.device:
-        raise ValueError(f"prompt_column_bias must be on the device of q, {q.device}, got {columns.device}")
 
 
 def _signature(
