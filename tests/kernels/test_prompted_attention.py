@@ -132,12 +132,12 @@ def test_values_and_bias_of_fewer_bits_add_up_in_those_of_the_scores(prompts, im
 
 
 @pytest.mark.parametrize("impl", EXACT_IMPLS)
-@pytest.mark.parametrize("prompts", ["shared", "image", "pool", "queries"])
+@pytest.mark.parametrize("prompts", ["shared", "image", "pool", "queries", "image queries"])
 def test_a_column_value_is_a_weight_of_its_prompt(prompts, impl):
     """A value of -inf is no prompt, zero changes nothing. Fails where values reach tokens, another head, or another row
     of a pool."""
     call = AttentionCase(prompts=prompts, prompt_length=3, tokens=5, bias="dense").inputs(DEVICE)
-    name = "prompt_qkv" if prompts == "queries" else "prompt_kv"
+    name = "prompt_qkv" if "queries" in prompts else "prompt_kv"
     rows = call[name].shape[-2]
     values = torch.zeros(2, rows, dtype=torch.float64, device=DEVICE)
     plain, lse = prompted_attention(**call, return_lse=True, impl=impl)
@@ -200,7 +200,7 @@ def test_resident_keys_equal_the_definition(prompts, bias, tokens, length, head_
 
 @pytest.mark.skipif("triton" not in EXACT_IMPLS, reason="needs triton's interpreter")
 @pytest.mark.parametrize("tokens,length", [(17, 17), (31, 14), (32, 5), (45, 31), (9, 0)])
-@pytest.mark.parametrize("prompts", ["shared", "pool", "queries"])
+@pytest.mark.parametrize("prompts", ["shared", "pool", "queries", "image queries"])
 def test_a_tail_that_is_walked_over_equals_the_definition(prompts, tokens, length, monkeypatch):
     """Kernels of float32 take what whole blocks leave in steps of 16, from one to four of them: tokens end and prompts
     begin inside a step and between two. Fails where a step is left out, read twice or masked by another's end."""
@@ -407,7 +407,7 @@ def test_random_cases(data, impl):
 
 
 @pytest.mark.parametrize("impl", EXACT_IMPLS)
-@pytest.mark.parametrize("prompts", ["shared", "image", "pool", "queries"])
+@pytest.mark.parametrize("prompts", ["shared", "image", "pool", "queries", "image queries"])
 def test_gradcheck(prompts, impl):
     """Numerical derivatives of out and lse, so that the definition's own autograd is not the only witness."""
     sizes = {"batch": 2, "heads": 1, "tokens": 3, "prompt_length": 2}
@@ -422,7 +422,7 @@ def test_gradcheck(prompts, impl):
 
 
 @pytest.mark.parametrize("impl", EXACT_IMPLS)
-@pytest.mark.parametrize("prompts", ["shared", "image", "pool", "queries"])
+@pytest.mark.parametrize("prompts", ["shared", "image", "pool", "queries", "image queries"])
 @pytest.mark.parametrize("learned", ["prompt_column_bias", "qkv"])
 def test_values_of_prompt_columns_learn_alone_and_not_at_all(prompts, learned, impl):
     """Neither needs what the other has: fails where their gradient needs that of prompts, or rows have too little."""
@@ -549,6 +549,32 @@ def test_prompts_that_attend_equal_concatenated_tokens(impl):
     joined = torch.cat([call["qkv"], call["prompt_qkv"].expand(2, -1, -1)], 1)
     out = prompted_attention(**call, impl=impl)
     torch.testing.assert_close(out, prompted_attention(joined, num_heads=2, impl=impl), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+@pytest.mark.parametrize("bias", ["none", "dense", "square"])
+def test_rows_given_in_two_views_have_a_value_of_their_last_columns(bias, impl):
+    """What a block of carried prompts asks for: equal to one tensor of rows and a dense bias with those values in its
+    last columns, gradients too. Fails where an image attends to another's prompts, or a view is read as if it were
+    packed."""
+    case = AttentionCase(batch=3, tokens=17, prompt_length=20, prompts="image queries", bias=bias, columns="columns")
+    call = case.inputs(DEVICE, requires_grad=True)
+    rows = torch.cat([call.pop("qkv"), call.pop("prompt_qkv")], 1).detach().requires_grad_()
+    values, given = call.pop("prompt_column_bias"), call.pop("bias", None)
+    dense = torch.nn.functional.pad(values, (17, 0))[:, None].expand(-1, 37, -1)
+    if given is not None:
+        missing = (0, 37 - given.shape[2], 0, 37 - given.shape[1])
+        dense = dense + torch.nn.functional.pad(given, missing)
+    expected = prompted_attention(rows, bias=dense, num_heads=2, impl=impl)
+    tokens, prompts = rows.split([17, 20], 1)
+    found = prompted_attention(
+        tokens, prompt_qkv=prompts, bias=given, prompt_column_bias=values, num_heads=2, impl=impl
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    leaves = [rows, values, *([] if given is None else [given])]
+    one, other = (torch.autograd.grad(out.sin().sum(), leaves) for out in (found, expected))
+    for actual, wanted in zip(one, other):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -758,6 +784,8 @@ def test_gradients_are_bitwise_reproducible(impl):
         (2, 0, "shared", "none"),
         (2, 0, "queries", "none"),
         (2, 0, "queries", "square"),
+        (2, 0, "image queries", "square"),
+        (0, 5, "image queries", "none"),
     ],
 )
 @pytest.mark.parametrize("columns", ["none", "columns"])
@@ -765,7 +793,7 @@ def test_empty_batch_and_no_tokens(batch, tokens, prompts, bias, columns, impl):
     case = AttentionCase(batch=batch, tokens=tokens, prompts=prompts, bias=bias, columns=columns, dtype=torch.float32)
     call = case.inputs(DEVICE, requires_grad=True)
     out, lse = prompted_attention(**call, return_lse=True, impl=impl)
-    rows = tokens + (3 if prompts == "queries" else 0)
+    rows = tokens + (3 if "queries" in prompts else 0)
     assert out.shape == (batch, rows, 32) and lse.shape == (batch, 2, rows)
     grads = torch.autograd.grad(out.sum(), list(differentiable(call).values()), allow_unused=True)
     for grad, t in zip(grads, differentiable(call).values()):
@@ -793,10 +821,15 @@ BAD_INPUT = {
     },
     "prompt_kv must be on the device of qkv": lambda c: {**c, "prompt_kv": c["prompt_kv"].to("meta")},
     "prompt_kv and prompt_qkv must not both be given": lambda c: {**c, "prompt_qkv": torch.randn(3, 96)},
-    "prompt_qkv must be (P, 3*H*D) = (P, 96), got (3, 64)": lambda c: {
+    "prompt_qkv must be (P, 3*H*D) or (B, P, 3*H*D) with B = 2, 3*H*D = 96, got (3, 64)": lambda c: {
         **c,
         "prompt_kv": None,
         "prompt_qkv": torch.randn(3, 64),
+    },
+    "prompt_qkv must be (P, 3*H*D) or (B, P, 3*H*D) with B = 2, 3*H*D = 96, got (3, 3, 96)": lambda c: {
+        **c,
+        "prompt_kv": None,
+        "prompt_qkv": torch.randn(3, 3, 96),
     },
     "bias must be a floating point (2, 7, 7) or (2, 7, 10) (H, queries, keys), got (2, 7, 8)": lambda c: {
         **c,

@@ -23,6 +23,7 @@ CASES = [
     AttentionCase(tokens=7, dtype=torch.float32, prompts="image", bias="columns", layout="sliced"),
     AttentionCase(tokens=7, dtype=torch.float32, prompts="shared", columns="columns"),
     AttentionCase(tokens=7, dtype=torch.float32, prompts="pool", bias="dense", columns="heads"),
+    AttentionCase(tokens=7, dtype=torch.float32, prompts="image queries", bias="dense", columns="columns"),
 ]
 
 

@@ -224,6 +224,31 @@ def test_a_sealed_model_follows_its_gates_and_drops_zeros(prompt_mode: str, monk
     assert relative_error(model(batch), wanted) <= 1e-12, "with gradients"
 
 
+@pytest.mark.parametrize("prompt_mode", MODES)
+@pytest.mark.parametrize("kind", ["beit", "vit"])
+def test_attention_gets_gates_as_columns_and_the_frozen_bias(
+    kind: str, prompt_mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every block but the last, also where prompts are rows: a bias of all rows that holds the gates would be made
+    in each block, and its dense gradient with it."""
+    options: dict[str, Any] = {"prompt_mode": prompt_mode, "prompt_gate": -1.0, "readout": "cls"}
+    model = build(**options) if kind == "beit" else build_vit(**options)
+    batch, given = images(model) if kind == "beit" else pictures(model), []
+
+    def spied(qkv: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        given.append((qkv.shape[1], kwargs["prompt_column_bias"], kwargs["bias"]))
+        return prompted_attention(qkv, *args, **kwargs)
+
+    monkeypatch.setattr(folded, "prompted_attention", spied)
+    model(batch)
+    tokens, gate = model.num_rows - model.prompts.length, model.prompts.gate
+    assert len(given) == len(model.backbone.blocks) - 1
+    for layer, (rows, columns, bias) in enumerate(given):
+        assert rows == tokens and torch.equal(columns, gate[layer]) and columns.requires_grad
+        held = None if bias is None else bias.data_ptr()
+        assert held == (None if kind == "vit" else model.folded_constants().biases[layer].data_ptr())
+
+
 @pytest.mark.parametrize("prompt_mode", ["shallow", "deep"])
 def test_compiled_and_checkpointed_it_is_the_same(prompt_mode: str) -> None:
     """One graph for every batch size with gradients of the gates; recomputed blocks give bitwise the same ones."""

@@ -516,10 +516,12 @@ class Folded:
             chosen = self.biases if queries is None else self.square_biases if prefix is None else self.wide_biases
             bias = chosen[layer]
         columns = self._columns(model, layer)
-        if columns is not None and rows > tokens:  # prompts are rows among others
-            bias, columns = with_columns(bias, columns, rows, rows), None
         if qkv is None or qkv.shape[1] != rows:  # those of a `Start` are of tokens alone
             qkv = self._project(x, block)
+        if columns is not None and rows > tokens:  # prompts are rows among others: two views of them
+            qkv, prompt_qkv = qkv.split([tokens, rows - tokens], 1)
+            if self.bias_without_prompts and model.prompt_bias is None:
+                bias = self.square_biases[layer]
         mixed = prompted_attention(
             qkv,
             **_prompt_arguments(prefix),

@@ -87,7 +87,9 @@ def prompted_attention(
             channels; float16, bfloat16, float32 or float64. Any strides with a unit last one.
         prompt_kv: keys and values of the prompts, which are attended to and do not attend: (P, 2*H*D) shared by the
             batch, (B, P, 2*H*D) per image, or with `prompt_ranges` a pool (S, 2*H*D).
-        prompt_qkv: (P, 3*H*D), prompts that attend as well; `out` then has N+P rows, prompts last.
+        prompt_qkv: (P, 3*H*D) shared by the batch, or (B, P, 3*H*D) per image: prompts that attend as well; `out` then
+            has N+P rows, prompts last. Rows of one tensor may be given in two parts, which are views:
+            `qkv[:, :N]` and `qkv[:, N:]`; the last P keys can then have a `prompt_column_bias`.
         num_heads: H.
         bias: added to the scaled scores, shared by the batch. Dense: (H, N, N) for pairs of tokens, prompts get zero;
             (H, N, N+P) with prompt columns last; with `prompt_qkv` also (H, N+P, N+P). A leading dimension of 1 is
@@ -323,8 +325,11 @@ def _check_prompts(
     if ranges is not None and prompt_kv is None:
         raise ValueError("prompt_ranges must come with prompt_kv, the pool (S, 2*H*D), got prompt_kv = None")
     if prompt_qkv is not None:
-        if tensor("prompt_qkv", prompt_qkv).ndim != 2 or prompt_qkv.shape[-1] != 3 * width:
-            raise ValueError(f"prompt_qkv must be (P, 3*H*D) = (P, {3 * width}), got {shape_of(prompt_qkv)}")
+        shape = shape_of(tensor("prompt_qkv", prompt_qkv))
+        if shape[:-2] not in ((), (batch,)) or len(shape) < 2 or shape[-1] != 3 * width:
+            raise ValueError(
+                f"prompt_qkv must be (P, 3*H*D) or (B, P, 3*H*D) with B = {batch}, 3*H*D = {3 * width}, got {shape}"
+            )
         _check_like_qkv("prompt_qkv", prompt_qkv, qkv)
         return prompt_qkv
     if prompt_kv is None:

@@ -72,7 +72,7 @@ def _(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, width = qkv.shape
-    rows = tokens + (prompts.shape[0] if prompt_queries and prompts is not None else 0)
+    rows = tokens + (prompts.shape[-2] if prompt_queries and prompts is not None else 0)
     lse_dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     return (
         qkv.new_empty(batch, rows, width // 3),

@@ -57,7 +57,7 @@ def prompted_attention_reference(
     scale = head_dim**-0.5 if scale is None else scale
     q, k, v = qkv.reshape(batch, tokens, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
     if prompt_qkv is not None:
-        prompts = prompt_qkv.reshape(len(prompt_qkv), 3, num_heads, head_dim).permute(1, 2, 0, 3)
+        prompts = prompt_qkv.reshape(*prompt_qkv.shape[:-1], 3, num_heads, head_dim).movedim(-4, -2)
         pq, pk, pv = prompts.expand(batch, -1, -1, -1, -1).unbind(1)
         q, k, v = torch.cat([q, pq], 2), torch.cat([k, pk], 2), torch.cat([v, pv], 2)
     elif prompt_kv is not None:

@@ -39,7 +39,7 @@ def forward(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, width = qkv.shape
-    rows = tokens + (prompts.shape[0] if prompt_queries and prompts is not None else 0)
+    rows = tokens + (prompts.shape[-2] if prompt_queries and prompts is not None else 0)
     out = qkv.new_empty(batch, rows if ranges is not None or batch == 0 else 0, width // 3)
     lse = qkv.new_empty((batch, num_heads, rows) if with_lse else (0,), dtype=accumulator(qkv.dtype))
     dense = _dense(bias, token_ids, window)

@@ -12,7 +12,7 @@ from ..prompted_attention import RelativePositionBias
 from ..prompted_attention.bias import table_rows
 from ..prompted_attention.reference import prompted_attention_reference
 
-PROMPTS = ("none", "shared", "image", "pool", "queries")
+PROMPTS = ("none", "shared", "image", "pool", "queries", "image queries")
 BIASES = ("none", "dense", "dense4", "columns", "square", "table", "aligned")
 ROTARIES = ("none", "shared", "heads")
 COLUMNS = ("none", "columns", "heads")
@@ -23,7 +23,8 @@ LAYOUTS = ("contiguous", "sliced", "expanded", "unaligned")
 class AttentionCase:
     """One call of `prompted_attention`.
 
-    prompts: "none", "shared", "image" (per image), "pool" (ranges into a pool, the first of them empty) or "queries".
+    prompts: "none", "shared", "image" (per image), "pool" (ranges into a pool, the first of them empty), "queries" or
+        "image queries" (per image).
     bias: "none", "dense" (H, N, N), "dense4" (1, H, N, N), "columns" (H, N, N+P), "square" (H, N+P, N+P), "table"
         (shuffled ids, some without a position) or "aligned" (H, N, N) on aligned rows.
     columns: "none", "columns", a value for each head and prompt, or "heads", one for each head, expanded.
@@ -48,12 +49,12 @@ class AttentionCase:
 
     @property
     def valid(self) -> bool:
-        has_prompts = self.prompts in ("shared", "image", "queries")
+        has_prompts = self.prompts not in ("none", "pool")
         if self.batch == 0 and self.layout == "expanded":
             return False
         if self.columns != "none" and self.prompts == "none":
             return False
-        return (self.bias != "columns" or has_prompts) and (self.bias != "square" or self.prompts == "queries")
+        return (self.bias != "columns" or has_prompts) and (self.bias != "square" or "queries" in self.prompts)
 
     def inputs(self, device: str = "cpu", requires_grad: bool = False) -> dict[str, Any]:
         """Keyword arguments of `prompted_attention`."""
@@ -69,8 +70,8 @@ class AttentionCase:
             call["prompt_kv"] = random(p, 2 * width)
         elif self.prompts == "image":
             call["prompt_kv"] = random(self.batch, p, 2 * width)
-        elif self.prompts == "queries":
-            call["prompt_qkv"] = random(p, 3 * width)
+        elif "queries" in self.prompts:
+            call["prompt_qkv"] = random(*([] if self.prompts == "queries" else [self.batch]), p, 3 * width)
         elif self.prompts == "pool":
             call["prompt_kv"] = random(p + 5, 2 * width)
             # Empty, whole and overlapping ranges.
