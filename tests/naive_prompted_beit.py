@@ -183,7 +183,8 @@ def naive_hidden(
             if config["prompt_mode"] == "deep":
                 row.value = weight[layer, row.place]
             elif config["prompt_mode"] == "progressive":
-                alpha = config["progressive_alpha"]
+                own = model.prompts.alpha
+                alpha = config["progressive_alpha"] if own is None else own[layer - 1]
                 row.value = alpha * row.value + (1 - alpha) * weight[layer, row.place]
         learned, crossing = (weight[layer] if kind == one else None for one in ("kv", "cross"))
         naive_block(model, layer, order, learned, crossing)

@@ -184,6 +184,8 @@ def naive_hidden(
     for layer in range(len(model.backbone.blocks)):
         if layer and config["prompt_mode"] != "shallow":
             alpha = config["progressive_alpha"] if config["prompt_mode"] == "progressive" else 0.0
+            if model.prompts.alpha is not None:
+                alpha = model.prompts.alpha[layer - 1]
             rows = alpha * x[:, first : first + length] + (1 - alpha) * prompts[layer]
             x = torch.cat([x[:, :first], rows, x[:, first + length :]], 1)
         own = [None if one is None else one[layer] for one in (learned, crossing)]

@@ -37,7 +37,7 @@ VerbalizerName = Literal["prototypical", "linear", "class_embeddings"]
 TokenActivation = Literal["hidden", "logits", "softmax", "log_softmax"]
 Schedule = Literal["cosine", "tanh", "none", "vpt", "spt", "provp"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-LearnedGroup = Literal["prompts", "gate", "verbalizer", "temperature", "mask_token", "lm_head", "backbone"]
+LearnedGroup = Literal["prompts", "gate", "alpha", "verbalizer", "temperature", "mask_token", "lm_head", "backbone"]
 PromptStart = Literal["uniform", "random", "mean", "max", "kmeans", "vipamin"]
 PrototypeStart = Literal["xavier", "class_means"]
 OnBadImage = Literal["error", "skip"]
@@ -187,6 +187,9 @@ class PromptSettings(SettingsGroup):
     gate_per: Annotated[
         GatePer, Help("What has a gate of its own: each prompt in each head, or each head.", option="prompt_gate_per")
     ] = "prompt"
+    train_alpha: Annotated[
+        bool, Help("Also learn --progressive-alpha, for every block that mixes.", option="train_alpha")
+    ] = False
     patch_values: Annotated[int | None, NO_OPTION] = None
 
     def __post_init__(self) -> None:

@@ -200,6 +200,8 @@ def test_random_variants_run_alike(data: st.DataObject) -> None:
     if mode != "shallow":
         options["shared"] = data.draw(st.booleans())
         options["blocks"] = data.draw(st.sampled_from([None, 1, 2, 3, 4, -1, -2, -3, -4]))
+        if mode == "progressive" and options["blocks"] not in (1, -1):
+            options["train_alpha"] = data.draw(st.booleans())
         if (options["blocks"] or 0) > 0:
             options["after"] = data.draw(st.sampled_from(["carry", "drop"]))
     length = data.draw(st.sampled_from([1, added_rows(options)])) if options.get("placement") == "add" else 2
@@ -346,6 +348,16 @@ def test_tokens_start_the_prompts_of_their_own_block() -> None:
         ),
         ({"prompt_options": {"gate_per": "head"}}, "gate_per='head' needs prompt_gate, got None"),
         ({"prompt_gate": -4.0, "prompt_options": {"gate_per": "block"}}, "gate_per must be one of prompt, head, got"),
+        ({"prompt_options": {"train_alpha": True}}, "train_alpha needs prompt_mode='progressive', got 'deep'"),
+        (
+            {"prompt_mode": "progressive", "prompt_options": {"train_alpha": True, "blocks": 1}},
+            "train_alpha needs prompts, and a block that mixes, got 3 prompts of 1 blocks",
+        ),
+        (
+            {"prompt_mode": "progressive", "prompt_options": {"train_alpha": True}, "prompt_length": 0},
+            "train_alpha needs prompts, and a block that mixes, got 0 prompts of 3 blocks",
+        ),
+        ({"prompt_options": {"train_alpha": 1}}, "train_alpha must be True or False, got 1"),
         ({"progressive_alpha": [0.1]}, "must be a number or 2 of them, got 1"),
         ({"progressive_alpha": [0.1, 1.5]}, r"must be in \[0, 1\], got 1.5"),
     ],

@@ -30,6 +30,7 @@ TASKS = {
     "shallow of another length": {"prompt_length": 1},
     "progressive": {"prompt_mode": "progressive", "progressive_alpha": 0.3},
     "progressive of another alpha": {"prompt_mode": "progressive", "progressive_alpha": 0.6},
+    "progressive of learned alphas": {"prompt_mode": "progressive", "prompt_options": {"train_alpha": True}},
     "the first block alone, carried": DEEP | {"prompt_options": {"blocks": 1}},
     "the last block alone": DEEP | {"prompt_options": {"blocks": -1}},
     "dropped after one block": DEEP | {"prompt_options": {"blocks": 1, "after": "drop"}},
@@ -142,7 +143,8 @@ def test_tasks_run_in_as_few_groups_as_their_kinds_allow():
     assert groups["shallow"] == groups["another shallow"] != groups["progressive"]
     assert groups["shallow"] == groups["several labels, shallow"]
     assert groups["gates"] == groups["gates of heads, of another length"] != groups["deep"]
-    assert groups["progressive"] != groups["progressive of another alpha"]
+    for name in ("progressive of another alpha", "progressive of learned alphas"):
+        assert groups["progressive"] == groups[name], "alpha is each image's own"
 
 
 @pytest.mark.parametrize("options", [{}, {"readout": "mean"}, {"readout": "mean_with_prompts"}], ids=str)

@@ -169,7 +169,7 @@ def test_wrong_numbers_are_refused_before_data_is_opened(vptm: Console, tmp_path
             "--lr-of must be NAME=NUMBER, with commas between several of other names, got 'prompts'",
         ),
         ("--lr-of", "prompts=1,prompts=2", "--lr-of must be NAME=NUMBER, with commas between several of other names, "),
-        ("--lr-of", "gait=1", "lr_of must be one of prompts, gate, verbalizer, temperature, mask_token, lm_head, bac"),
+        ("--lr-of", "gait=1", "lr_of must be one of prompts, gate, alpha, verbalizer, temperature, mask_token, lm_he"),
         ("--optimizer", "adamww", "optimizer must be one of timm.optim.list_optimizers(), got 'adamww', did you mean"),
     ):
         status, said = vptm.refused("train", "--data", tmp_path / "none", option, value)

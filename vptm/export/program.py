@@ -31,13 +31,13 @@ class Inference(nn.Module):
         if folded is not None:
             if model.prompt_bias is not None:
                 folded = folded.beside(model, learned=True)
-            head = model.verbalizer.prepare(model.lm_head)
-            self._folded = _without_views(folded.sealed(folded.prefixes(model, 1), head, folded.columns(model)))
+            learned = folded.seal_of(model)
+            self._folded = _without_views(folded.sealed(learned))
             backbone = copy.copy(model.backbone)
             backbone._modules = backbone._modules | {"blocks": nn.ModuleList()}
             for name in {"rel_pos_bias", "rope"} & backbone._modules.keys():
                 backbone._modules[name] = None
-            parts = {"backbone": backbone, "prompt_bias": None} | ({} if head is None else {"lm_head": None})
+            parts = {"backbone": backbone, "prompt_bias": None} | ({} if learned.head is None else {"lm_head": None})
             model = model.with_parts(**parts)
         model.impl = "torch"
         self.model = model
@@ -63,8 +63,14 @@ def _without_views(folded: Folded) -> Folded:
 
     twin = folded.packed(False)
     twin.blocks = [block._replace(qkv_weight=own(block.qkv_weight)) for block in folded.blocks]
-    for name in ("biases", "square_biases", "wide_biases", "prefix_biases", "sealed_prefixes", "sealed_columns"):
+    for name in ("biases", "square_biases", "wide_biases", "prefix_biases"):
         setattr(twin, name, [own(tensor) for tensor in getattr(folded, name)])
+    learned = folded.learned
+    twin.learned = learned._replace(
+        prefixes=[own(tensor) for tensor in learned.prefixes or ()],
+        columns=[own(tensor) for tensor in learned.columns or ()],
+        mixed=[None if one is None else one._replace(fresh=own(one.fresh)) for one in learned.mixed or ()],
+    )
     return twin
 
 

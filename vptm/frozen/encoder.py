@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vptm.frozen.fold import refuse_unread, unfoldable, unread
-from vptm.frozen.folded import Folded
+from vptm.frozen.folded import Folded, Sealed
 from vptm.frozen.parts import learns
 from vptm.frozen.rows import PromptedRows
 from vptm.frozen.watch import Watch
@@ -226,10 +226,8 @@ class FrozenEncoder:
             watch = Watch(learned, [model._modules])
             with torch.inference_mode(False), torch.no_grad():
                 self._packs |= pack
-                unsealed = folded.sealed(None, None)
-                seal = unsealed.packed(self._packs)
-                head = model.verbalizer.prepare(model.lm_head)
-                seal = seal.sealed(unsealed.prefixes(model, 1), head, unsealed.columns(model))
+                unsealed = folded.sealed(Sealed())
+                seal = unsealed.packed(self._packs).sealed(unsealed.seal_of(model))
             if self._seal_backbone is None:
                 self._seal_backbone = Watch(model.backbone.modules(), values=False)
             self._seal, self._bare, self._seal_watch, self._made = seal, unsealed.packed(False), watch, None

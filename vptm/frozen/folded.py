@@ -50,6 +50,23 @@ Prefixes = Sequence[Prefix]
 Columns = Sequence[Tensor | None]
 
 
+class Mixed(NamedTuple):
+    """What a block that mixes makes of prompt rows Z that the block before left: `alpha * Z + fresh`."""
+
+    alpha: float
+    fresh: Tensor
+
+
+class Sealed(NamedTuple):
+    """What was learned as it was when a model was sealed: projected prompts, the verbalizer's constants, what gates add
+    in every block, and what blocks that mix take; None where it is computed at every call."""
+
+    prefixes: Prefixes | None = None
+    head: PreparedHead | None = None
+    columns: Columns | None = None
+    mixed: Sequence[Mixed | None] | None = None
+
+
 class Start(NamedTuple):
     """The rows that enter block 0, and their queries, keys and values in it."""
 
@@ -95,8 +112,7 @@ class Folded:
     Attributes:
         key: what it was made for.
         blocks: folded blocks.
-        sealed_prefixes, sealed_head, sealed_columns: projected prompts, the verbalizer's constants and gates, where
-            the model was sealed.
+        learned: what was learned, where the model was sealed.
     """
 
     def __init__(self, model: PromptedRows, dtype: torch.dtype, triton: bool, key: str) -> None:
@@ -126,9 +142,7 @@ class Folded:
                 self.token_head = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
         if self.for_gpu:
             self.patch_embed = with_patch_product(self.patch_embed or backbone.patch_embed) or self.patch_embed
-        self.sealed_prefixes: Prefixes | None = None
-        self.sealed_head: PreparedHead | None = None
-        self.sealed_columns: Columns | None = None
+        self.learned = Sealed()
 
     def _normalise(self, x: Tensor, eps: float) -> Tensor:
         return torch.layer_norm(x, self.width, None, None, eps)
@@ -195,14 +209,14 @@ class Folded:
         """The same for the model without its prompts, on the same tensors."""
         twin = copy.copy(self)
         twin._take_biases(self.square_biases, self.num_tokens)
-        twin.sealed_prefixes = twin.sealed_head = twin.sealed_columns = None
+        twin.learned = Sealed()
         return twin
 
     def beside(self, model: PromptedRows, *, learned: bool = False) -> Folded:
         """The same for another model on this backbone: the same weights, and the position bias of its rows, with
         `prompt_bias` as it is now where `learned`."""
         twin = copy.copy(self)
-        twin.sealed_prefixes = twin.sealed_head = twin.sealed_columns = None
+        twin.learned = Sealed()
         twin._expand_biases(model, self.qkv_weights.dtype, self.triton, learned)
         if not self.cross:
             twin._take_cross(model)
@@ -212,15 +226,31 @@ class Folded:
         """The same for the same model at another size, with its own `patch_embed` in the type it computes in, where
         there is one; what was sealed does not go with a size."""
         twin = self.beside(model)
-        twin.sealed_prefixes, twin.sealed_head, twin.patch_embed = self.sealed_prefixes, self.sealed_head, patch_embed
-        twin.sealed_columns = self.sealed_columns
+        twin.learned, twin.patch_embed = self.learned, patch_embed
         return twin
 
-    def sealed(self, prefixes: Prefixes | None, head: PreparedHead | None, columns: Columns | None = None) -> Folded:
-        """The same, with what is learned projected and folded as it is now."""
+    def sealed(self, learned: Sealed) -> Folded:
+        """The same, with what was learned in place of what a call would compute of it."""
         twin = copy.copy(self)
-        twin.sealed_prefixes, twin.sealed_head, twin.sealed_columns = prefixes, head, columns
+        twin.learned = learned
         return twin
+
+    def seal_of(self, model: PromptedRows) -> Sealed:
+        """What `model` has learned, projected and folded as it is now."""
+        prompts, depth = model.prompts, len(self.blocks)
+        columns = [prompts.columns(layer) for layer in range(depth)]
+        mixed: list[Mixed | None] = [None] * depth
+        for layer in range(depth):
+            if prompts.role(layer) == "mixed":
+                alpha = float(prompts.mixing(layer))
+                mixed[layer] = Mixed(alpha, ((1.0 - alpha) * prompts.rows(layer, 1)).detach())
+        return Sealed(
+            self.prefixes(model, 1),
+            model.verbalizer.prepare(model.lm_head),
+            # gates at zero add nothing
+            [None if one is None or not one.any() else one.detach().clone() for one in columns],
+            mixed,
+        )
 
     def packed(self, wanted: bool) -> Folded:
         """The same, where `wanted` with its weights once more as linears read them fastest that neither learn nor are
@@ -278,8 +308,8 @@ class Folded:
     def prefixes(self, model: PromptedRows, batch: int) -> Prefixes:
         """Keys and values (P, 2C) of the prompts that every block gets fresh; None where it gets none, or rows, or
         prompts of its own for every sample."""
-        if self.sealed_prefixes is not None:
-            return self.sealed_prefixes
+        if self.learned.prefixes is not None:
+            return self.learned.prefixes
         prompts, depth = model.prompts, len(self.blocks)
         drawn = prompts.training and prompts.dropout > 0
         everywhere = prompts.mode == "deep" and len(prompts.blocks) == len(prompts.weight) == depth
@@ -298,14 +328,10 @@ class Folded:
         # on a CPU launches cost nothing, and a product of many matrices is the slower one
         return [self._project_prompts(row, layer) for layer, row in enumerate(rows.unbind())]
 
-    def columns(self, model: PromptedRows) -> list[Tensor | None]:
-        """What gates add in every block as they are now, to be sealed; None where they add zeros alone."""
-        found = [model.prompts.columns(layer) for layer in range(len(self.blocks))]
-        return [None if one is None or not one.any() else one.detach().clone() for one in found]
-
     def _columns(self, model: PromptedRows, layer: int) -> Tensor | None:
         """What block `layer` adds to its scores with prompts, (H, P)."""
-        return model.prompts.columns(layer) if self.sealed_columns is None else self.sealed_columns[layer]
+        columns = self.learned.columns
+        return model.prompts.columns(layer) if columns is None else columns[layer]
 
     def _project_prompts(self, rows: Tensor, layer: int) -> Tensor:
         """Keys and values of prompt rows that are normalised."""
@@ -352,7 +378,7 @@ class Folded:
         batch, prompts, depth = x.shape[0], model.prompts, len(self.blocks)
         # one product for all blocks is a few launches; where those cost nothing and backward keeps nothing, the
         # prefixes of one block at a time are the smaller
-        if self.sealed_prefixes is None and not self.for_gpu and not torch.is_grad_enabled():
+        if self.learned.prefixes is None and not self.for_gpu and not torch.is_grad_enabled():
             prefixes = None
             straight = all(self._takes_prefix(model, layer) for layer in range(depth))
         else:
@@ -391,7 +417,13 @@ class Folded:
             x = x[:, :tokens]
         if role == "mixed":
             # nothing saved these rows yet, so they may change in place, here and below
-            x[:, tokens:] = prompts(layer, x.shape[0], x[:, tokens:])
+            carried, mixed = x[:, tokens:], self.learned.mixed
+            if mixed is not None and (held := mixed[layer]) is not None:
+                carried.mul_(held.alpha).add_(held.fresh)
+            else:
+                learns = torch.is_grad_enabled() and isinstance(prompts.mixing(layer), Tensor)
+                # the gradient of alpha asks for them
+                x[:, tokens:] = prompts(layer, x.shape[0], carried.clone() if learns else carried)
         elif role == "own" and prompts.per_sample() and self._prompts_attend(model, layer):
             x = torch.cat([x, prompts(layer, x.shape[0]).to(x.dtype)], dim=1)
         added = prompts.added(layer, x.shape[0])

@@ -231,7 +231,7 @@ def _lasting(model: PromptedModel) -> Iterator[Tensor]:
 
 
 def _parameters(model: PromptedModel) -> dict[str, tuple[int, int]]:
-    """{stage: (parameters, trained ones)}; a block's own prompts and gates count with it."""
+    """{stage: (parameters, trained ones)}; a block's own prompts, gates and alpha count with it."""
     blocks = list(model.backbone.blocks)
     stages = {"embedding": [0, 0]} | {f"block {i}": [0, 0] for i in range(len(blocks))} | {"read-out": [0, 0]}
     for name, parameter in model.named_parameters():
@@ -245,6 +245,8 @@ def _parameters(model: PromptedModel) -> dict[str, tuple[int, int]]:
             targets = [f"block {i}" for i in model.prompts.blocks]
         elif name == "prompts.gate":
             targets = [f"block {i}" for i in range(len(blocks)) if model.prompts.role(i) != "none"]
+        elif name == "prompts.alpha":
+            targets = [f"block {i}" for i in model.prompts.blocks[1:]]
         for target in targets:
             stages[target][0] += size // len(targets)
             stages[target][1] += size // len(targets) * parameter.requires_grad

@@ -117,12 +117,13 @@ class LearnedParts(PromptedRows):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameter names exempt from weight decay: timm's for the backbone, the mask token, prompts and their
-        matrices, gates and bias."""
+        matrices, gates, alpha and bias."""
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()} | {
             "mask_token",
             "prompts.weight",
             "prompts.basis",
             "prompts.gate",
+            "prompts.alpha",
             "prompt_bias",
         }
 

@@ -72,7 +72,8 @@ class PromptedBEiT(PromptedModel):
         prompt_gate: start of learned gates, added in every block to the scaled scores with its prompts, one for each
             head and prompt: a prompt has exp(gate) of its weight, and -4 starts near the frozen model. None has none.
         prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim",
-            "projection_per", "kind", "placement", "added_to", "dropout_per", "gate_per", "patch_values".
+            "projection_per", "kind", "placement", "added_to", "dropout_per", "gate_per", "train_alpha",
+            "patch_values".
         readout: row the head reads: "mask", "cls", or "mean" over the patch rows.
         mask_mode: "insert" an extra mask row, or "replace" the patch at the centre (at (y, x) with
             `extra_bias="grid:y,x"`).

@@ -681,7 +681,7 @@ class PromptedModel(Pretrained):
             return self.verbalizer(hidden, self.lm_head)
         if folded is None:
             return self.verbalizer(hidden, self.lm_head, self.impl)
-        return self.verbalizer(hidden, self.lm_head, self.impl, folded.token_head, folded.sealed_head)
+        return self.verbalizer(hidden, self.lm_head, self.impl, folded.token_head, folded.learned.head)
 
     def get_classifier(self) -> nn.Module:
         """The verbalizer."""

@@ -56,7 +56,8 @@ class PromptedViT(PromptedModel):
         prompt_gate: start of learned gates, added in every block to the scaled scores with its prompts, one for each
             head and prompt: a prompt has exp(gate) of its weight, and -4 starts near the frozen model. None has none.
         prompt_options: further arguments of `vptm.PromptBank`: "blocks", "after", "shared", "prompt_dim",
-            "projection_per", "kind", "placement", "added_to", "dropout_per", "gate_per", "patch_values".
+            "projection_per", "kind", "placement", "added_to", "dropout_per", "gate_per", "train_alpha",
+            "patch_values".
         readout: "cls"; "mean" over the patch rows (and class and register rows where the source's own mean takes them);
             "map", the source's own attention pooling (SigLIP's), whose one query attends to the normalised patch rows
             (and to the prefix where the source's does) and to no prompt; "mask", an extension of VPTM to weights that

@@ -36,7 +36,8 @@ class PromptBank(nn.Module):
     - progressive (ProVP, arXiv:2304.08386): `P_0` at block 0, then `alpha * Z_l + (1 - alpha) * P_l`.
 
     alpha = 0 is deep, alpha = 1 is shallow. Any number of prompts enters block 0; ProVP's code leaves four or fewer out
-    there and then writes them over image patches.
+    there and then writes them over image patches. Its alpha is one constant; with `train_alpha` every block that mixes
+    learns its own, which starts at alpha and may leave [0, 1].
 
     With `kind="kv"` a block has learned keys and values `K_l, V_l` (P, C) in place of rows: in its attention every
     query attends to `[k; K_l]` and `[v; V_l]`, where k and v are keys and values of its rows, after their biases, a
@@ -64,6 +65,7 @@ class PromptBank(nn.Module):
             `sqrt(6 / (patch_values + prompt_dim))`, VPT's uniform initialisation. ProVP's code takes 588 for any patch.
         dropout: prompt dropout in training, in [0, 1).
         alpha: progressive mixing weight, in [0, 1]; or L - 1 of them, for blocks 1 to L - 1.
+        train_alpha: learn alpha, one number for every block that mixes; for "progressive".
         blocks: k > 0: only the first k blocks have prompts of their own; k < 0: only the last -k, and no block before
             them sees a prompt (the released code of VPT overwrites image patches there); None: all.
         after: with k > 0, whether the blocks after the first k "carry" the prompt rows on, or "drop" them.
@@ -91,6 +93,8 @@ class PromptBank(nn.Module):
             own. With "kv" (rows, P, 2C): keys, then values, each heads then channels.
         gate: (blocks, H, P), or (blocks, H, 1) with gate_per="head", of the blocks whose attention has prompts among
             its keys; None without gates.
+        alpha: (blocks,), of the blocks that mix, which are those with prompts of their own but the first; None where it
+            is not learned.
         length: prompt rows, or keys, among the tokens: P, or 0 where they are added or in a cross-attention.
 
     Example:
@@ -111,6 +115,7 @@ class PromptBank(nn.Module):
         patch_values: int,
         dropout: float = 0.0,
         alpha: float | Sequence[float] = 0.01,
+        train_alpha: bool = False,
         blocks: int | None = None,
         after: AfterPrompts = "carry",
         shared: bool = False,
@@ -142,7 +147,7 @@ class PromptBank(nn.Module):
         self.dropout = dropout
         self.dropout_per = dropout_per
         self.after = after
-        self.alpha = _alphas(alpha, depth)
+        self._alphas = _alphas(alpha, depth)
         count = 1 if mode == "shallow" else abs(blocks or depth)
         first = depth - count if blocks is not None and blocks < 0 else 0
         self.blocks = range(first, first + count)
@@ -160,6 +165,13 @@ class PromptBank(nn.Module):
             self.projection = nn.Linear(prompt_dim, dim).requires_grad_(length > 0)
             nn.init.kaiming_normal_(self.projection.weight, a=0, mode="fan_out")
             nn.init.zeros_(self.projection.bias)
+        self.alpha: nn.Parameter | None = None
+        if train_alpha:
+            if length == 0 or count == 1:
+                raise ValueError(
+                    f"train_alpha needs prompts, and a block that mixes, got {length} prompts of {count} blocks"
+                )
+            self.alpha = nn.Parameter(torch.tensor([self._alphas[block - 1] for block in self.blocks[1:]]))
         self.gate: nn.Parameter | None = None
         if gate is not None:
             self.gate = nn.Parameter(self._gates(gate, gate_per, depth, heads))
@@ -194,6 +206,14 @@ class PromptBank(nn.Module):
         if block >= self.blocks.stop:
             return "carried" if self.after == "carry" and self.kind == "tokens" else "none"
         return "mixed" if self.mode == "progressive" and block > self.blocks.start else "own"
+
+    def mixing(self, block: int) -> float | Tensor:
+        """alpha of a block that mixes; (1,), of at least 32 bits, where it is learned."""
+        if self.alpha is None:
+            return self._alphas[block - 1]
+        index = block - self.blocks.start - 1
+        # 16 bits hold 1 - alpha to 0.4 %, and a 0-d tensor would be rounded to those of the rows
+        return self.alpha[index : index + 1].to(torch.promote_types(self.alpha.dtype, torch.float32))
 
     def per_sample(self) -> bool:
         """Whether every image has prompts of its own, by its own dropout mask."""
@@ -251,8 +271,9 @@ class PromptBank(nn.Module):
         if rows.ndim == 2:
             rows = repeat(rows, "p c -> b p c", b=batch)
         if role == "mixed" and carried is not None:
-            alpha = self.alpha[block - 1]
-            return alpha * carried + (1.0 - alpha) * rows
+            alpha = self.mixing(block)
+            mixed = alpha * carried + (1.0 - alpha) * rows
+            return mixed.to(torch.promote_types(carried.dtype, rows.dtype))
         return rows
 
     def extra_repr(self) -> str:
@@ -268,6 +289,8 @@ def _refuse_together(options: PromptSettings, mode: str, depth: int) -> None:
         raise ValueError(f"blocks must be in 1..{depth}, in -{depth}..-1, or None, got {blocks!r}")
     if mode == "shallow" and (blocks is not None or options.shared):
         raise ValueError("blocks and shared need prompt_mode 'deep' or 'progressive', got 'shallow'")
+    if options.train_alpha and mode != "progressive":
+        raise ValueError(f"train_alpha needs prompt_mode='progressive', got {mode!r}")
     if mode == "progressive" and placement == "add":
         raise ValueError("placement='add' needs prompt_mode 'shallow' or 'deep', got 'progressive'")
     if options.after == "drop" and (blocks is None or blocks < 0):

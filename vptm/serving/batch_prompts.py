@@ -12,7 +12,12 @@ from vptm.models.prompts import PromptBank
 
 def schedule(prompts: PromptBank, depth: int) -> Hashable:
     """What tasks must share to run as rows of one batch: how many prompts, and what each block does with them."""
-    return prompts.length, tuple(prompts.role(block) for block in range(depth)), tuple(prompts.alpha)
+    return prompts.length, tuple(prompts.role(block) for block in range(depth))
+
+
+def mixing_blocks(prompts: PromptBank) -> range:
+    """Blocks whose prompts are mixed with those of the block before."""
+    return prompts.blocks[1:] if prompts.mode == "progressive" else range(0)
 
 
 class BatchPrompts(nn.Module):
@@ -21,6 +26,7 @@ class BatchPrompts(nn.Module):
     Args:
         template: prompts of any of the tasks, with the same `schedule`.
         rows: for every image the prompts (layers, P, C) of the blocks that have their own.
+        alpha: for every image the alphas (M,) of the blocks that mix, of at least 32 bits.
     """
 
     projection = None
@@ -29,12 +35,13 @@ class BatchPrompts(nn.Module):
     placement = "prepend"
     added_to = "patches"
 
-    def __init__(self, template: PromptBank, rows: Sequence[Tensor]) -> None:
+    def __init__(self, template: PromptBank, rows: Sequence[Tensor], alpha: Sequence[Tensor]) -> None:
         super().__init__()
-        self.mode, self.after, self.alpha = template.mode, template.after, template.alpha
+        self.mode, self.after = template.mode, template.after
         self.length, self.blocks = template.length, template.blocks
         self.role = template.role
         self.weight = torch.stack(list(rows), 1)  # (layers, B, P, C)
+        self.alpha = torch.stack(list(alpha), 1)[..., None, None]  # (M, B, 1, 1)
         self.eval()
 
     def per_sample(self) -> bool:
@@ -43,6 +50,10 @@ class BatchPrompts(nn.Module):
 
     def columns(self, block: int) -> None:
         """Tasks with gates are in no such batch."""
+
+    def mixing(self, block: int) -> Tensor:
+        """alpha of every image, (B, 1, 1)."""
+        return self.alpha[block - self.blocks.start - 1]
 
     def rows(self, block: int, batch: int) -> Tensor:
         """`P_l` of every image, (B, P, C)."""
@@ -69,5 +80,5 @@ class BatchPrompts(nn.Module):
         assert carried is not None
         if role == "carried":
             return carried
-        alpha = self.alpha[block - 1]
+        alpha = self.mixing(block)
         return alpha * carried + (1.0 - alpha) * self.rows(block, batch)

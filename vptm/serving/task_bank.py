@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vptm.frozen.folded import Folded, PooledPrefix
+from vptm.frozen.folded import Folded, PooledPrefix, Sealed
 from vptm.messages import hint, one_of
 from vptm.models.adapter_loading import load_on
 from vptm.models.opening import open_model
 from vptm.models.prompted_model import PromptedModel
-from vptm.serving.batch_prompts import BatchPrompts, schedule
+from vptm.serving.batch_prompts import BatchPrompts, mixing_blocks, schedule
 from vptm.serving.pool import Pool
 from vptm.serving.readouts import Readout, readout_of
 from vptm.serving.thresholds import check_threshold, threshold_of
@@ -53,8 +53,8 @@ class _Task:
     """A task as it was when it was added.
 
     group: what its images run with, and frame: what that runs on. prompts: its range of `pool`, of keys and values.
-    rows: prompts that run as rows. model: of its own, where neither is exact. dim, head, classes: its head, and its
-    range of prototypes, among those of d = dim. outside: bytes that are in no pool.
+    rows: prompts that run as rows, and alpha: of its blocks that mix. model: of its own, where neither is exact. dim,
+    head, classes: its head, and its range of prototypes, among those of d = dim. outside: bytes that are in no pool.
     """
 
     info: TaskInfo
@@ -65,6 +65,7 @@ class _Task:
     pool: str = _KEYS_VALUES
     prompts: tuple[int, int] = (0, 0)
     rows: Tensor | None = None
+    alpha: Tensor | None = None
     model: PromptedModel | None = None
     dim: int = 0
     head: int = 0
@@ -322,7 +323,8 @@ class TaskBank:
         if tasks[0].model is not None:
             return tasks[0].model.hidden_on(images, folded)
         if tasks[0].rows is not None:
-            rows = BatchPrompts(model.prompts, [task.rows for task in tasks if task.rows is not None])
+            own = [(task.rows, task.alpha) for task in tasks if task.rows is not None and task.alpha is not None]
+            rows = BatchPrompts(model.prompts, *zip(*own))
             return model.with_parts(prompts=rows).hidden_on(images, folded)
         ranges = [task.prompts for task in tasks]
         longest = max(length for _, length in ranges)
@@ -339,7 +341,7 @@ class TaskBank:
             placed = torch.tensor(ranges, dtype=torch.int32)
             prefixes = [PooledPrefix(rows, placed, longest) for rows in prefixes]
         columns = [gates.T for gates in pool[depth:]] or None
-        return model.hidden_on(images, folded.sealed(prefixes, None, columns))
+        return model.hidden_on(images, folded.sealed(Sealed(prefixes, columns=columns)))
 
     def _scores(self, snapshot: _Snapshot, hidden: Tensor, tasks: list[_Task]) -> Tensor:
         widest = max(task.readout.classes for task in tasks)
@@ -441,7 +443,7 @@ class TaskBank:
         prefixes = self._folded.prefixes(model, 1) if alike and prompts.length else []
         group: Hashable
         frame: Hashable
-        rows, pool = None, _KEYS_VALUES if prompts.gate is None else _GATED
+        rows, alpha, pool = None, None, _KEYS_VALUES if prompts.gate is None else _GATED
         if alike and all(prefix is not None for prefix in prefixes):
             group, frame = ("prefixes", kind, pool), ("prefixes", kind)
             if prefixes:
@@ -451,10 +453,13 @@ class TaskBank:
         elif alike and prompts.kind == "tokens" and prompts.gate is None:
             group = frame = "rows", kind, schedule(prompts, len(self._folded.blocks))
             rows = torch.stack([prompts.rows(block, 1) for block in prompts.blocks[: len(prompts.weight)]])
+            exact = torch.promote_types(rows.dtype, torch.float32)
+            found = [float(prompts.mixing(block)) for block in mixing_blocks(prompts)]
+            alpha = torch.tensor(found, dtype=exact, device=rows.device)
         else:
             group, frame, alike = object(), ("alone", kind, prompts.kind, prompts.length), False
         alone = None if alike else model
-        outside = _bytes(rows, readout.linear, readout.module)
+        outside = _bytes(rows, alpha, readout.linear, readout.module)
         if alone is not None:
             outside += _bytes(model.prompts, model.prompt_bias, model.mask_token)
         info = TaskInfo(
@@ -466,7 +471,7 @@ class TaskBank:
             dict(model.default_cfg),
             threshold,
         )
-        return _Task(info, group, frame, readout, outside, pool, rows=rows, model=alone, dim=dim), wanted
+        return _Task(info, group, frame, readout, outside, pool, rows=rows, alpha=alpha, model=alone, dim=dim), wanted
 
     def _frame(self, model: PromptedModel, task: _Task) -> _Frame:
         if task.model is None and task.rows is None:

@@ -169,10 +169,11 @@ def fit(
             up to those of the whole batch. It divides the batch size.
         clip_norm: longest gradient of a step over all that is learned; longer ones are scaled to it. None takes any.
         lr_of: peak learning rates of groups of learned tensors, which follow the schedule in proportion; 0 leaves a
-            group as it is, others have `lr`. Groups are "prompts" (with their projection and bias), "verbalizer",
-            "temperature", "mask_token", "lm_head" and "backbone", those of them that the model learns.
-        weight_decay_of: weight decays of such groups: of their matrices, and all of prompts, mask token and
-            temperature (whose logarithm decays, to a temperature of 1), which otherwise have none. "prompts" and
+            group as it is, others have `lr`. Groups are "prompts" (with their projection and bias), "gate",
+            "alpha", "verbalizer", "temperature", "mask_token", "lm_head" and "backbone", those of them that the model
+            learns.
+        weight_decay_of: weight decays of such groups: of their matrices, and all of prompts, gates, alpha, mask token
+            and temperature (whose logarithm decays, to a temperature of 1), which otherwise have none. "prompts" and
             "verbalizer" stand for `prompt_weight_decay` and `head_weight_decay`.
         ema: decay, in (0, 1), of an average of what is learned over the steps, see
             `vptm.training.averaging.Average`: what is validated, kept and left in the model is the average. None for

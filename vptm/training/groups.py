@@ -10,7 +10,7 @@ from vptm.models.prompted_model import PromptedModel
 from vptm.settings import TrainSettings
 
 # Tensors whose group is not the part that holds them.
-_OWN = {"verbalizer.log_temperature": "temperature", "prompts.gate": "gate"}
+_OWN = {"verbalizer.log_temperature": "temperature", "prompts.gate": "gate", "prompts.alpha": "alpha"}
 
 
 def group_of(name: str) -> str:
@@ -35,7 +35,7 @@ def parameter_groups(model: PromptedModel, settings: TrainSettings) -> list[dict
     """What `model` trains as an optimiser takes it: one group per learning rate and weight decay.
 
     A rate other than `settings.lr` is there as `lr_scale`, its share of that. What has a rate of 0 is left out. Vectors
-    and scalars, `model.no_weight_decay()`, prompts and gates do not decay unless they are named: prompts by
+    and scalars, `model.no_weight_decay()`, prompts, gates and alpha do not decay unless they are named: prompts by
     `prompt_weight_decay`, all of a group without a matrix by `weight_decay_of`.
     """
     rates, decays = settings.lr_of or {}, dict(settings.weight_decay_of or {})
@@ -48,7 +48,7 @@ def parameter_groups(model: PromptedModel, settings: TrainSettings) -> list[dict
     def decay(name: str, parameter: nn.Parameter) -> float:
         group = group_of(name)
         own = group == "prompts" and name.endswith(("weight", "basis"))
-        if group in ("gate", "temperature", "mask_token") or own:
+        if group in ("gate", "alpha", "temperature", "mask_token") or own:
             return decays.get(group, 0.0)
         if parameter.ndim <= 1 or name in exempt:
             return 0.0
