@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_data import picture
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,6 +17,7 @@ from vptm import PromptedBEiT, fit, transforms
 from vptm.data.datasets import ImageDataset
 from vptm.training.run_folder import METRICS_FILE
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE
+from vptm.weights.files import weight_hash
 
 LEARNS = {"readout": "mean", "token_activation": "hidden", "verbalizer": "linear", "prompt_length": 3}
 
@@ -65,6 +68,13 @@ def stopped_run(model: PromptedBEiT, folder: Path, epochs: int, **arguments: Any
     broken = DataLoader(Interrupting(train.dataset, 12 * (epochs - 1) + 2), batch_size=5, shuffle=True)  # type: ignore[arg-type]
     options: dict[str, Any] = {"lr": 0.02, "warmup_epochs": 1, "progress": False, "run_dir": folder}
     assert fit(model, broken, val, epochs=epochs, **(options | arguments)).interrupted
+
+
+def write_as_of_schema(folder: Path, config: dict[str, Any], schema: int, tensors: Any = None) -> None:
+    """The adapter in `folder` as an older vptm wrote it: `config`, and tensors with no hash but their own."""
+    (folder / CONFIG_FILE).write_text(json.dumps(config | {"schema_version": schema}))
+    tensors = load_file(folder / TENSORS_FILE) if tensors is None else tensors
+    save_file(tensors, folder / TENSORS_FILE, metadata={"vptm_hash": weight_hash(tensors)})
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:

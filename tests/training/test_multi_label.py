@@ -12,7 +12,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 from tiny_data import write_backbone
-from tiny_runs import LEARNS, assert_same_run, make_model, metrics, pictures
+from tiny_runs import LEARNS, assert_same_run, make_model, metrics, pictures, write_as_of_schema
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -255,7 +255,7 @@ def test_older_adapters_and_runs_are_of_one_label(backbone: Path, tmp_path: Path
     path = tmp_path / "a" / "adapter_config.json"
     config = json.loads(path.read_text())
     assert config["model"].pop("multi_label") is False
-    path.write_text(json.dumps(config | {"schema_version": 3}))
+    write_as_of_schema(tmp_path / "a", config, 3)
     assert load_adapter(tmp_path / "a").multi_label is False
     model = make_model(backbone)
     data = TensorDataset(torch.zeros(3, 1, 12, 12), torch.arange(3))

@@ -17,10 +17,12 @@ import torch
 from beit_factory import randomize, tiny_beit
 from safetensors.torch import load_file, save_file
 from tiny_data import write_backbone
+from tiny_runs import write_as_of_schema
 
 from vptm import PromptedBEiT, PromptedViT, load_adapter, save_adapter
 from vptm.models.adapter_loading import load_on
 from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, read_adapter_config
+from vptm.weights.description import describe
 from vptm.weights.files import weight_hash, write_atomically
 
 
@@ -77,7 +79,7 @@ def test_only_learned_tensors_are_written(folder: Path, backbone: Path) -> None:
 
 def test_the_config_says_how_to_rebuild_the_model(folder: Path, backbone: Path) -> None:
     config = json.loads((folder / CONFIG_FILE).read_text())
-    assert config["schema_version"] == 4 and config["extra"] == {"epoch": 3}
+    assert config["schema_version"] == 5 and config["extra"] == {"epoch": 3}
     assert config["backbone"]["source"] == config["base_model_name_or_path"] == backbone.name
     assert config["peft_type"] == "VPTM" and config["task_type"] == "IMAGE_CLASSIFICATION"
     assert (folder / config["backbone"]["path"]).resolve() == backbone.resolve()
@@ -149,7 +151,7 @@ def edit(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 5}, "has schema_version 5, this vptm .* reads up to 4: update vptm"),
+        ({"schema_version": 6}, "has schema_version 6, this vptm .* reads up to 5: update vptm"),
         ({"peft_type": "LORA"}, "must have peft_type 'VPTM', got 'LORA'"),
         ({"extras": {}}, "must have no entry 'extras'"),
         ({"schema_version": "1"}, "must have an integer schema_version, got '1'"),
@@ -463,7 +465,7 @@ def test_doubles_beyond_float32_are_neither_written_nor_read(folder: Path, backb
     with pytest.raises(ValueError, match=message):
         load_adapter(folder).load_learned_state_dict(model.learned_state_dict())
     tensors = load_file(folder / TENSORS_FILE) | {"prompts.weight": model.prompts.weight.detach()}
-    save_file(tensors, folder / TENSORS_FILE, metadata={"vptm_hash": weight_hash(tensors)})
+    write_as_of_schema(folder, json.loads((folder / CONFIG_FILE).read_text()), 4, tensors)
     with pytest.raises(ValueError, match=f"does not fit its config: {message}"):
         load_adapter(folder)
 
@@ -483,14 +485,14 @@ def test_adapters_of_schema_1_still_load(backbone: Path, tmp_path: Path, unfroze
     del config["trained"], config["backbone"]["dtype"]
     config["backbone"] |= {"weight_hash": start, "unfrozen": unfrozen}
     config["model"]["prompt_location"] = "end"
-    (tmp_path / "a" / CONFIG_FILE).write_text(json.dumps(config | {"schema_version": 1}))
+    write_as_of_schema(tmp_path / "a", config, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)
         loaded = load_adapter(tmp_path / "a")
     assert torch.equal(loaded(IMAGES), model(IMAGES))
     assert loaded.learned_state_dict().keys() == model.learned_state_dict().keys() and loaded._frozen != unfrozen
     config["backbone"]["weight_hash"] = "sha256:0"
-    (tmp_path / "a" / CONFIG_FILE).write_text(json.dumps(config | {"schema_version": 1}))
+    write_as_of_schema(tmp_path / "a", config, 1)
     with pytest.raises(ValueError, match="pass the right weights as source="):
         load_adapter(tmp_path / "a")
 
@@ -549,8 +551,6 @@ def test_no_value_of_the_config_escapes_as_another_error(folder: Path, value: An
     expected = load_adapter(folder)(IMAGES)
     places = [(None, name) for name in config]
     places += [(section, name) for section in ("backbone", "model", "preprocessing") for name in config[section]]
-    # of these the value is the meaning, whatever it is
-    free = {"prompt_dropout", "progressive_alpha", "temperature", "model", "backbone"}
     for section, name in places:
         changed = json.loads(json.dumps(config))
         place = changed if section is None else changed[section]
@@ -564,11 +564,39 @@ def test_no_value_of_the_config_escapes_as_another_error(folder: Path, value: An
         except (ValueError, FileNotFoundError) as error:
             assert "\n" not in str(error) and len(str(error)) <= 500
             continue
-        if name not in free:
-            assert torch.equal(loaded(IMAGES), expected), (section, name)
+        assert torch.equal(loaded(IMAGES), expected), (section, name)
 
 
-@pytest.mark.parametrize("schema", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("options", "edited"),
+    [
+        ({"prompt_options": {"kind": "cross"}}, {"prompt_options": {"kind": "tokens"}}),
+        ({}, {"prompt_mode": "progressive"}),
+        ({"readout": "cls"}, {"readout": "mean"}),
+        ({"temperature": 0.5}, {"temperature": 0.25}),
+    ],
+    ids=str,
+)
+def test_settings_of_another_function_are_refused(backbone: Path, tmp_path: Path, options: Any, edited: Any) -> None:
+    """Their shapes agree, so that the tensors would load, and every score would be that of a model nobody trained. An
+    adapter of before has no hash of its settings, and taking the newer schema's number away does not make one."""
+    save_adapter(trained(backbone, prompt_mode="deep", **options), tmp_path / "a")
+    path = tmp_path / "a" / CONFIG_FILE
+    config = json.loads(path.read_text())
+    edit(tmp_path / "a", model=edited)
+    for schema in (5, 4):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": schema}))
+        with pytest.raises(ValueError, match="must have the model_class and model that its tensors were saved with"):
+            load_adapter(tmp_path / "a")
+        assert any(name == "problem" and "saved with" in said for name, said in describe(tmp_path / "a"))
+    write_as_of_schema(tmp_path / "a", config, 4)
+    load_adapter(tmp_path / "a")
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="that its tensors were saved with"):
+        load_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize("schema", [1, 2, 3, 4, 5])
 def test_an_entry_that_its_schema_has_is_not_made_up(folder: Path, schema: int) -> None:
     """A default in its place would be another model or preprocessing; what the schema did not have yet is fine."""
     config = json.loads((folder / CONFIG_FILE).read_text()) | {"schema_version": schema}
@@ -604,7 +632,7 @@ def test_adapters_of_older_schemas_hold_the_whole_path(backbone: Path, folder: P
     config["backbone"]["source"] = str(backbone.resolve())
     if schema == 1:
         del config["trained"], config["backbone"]["dtype"]
-    (folder / CONFIG_FILE).write_text(json.dumps(config | {"schema_version": schema}))
+    write_as_of_schema(folder, config, schema)
     assert torch.equal(load_adapter(folder)(IMAGES), want)
 
 
@@ -616,8 +644,7 @@ def test_adapters_with_a_scalar_temperature_load(folder: Path) -> None:
     tensors = load_file(folder / TENSORS_FILE)
     old = tensors | {"verbalizer.log_temperature": tensors["verbalizer.log_temperature"].reshape(())}
     config = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / CONFIG_FILE).write_text(json.dumps(config | {"schema_version": 3}))
-    save_file(old, folder / TENSORS_FILE, metadata={"vptm_hash": weight_hash(old)})
+    write_as_of_schema(folder, config, 3, old)
     assert torch.equal(load_adapter(folder)(IMAGES), want)
     state = model.state_dict() | {"verbalizer.log_temperature": torch.tensor(1.5)}
     model.load_state_dict(state)

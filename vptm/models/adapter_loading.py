@@ -17,6 +17,7 @@ from vptm.models.adapter_saving import Saved, build
 from vptm.weights.adapter_format import (
     CONFIG_FILE,
     TENSORS_FILE,
+    Stated,
     check_adapter_tensors,
     check_backbone_hash,
     read_adapter_config,
@@ -39,10 +40,10 @@ def load(kind: type[Saved], folder: Path, config: Mapping[str, Any], source: Any
         FileNotFoundError, ValueError: as `vptm.load_adapter`.
     """
     recorded = config["backbone"].get("source")
-    learned, stated_hash = read_adapter_tensors(folder)
+    learned, stated = read_adapter_tensors(folder)
     check_claims(folder, config["model"], learned)
     if source is not None and (files := list(_weight_files(source))):
-        return _of_the_same_hash(kind, folder, config, learned, stated_hash, files, impl)
+        return _of_the_same_hash(kind, folder, config, learned, stated, files, impl)
     if source is None and recorded is None:
         raise ValueError(f"{folder} was trained on a model object, not a file: pass the backbone as source=")
     try:
@@ -62,7 +63,7 @@ def load(kind: type[Saved], folder: Path, config: Mapping[str, Any], source: Any
         raise FileNotFoundError(
             f"{error}; the adapter was trained on {recorded}: pass the backbone as source="
         ) from error
-    return completed(folder, model, config, learned, stated_hash)
+    return completed(folder, model, config, learned, stated)
 
 
 def _recorded(folder: Path, backbone: Mapping[str, Any]) -> str:
@@ -90,7 +91,7 @@ def _of_the_same_hash(
     folder: Path,
     config: Mapping[str, Any],
     learned: Mapping[str, Tensor],
-    stated_hash: str | None,
+    stated: Stated,
     files: list[Path],
     impl: str,
 ) -> Any:
@@ -98,7 +99,7 @@ def _of_the_same_hash(
     reasons = []
     for file in sorted(files, key=lambda file: file.name != name):  # that of the recorded name first
         try:
-            return completed(folder, build(kind, file, config["model"], impl), config, learned, stated_hash)
+            return completed(folder, build(kind, file, config["model"], impl), config, learned, stated)
         except ValueError as error:
             reasons.append(f"{file.name}: {error}")
     raise ValueError(
@@ -117,7 +118,7 @@ def load_on(model: Any, folder: str | Path) -> Any:
     with one_line_errors(folder):
         folder = Path(folder)
         config = read_adapter_config(folder)
-        learned, stated_hash = read_adapter_tensors(folder)
+        learned, stated = read_adapter_tensors(folder)
         kind = config["model_class"]
         if kind != type(model).__name__:
             raise ValueError(f"{folder / CONFIG_FILE} must have model_class {type(model).__name__!r}, got {kind!r}")
@@ -127,7 +128,7 @@ def load_on(model: Any, folder: str | Path) -> Any:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / CONFIG_FILE} does not fit {kind}: {error}") from None
         own.config |= {name: config["model"][name] for name in ("img_size", "pretrained") if name in config["model"]}
-        found = completed(folder, own, config, learned, stated_hash)
+        found = completed(folder, own, config, learned, stated)
         if found.lm_head is not None and not any(name.startswith("lm_head.") for name in learned):
             found.lm_head = model.lm_head  # equal, as the hash says, and the largest part that is not on shared storage
         place = model.backbone.patch_embed.proj.weight.device
@@ -143,11 +144,11 @@ def completed(
     model: Any,
     config: Mapping[str, Any],
     learned: Mapping[str, Tensor],
-    stated_hash: str | None,
+    stated: Stated,
 ) -> Any:
     """A model as it was built, with what its adapter holds."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    check_adapter_tensors(folder, config, learned, stated_hash, parameters, model.learned_state_dict().keys())
+    check_adapter_tensors(folder, config, learned, stated, parameters, model.learned_state_dict().keys())
     check_backbone_hash(folder, config, learned, model.frozen_state_dict(), model.source)
     _fill(model, learned, config)
     model.class_names = config.get("class_names")

@@ -35,7 +35,7 @@ from vptm.training.ranks import Ranks
 from vptm.training.scores import validation_score
 from vptm.training.state import STATE_FILE, read_state, write_state
 from vptm.training.step import TrainStep
-from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, read_adapter_tensors
+from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, changed_since, read_adapter_tensors
 from vptm.weights.beits import is_timm_name
 from vptm.weights.files import WriteError, read_json, weight_hash, write_atomically
 
@@ -396,11 +396,9 @@ def _finished_state(folder: Path) -> dict[str, Any] | None:
     history = _read_history(folder / METRICS_FILE)
     if len(history) != epochs:
         raise ValueError(f"{folder / METRICS_FILE} must have {epochs} epochs, got {len(history)}; use overwrite")
-    best, stated_hash = read_adapter_tensors(folder)
-    if stated_hash != weight_hash(best):
-        raise ValueError(
-            f"{folder / TENSORS_FILE} is damaged: its tensors do not have the hash written with them; use overwrite"
-        )
+    best, stated = read_adapter_tensors(folder)
+    if damage := changed_since(folder, None, best, stated):
+        raise ValueError(f"{damage}; use overwrite")
     found = {"identity": identity, "epoch": len(history), "best": best, "best_epoch": best_epoch, "history": history}
     return {"version": None, **found, "best_score": score}
 

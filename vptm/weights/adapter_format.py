@@ -6,11 +6,12 @@ made at random. Of the rest it holds a hash, so it runs on those weights alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -31,8 +32,8 @@ from vptm.weights.preprocessing import preprocessing_error
 
 # 1 had no "trained", and its hash left out what the constructor makes trainable and no more; 2 had no "peft_type",
 # "task_type" and "base_model_name_or_path", and the whole path of a file in backbone.source;
-# 3 had the temperature without a dimension, and no "multi_label"
-SCHEMA_VERSION = 4
+# 3 had the temperature without a dimension, and no "multi_label"; 4 had no hash of the settings beside the tensors' own
+SCHEMA_VERSION = 5
 PEFT_TYPE, TASK_TYPE = "VPTM", "IMAGE_CLASSIFICATION"
 TENSORS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # What every adapter has since a schema; what came within one, as "architecture" of a PromptedViT, may be missing.
@@ -86,7 +87,7 @@ def write_adapter(folder: str | Path, config: Mapping[str, Any], tensors: Mappin
     if wrong := _config_error(json.loads(text)):
         raise ValueError(one_line(f"model must be one that an adapter can hold: {wrong}"))
     # inside the tensor file, so one rename replaces both; one entry, because safetensors writes several in random order
-    content = save(tensors, metadata={"vptm_hash": weight_hash(tensors)})
+    content = save(tensors, metadata={"vptm_hash": f"{weight_hash(tensors)} {settings_hash(json.loads(text))}"})
     make_folder(folder)
     write_atomically(folder / CONFIG_FILE, text)
     write_atomically(folder / TENSORS_FILE, content)
@@ -189,33 +190,49 @@ def with_one_element(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def read_adapter_tensors(folder: str | Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors of an adapter by name, and the hash that was written with them, for `check_adapter_tensors`; both as
-    the present schema has them.
+class Stated(NamedTuple):
+    """The hashes that stand with an adapter's tensors: of themselves, and since schema 5 of what they are for."""
+
+    tensors: str | None
+    settings: str | None
+
+
+def settings_hash(config: Mapping[str, Any]) -> str:
+    """Identity of the class and the settings of the model in a config: those of another function of the same tensors,
+    as prompts of another kind, give another."""
+    text = json.dumps([config.get("model_class"), config["model"]], sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def read_adapter_tensors(folder: str | Path) -> tuple[dict[str, Tensor], Stated]:
+    """The tensors of an adapter by name, and the hashes that were written with them, for `check_adapter_tensors`; both
+    as the present schema has them.
 
     Raises:
         ValueError: not a whole safetensors file.
     """
     tensors, metadata = read_safetensors(Path(folder) / TENSORS_FILE)
-    stated, found = metadata.get("vptm_hash"), with_one_element(tensors)
-    if any(found[name] is not tensor for name, tensor in tensors.items()) and stated == weight_hash(tensors):
-        stated = weight_hash(found)
-    return found, stated
+    stated, found = metadata.get("vptm_hash", ""), with_one_element(tensors)
+    own, _, settings = stated.partition(" ")
+    if any(found[name] is not tensor for name, tensor in tensors.items()) and own == weight_hash(tensors):
+        own = weight_hash(found)
+    return found, Stated(own or None, settings or None)
 
 
 def check_adapter_tensors(
     folder: str | Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    stated_hash: str | None,
+    stated: Stated,
     parameters: Mapping[str, Tensor],
     sourceless: Collection[str],
 ) -> None:
-    """Refuse tensors that do not fit a model made from `config`, or that are not as they were written.
+    """Refuse tensors that do not fit a model made from `config`, that are not as they were written, or that were
+    written for other settings.
 
     Args:
         folder: of the adapter, for messages.
-        config, tensors, stated_hash: what `read_adapter_config` and `read_adapter_tensors` give.
+        config, tensors, stated: what `read_adapter_config` and `read_adapter_tensors` give.
         parameters: all of the model, by name.
         sourceless: names of those that no source gives, so that the adapter must.
 
@@ -237,8 +254,24 @@ def check_adapter_tensors(
             check_values({name: tensor}, dtype=parameters[name].dtype)
     except ValueError as error:
         raise ValueError(f"{path} does not fit its config: {error}") from None
-    if stated_hash != weight_hash(tensors):
-        raise ValueError(f"{path} is damaged: its tensors do not have the hash written with them")
+    if changed := changed_since(folder, config, tensors, stated):
+        raise ValueError(changed)
+
+
+def changed_since(
+    folder: str | Path, config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], stated: Stated
+) -> str | None:
+    """What of an adapter is not as it was written, None where all is. config: None where it cannot be read."""
+    if stated.tensors != weight_hash(tensors):
+        return f"{Path(folder) / TENSORS_FILE} is damaged: its tensors do not have the hash written with them"
+    if config is None or (stated.settings is None and config["schema_version"] < 5):
+        return None
+    if stated.settings != settings_hash(config):
+        return (
+            f"{Path(folder) / CONFIG_FILE} must have the model_class and model that its tensors were saved with, "
+            "got others: change the model and save it again"
+        )
+    return None
 
 
 def check_backbone_hash(

@@ -16,10 +16,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vptm.messages import WITH_PATHS, error_line, one_line
-from vptm.weights.adapter_format import CONFIG_FILE, TENSORS_FILE, read_adapter_config, read_adapter_tensors
+from vptm.weights.adapter_format import (
+    CONFIG_FILE,
+    TENSORS_FILE,
+    changed_since,
+    read_adapter_config,
+    read_adapter_tensors,
+)
 from vptm.weights.beits import folded_names, is_timm_name, load_backbone, probe, report_of_name
 from vptm.weights.containers import read_checkpoint, told_of
-from vptm.weights.files import check_values, weight_hash
+from vptm.weights.files import check_values
 from vptm.weights.key_maps import WRAPPERS, canonical_names, is_huggingface, is_index, unwrap
 from vptm.weights.vits import load_vit
 
@@ -146,9 +152,15 @@ def _adapter_rows(folder: Path) -> Rows:
         except (ValueError, OSError) as error:
             problems.append(("problem", error_line(error)))
 
-    part(lambda: _config_rows(read_adapter_config(folder)))
+    configs: list[dict[str, Any]] = []
+
+    def config_rows() -> Rows:
+        configs.append(read_adapter_config(folder))
+        return _config_rows(configs[0])
+
+    part(config_rows)
     if (folder / TENSORS_FILE).is_file():
-        part(lambda: _learned_rows(folder))
+        part(lambda: _learned_rows(folder, configs[0] if configs else None))
     return rows + problems
 
 
@@ -163,12 +175,12 @@ def _config_rows(config: dict[str, Any]) -> Rows:
     ]
 
 
-def _learned_rows(folder: Path) -> Rows:
-    tensors, stated_hash = read_adapter_tensors(folder)
+def _learned_rows(folder: Path, config: dict[str, Any] | None) -> Rows:
+    tensors, stated = read_adapter_tensors(folder)
     rows = [(f"learned {name}", _shape(tensor)) for name, tensor in tensors.items()]
     rows.append(("learned values", f"{sum(tensor.numel() for tensor in tensors.values()):,}"))
-    if stated_hash != weight_hash(tensors):
-        rows.append(("problem", f"{TENSORS_FILE} is damaged: its tensors do not have the hash written with them"))
+    if changed := changed_since("", config, tensors, stated):
+        rows.append(("problem", changed))
     try:
         check_values(tensors)
     except ValueError as error:
