@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import math
 from typing import Any, get_type_hints
 
 import pytest
@@ -106,3 +108,53 @@ def test_wrong_values_are_refused(values: dict[str, Any], message: str) -> None:
 def test_switches_are_true_or_false() -> None:
     with pytest.raises(TypeError, match="train_lm_head must be True or False, got 1"):
         settings.ViTSettings(train_lm_head=1)  # type: ignore[arg-type]
+
+
+GROUPS = [
+    group
+    for _, group in inspect.getmembers(settings, inspect.isclass)
+    if issubclass(group, settings.SettingsGroup) and not group.__name__.startswith("_")
+]
+NUMBERS = {"class_weights", "lr_of", "weight_decay_of"}  # of several, or by name
+
+
+def made(group: type[settings.SettingsGroup], **values: Any) -> settings.SettingsGroup:
+    """A group with what it needs beside `values`."""
+    needed = {"epochs": 2, "lr": 0.1, "shots": "1"}
+    fields = dataclasses.fields(group)
+    missing = [one.name for one in fields if one.default is one.default_factory is dataclasses.MISSING]
+    return group(**{name: needed.get(name, "x") for name in missing} | values)
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        (group, name)
+        for group in GROUPS
+        for name, kind in get_type_hints(group).items()
+        if "float" in str(kind) and name not in NUMBERS and name in inspect.get_annotations(group)
+    ],
+)
+def test_every_number_has_a_range(group: type[settings.SettingsGroup], name: str) -> None:
+    """NaN, infinity and what no float holds are refused in one line that names the setting: later they would be an
+    OverflowError of the schedule, or a run of NaN. Below zero only gates and a threshold of cosines may be."""
+    label = made(group)._label(name)
+    for value in (math.nan, math.inf, -math.inf, 10**400, -(10**400), True, "1"):
+        with pytest.raises((ValueError, TypeError), match=f"^{label} must be .*got ") as refusal:
+            made(group, **{name: value})
+        assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 200
+    if name not in ("prompt_gate", "threshold"):
+        with pytest.raises(ValueError, match=f"^{label} must be .*got -0.5"):
+            made(group, **{name: -0.5})
+
+
+def test_numbers_of_several_hold_in_a_float() -> None:
+    """As weights of classes, rates of groups, and in a recipe, whose YAML has integers of any length."""
+    for given in ([1, 10**400], [math.inf, 1], [math.nan]):
+        with pytest.raises(ValueError, match="class_weights must be balanced, or a list of finite numbers > 0"):
+            settings.parse_weights(given)
+    for value in (10**400, math.nan, math.inf, -0.5):
+        with pytest.raises(ValueError, match=r"^lr_of\['prompts'\] must be "):
+            made(settings.TrainSettings, lr_of={"prompts": value})
+    with pytest.raises(ValueError, match="must be float, got 1000"):
+        train_options()["lr"].read(10**400)

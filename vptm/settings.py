@@ -68,13 +68,16 @@ class Help:
     """What the command line says of a setting.
 
     command: its default in `vptm train`, where that is not the one in Python. option: its name there, where it is
-    another; None for a setting that is no option. switch: it can only be turned on.
+    another; None for a setting that is no option. switch: it can only be turned on. within: the range of a number, in
+    words that `check_range` knows; none: what None means beside it, where it may be None.
     """
 
     text: str = ""
     command: Any = None
     option: str | None = ""
     switch: bool = False
+    within: str = ""
+    none: str = "or None"
 
 
 NO_OPTION = Help(option=None)
@@ -123,6 +126,11 @@ class SettingsGroup:
                 one_of(self._label(name), value, allowed)
             elif kind is bool and not isinstance(value, bool):
                 raise TypeError(f"{self._label(name)} must be True or False, got {value!r}")
+            if (told := _help(type(self))[name]).within:
+                several = isinstance(value, list | tuple) and Sequence[float] in get_args(kind)
+                none = told.none if type(None) in get_args(kind) else None
+                for one in value if several else [value]:
+                    check_range(self._label(name), one, told.within, optional=none)
 
     @staticmethod
     def _label(name: str) -> str:
@@ -206,11 +214,17 @@ class ModelSettings(SettingsGroup):
 
     prompt_length: Annotated[int, Help("Prompts per layer.")] = 10
     prompt_mode: Annotated[PromptMode, Help("Where prompts enter.")] = "shallow"
-    prompt_dropout: Annotated[float, Help("Dropout of prompts.")] = 0.0
-    progressive_alpha: Annotated[float | Sequence[float], Help("Alpha of progressive prompts.")] = 0.01
+    prompt_dropout: Annotated[float, Help("Dropout of prompts.", within="in [0, 1)")] = 0.0
+    progressive_alpha: Annotated[float | Sequence[float], Help("Alpha of progressive prompts.", within="in [0, 1]")] = (
+        0.01
+    )
     prompt_gate: Annotated[
         float | None,
-        Help("Start of learned gates that add to what attention scores with prompts, as -4; none by default."),
+        Help(
+            "Start of learned gates that add to what attention scores with prompts, as -4; none by default.",
+            within="finite",
+            none="or None for no gate",
+        ),
     ] = None
     prompt_options: Annotated[Mapping[str, Any] | None, NO_OPTION] = None
     readout: Annotated[Readout, Help("Row that the verbalizer reads.")] = "mask"
@@ -219,7 +233,10 @@ class ModelSettings(SettingsGroup):
     prototype_dim: Annotated[int | None, Help("Dimension of the prototypes.")] = 128
     token_activation: Annotated[TokenActivation, Help("What the verbalizer reads.")] = "logits"
     projection_bias: Annotated[bool, Help("Bias in the prototype projection.")] = False
-    temperature: Annotated[float | None, Help("Fixed temperature; learned from 0.1 by default.")] = None
+    temperature: Annotated[
+        float | None,
+        Help("Fixed temperature; learned from 0.1 by default.", within="finite and > 0", none="or None to learn it"),
+    ] = None
     img_size: Annotated[int | tuple[int, int] | None, Help("Pixels; the model's own by default.")] = None
     dynamic_img_size: Annotated[bool, NO_OPTION] = False
     pretrained: Annotated[bool, NO_OPTION] = False
@@ -234,13 +251,7 @@ class ModelSettings(SettingsGroup):
         check_integer("prompt_length", self.prompt_length, 0)
         if not isinstance(self.prompt_options, Mapping | None):
             raise TypeError(f"prompt_options must be a mapping or None, got {self.prompt_options!r}")
-        check_range("prompt_dropout", self.prompt_dropout, "in [0, 1)")
-        check_range("prompt_gate", self.prompt_gate, "finite", optional="or None for no gate")
         check_integer("prototype_dim", self.prototype_dim, 1, optional=True)
-        check_range("temperature", self.temperature, "finite and > 0", optional="or None to learn it")
-        alpha = self.progressive_alpha
-        for value in alpha if isinstance(alpha, list | tuple) else [alpha]:
-            check_range("progressive_alpha", value, "in [0, 1]")
 
     def config(self) -> dict[str, Any]:
         """What an adapter keeps, with values that JSON has: every setting but the implementation."""
@@ -325,21 +336,29 @@ class TrainSettings(SettingsGroup):
     """Keywords of `vptm.fit` that decide what is learned."""
 
     epochs: Annotated[int, Help("Passes over the training images.", command=40)]
-    lr: Annotated[float, Help("Peak learning rate.", command=0.002)]
-    weight_decay: Annotated[float, Help("Weight decay of matrices.", command=0.1)] = 0.0
+    lr: Annotated[float, Help("Peak learning rate.", command=0.002, within="finite and > 0")]
+    weight_decay: Annotated[float, Help("Weight decay of matrices.", command=0.1, within="finite and >= 0")] = 0.0
     optimizer: Annotated[str, Help("A timm optimiser.")] = "adamw"
     schedule: Annotated[Schedule, Help("Of the learning rate.")] = "cosine"
     warmup_epochs: Annotated[int, Help("Epochs of linear warm-up, part of --epochs.")] = 0
-    label_smoothing: Annotated[float, Help("In [0, 1).")] = 0.0
+    label_smoothing: Annotated[float, Help("In [0, 1).", within="in [0, 1)")] = 0.0
     class_weights: Annotated[
         str | Sequence[float] | None,
         Help("Weight of each class in the loss: balanced, or a number for each with commas; all alike by default."),
     ] = None
-    protoverb_weight: Annotated[float, Help("Of ProtoVerb's contrast losses in every step.")] = 0.0
-    reformation: Annotated[float, Help("Of ProVP-Ref's contrast with the features of the frozen model.")] = 0.0
-    reformation_temperature: Annotated[float, Help("Of that contrast.")] = 1.0
-    prompt_weight_decay: Annotated[float | None, Help("Weight decay of prompts; none by default.")] = None
-    head_weight_decay: Annotated[float | None, Help("Of the verbalizer's matrices; --weight-decay by default.")] = None
+    protoverb_weight: Annotated[
+        float, Help("Of ProtoVerb's contrast losses in every step.", within="finite and >= 0")
+    ] = 0.0
+    reformation: Annotated[
+        float, Help("Of ProVP-Ref's contrast with the features of the frozen model.", within="finite and >= 0")
+    ] = 0.0
+    reformation_temperature: Annotated[float, Help("Of that contrast.", within="finite and > 0")] = 1.0
+    prompt_weight_decay: Annotated[
+        float | None, Help("Weight decay of prompts; none by default.", within="finite and >= 0")
+    ] = None
+    head_weight_decay: Annotated[
+        float | None, Help("Of the verbalizer's matrices; --weight-decay by default.", within="finite and >= 0")
+    ] = None
     lr_of: Annotated[
         Mapping[str, float] | None,
         Help(f"Peak learning rates of their own, as prompts=0.1,temperature=0: of {_GROUPS}; --lr by default."),
@@ -361,11 +380,15 @@ class TrainSettings(SettingsGroup):
     grad_checkpointing: Annotated[
         bool, Help("Compute the blocks again in backward rather than keep what they made.", switch=True)
     ] = False
-    clip_norm: Annotated[float | None, Help("Longest gradient of a step, longer ones are scaled; any by default.")] = (
-        None
-    )
+    clip_norm: Annotated[
+        float | None,
+        Help("Longest gradient of a step, longer ones are scaled; any by default.", within="finite and > 0"),
+    ] = None
     ema: Annotated[
-        float | None, Help("Decay of an average of what is learned, which answers in its place; none by default.")
+        float | None,
+        Help(
+            "Decay of an average of what is learned, which answers in its place; none by default.", within="in (0, 1)"
+        ),
     ] = None
     early_stopping: Annotated[
         int | None, Help("Stop after so many epochs in a row that are not better on validation images.")
@@ -386,17 +409,6 @@ class TrainSettings(SettingsGroup):
                 raise ValueError(f"{name} must be >= {lowest}{none}, got {value}")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"warmup_epochs must be >= 0 and < epochs={self.epochs}, got {self.warmup_epochs}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be finite and > 0, got {self.lr}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        for name in ("weight_decay", "protoverb_weight", "reformation"):
-            check_range(name, getattr(self, name), "finite and >= 0")
-        for name in ("prompt_weight_decay", "head_weight_decay"):
-            check_range(name, getattr(self, name), "finite and >= 0", optional="or None")
-        check_range("reformation_temperature", self.reformation_temperature, "finite and > 0")
-        check_range("clip_norm", self.clip_norm, "finite and > 0", optional="or None")
-        check_range("ema", self.ema, "in (0, 1)", optional="or None")
         for name, group in (("prompt_weight_decay", "prompts"), ("head_weight_decay", "verbalizer")):
             if getattr(self, name) is not None and group in (self.weight_decay_of or {}):
                 raise ValueError(f"weight_decay_of must leave {group} out where {name} is given, got both")
@@ -484,7 +496,7 @@ class RunSettings(PictureSettings):
     ] = None
     init_neighbours: Annotated[int, Help("Patches that a prompt of vipamin starts as the mean of.")] = 8
     init_orthogonal: Annotated[
-        float, Help("Share of what self-attention does not span in a prompt of vipamin, in [0, 1].")
+        float, Help("Share of what self-attention does not span in a prompt of vipamin, in [0, 1].", within="in [0, 1]")
     ] = 0.5
     prototype_init: Annotated[PrototypeStart, Help("Where prototypes start: class means are those of the images.")] = (
         "xavier"
@@ -492,7 +504,7 @@ class RunSettings(PictureSettings):
     prototype_steps: Annotated[
         int, Help("Steps on projection and prototypes alone after training, by ProtoVerb's losses.")
     ] = 0
-    prototype_lr: Annotated[float, Help("Learning rate of --prototype-steps.")] = 0.001
+    prototype_lr: Annotated[float, Help("Learning rate of --prototype-steps.", within="finite and > 0")] = 0.001
     finetune: Annotated[bool, Help("Also train every weight of the backbone.", switch=True)] = False
     shuffle_labels: Annotated[
         bool, Help("A control: permute train and val labels; test falls to chance.", switch=True)
@@ -524,14 +536,11 @@ class RunSettings(PictureSettings):
         self._at_least(1, "batch_size")
         self._at_least(0, "workers", "prototype_steps")
         self._at_least(1, "init_images", "init_neighbours")
-        check_range(self._label("init_orthogonal"), self.init_orthogonal, "in [0, 1]")
         for name, default in (("init_neighbours", 8), ("init_orthogonal", 0.5)):
             if getattr(self, name) != default and self.prompt_init != "vipamin":
                 raise ValueError(f"{self._label(name)} needs --prompt-init vipamin, got {self.prompt_init}")
         if not 0 <= self.train_settings.seed < 2**32:
             raise ValueError(f"--seed must be in 0..2^32-1, got {self.train_settings.seed}")
-        if not 0 < self.prototype_lr < math.inf:
-            raise ValueError(f"--prototype-lr must be finite and > 0, got {self.prototype_lr}")
         if parse_weights(self.train_settings.class_weights) == "balanced" and self.balanced_sampler:
             raise ValueError("--balanced-sampler and --class-weights balanced exclude each other: each does it all")
         if self.model_settings.multi_label:
@@ -640,12 +649,21 @@ class ProtocolSettings(ComputeSettings):
     ] = None
     seeds: Annotated[int, Help("Runs for each number of shots.")] = 3
     prompt_length: Annotated[int | None, Help("Prompts per layer; as published, 50 for few-shot, else 16.")] = None
-    alpha: Annotated[float, Help("Of progressive prompts.")] = 0.01
-    reformation: Annotated[float, Help("Lambda of the contrast with the frozen features.")] = 1.0
-    temperature: Annotated[float, Help("Of that contrast.")] = 1.0
-    ridge: Annotated[float, Help("Strength of the projection fitted where none is given.")] = 0.01
+    alpha: Annotated[float, Help("Of progressive prompts.", within="in [0, 1]")] = 0.01
+    reformation: Annotated[
+        float, Help("Lambda of the contrast with the frozen features.", within="finite and >= 0")
+    ] = 1.0
+    temperature: Annotated[float, Help("Of that contrast.", within="finite and > 0")] = 1.0
+    ridge: Annotated[float, Help("Strength of the projection fitted where none is given.", within="finite and > 0")] = (
+        0.01
+    )
     logit_scale: Annotated[
-        float | None, Help("Factor of the cosines; 100 with a given projection, 10 with a fitted one.")
+        float | None,
+        Help(
+            "Factor of the cosines; 100 with a given projection, 10 with a fitted one.",
+            within="finite and > 0",
+            none="or left out",
+        ),
     ] = None
     epochs: Annotated[
         int | None,
@@ -654,25 +672,17 @@ class ProtocolSettings(ComputeSettings):
             "100."
         ),
     ] = None
-    lr: Annotated[float, Help("Peak learning rate.")] = 0.1
-    weight_decay: Annotated[float | None, Help("As published, 0.0005 for few-shot, else 0.001.")] = None
+    lr: Annotated[float, Help("Peak learning rate.", within="finite and > 0")] = 0.1
+    weight_decay: Annotated[
+        float | None,
+        Help("As published, 0.0005 for few-shot, else 0.001.", within="finite and >= 0", none="or left out"),
+    ] = None
     augment: Annotated[bool, Help("Random changes of training images.")] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(1, "seeds", "epochs")
         self._at_least(0, "prompt_length")
-        published = "or left out"
-        for name, allowed, optional in (
-            ("lr", "finite and > 0", None),
-            ("temperature", "finite and > 0", None),
-            ("ridge", "finite and > 0", None),
-            ("logit_scale", "finite and > 0", published),
-            ("weight_decay", "finite and >= 0", published),
-            ("reformation", "finite and >= 0", None),
-            ("alpha", "in [0, 1]", None),
-        ):
-            check_range(self._label(name), getattr(self, name), allowed, optional=optional)
         self.counts()
 
     def counts(self) -> list[int] | None:
@@ -702,7 +712,7 @@ class MapSettings(PictureSettings):
         Help("Of --method semantic; top shares source labels between labels, as suits --m above 1."),
     ] = "hungarian"
     m: Annotated[int, Help("Source labels of a label; not of --method blm.")] = 1
-    threshold: Annotated[float, Help("Of --assignment threshold.")] = 0.5
+    threshold: Annotated[float, Help("Of --assignment threshold.", within="finite")] = 0.5
     aggregation: Annotated[Aggregation, Help("What source labels become one label by.")] = "mean"
     template: Annotated[
         tuple[str, ...],
@@ -717,7 +727,7 @@ class MapSettings(PictureSettings):
     border: Annotated[int, Help("Pixels of an additive border.")] = 30
     shots: Annotated[str, Help("Training images per class, or all; for flm, ilm, blm, --prompt.")] = "16"
     epochs: Annotated[int, Help("Of training the border.")] = 20
-    lr: Annotated[float, Help("Of the border.")] = 0.01
+    lr: Annotated[float, Help("Of the border.", within="finite and > 0")] = 0.01
     batch_size: Annotated[int, Help("Images per step.")] = 64
     evaluate: Annotated[bool, Help("Read the test images, once, at the end.")] = True
     seed: Annotated[int, Help("Of random mappings, shots and order.")] = 0
@@ -725,7 +735,6 @@ class MapSettings(PictureSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(1, "batch_size", "m", "epochs", "image_size", "border")
-        check_range("--lr", self.lr, "finite and > 0")
         parse_shots(self.shots)
         if self.method == "ilm" and self.prompt is None:
             raise ValueError(
@@ -775,7 +784,7 @@ class Option:
         if self.numbers and isinstance(value, Mapping):
             value = numbers_text(value)
         if self.type is float and isinstance(value, int | str) and not isinstance(value, bool):
-            with suppress(ValueError):
+            with suppress(ValueError, OverflowError):
                 value = float(value)  # YAML reads 5e-2 as text
         elif self.type is str and isinstance(value, int | float) and not self.choices:
             value = str(value)
@@ -873,7 +882,7 @@ def parse_weights(given: str | Sequence[float] | None) -> str | tuple[float, ...
     if given is None or (isinstance(given, str) and given == "balanced"):
         return given
     if isinstance(given, Sequence):
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, OverflowError):
             found = tuple(float(weight) for weight in (given.split(",") if isinstance(given, str) else given))
             if all(0 < weight < math.inf for weight in found):
                 return found
