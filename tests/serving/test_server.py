@@ -351,4 +351,4 @@ def test_the_command_says_what_it_needs(
             assert code == 2 and message in line, line
     monkeypatch.setattr("vptm.commands.serve.find_spec", lambda name: None)
     code, line = command.refused("serve", tasks)
-    assert code == 1 and 'pip install "vptm[serve]"' in line
+    assert code == 2 and 'pip install "vptm[serve]"' in line

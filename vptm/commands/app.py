@@ -23,7 +23,7 @@ from vptm.commands.profile import profile
 from vptm.commands.protocol import protocol
 from vptm.commands.serve import serve
 from vptm.commands.train import train
-from vptm.terminal import say
+from vptm.terminal import say_once
 
 app = typer.Typer(
     name="vptm",
@@ -35,7 +35,8 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 1 the work failed or was interrupted, 2 bad arguments."""
+    """Run the command line and exit: 0 done, 1 the work failed or was interrupted, 2 bad arguments, or a package that
+    they need is not installed."""
     sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -56,17 +57,17 @@ def _run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left, as in `vptm predict | head`
         return 1
     except (KeyboardInterrupt, typer.Abort):
-        say("vptm: interrupted")
+        say_once("vptm: interrupted")
         return 1
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error: its class moved between versions of typer
             if message := error.format_message():
                 is_help = type(error).__name__ == "NoArgsIsHelpError"
-                say(f"vptm: {message if is_help else one_line(message + _choices(error), WITH_PATHS)}")
+                say_once(f"vptm: {message if is_help else one_line(message + _choices(error), WITH_PATHS)}")
             return int(getattr(error, "exit_code", 2))
         if debug:
             raise
-        say(f"vptm: {error_line(error, WITH_PATHS)}")
+        say_once(f"vptm: {error_line(error, WITH_PATHS)}")
         return _exit_code(error)
 
 
@@ -79,10 +80,8 @@ def _choices(error: object) -> str:
 def _exit_code(error: Exception) -> int:
     from vptm.data.decoding import BadImageError
 
-    bad_argument = isinstance(error, (ValueError, TypeError, FileNotFoundError)) and not isinstance(
-        error, BadImageError
-    )
-    return 2 if bad_argument else 1
+    found = isinstance(error, (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError))
+    return 2 if found and not isinstance(error, BadImageError) else 1
 
 
 def _version(shown: bool) -> None:
@@ -108,7 +107,8 @@ def _vptm(
     vptm explain runs/builtin-1 picture.png        show why
 
     Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 the work failed or was interrupted,
-    2 bad arguments. With VPTM_DEBUG=1 in the environment an error shows its traceback.
+    2 bad arguments, or a package that they need is not installed. With VPTM_DEBUG=1 in the environment an error shows
+    its traceback.
     """
 
 
