@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_case import converted
 from prototype_case import DEVICE, TENSORS, Case, check, gradients, leaves, reference
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vptm_kernels import FoldedHead, fold_head, prototype_cosine, token_gram
 from vptm_kernels._runtime.plans import forget_plans
-from vptm_kernels.prototype_cosine import api, plan, torch_impl
+from vptm_kernels.prototype_cosine import api, cosine, plan, torch_impl
 from vptm_kernels.testing import assert_close_to_exact
 
 ACTIVATIONS = ["logits", "softmax", "log_softmax"]
@@ -570,6 +571,28 @@ def test_permuting_the_batch_permutes_the_scores():
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     permuted = {**call, "hidden": call["hidden"][order], "task_ids": call["task_ids"][order]}
     torch.testing.assert_close(prototype_cosine(**permuted), prototype_cosine(**call)[order], rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_ids_of_tasks_are_read_once(monkeypatch: pytest.MonkeyPatch, unit: bool) -> None:
+    """Also where the rows of a task are apart: on a GPU every reading waits for all that was launched."""
+    ids, offsets = torch.tensor([1, 0, 0, 1, 2, 1]), [0, 2, 5, 6]
+    rows, weight, bias, prototypes = torch.randn(6, 4), torch.randn(3, 5, 4), torch.randn(3, 5), torch.randn(6, 4)
+    if unit:
+        prototypes = torch.nn.functional.normalize(prototypes)
+    reads: list[Tensor] = []
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: reads.append(self) or tolist(self))
+    out = torch.empty(6, 5)
+    cosine.task_linear(rows, weight, bias, ids, out)
+    scores = cosine.task_cosine(rows, prototypes, ids, offsets, 3, 1e-8, unit)
+    monkeypatch.undo()
+    assert len(reads) == 2
+    for row, task in enumerate(ids.tolist()):
+        torch.testing.assert_close(out[row], weight[task] @ rows[row] + bias[task])
+        want = torch.cosine_similarity(rows[row], prototypes[offsets[task] : offsets[task + 1]], dim=1)
+        torch.testing.assert_close(scores[row, : len(want)], want)
+        assert scores[row, len(want) :].isneginf().all()
 
 
 BAD = [

@@ -78,7 +78,7 @@ def task_cosine(
             own = columns.narrow(1, first, count).to(embedding.dtype)
             torch.mm(rows, own, out=place if count == widest else place.narrow(1, 0, count))
         return out
-    for task, chosen in groups(task_ids):
+    for task, chosen in _groups(tasks, sizes):
         own = prototypes[offsets[task] : offsets[task + 1]].to(embedding.dtype)
         scores = F.linear(unit[chosen], own)
         if not unit_prototypes:
@@ -98,7 +98,7 @@ def task_cosine_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     dembedding = embedding.new_zeros(embedding.shape) if needs[0] else None
     dprototypes = embedding.new_zeros(prototypes.shape) if needs[1] else None
-    for task, rows in groups(task_ids):
+    for task, rows in _groups(*_runs(task_ids)):
         own = slice(offsets[task], offsets[task + 1])
         part = cosine_backward(grad[rows, : own.stop - own.start], embedding[rows], prototypes[own], eps, needs)
         if dembedding is not None and part[0] is not None:
@@ -118,7 +118,7 @@ def task_linear(hidden: Tensor, weight: Tensor, bias: Tensor, task_ids: Tensor, 
         for task, rows, place in zip(tasks, hidden.split(sizes), products.split(sizes)):
             torch.mm(rows, columns[task], out=place)
     else:
-        for task, chosen in groups(task_ids):
+        for task, chosen in _groups(tasks, sizes):
             products[chosen] = hidden[chosen] @ weight[task].mT
     torch.add(products, bias[task_ids.long()], out=out)
 
@@ -129,7 +129,7 @@ def task_linear_backward(
     dhidden = hidden.new_zeros(hidden.shape) if needs[0] else None
     dweight = weight.new_zeros(weight.shape) if needs[1] else None
     dbias = weight.new_zeros(weight.shape[:2]) if needs[2] else None
-    for task, rows in groups(task_ids):
+    for task, rows in _groups(*_runs(task_ids)):
         part = grad[rows].to(hidden.dtype)
         if dhidden is not None:
             dhidden[rows] = part @ weight[task]
@@ -146,11 +146,14 @@ def _runs(task_ids: Tensor) -> tuple[list[int], list[int]]:
     return [task for task, _ in runs], [size for _, size in runs]
 
 
-def groups(task_ids: Tensor) -> Iterator[tuple[int, slice | list[int]]]:
-    """The rows of every task that occurs, in order; a slice where they follow each other, which then copies nothing."""
+def _groups(tasks: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, slice | list[int]]]:
+    """The rows of every task that occurs, in order, from `_runs`; a slice where they follow each other, which then
+    copies nothing."""
     members: dict[int, list[int]] = {}
-    for row, task in enumerate(task_ids.tolist()):
-        members.setdefault(task, []).append(row)
+    first = 0
+    for task, size in zip(tasks, sizes):
+        members.setdefault(task, []).extend(range(first, first + size))
+        first += size
     for task, rows in sorted(members.items()):
         first, last = rows[0], rows[-1]
         yield task, slice(first, last + 1) if last - first + 1 == len(rows) else rows
