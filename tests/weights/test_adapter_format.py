@@ -568,6 +568,44 @@ def test_no_value_of_the_config_escapes_as_another_error(folder: Path, value: An
 
 
 @pytest.mark.parametrize(
+    ("options", "changes", "name"),
+    [
+        ({"prompt_mode": "deep"}, {"prompt_length": 150}, "prompt_length"),
+        ({"prompt_mode": "deep"}, {"prompt_options": {"prompt_dim": 40}}, "prompt_dim"),
+        ({"verbalizer": "linear"}, {"num_classes": 90}, "num_classes"),
+        ({"token_activation": "hidden"}, {"prototype_dim": 40}, "prototype_dim"),
+        ({}, {"prototype_dim": None, "num_classes": 30}, "num_classes"),
+    ],
+)
+def test_an_adapter_asks_for_no_more_memory_than_it_holds(
+    backbone: Path, tmp_path: Path, options: Any, changes: Any, name: str
+) -> None:
+    """By the depth and width of the backbone, which its config need not tell truly: a small file of a large backbone
+    would take all memory before its tensors are compared with what was made."""
+    save_adapter(trained(backbone, **options), tmp_path / "a")
+    edit(tmp_path / "a", model=changes, class_names=None)
+    with pytest.raises(ValueError, match=f"{name} must ask for at most the .* values that the file holds, got"):
+        load_adapter(tmp_path / "a")
+    with pytest.raises(ValueError, match=f"{name} must ask for at most"):
+        load_on(trained(backbone, **options), tmp_path / "a")
+    PromptedBEiT(backbone, 3, prompt_length=150, prompt_mode="deep")  # a limit of the loading alone
+
+
+def test_a_bias_of_no_prompt_columns_is_none(backbone: Path, tmp_path: Path) -> None:
+    """It was an empty parameter, for which processes of one run wait; adapters that hold one still load."""
+    for options in ({"prompt_options": {"kind": "cross"}, "prompt_mode": "deep"}, {"prompt_length": 0}):
+        model = trained(backbone, extra_bias="learned", **options)
+        assert model.prompt_bias is None
+        save_adapter(model, tmp_path / "a")
+        config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
+        config["trained"].append("prompt_bias")
+        older = load_file(tmp_path / "a" / TENSORS_FILE) | {"prompt_bias": torch.zeros(2, 2, 2, 0)}
+        write_as_of_schema(tmp_path / "a", config, 4, older)
+        assert torch.equal(load_adapter(tmp_path / "a")(IMAGES), model(IMAGES))
+    assert trained(backbone, extra_bias="learned").prompt_bias is not None
+
+
+@pytest.mark.parametrize(
     ("options", "edited"),
     [
         ({"prompt_options": {"kind": "cross"}}, {"prompt_options": {"kind": "tokens"}}),

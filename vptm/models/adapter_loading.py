@@ -14,6 +14,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from vptm.models.adapter_saving import Saved, build
+from vptm.models.claims import at_most
 from vptm.weights.adapter_format import (
     CONFIG_FILE,
     TENSORS_FILE,
@@ -52,9 +53,9 @@ def load(kind: type[Saved], folder: Path, config: Mapping[str, Any], source: Any
             if config["model"].get("pretrained"):
                 _refuse_download(found)
             with local_files_only():
-                model = build(kind, found, config["model"], impl)
+                model = _built(kind, found, config, learned, impl)
         else:
-            model = build(kind, source, config["model"], impl)
+            model = _built(kind, source, config, learned, impl)
     except TypeError as error:
         raise ValueError(f"{folder / CONFIG_FILE} does not fit {kind.__name__}: {error}") from None
     except (FileNotFoundError, ValueError) as error:
@@ -99,7 +100,7 @@ def _of_the_same_hash(
     reasons = []
     for file in sorted(files, key=lambda file: file.name != name):  # that of the recorded name first
         try:
-            return completed(folder, build(kind, file, config["model"], impl), config, learned, stated)
+            return completed(folder, _built(kind, file, config, learned, impl), config, learned, stated)
         except ValueError as error:
             reasons.append(f"{file.name}: {error}")
     raise ValueError(
@@ -124,7 +125,8 @@ def load_on(model: Any, folder: str | Path) -> Any:
             raise ValueError(f"{folder / CONFIG_FILE} must have model_class {type(model).__name__!r}, got {kind!r}")
         check_claims(folder, config["model"], learned)
         try:
-            own = build(type(model), model.loaded(), {**config["model"], "img_size": None, "pretrained": False})
+            plain = config | {"model": {**config["model"], "img_size": None, "pretrained": False}}
+            own = _built(type(model), model.loaded(), plain, learned)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / CONFIG_FILE} does not fit {kind}: {error}") from None
         own.config |= {name: config["model"][name] for name in ("img_size", "pretrained") if name in config["model"]}
@@ -150,7 +152,7 @@ def completed(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     check_adapter_tensors(folder, config, learned, stated, parameters, model.learned_state_dict().keys())
     check_backbone_hash(folder, config, learned, model.frozen_state_dict(), model.source)
-    _fill(model, learned, config)
+    _fill(model, {name: tensor for name, tensor in learned.items() if name in parameters}, config)
     model.class_names = config.get("class_names")
     size = model.default_cfg["input_size"]
     for name, value in (config.get("preprocessing") or {}).items():
@@ -163,8 +165,17 @@ def completed(
     return model.eval()
 
 
+def _built(
+    kind: type[Saved], source: Any, config: Mapping[str, Any], learned: Mapping[str, Tensor], impl: str = "auto"
+) -> Any:
+    """A model from `source` and a config, with no more to learn than its adapter holds."""
+    with at_most(sum(tensor.numel() for tensor in learned.values())):
+        return build(kind, source, config["model"], impl)
+
+
 def check_claims(folder: Path, config: Mapping[str, Any], learned: Mapping[str, Tensor]) -> None:
-    """Refuse sizes beyond the values that an adapter holds before memory is taken for them."""
+    """Refuse sizes beyond the values that an adapter holds before its backbone is read; what depends on the depth and
+    width of that is looked at when it is made, by `vptm.models.claims`."""
     held = sum(tensor.numel() for tensor in learned.values())
     options = config.get("prompt_options")
     widths = {

@@ -26,6 +26,7 @@ from vptm.frozen.parts import (
 from vptm.frozen.rows import AttentionFunction
 from vptm.frozen.written_out import cross_attend, pre_norm_block
 from vptm.messages import one_of
+from vptm.models.claims import check_claim
 from vptm.models.position_bias import extended_index, parse_extra_bias
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import (
@@ -84,7 +85,8 @@ class PromptedBEiT(PromptedModel):
         projection_bias: bias in the prototype projection.
         temperature: fixed value, or None to learn it from 0.1.
         extra_bias: position bias of prompts and an inserted mask row: "zero", "cls", "neutral", "grid:y,x" or "learned"
-            (a parameter `prompt_bias` (L, 2, H, P): added to prompt columns in class and mask rows, and in patch rows).
+            (a parameter `prompt_bias` (L, 2, H, P): added to prompt columns in class and mask rows, and in patch rows;
+            none without such columns, as with no prompt and with those of kind cross).
         vocab_size: tokens of a fresh token head, used only where the source brings neither trained weights nor a head.
         img_size: pixels, int or (height, width); None keeps the source's. Position bias is resized by timm's rule.
         dynamic_img_size: also take pictures of other sizes, multiples of the patch, each as a model of that size does:
@@ -195,6 +197,7 @@ class PromptedBEiT(PromptedModel):
                     f"token_activation={token_activation!r} needs a visual-token head, {self.report.source} has none: "
                     f"expected {MASKED_MODELLING_WEIGHTS}"
                 )
+            check_claim("vocab_size", vocab_size * width)
             lm_head = nn.Linear(width, vocab_size)
             nn.init.trunc_normal_(lm_head.weight, std=0.02)
             nn.init.zeros_(lm_head.bias)
@@ -218,7 +221,7 @@ class PromptedBEiT(PromptedModel):
         length = self.prompts.length
         self.register_buffer("bias_index", self._take_rows(), persistent=False)
         self.prompt_bias = None
-        if bias_mode == "learned":
+        if bias_mode == "learned" and length > 0:
             heads = self.backbone.blocks[0].attn.num_heads
             self.prompt_bias = nn.Parameter(torch.zeros(len(self.backbone.blocks), 2, heads, length))
         self.verbalizer = self._make_verbalizer(num_classes)

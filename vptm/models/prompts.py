@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vptm.messages import check_integer, check_range, number, one_of
+from vptm.models.claims import check_claim
 from vptm.settings import (
     AddedTo,
     AfterPrompts,
@@ -152,6 +153,10 @@ class PromptBank(nn.Module):
         first = depth - count if blocks is not None and blocks < 0 else 0
         self.blocks = range(first, first + count)
         rows = 1 if shared else count
+        width = 2 * dim if kind == "kv" else prompt_dim or dim
+        check_claim("prompt_length", rows * length * width)
+        if prompt_dim is not None:
+            check_claim("prompt_dim", (rows if projection_per == "block" else 1) * prompt_dim * dim)
         values = self._uniform(rows, length, prompt_dim or dim, patch_values, heads or 1)
         # without a value there is nothing to learn, and DistributedDataParallel would wait for its gradient
         self.weight = nn.Parameter(values, requires_grad=length > 0)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from vptm.frozen.parts import is_plain_linear
 from vptm.frozen.rows import PreparedHead, PromptedRows
 from vptm.messages import check_integer, number, one_of
+from vptm.models.claims import check_claim
 from vptm.models.support_set import support_rows
 from vptm.settings import TokenActivation
 from vptm_kernels import fold_head, prototype_cosine
@@ -93,7 +94,9 @@ class PrototypicalVerbalizer(nn.Module):
             raise ValueError(f"temperature must be finite and > 0, or None to learn it, got {temperature!r}")
         self.token_activation = token_activation
         self.projection = None
+        check_claim("num_classes", num_classes * (prototype_dim or in_features))
         if prototype_dim is not None:
+            check_claim("prototype_dim", prototype_dim * in_features)
             self.projection = nn.Linear(in_features, prototype_dim, bias=projection_bias)
         self.prototypes = nn.Parameter(torch.empty(num_classes, prototype_dim or in_features))
         nn.init.xavier_uniform_(self.prototypes)
@@ -281,6 +284,7 @@ class ClassEmbeddings(nn.Module):
     def __init__(self, in_features: int, num_classes: int, *, dim: int | None, temperature: float) -> None:
         super().__init__()
         _check_sizes(in_features, num_classes)
+        check_claim("num_classes", num_classes * (dim or in_features))
         self.embeddings = nn.Parameter(torch.zeros(num_classes, dim or in_features), requires_grad=False)
         self.projection = None
         if dim is not None:
@@ -318,6 +322,7 @@ class LinearVerbalizer(nn.Module):
         _check_sizes(in_features, num_classes)
         one_of("token_activation", token_activation, TOKEN_ACTIVATIONS)
         self.token_activation = token_activation
+        check_claim("num_classes", num_classes * in_features)
         self.head = nn.Linear(in_features, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)

@@ -240,15 +240,17 @@ def check_adapter_tensors(
         ValueError: naming what does not fit.
     """
     path = Path(folder) / TENSORS_FILE
+    # a bias of no prompt columns was a parameter once
+    empty = {name for name, tensor in tensors.items() if tensor.numel() == 0 and name not in parameters}
     try:
-        unknown, missing = sorted(tensors.keys() - parameters.keys()), sorted(set(sourceless) - tensors.keys())
+        unknown, missing = sorted(tensors.keys() - parameters.keys() - empty), sorted(set(sourceless) - tensors.keys())
         if unknown or missing:
             raise ValueError(
                 f"learned tensors must be parameters of it: unknown {listed(unknown)}, missing {listed(missing)}"
             )
-        if unknown := sorted(set(config.get("trained", ())) - parameters.keys()):
+        if unknown := sorted(set(config.get("trained", ())) - parameters.keys() - empty):
             raise ValueError(f"trained must name parameters of it: unknown {listed(unknown)}")
-        for name, tensor in tensors.items():
+        for name, tensor in ((name, tensors[name]) for name in tensors if name not in empty):
             if tensor.shape != parameters[name].shape:
                 raise ValueError(f"{name} must have shape {tuple(parameters[name].shape)}, got {tuple(tensor.shape)}")
             check_values({name: tensor}, dtype=parameters[name].dtype)
