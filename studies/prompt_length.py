@@ -1,0 +1,62 @@
+"""Whether prompts may be many: accuracy over their number, with and without gates, beside none at all.
+
+    python -m studies.prompt_length --seeds 5 --jobs 2
+
+The built-in task of `vptm train`, 16 images of each of 10 classes of 16 patches, its defaults but for what is compared.
+Finished runs are kept in the json, so the command goes on where it stopped. Writes `results/prompt_length.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from studies.runs import RESULTS
+from studies.trained import Arm, Comparison, Task, TrainedStudy
+
+LENGTHS = (1, 5, 10, 20, 50, 100)
+MODES = ("shallow", "deep")
+GATES = {"no gate": "", "gate from -4": " --prompt-gate -4"}
+NONE = "no prompts"
+TASK = Task("built-in task, 16 shots", "--data builtin --shots 16")
+
+
+def name(mode: str, length: int, gate: str) -> str:
+    return f"{mode}, {length} prompts, {gate}"
+
+
+def arms() -> list[Arm]:
+    gated = [
+        Arm(name(mode, length, gate), f"--prompt-mode {mode} --prompt-length {length}{option}")
+        for gate, option in GATES.items()
+        for mode in MODES
+        for length in LENGTHS
+    ]
+    return [Arm(NONE, "--prompt-length 0"), *gated]
+
+
+def comparisons() -> list[Comparison]:
+    return [
+        Comparison(name(mode, length, gate), NONE, "no worse") for gate in GATES for mode in MODES for length in LENGTHS
+    ]
+
+
+def study(path: Path) -> TrainedStudy:
+    return TrainedStudy(path, arms(), [TASK], comparisons())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.prompt_length",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread")
+    parser.add_argument("--out", type=Path, default=RESULTS / "prompt_length.json")
+    arguments = parser.parse_args()
+    study(arguments.out).run(arguments.seeds, arguments.jobs)
+
+
+if __name__ == "__main__":
+    main()
