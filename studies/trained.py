@@ -107,7 +107,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def verdict(found: dict[str, Any], asked: str) -> str:
-    """Of a paired difference with `mean`, `low`, `high`, `seeds`, for "better" also `p_holm`: see the head of this file."""
+    """What the head of this file makes of `mean`, `low`, `high`, `seeds` and, for "better", `p_holm`."""
     if found["seeds"] < 3:
         return "too little data"
     if asked == "no worse":

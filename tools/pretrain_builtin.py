@@ -8,7 +8,9 @@ Round one predicts k-means codes of gradient-orientation features; round two pre
 the round-one model, as BEiT v2 (https://arxiv.org/abs/2208.06366) does with its vector-quantised teacher. Every image
 also carries one mask row without a position (zero relative position bias to and from everything), the row that VPTM
 reads. A masked token of unknown place and extent can only be answered with a distribution, so its target is the image's
-bag of visual words: codes of single patches, of 2x2 patches and of the whole image, softly assigned. No label is used.
+bag of visual words: codes of single patches, of 2x2 patches and of the whole image, softly assigned. The CLS row learns
+the same, so that neither row knows the whole image better by training; --bag-weight 0 makes a twin in which no row is
+trained for it. No label is used.
 Round two goes on from the weights of round one instead of starting afresh, which saves most of its time. It is off by
 default (--steps 4000 5000 turns it on): it raised what the CLS and patch rows know, not what the mask row knows.
 """
@@ -429,20 +431,20 @@ def masked_losses(
     bag: Tensor | None,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Cross-entropies of one batch: `token` over the masked patches, `bag` of the position-less mask row."""
+    """Cross-entropies of one batch: `token` over the masked patches, `bag` of the mask row and the CLS row."""
     with torch.no_grad():
         features = extract(images)
         codes = tokenizer.patch_codes(features)
         if bag is None:
             bag = tokenizer.bag(features)
     rows = model.rows(normalise(images), masked, dtype=dtype)
-    logits = model.logits(torch.cat([rows[:, 1:-1][masked], rows[:, -1]]), dtype)
-    count = len(logits) - len(images)
-    patch, free = logits[:count], logits[count:]
+    logits = model.logits(torch.cat([rows[:, 1:-1][masked], rows[:, -1], rows[:, 0]]), dtype)
+    count = len(logits) - 2 * len(images)
+    patch, whole = logits[:count], logits[count:]
     entropy = -torch.special.xlogy(bag, bag).sum(1).mean()
     return {
         "token": F.cross_entropy(patch, codes[masked]),
-        "bag": -(bag * free.log_softmax(-1)).sum(1).mean(),
+        "bag": -(bag.repeat(2, 1) * whole.log_softmax(-1)).sum(1).mean(),
         "accuracy": (patch.argmax(-1) == codes[masked]).float().mean(),
         "bag_entropy": entropy,
     }

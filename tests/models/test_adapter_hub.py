@@ -182,3 +182,14 @@ def test_a_hub_that_is_not_reached_is_one_line(
     assert not caplog.records
     logger.warning("another")
     assert [record.message for record in caplog.records] == ["another"]
+
+
+def test_an_adapter_of_an_earlier_built_in_model_is_refused_and_says_so(tmp_path: Path) -> None:
+    """The name "builtin" is the same for every version: its learned prompts would meet weights they never saw."""
+    vptm.save_adapter(PromptedBEiT("builtin", 3), tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    changed = json.loads(config.read_text())
+    changed["backbone"]["weight_hash"] = f"sha256:{'0' * 64}"
+    config.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"built-in model of another version of vptm, .*sha256:0{12}.*: train it again"):
+        PromptedBEiT.from_pretrained(tmp_path / "a")

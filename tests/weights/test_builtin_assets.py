@@ -313,6 +313,21 @@ def test_mask_row_learns_the_bag_and_patches_learn_tokens():
     assert learned_token < 0.5 * token and 0 <= learned_bag < 0.5 * bag
 
 
+def test_class_row_and_mask_row_learn_the_same_bag():
+    """Breaks when one of them is trained for the whole image and the other is not: it would win any comparison."""
+    images = torch.from_numpy(fake_fashion(200)["train_images"])[:8]
+    extract = script.feature_extractor(None, TINY, torch.float32)
+    tokenizer = tiny_tokenizer(torch.from_numpy(fake_fashion(200)["train_images"]))
+    model = script.MaskedBeit(TINY.architecture(), tokenizer.vocab_size, 0)
+    masks = script.mask_pool(TINY, 8)
+    loss = script.masked_losses(model, tokenizer, extract, images, masks, None, torch.float32)["bag"]
+    rows = model.rows(script.normalise(images), masks)
+    bag = tokenizer.bag(extract(images))
+    by_row = [-(bag * model.logits(rows[:, row]).log_softmax(-1)).sum(1).mean() for row in (0, -1)]
+    assert abs(by_row[0] - by_row[1]) > 1e-4
+    torch.testing.assert_close(loss, (by_row[0] + by_row[1]) / 2)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_killed_run_resumes_bitwise(tmp_path, monkeypatch, precision):
     """Breaks when anything but seed and step decides a batch, a mask or an update, or a tensor is not saved."""

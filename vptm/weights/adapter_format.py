@@ -302,6 +302,11 @@ def check_backbone_hash(
             if name not in tensors
         }
     if expected != (found := weight_hash(frozen)):
+        if source == config["backbone"].get("source") == "builtin":
+            raise ValueError(
+                f"the adapter {folder} was trained on the built-in model of another version of vptm, of weight hash "
+                f"{expected[:19]}, this one comes with {found[:19]}: train it again, or pass those weights as source="
+            )
         raise ValueError(
             f"backbone {source or 'object'} has weight hash {found[:19]}, the adapter {folder} was trained on "
             f"{expected[:19]} from {config['backbone'].get('source')}: pass the right weights as source="
