@@ -191,5 +191,7 @@ def test_an_adapter_of_an_earlier_built_in_model_is_refused_and_says_so(tmp_path
     changed = json.loads(config.read_text())
     changed["backbone"]["weight_hash"] = f"sha256:{'0' * 64}"
     config.write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match=r"built-in model of another version of vptm, .*sha256:0{12}.*: train it again"):
+    with pytest.raises(
+        ValueError, match=r"built-in model of another version of vptm, .*sha256:0{12}.*: train it again"
+    ):
         PromptedBEiT.from_pretrained(tmp_path / "a")
