@@ -359,6 +359,9 @@ class TrainSettings(SettingsGroup):
     head_weight_decay: Annotated[
         float | None, Help("Of the verbalizer's matrices; --weight-decay by default.", within="finite and >= 0")
     ] = None
+    relative_prompt_lr: Annotated[
+        bool, Help("Multiply the rate of prompts by how much longer they start than uniform ones, as tokens do.")
+    ] = False
     lr_of: Annotated[
         Mapping[str, float] | None,
         Help(f"Peak learning rates of their own, as prompts=0.1,temperature=0: of {_GROUPS}; --lr by default."),
@@ -409,6 +412,8 @@ class TrainSettings(SettingsGroup):
                 raise ValueError(f"{name} must be >= {lowest}{none}, got {value}")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"warmup_epochs must be >= 0 and < epochs={self.epochs}, got {self.warmup_epochs}")
+        if self.relative_prompt_lr and (self.lr_of or {}).get("prompts") == 0:
+            raise ValueError("relative_prompt_lr needs a rate of prompts above 0, got lr_of with prompts=0")
         for name, group in (("prompt_weight_decay", "prompts"), ("head_weight_decay", "verbalizer")):
             if getattr(self, name) is not None and group in (self.weight_decay_of or {}):
                 raise ValueError(f"weight_decay_of must leave {group} out where {name} is given, got both")
@@ -498,6 +503,9 @@ class RunSettings(PictureSettings):
     init_orthogonal: Annotated[
         float, Help("Share of what self-attention does not span in a prompt of vipamin, in [0, 1].", within="in [0, 1]")
     ] = 0.5
+    init_rescale: Annotated[
+        bool, Help("Scale such tokens to the size of a uniform start, about a tenth of theirs.")
+    ] = False
     prototype_init: Annotated[PrototypeStart, Help("Where prototypes start: class means are those of the images.")] = (
         "xavier"
     )
@@ -539,6 +547,12 @@ class RunSettings(PictureSettings):
         for name, default in (("init_neighbours", 8), ("init_orthogonal", 0.5)):
             if getattr(self, name) != default and self.prompt_init != "vipamin":
                 raise ValueError(f"{self._label(name)} needs --prompt-init vipamin, got {self.prompt_init}")
+        relative = self.train_settings.relative_prompt_lr
+        for name, given in (("init_rescale", self.init_rescale), ("relative_prompt_lr", relative)):
+            if given and self.prompt_init == "uniform":
+                raise ValueError(f"{self._label(name)} needs a --prompt-init from tokens, got uniform")
+        if self.init_rescale and relative:
+            raise ValueError("--init-rescale and --relative-prompt-lr exclude each other: either does it all")
         if not 0 <= self.train_settings.seed < 2**32:
             raise ValueError(f"--seed must be in 0..2^32-1, got {self.train_settings.seed}")
         if parse_weights(self.train_settings.class_weights) == "balanced" and self.balanced_sampler:

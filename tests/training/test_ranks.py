@@ -90,6 +90,11 @@ CASES: dict[str, dict[str, Any]] = {
     "clipped": {"clip_norm": 0.05, "optimizer": "momentum"},
     "linear": {"model": LINEAR},
     "several labels": {"model": {"multi_label": True}},
+    "rates": {
+        "model": {"prompt_mode": "progressive", "prompt_gate": -1.0, "prompt_options": {"train_alpha": True}},
+        "lr_of": {"alpha": 0.1, "gate": 0.0},
+        "relative_prompt_lr": True,
+    },
     "weighted": {"class_weights": [0.2, 1.0, 3.0], "label_smoothing": 0.1, "balanced": True},
 }
 

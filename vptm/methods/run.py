@@ -295,6 +295,8 @@ def _start(
         )
     elif settings.prompt_init != "uniform":
         init_prompts(model.to(place), loaders["train"], settings.prompt_init, images=images, seed=seed)
+    if settings.init_rescale:
+        model.prompts.rescale()
     if settings.prototype_init == "class_means":
         verbalizer: Any = model.to(place).verbalizer
         verbalizer.init_prototypes(model, loaders["support"])

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, default_collat
 from vptm.frozen.modes import eval_mode
 from vptm.messages import one_of
 from vptm.models.prompted_model import PromptedModel
+from vptm.models.prompts import TOKEN_ROWS
 from vptm.settings import PromptStart
 from vptm.terminal import progress_bar
 from vptm.training.seeding import generators_kept, seed_everything
@@ -151,14 +152,8 @@ def init_prompts(
 def check_start(model: PromptedModel, loader: DataLoader[Any], seed: int, action: str) -> int:
     """The number of images to draw from, where prompts can start at what a model makes of them."""
     model._refuse_dropped(action)
-    bank = model.prompts
-    projected = bank.projection is not None or bank.basis is not None
-    if bank.weight.shape[-1] != model.num_features or projected or bank.length == 0:
-        kind = "projected prompts" if projected else f"prompts of kind {bank.kind!r} and placement {bank.placement!r}"
-        raise ValueError(
-            f"{action} needs prompts that are token rows of their own, got {bank.weight.shape[1]} {kind}, "
-            f"of {bank.weight.shape[-1]} values for tokens of {model.num_features}"
-        )
+    if not model.prompts.holds_tokens:
+        raise ValueError(f"{action} needs {TOKEN_ROWS}, got {model.prompts.described()}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):

@@ -25,6 +25,8 @@ from vptm.settings import (
     PromptSettings,
 )
 
+TOKEN_ROWS = "prompts that are token rows of their own"  # in messages
+
 
 class PromptBank(nn.Module):
     """Learnable prompts in the three ways of the literature, with VPT's variants.
@@ -97,6 +99,7 @@ class PromptBank(nn.Module):
         alpha: (blocks,), of the blocks that mix, which are those with prompts of their own but the first; None where it
             is not learned.
         length: prompt rows, or keys, among the tokens: P, or 0 where they are added or in a cross-attention.
+        bound: of the uniform start.
 
     Example:
         >>> bank = PromptBank(depth=2, length=3, dim=8, mode="deep", patch_values=48)
@@ -190,8 +193,8 @@ class PromptBank(nn.Module):
             width, fans = 2 * self.dim, max(length * (self.dim // heads), 1)
         elif self.kind == "cross":
             fans = (length + rows) * width
-        bound = math.sqrt(6.0 / fans)
-        return torch.empty(rows, length, width).uniform_(-bound, bound)
+        self.bound = math.sqrt(6.0 / fans)
+        return torch.empty(rows, length, width).uniform_(-self.bound, self.bound)
 
     def _gates(self, start: float, per: str, depth: int, heads: int | None) -> Tensor:
         check_range("prompt_gate", start, "finite", optional="or None for no gate")
@@ -203,6 +206,45 @@ class PromptBank(nn.Module):
             raise ValueError("heads must be those of a block's attention where prompt_gate is given, got None")
         blocks = sum(self.role(block) != "none" for block in range(depth))
         return torch.full((blocks, heads, self.length if per == "prompt" else 1), float(start))
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether `weight` holds rows as blocks are fed them, so that they can start as tokens of the model."""
+        return self.kind == "tokens" and self.length > 0 and self.projection is None and self.basis is None
+
+    def relative_size(self) -> float:
+        """Root mean square of `weight` over that of a uniform start, `bound / sqrt(3)`."""
+        return float(self.weight.detach().double().square().mean().sqrt()) * math.sqrt(3.0) / self.bound
+
+    @torch.no_grad()
+    def rescale(self) -> None:
+        """Multiply the rows of each block by one number, so that their root mean square is that of a uniform start.
+
+        For prompts that start as tokens, which are about ten times longer (docs/prompts.md). Deep prompts are
+        normalised before anything reads them: to them it is nothing but a larger learning rate.
+
+        Raises:
+            ValueError: prompts that are no rows of tokens.
+
+        Example:
+            >>> bank = PromptBank(depth=2, length=3, dim=8, mode="deep", patch_values=48)
+            >>> _ = bank.weight.data.mul_(10)
+            >>> bank.rescale()
+            >>> round(bank.relative_size(), 6)
+            1.0
+        """
+        if not self.holds_tokens:
+            raise ValueError(f"rescale() needs {TOKEN_ROWS}, got {self.described()}")
+        rows = self.weight.double()
+        size = rows.square().mean((1, 2), keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        self.weight.copy_(rows * (self.bound / math.sqrt(3.0) / size))
+
+    def described(self) -> str:
+        """What the prompts are, as messages say it."""
+        kind = f"prompts of kind {self.kind!r} and placement {self.placement!r}"
+        if self.projection is not None or self.basis is not None:
+            kind = "projected prompts"
+        return f"{self.weight.shape[1]} {kind}, of {self.weight.shape[-1]} values for tokens of {self.dim}"
 
     def role(self, block: int) -> str:
         """Which prompt rows, or keys and values, enter a block: "own" (fresh ones), "mixed", "carried", or "none"."""

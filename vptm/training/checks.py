@@ -12,6 +12,7 @@ from vptm.data.datasets import ImageDataset
 from vptm.data.labels import check_labels, check_several, check_shares, dataset_labels
 from vptm.messages import error_line, hint, listed, one_line
 from vptm.models.prompted_model import PromptedModel
+from vptm.models.prompts import TOKEN_ROWS
 from vptm.models.verbalizers import PrototypicalVerbalizer
 from vptm.settings import TrainSettings
 from vptm.training.batches import images_and_labels
@@ -104,6 +105,13 @@ def check_model(model: PromptedModel, settings: TrainSettings) -> None:
     if not any((settings.lr_of or {}).get(name, 1.0) for name in trained):
         raise ValueError(f"lr_of must leave a rate above 0, got 0 for all that the model learns, {listed(trained, 6)}")
     model.check_finite()
+    if settings.relative_prompt_lr:
+        prompts = model.prompts
+        if not prompts.holds_tokens or not prompts.weight.requires_grad:
+            got = prompts.described() if prompts.weight.requires_grad else "prompts that do not learn"
+            raise ValueError(f"relative_prompt_lr needs {TOKEN_ROWS}, got {got}")
+        if prompts.relative_size() == 0:
+            raise ValueError("relative_prompt_lr needs prompts that are not all zero, got zeros, whose rate would be 0")
 
 
 def check_data(

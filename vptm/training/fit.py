@@ -23,6 +23,7 @@ from vptm.training.callbacks import Callback
 from vptm.training.checks import check_data, check_loaders, check_model, check_settings, check_together
 from vptm.training.evaluate import ask
 from vptm.training.graphs import check_graph
+from vptm.training.groups import relative_rate
 from vptm.training.label_kinds import labels_of
 from vptm.training.objective import make_objective
 from vptm.training.precision import dtype_of, float32_products, in_type, resolve_precision, slow_note
@@ -92,6 +93,7 @@ def fit(
     accumulate: int = 1,
     clip_norm: float | None = None,
     lr_of: Mapping[str, float] | None = None,
+    relative_prompt_lr: bool = False,
     weight_decay_of: Mapping[str, float] | None = None,
     ema: float | None = None,
     early_stopping: int | None = None,
@@ -172,6 +174,10 @@ def fit(
             group as it is, others have `lr`. Groups are "prompts" (with their projection and bias), "gate",
             "alpha", "verbalizer", "temperature", "mask_token", "lm_head" and "backbone", those of them that the model
             learns.
+        relative_prompt_lr: multiply the rate of prompts by `model.prompts.relative_size()` at the start, their root
+            mean square over that of uniform ones: prompts that start as tokens are about ten times longer, and an
+            optimiser whose steps are as long as the rate, as Adam's, moves them that much less. A resumed run keeps
+            its rate, which `run.json` has as `prompt_lr`.
         weight_decay_of: weight decays of such groups: of their matrices, and all of prompts, gates, alpha, mask token
             and temperature (whose logarithm decays, to a temperature of 1), which otherwise have none. "prompts" and
             "verbalizer" stand for `prompt_weight_decay` and `head_weight_decay`.
@@ -299,9 +305,11 @@ def _opening(run: Run, step: TrainStep, batches: int) -> str:
     model = step.model
     trained = sum(parameter.numel() for parameter in model.trainable_parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
+    rate = relative_rate(step.optimiser, step.settings.lr)
+    learning = "" if rate is None else f", prompts at a rate of {rate:.3g}"
     return (
         f"training {trained:,} of {total:,} parameters, {model.num_classes} classes, {batches} batches an epoch, "
-        f"on {next(model.parameters()).device}{step.masters.note()}"
+        f"on {next(model.parameters()).device}{step.masters.note()}{learning}"
     )
 
 

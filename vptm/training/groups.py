@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from vptm.models.prompted_model import PromptedModel
@@ -34,8 +35,9 @@ def trained_groups(model: PromptedModel) -> list[str]:
 def parameter_groups(model: PromptedModel, settings: TrainSettings) -> list[dict[str, Any]]:
     """What `model` trains as an optimiser takes it: one group per learning rate and weight decay.
 
-    A rate other than `settings.lr` is there as `lr_scale`, its share of that. What has a rate of 0 is left out. Vectors
-    and scalars, `model.no_weight_decay()`, prompts, gates and alpha do not decay unless they are named: prompts by
+    A rate other than `settings.lr` is there as `lr_scale`, its share of that; with `relative_prompt_lr` that of prompts
+    is times `relative`, how much longer they are than uniform ones. What has a rate of 0 is left out. Vectors and
+    scalars, `model.no_weight_decay()`, prompts, gates and alpha do not decay unless they are named: prompts by
     `prompt_weight_decay`, all of a group without a matrix by `weight_decay_of`.
     """
     rates, decays = settings.lr_of or {}, dict(settings.weight_decay_of or {})
@@ -54,13 +56,26 @@ def parameter_groups(model: PromptedModel, settings: TrainSettings) -> list[dict
             return 0.0
         return decays.get(group, settings.weight_decay)
 
-    found: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    found: dict[tuple[bool, bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         rate = rates.get(group_of(name), settings.lr)
         if parameter.requires_grad and rate > 0:
-            scale = rate / settings.lr
-            found.setdefault((scale != 1.0, scale, float(decay(name, parameter))), []).append(parameter)
-    return [
-        {"params": parameters, "weight_decay": value} | ({"lr_scale": scale} if own else {})
-        for (own, scale, value), parameters in sorted(found.items(), key=lambda item: item[0])
-    ]
+            scale, relative = rate / settings.lr, settings.relative_prompt_lr and name == "prompts.weight"
+            kind = relative, scale != 1.0, scale, float(decay(name, parameter))
+            found.setdefault(kind, []).append(parameter)
+    groups: list[dict[str, Any]] = []
+    for (relative, own, scale, value), parameters in sorted(found.items(), key=lambda item: item[0]):
+        group: dict[str, Any] = {"params": parameters, "weight_decay": value}
+        if relative:
+            size = model.prompts.relative_size()
+            group |= {"lr_scale": scale * size, "relative": size}
+        elif own:
+            group["lr_scale"] = scale
+        groups.append(group)
+    return groups
+
+
+def relative_rate(optimiser: torch.optim.Optimizer, lr: float) -> float | None:
+    """Peak learning rate that `relative_prompt_lr` gave the prompts, also in a run that was resumed; None without."""
+    groups = (group for group in optimiser.param_groups if "relative" in group)
+    return next((lr * group["lr_scale"] for group in groups), None)

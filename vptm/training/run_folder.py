@@ -31,6 +31,7 @@ from vptm.settings import FREE_ON_RESUME, TrainSettings, names
 from vptm.training.curves import plot_curves
 from vptm.training.facts import environment
 from vptm.training.folder_lock import FolderLock
+from vptm.training.groups import relative_rate
 from vptm.training.ranks import Ranks
 from vptm.training.scores import validation_score
 from vptm.training.state import STATE_FILE, read_state, write_state
@@ -127,6 +128,8 @@ class Run:
         self._lock.take(self.folder)
         if state is None:
             facts = {"seed": settings.seed, "arguments": settings.keywords(), **(info or {})}
+            if (rate := relative_rate(self.optimiser, settings.lr)) is not None:
+                facts["prompt_lr"] = rate
             _write_run_file(self.folder, {**environment(), **facts})
             if images is not None:
                 images.write(self.folder)
