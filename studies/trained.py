@@ -53,12 +53,11 @@ def train(options: Iterable[str], seed: int) -> dict[str, Any]:
             raise SystemExit(f"{shlex.join(command)} ended with status {made.returncode}:\n{made.stderr[-2000:]}")
         run = json.loads((out / "run.json").read_text(encoding="utf-8"))
     result = run["result"]
-    test = result.get("test")
+    test, used = result.get("test"), {**run["settings"], **run["arguments"]}
     return {
         "seed": seed,
         "command": shlex.join(command),
-        "settings": {**run["arguments"], **run["settings"]},
-        "versions": run["versions"],
+        "settings": {name: used[name] for name in ("shots", "epochs", "batch_size", "lr")},
         "val": result["val_accuracy"],
         **({"test": test["accuracy"]} if test else {}),
     }
@@ -187,11 +186,12 @@ class TrainedStudy(Study):
         self.add({**found, **done, "commit": self.commit})
         print(f"{task.name}, {arm.name}, seed {seed}: test {found['test']:.2%}", flush=True)
 
-    def run(self, seeds: int, jobs: int) -> None:
-        """What is missing, seed by seed, `jobs` at a time."""
+    def run(self, seeds: int, jobs: int, tasks: Sequence[Task] | None = None) -> None:
+        """What is missing of `tasks`, all by default, seed by seed, `jobs` at a time."""
+        tasks = self.tasks if tasks is None else tasks
         # rates first, so that no two jobs choose the same one
         with ThreadPoolExecutor(jobs) as pool:
-            tuned = [(arm, task) for task in self.tasks for arm in self.arms if arm.rates]
+            tuned = [(arm, task) for task in tasks for arm in self.arms if arm.rates]
             list(pool.map(lambda one: self._rate(*one), tuned))
-            left = [(arm, task, seed) for seed in range(seeds) for task in self.tasks for arm in self.arms]
+            left = [(arm, task, seed) for seed in range(seeds) for task in tasks for arm in self.arms]
             list(pool.map(lambda one: self._run(*one), left))

@@ -48,6 +48,8 @@ NOT_RUN = {
     "studies.accuracy_builtin": "hours",
     "studies.accuracy_claims": "hours: test_claims.py has the parts",
     "studies.precision_builtin": "hours: test_precision_builtin.py has the parts",
+    "studies.prompt_length": "hours: test_trained.py has the parts",
+    "studies.what_prompts_add": "hours: test_trained.py has the parts",
     "studies.report": "writes into studies/results: test_claims.py has its tables",
     "torchrun": "starts processes: test_ranks.py trains in two",
     "accelerate": "starts processes: test_ranks.py trains in two",

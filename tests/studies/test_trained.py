@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from scipy.stats import false_discovery_control, ttest_rel
 
-from studies import prompt_length, trained
+from studies import prompt_length, trained, what_prompts_add
 from studies.trained import Arm, Comparison, Task, TrainedStudy, holm, verdict
+from vptm.commands.app import app
+from vptm.recipes.recipe import with_recipe
 
 ARMS = (Arm("plain", "--prompt-length 0"), Arm("tuned", "--prompt-length 5", rates=(0.1, 0.2)))
 TASKS = (Task("a", "--shots 1"), Task("b", "--shots 2"))
@@ -111,26 +115,45 @@ def test_a_run_is_one_of_vptm_train() -> None:
     short = ["--epochs", "1", "--shots", "1", "--batch-size", "10"]
     run = trained.train(short, 3)
     assert run["command"] == "vptm train --device cpu --epochs 1 --shots 1 --batch-size 10 --seed 3"
-    assert run["settings"]["epochs"] == 1 and 0 < run["test"] < 1 and run["test"] != run["val"]
+    assert run["settings"] == {"shots": "1", "epochs": 1, "batch_size": 10, "lr": 0.002}
+    assert 0 < run["test"] < 1 and run["test"] != run["val"]
     assert "test" not in trained.train([*short, "--no-test"], 3)
     with pytest.raises(SystemExit, match=r"(?s)--epochs 0 --seed 3 ended with status 2:.*epochs must be"):
         trained.train(["--epochs", "0"], 3)
 
 
-def test_arms_of_the_number_of_prompts_are_options_of_vptm_train(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("program", "options", "count"),
+    [(prompt_length, [], 1 + 2 * 2 * 6), (what_prompts_add, ["--tasks", "digits-16"], 22)],
+)
+def test_arms_are_options_of_vptm_train(
+    program: Any, options: list[str], count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """An arm that `vptm train` refuses would end a study of hours in its middle."""
+    """An arm that `vptm train` refuses would end a study of hours in its middle; two names of one are one."""
     made: list[str] = []
 
     def train(options: list[str], seed: int) -> dict[str, Any]:
-        made.append(" ".join(options))
-        return {"seed": seed, "val": 0.5, "test": 0.5}
+        made.append(shlex.join(options))
+        return {"seed": seed, "val": 0.5, **({} if "--no-test" in options else {"test": 0.5 + 0.01 * (len(made) % 7)})}
 
     monkeypatch.setattr(trained, "train", train)
-    monkeypatch.setattr(sys, "argv", ["prompt_length.py", "--seeds", "1", "--out", str(tmp_path / "p.json")])
-    prompt_length.main()
-    assert len(set(made)) == len(made) == 1 + 2 * 2 * len(prompt_length.LENGTHS)
-    assert "--data builtin --shots 16 --prompt-mode deep --prompt-length 100 --prompt-gate -4" in made
-    summary = json.loads((tmp_path / "p.json").read_text())["summary"]["tasks"][prompt_length.TASK.name]
-    assert len(summary["paired_difference_points"]) == 2 * 2 * len(prompt_length.LENGTHS)
+    monkeypatch.setattr(sys, "argv", ["x.py", "--seeds", "1", *options, "--out", str(tmp_path / "p.json")])
+    program.main()
+    runs = [one for one in made if "--no-test" not in one]
+    assert len(set(runs)) == len(runs) == count
+    content = json.loads((tmp_path / "p.json").read_text())
+    for task in content["summary"]["tasks"].values():
+        asked = {f"{first} - {second}" for first, second, _ in content_of(program)}
+        assert set(task["paired_difference_points"]) == asked
+    group = typer.main.get_command(app)
+    group.commands["train"].callback = lambda **settings: settings  # type: ignore[attr-defined]
+    for one in runs:
+        settings = group.main(["train", *shlex.split(one)], prog_name="vptm", standalone_mode=False)
+        # an unknown recipe, or a setting of it that is none, is found where both meet
+        read = with_recipe(settings, {word[2:].replace("-", "_") for word in one.split() if word.startswith("--")})
+        steps = read["epochs"] * -(-160 // read["batch_size"])
+        assert steps >= 400 or program is prompt_length, f"{one}: {steps} steps"
+
+
+def content_of(program: Any) -> list[Comparison]:
+    return program.comparisons() if program is prompt_length else program.COMPARISONS

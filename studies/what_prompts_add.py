@@ -1,0 +1,120 @@
+"""What prompts add to a frozen model, method by method, each beside itself without prompts.
+
+    python -m studies.what_prompts_add --tasks fashion-16 digits-16 --seeds 5 --jobs 2
+
+Every method runs its shipped recipe, with the epochs that make 400 steps or more of 160 images. Its learning rate is
+the best of three on validation images: the recipe's, a quarter of it and four times it; so is that of the same method
+without prompts, whose read-out and verbalizer are the same. Finished runs are kept in the json, so the command goes on
+where it stopped. Writes `results/what_prompts_add.json`.
+
+Questions of the papers, on a model of 2 million parameters whose class row and mask row were trained alike:
+
+- VPTM (arXiv:2303.04998): do prompts on the mask row, read as visual tokens, beat none; beat VPT; do token logits beat
+  the hidden state they are made of, and the mask row the class row with the same head?
+- VPT (arXiv:2203.12119): do prompts beat a linear head alone, at the start or in every block?
+- SPT (arXiv:2402.02382): do prompts that start as tokens beat random ones?
+- ProVP (arXiv:2304.08386): do the prompts of the block before, and features held to the frozen model's, help?
+
+Of our own: a linear probe, full fine-tuning, and a linear head on the mask row.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from studies.runs import RESULTS
+from studies.trained import Arm, Comparison, Task, TrainedStudy
+from vptm.recipes.recipe import read_recipe
+
+TASKS = {
+    "fashion-16": Task("Fashion-MNIST, 16 shots", "--data fashion-mnist --shots 16"),
+    "fashion-64": Task("Fashion-MNIST, 64 shots", "--data fashion-mnist --shots 64"),
+    "fashion-all": Task("Fashion-MNIST, all images", "--data fashion-mnist --shots all"),
+    "digits-16": Task("digits, 16 shots", "--data digits --shots 16"),
+    "mnist5k-16": Task("MNIST-5k, 16 shots", "--data mnist5k --shots 16"),
+}
+# epochs that are 400 steps or more of 160 images in the recipe's batches
+EPOCHS = {"vptm": 80, "vpt-shallow": 140, "vpt-deep": 140, "linear": 80, "finetune": 80}
+NONE = " without prompts"
+
+
+def arm(name: str, recipe: str, options: str = "") -> Arm:
+    """A method by its recipe, at three learning rates."""
+    lr = float(read_recipe(recipe).settings["lr"])
+    epochs = f" --epochs {EPOCHS[recipe]}" if recipe in EPOCHS else ""
+    return Arm(name, f"--recipe {recipe}{epochs}{options}", (lr / 4, lr, 4 * lr))
+
+
+def arms() -> list[Arm]:
+    prompted = [
+        arm("VPTM", "vptm"),
+        arm("VPTM, hidden state", "vptm", " --token-activation hidden"),
+        arm("VPTM, class row", "vptm", " --readout cls"),
+        arm("VPT deep, class row", "vpt-deep"),
+        arm("VPT deep, mean row", "vpt-deep", " --readout mean"),
+        arm("VPT deep, mask row", "vpt-deep", " --readout mask"),
+    ]
+    bare = [Arm(one.name + NONE, f"{one.options} --prompt-length 0", one.rates) for one in prompted]
+    return [
+        *prompted,
+        *bare,
+        arm("VPT shallow, class row", "vpt-shallow"),
+        arm("SPT deep", "spt-deep"),
+        arm("SPT deep, random start", "spt-deep", " --prompt-init uniform"),
+        arm("SPT shallow", "spt-shallow"),
+        arm("SPT shallow, random start", "spt-shallow", " --prompt-init uniform"),
+        arm("ProVP", "provp"),
+        arm("ProVP, alpha 0", "provp", " --progressive-alpha 0"),
+        arm("ProVP, no re-formation", "provp", " --reformation 0"),
+        arm("linear probe", "linear"),
+        arm("fine-tuning", "finetune"),
+    ]
+
+
+COMPARISONS = [
+    *(
+        Comparison(name, name + NONE)
+        for name in (
+            "VPTM",
+            "VPTM, hidden state",
+            "VPTM, class row",
+            "VPT deep, class row",
+            "VPT deep, mean row",
+            "VPT deep, mask row",
+        )
+    ),
+    Comparison("VPTM", "VPTM, hidden state"),
+    Comparison("VPTM", "VPTM, class row"),
+    Comparison("VPTM", "VPT shallow, class row"),
+    Comparison("VPTM", "VPT deep, class row"),
+    Comparison("VPTM", "VPT deep, mean row"),
+    Comparison("VPT shallow, class row", "VPT deep, class row" + NONE),
+    Comparison("SPT deep", "SPT deep, random start"),
+    Comparison("SPT shallow", "SPT shallow, random start"),
+    Comparison("ProVP", "ProVP, alpha 0"),
+    Comparison("ProVP", "ProVP, no re-formation"),
+    Comparison("VPTM", "linear probe"),
+    Comparison("VPTM", "fine-tuning"),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.what_prompts_add",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", default=["fashion-16"], choices=TASKS, metavar="TASK", help=", ".join(TASKS)
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread")
+    parser.add_argument("--out", type=Path, default=RESULTS / "what_prompts_add.json")
+    arguments = parser.parse_args()
+    study = TrainedStudy(arguments.out, arms(), list(TASKS.values()), COMPARISONS)
+    study.run(arguments.seeds, arguments.jobs, [TASKS[name] for name in arguments.tasks])
+
+
+if __name__ == "__main__":
+    main()
