@@ -421,7 +421,8 @@ def test_randomised_parameters_are_seen() -> None:
 
 @pytest.mark.parametrize("prompt_mode", ["shallow", "deep", "progressive"])
 def test_compiles_as_one_graph_for_every_batch_size(prompt_mode: str) -> None:
-    """fullgraph=True, forward and backward; one compilation serves all batch sizes under dynamic=True."""
+    """fullgraph=True, forward and backward; one compilation serves all batch sizes under dynamic=True, also where eager
+    calls follow the first compiled one, as validation follows training."""
     torch._dynamo.reset()
     model = build(tiny_beit((3, 3)), prompt_mode=prompt_mode)
     graphs = []
@@ -433,8 +434,8 @@ def test_compiles_as_one_graph_for_every_batch_size(prompt_mode: str) -> None:
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     for batch_size in (5, 3, 7):  # not 1 or 2: PyTorch gives 1 a graph of its own and would take 2 for the heads
         batch = images(model, batch_size)
-        expected = torch.autograd.grad(model(batch).square().sum(), model.prompts.weight)[0]
         found = torch.autograd.grad(compiled(batch).square().sum(), model.prompts.weight)[0]
+        expected = torch.autograd.grad(model(batch).square().sum(), model.prompts.weight)[0]
         assert relative_error(found, expected) <= 1e-10
     assert len(graphs) == 1
 

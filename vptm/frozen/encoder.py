@@ -148,7 +148,8 @@ class FrozenEncoder:
             head_dim = model.num_features // model.backbone.blocks[0].attn.num_heads
             triton = choose(model.impl, weights.new_empty(0, dtype=dtype), head_dim) == "triton"
             known = f"{dtype} {device} {'triton' if triton else 'torch'}", dtype, triton
-            if not torch.compiler.is_compiling():
+            # also in what a trace runs for real: found only after it, it would be a guard that an eager call breaks
+            if not torch.compiler.is_dynamo_compiling():
                 self._keys[model.impl, device, dtype] = known
         return known
 
