@@ -320,6 +320,7 @@ def test_pairwise_grid(row, impl):
     [
         ("shared", "table", "none", "columns"),
         ("queries", "dense", "none", "none"),
+        ("image queries", "dense", "none", "columns"),
         ("pool", "aligned", "none", "columns"),
         ("image", "none", "none", "none"),
         ("shared", "none", "shared", "columns"),

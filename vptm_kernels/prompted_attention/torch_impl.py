@@ -324,12 +324,13 @@ def _column_gradient(
 def _mask(dense: Tensor | None, values: Tensor | None, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
     """(1, H, rows, columns) bias on aligned rows, zero where the dense one does not reach, plus values (H, P) of the
     last columns; of one row where there are only those."""
+    width = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
     if values is not None:
         rows = rows if dense is not None else 1
         if dense is None:
             dense = values.new_zeros(values.shape[0], 1, columns)
         wide = torch.promote_types(torch.promote_types(dense.dtype, values.dtype), dtype)
-        wider = dense.new_zeros(dense.shape[0], rows, columns, dtype=wide)
+        wider = dense.new_zeros(dense.shape[0], rows, width, dtype=wide)[..., :columns]
         wider[:, : dense.shape[1], : dense.shape[2]] = dense
         wider[..., columns - values.shape[1] :] += values[:, None]
         dense = wider
@@ -340,7 +341,6 @@ def _mask(dense: Tensor | None, values: Tensor | None, rows: int, columns: int, 
         return dense[None]
     if dtype == torch.float16:
         dense = torch.where(dense == float("-inf"), dense, dense.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max))
-    width = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
     mask = torch.empty(1, dense.shape[0], rows, width, dtype=dtype, device=dense.device)
     mask[0, :, : dense.shape[1], : dense.shape[2]] = dense
     mask[0, :, : dense.shape[1], dense.shape[2] :] = 0
