@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from console import Console
+from forked import Forked
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_data import CLASSES, picture, write_pictures
@@ -523,19 +524,15 @@ def test_env_answers_for_a_gpu_by_running_the_kernel() -> None:
         assert answer == "triton" or "impl='triton' needs" in answer, answer
 
 
-def start(arguments: list[Any], folder: Path) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "vptm", *map(str, arguments)]
-    # tests that a shell runs in its background ignore SIGINT, and so would what they start
-    restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    pipe: Any = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=restore)
+def stopped(arguments: list[Any], folder: Path, how: int) -> tuple[int | None, str, str]:
+    """Exit code, stdout and stderr of a process of the command that got a signal after three epochs."""
+    process = Forked(main, [str(argument) for argument in arguments])
     give_up = time.monotonic() + 120
     while not (folder / METRICS).exists() or len((folder / METRICS).read_text().splitlines()) < 4:
-        assert process.poll() is None and time.monotonic() < give_up, process.communicate()[1]
+        assert process.running() and time.monotonic() < give_up, process.outcome(0)[2]
         time.sleep(0.002)
-    return process
+    process.send_signal(how)
+    return process.outcome(60)
 
 
 LONG = 40
@@ -548,18 +545,16 @@ def whole(material: Path) -> Path:
     return material / "whole"
 
 
-@pytest.mark.parametrize("how", ["kill -9", "Ctrl-C"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
 def test_a_stopped_run_is_usable_and_resumes_bitwise(
-    vptm: Console, material: Path, whole: Path, tmp_path: Path, how: str
+    vptm: Console, material: Path, whole: Path, tmp_path: Path, how: int
 ) -> None:
     out = tmp_path / "stopped"
-    process = start(train_arguments(material, out, epochs=LONG), out)
-    process.send_signal(signal.SIGKILL if how == "kill -9" else signal.SIGINT)
-    printed, errors = process.communicate(timeout=60)
-    if how == "kill -9":
-        assert process.returncode == -signal.SIGKILL
+    code, printed, errors = stopped(train_arguments(material, out, epochs=LONG), out, how)
+    if how == signal.SIGKILL:
+        assert code == -signal.SIGKILL
     else:
-        assert process.returncode == 1 and printed == "" and "Traceback" not in errors
+        assert code == 1 and printed == "" and "Traceback" not in errors
         assert errors.splitlines()[-1].endswith(f"continue with: vptm train --resume --out {out}")
         assert (out / "curves.png").is_file()
     assert 3 <= len(rows(out)) < LONG, "the run was not stopped in its middle"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from console import Console
+from forked import Forked
 from tiny_data import write_backbone, write_pictures
 from tiny_runs import metrics
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,33 +24,20 @@ from vptm.data.balance import balanced_sampler
 from vptm.training.state import STATE_FILE
 
 pytestmark = pytest.mark.skipif(find_spec("accelerate") is None, reason="several processes need accelerate")
-ROOT = Path(__file__).parents[2]
-IMPORTS = f"import os, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_ranks as t; P = t.Path"
 
 
-def start(*command: str, world: int = 2) -> list[subprocess.Popen[str]]:
-    """`command` in processes of one run, as torchrun starts them."""
+def start(target: Callable[..., Any], *arguments: Any, world: int = 2) -> list[Forked]:
+    """`target` in processes of one run, as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in range(world):
-        environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path}
-        pipe: Any = subprocess.PIPE
-        run = [sys.executable, *command]
-        processes.append(subprocess.Popen(run, env=environment, stdout=pipe, stderr=pipe, text=True))
-    return processes
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    return [Forked(target, *arguments, environment=one) for one in ranks]
 
 
-def outcomes(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    try:
-        printed = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(processes, printed)]
+def outcomes(processes: list[Forked]) -> list[tuple[int | None, str, str]]:
+    return [process.outcome() for process in processes]
 
 
 class Pictures(TensorDataset):
@@ -163,8 +151,7 @@ def test_two_processes_train_as_one_does(backbone: Path, tmp_path: Path) -> None
     """Losses to 1e-10 in float64, where a batch has a picture for one of them alone; a resumed run is bitwise the same;
     one that sees NaN stops both; what does not work together is refused in both. Every image is evaluated once, and
     FSDP2 takes the model."""
-    code = f"{IMPORTS}\nt.scenarios(P({str(backbone)!r}), P({str(tmp_path)!r}))"
-    for status, _, errors in outcomes(start("-c", code)):
+    for status, _, errors in outcomes(start(scenarios, backbone, tmp_path)):
         assert status == 0, errors
     seen, errors, *evaluated = json.loads((tmp_path / "seen-0.json").read_text())
     others, same, *evaluated_there = json.loads((tmp_path / "seen-1.json").read_text())
@@ -194,15 +181,17 @@ def test_two_processes_train_as_one_does(backbone: Path, tmp_path: Path) -> None
     assert (tmp_path / "nan" / STATE_FILE).is_file(), "the last good epoch is kept"
 
 
+def killed(backbone: Path, folder: Path) -> None:
+    def die(pictures: Pictures, index: int, image: Any) -> Any:
+        if os.environ["RANK"] == "1" and pictures.reads == 1 + 6 + 2:
+            os._exit(9)
+        return image
+
+    trained(backbone, die, run_dir=folder)
+
+
 def test_a_killed_process_ends_the_run_and_leaves_a_usable_folder(backbone: Path, tmp_path: Path) -> None:
-    lines = [
-        IMPORTS,
-        "def die(pictures, index, image):",
-        "    if os.environ['RANK'] == '1' and pictures.reads == 1 + 6 + 2: os._exit(9)",
-        "    return image",
-        f"t.trained(P({str(backbone)!r}), die, run_dir=P({str(tmp_path / 'r')!r}))",
-    ]
-    first, second = outcomes(start("-c", "\n".join(lines)))
+    first, second = outcomes(start(killed, backbone, tmp_path / "r"))
     assert second[0] == 9 and first[0] == 1
     assert "another process of the run ended, the run folder holds the last finished epoch" in first[2]
     assert len(metrics(tmp_path / "r")) == 1 and load_adapter(tmp_path / "r").num_classes == 3
@@ -210,19 +199,24 @@ def test_a_killed_process_ends_the_run_and_leaves_a_usable_folder(backbone: Path
     assert len(result.history) == 2
 
 
-COMMANDS = """
-import vptm.commands.app as app, vptm.training.evaluate as evaluation
-ask = evaluation.ask
-def asked(*arguments, **options):
-    print("asked", options["ranks"].count, file=sys.stderr)
-    return ask(*arguments, **options)
-evaluation.ask = asked
-for arguments in {commands!r}:
-    try:
-        app.main(arguments)
-    except SystemExit as end:
-        if end.code: raise
-"""
+def commands(several: list[list[str]]) -> None:
+    """One after the other; each evaluation says of how many processes."""
+    from vptm.commands import app
+    from vptm.training import evaluate as evaluation
+
+    ask = evaluation.ask
+
+    def asked(*arguments: Any, **options: Any) -> Any:
+        print("asked", options["ranks"].count, file=sys.stderr)
+        return ask(*arguments, **options)
+
+    evaluation.ask = asked
+    for arguments in several:
+        try:
+            app.main(arguments)
+        except SystemExit as end:
+            if end.code:
+                raise
 
 
 def test_the_commands_write_and_print_once(backbone: Path, tmp_path: Path, vptm: Console) -> None:
@@ -232,8 +226,7 @@ def test_the_commands_write_and_print_once(backbone: Path, tmp_path: Path, vptm:
     where = ["--model", str(backbone), "--data", str(tmp_path / "pictures"), "--device", "cpu"]
     train = ["train", *where, "--shots", "4", "--epochs", "2", *more]
     names = ["predict", str(tmp_path / "r"), str(tmp_path / "pictures" / "*" / "*"), "--out", str(tmp_path / "n.csv")]
-    code = COMMANDS.format(commands=[train, ["evaluate", str(tmp_path / "r")], names])
-    found = outcomes(start("-c", IMPORTS + code))
+    found = outcomes(start(commands, [train, ["evaluate", str(tmp_path / "r")], names]))
     assert [status for status, _, _ in found] == [0, 0], found[0][2] + found[1][2]
     assert found[0][1].count("test accuracy") == 2 and found[1][1] == "" and "epoch" not in found[1][2]
     # the test and `vptm evaluate`; prototypes are validated by the one that fitted them
