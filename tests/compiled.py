@@ -1,7 +1,8 @@
-"""Kernels compiled for GPUs that are not there, once for all tests of an op.
+"""Kernels compiled for GPUs that are not there, once for all tests: those of all ops together, as for every target a
+process has to start.
 
-One GPU of every kind of matrix instruction is compiled for in every run; the others, which share their kind and cost
-another minute, with `pytest -m slow`.
+One GPU of each vendor is compiled for in every run, the one that kernels were timed on among them; the others, two
+minutes of a processor, with `pytest -m slow`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 
 from vptm_kernels import aot
 
-EVERY_RUN = ("sm90", "sm100", "sm120", "gfx942")  # wgmma, tcgen05, mma and mfma
+EVERY_RUN = ("sm90", "gfx942")
 _SLOW = tuple(target for target in aot.TARGETS if target not in EVERY_RUN)
 
 
@@ -23,12 +24,12 @@ def each(targets: Sequence[str] = aot.TARGETS) -> list[Any]:
     return [pytest.param(target, marks=pytest.mark.slow if target in _SLOW else ()) for target in targets]
 
 
-def reports(target: str, pattern: str) -> list[aot.Report]:
-    """Of one target; those that the same run wants are compiled beside it."""
-    found = _compiled(_SLOW if target in _SLOW else EVERY_RUN, pattern)
-    return [report for report in found if report.target == target]
+def reports(target: str, op: str = "") -> list[aot.Report]:
+    """Of one target, of one op or of all; the targets that the same run wants are compiled beside it."""
+    found = _compiled(_SLOW if target in _SLOW else EVERY_RUN)
+    return [report for report in found if report.target == target and report.case.startswith(op)]
 
 
 @functools.cache
-def _compiled(targets: tuple[str, ...], pattern: str) -> list[aot.Report]:
-    return aot.run(targets, pattern, ci=True)
+def _compiled(targets: tuple[str, ...]) -> list[aot.Report]:
+    return aot.run(targets, "", ci=True)

@@ -69,6 +69,24 @@ def benches_of_their_own():
 
 
 @pytest.fixture
+def drawn():
+    """For tests that look at the pictures of a run."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Files in place of the pictures of a run, which take longer than a tiny run: test_confusion.py and test_curves.py
+    draw every kind, and so do runs in processes and in fixtures of their own."""
+    if "drawn" in request.fixturenames:
+        return
+    for module, name in (("vptm.training.run_folder", "plot_curves"), ("vptm.methods.run", "plot_confusion")):
+        if module in sys.modules:
+            from vptm.weights.files import write_atomically
+
+            monkeypatch.setattr(sys.modules[module], name, lambda *given: write_atomically(given[-1], b"undrawn"))
+
+
+@pytest.fixture
 def against_baseline():
     """Asserts that compiled kernels lost nothing against the committed baseline; other changes are printed at the end.
 

@@ -8,28 +8,35 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Mapping
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "torch._dynamo",
-        "torch.distributed.fsdp",
-        "accelerate",
-        "torchvision",
-        "timm",
-        "sklearn.metrics",
-        "matplotlib.pyplot",
-        "rich.progress",
-        "vptm.methods.run",
-        "vptm.serving.predict",
-        "vptm.commands.app",
-    ]
-)
+IMPORTED = """
+torch._dynamo torch.distributed.fsdp accelerate torchvision timm sklearn.metrics matplotlib.pyplot rich.progress
+vptm.methods.run vptm.serving.predict vptm.commands.app
+"""
 _NOTHING: Mapping[str, str] = {}
+
+
+@cache
+def forks() -> ForkServerContext:
+    """What starts processes as such forks. Triton does not interpret its kernels in them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED.split())
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), before.get("PYTHONPATH", "")])
+    os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
 
 
 class Forked:
@@ -41,14 +48,8 @@ class Forked:
         whole = dict(os.environ) | dict(environment)
         whole.pop("TRITON_INTERPRET", None)
         inner: Any = (target, arguments, whole, *map(str, self._printed))
-        self.process = _CONTEXT.Process(target=_run, args=inner)
-        before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), before or ""])
-        try:  # the first one starts the process that all are forks of
-            self.process.start()
-        finally:
-            os.environ.pop("PYTHONPATH")
-            os.environ |= {} if before is None else {"PYTHONPATH": before}
+        self.process = forks().Process(target=_run, args=inner)
+        self.process.start()
 
     def send_signal(self, number: int) -> None:
         os.kill(self.process.pid or 0, number)

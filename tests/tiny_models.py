@@ -12,6 +12,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 
 from vptm import PromptedBEiT, PromptedViT
+from vptm.frozen.sharing import empty_containers
 
 HEADS = 2
 BACKBONES = {
@@ -31,7 +32,7 @@ def build(beit: Beit | None = None, *, seed: int = 1, **kwargs) -> PromptedBEiT:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = PromptedBEiT(tiny_beit() if beit is None else beit, **options)
-    backbone = copy.deepcopy(model.backbone.state_dict())
+    backbone = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     randomize(model, seed)
     model.backbone.load_state_dict(backbone)
     return model.double().eval()
@@ -47,10 +48,15 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
 
 
+def copied(module: Any) -> Any:
+    """`copy.deepcopy` in a third of its time."""
+    return copy.deepcopy(module, empty_containers(module))
+
+
 def assert_as_exact_as_the_reference(model: Any, batch: torch.Tensor, name: object = "") -> None:
     """Largest error of the read-out row against fp64 at most twice the reference's own in the model's dtype, plus one
     eps of the largest value; the model is left on the reference path."""
-    oracle = copy.deepcopy(model).double()
+    oracle = copied(model).double()
     oracle.impl = "reference"
     with torch.no_grad():
         exact = oracle.forward_hidden(batch.double())
@@ -71,7 +77,7 @@ def tiny_vit(window: tuple[int, int] = (2, 3), *, seed: int = 0, cls: type = Vis
 
 def build_vit(vit: Any = None, *, seed: int = 1, **kwargs: Any) -> PromptedViT:
     model = PromptedViT(tiny_vit() if vit is None else vit, **({"num_classes": 5, "prompt_length": 3} | kwargs))
-    backbone = copy.deepcopy(model.backbone.state_dict())
+    backbone = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     randomize(model, seed)
     model.backbone.load_state_dict(backbone)
     return model.double().eval()

@@ -711,14 +711,14 @@ def main(argv: list[str] | None = None) -> int:
             baseline = read_baseline(options.baseline)
         except (ValueError, OSError) as error:
             parser.error(str(error))
+    if not _chosen(options.cases, options.ci):
+        parser.error(f"--cases must match a case, got {options.cases!r}")
     show = None if options.json else lambda report: print(report.row(), flush=True)
     if options.spills and (options.baseline or options.write_baseline):
         parser.error("--spills reads too little for --baseline or --write-baseline")
     reports = run(targets, options.cases, options.ci, show, options.spills)
     if options.json:
         print(json.dumps([asdict(report) for report in reports], indent=1))
-    if not reports:
-        parser.error(f"--cases must match a case, got {options.cases!r}")
     if options.write_baseline:
         count = write_baseline(options.write_baseline, reports)
         print(f"wrote {options.write_baseline}, {count} kernels", file=sys.stderr)

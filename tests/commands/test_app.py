@@ -96,6 +96,7 @@ def test_version(vptm: Console) -> None:
     assert vptm("--version") == (0, f"vptm {__version__}\n", "")
 
 
+@pytest.mark.usefixtures("drawn")
 def test_train_ends_with_accuracy_folder_and_next_command(vptm: Console, material: Path, tmp_path: Path) -> None:
     code, out, err = vptm(*train_arguments(material, tmp_path / "my run", epochs=25))
     assert code == 0

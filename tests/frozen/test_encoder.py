@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import pickle
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from beit_factory import randomize, tiny_beit
+from forked import Forked
 from tiny_models import BACKBONES, assert_as_exact_as_the_reference, build, images, relative_error
 from torch import nn
 from torch.func import functional_call
@@ -318,16 +315,15 @@ def test_corrupting_the_kernel_changes_the_output(monkeypatch: pytest.MonkeyPatc
     assert vptm.check(model, images(model), gradients=False)["logits"] > 1e-3
 
 
+def _ask_for_triton() -> None:
+    model = build(impl="triton")
+    model(images(model))
+
+
 def test_triton_asked_for_on_a_cpu_is_refused_not_replaced() -> None:
     """Without a GPU and outside the interpreter, impl="triton" says what is missing."""
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from tiny_models import build, images;"
-        "model = build(impl='triton'); model(images(model))"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    here = str(Path(__file__).parents[1])
-    run = subprocess.run([sys.executable, "-c", code, here], capture_output=True, text=True, env=environment)
-    assert run.returncode == 1 and "impl='triton' needs " in run.stderr.splitlines()[-1]
+    status, _, errors = Forked(_ask_for_triton).outcome()
+    assert status == 1 and "impl='triton' needs " in errors.splitlines()[-1]
 
 
 def test_unfrozen_backbone_trains_and_is_not_folded() -> None:

@@ -16,7 +16,7 @@ from vptm_kernels import aot
 
 
 def of(target, kernel=None):
-    found = [r for r in reports(target, "prompted_attention") if kernel in (None, r.kernel)]
+    found = [r for r in reports(target, "prompted_attention/") if kernel in (None, r.kernel)]
     assert found, f"nothing compiled for {target} {kernel or ''}"
     return found
 
@@ -29,14 +29,42 @@ def of_16_bits(target, kernel):
 @pytest.mark.parametrize("target", each())
 def test_no_spills_no_serialised_tensor_cores_and_matrix_instructions_everywhere(target):
     """Each costs more than any tuning wins, and none shows in a result."""
-    for report in of(target):
+    for report in reports(target):
         assert not report.problems, report.row()
 
 
 @pytest.mark.parametrize("target", each())
 def test_nothing_is_lost_against_the_committed_baseline(target, against_baseline):
     """More spills, mma for wgmma or a kernel that is gone fails; every other difference is printed at the end."""
-    against_baseline(of(target))
+    against_baseline(reports(target))
+
+
+@pytest.mark.parametrize("target", each())
+def test_every_kernel_is_compiled(target):
+    """One that no case reaches could spill unseen."""
+    kernels = {
+        op: {report.kernel for report in reports(target, f"{op}/")}
+        for op in ("prototype_cosine", "readout_attention", "residual_norm")
+    }
+    assert kernels["prototype_cosine"] >= {"readout", "combine", "reader_grad", "hidden_grad", "cosine"}
+    assert kernels["readout_attention"] == {"split", "merge", "grad"}
+    assert kernels["residual_norm"] == {"forward", "backward"}
+
+
+@pytest.mark.parametrize("target", each())
+def test_readout_attention_uses_tensor_cores_and_wide_loads(target):
+    for report in reports(target, "readout_attention/"):
+        if report.kernel != "merge":
+            assert report.tensor_core > 0, report.row()
+        if report.kernel == "split" and target.startswith("sm"):
+            # Tokens and weights come 16 bytes at a time; what is left are single numbers and rows of the bias.
+            assert report.loads.get("async", 0) + report.loads.get("128", 0) >= 7, report.row()
+
+
+@pytest.mark.parametrize("target", each(["sm80", "sm90", "sm100", "sm120"]))
+def test_residual_norm_reads_rows_16_bytes_at_a_time(target):
+    for report in reports(target, "residual_norm/"):
+        assert report.loads.get("128"), report.row()
 
 
 KINDS = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05", "sm120": "mma", "gfx942": "mfma", "gfx950": "mfma"}

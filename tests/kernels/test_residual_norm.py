@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import each, reports
 from conftest import COMPILING
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -396,14 +395,3 @@ def test_autocast_changes_nothing(impl):
 def test_it_is_not_among_the_public_ops():
     """It becomes one where it is measured to beat addmm followed by LayerNorm on a GPU."""
     assert "residual_norm" not in vptm_kernels.__all__
-
-
-@needs_triton
-@pytest.mark.parametrize("target", each())
-def test_kernels_compile_without_spills(target, against_baseline):
-    found = reports(target, "residual_norm/")
-    assert {report.kernel for report in found} == {"forward", "backward"}
-    assert not [report.row() for report in found if report.problems]
-    if target.startswith("sm"):
-        assert all(report.loads.get("128") for report in found), "rows are read 16 bytes at a time"
-    against_baseline(found)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from beit_factory import randomize
+from forked import forks
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import QuickGELU
@@ -92,11 +92,11 @@ def test_ranks_together_are_one_batch(tmp_path: Path) -> None:
     whole = f.clone().requires_grad_()
     expected = feature_reformation(whole, g, temperature=0.5)
     expected.backward()
-    # a forked process may not use autograd once its parent's backward has started threads
-    spawn = multiprocessing.get_context("spawn")
-    answers = spawn.Queue()
+    # forks of a process that has not run backward: once it has, they may not use autograd
+    context = forks()
+    answers = context.Queue()
     parts = [slice(0, 3), slice(3, 5)]
-    ranks = [spawn.Process(target=_rank, args=(r, str(tmp_path / "meet"), f, g, parts, answers)) for r in range(2)]
+    ranks = [context.Process(target=_rank, args=(r, str(tmp_path / "meet"), f, g, parts, answers)) for r in range(2)]
     for process in ranks:
         process.start()
     found = {rank: (loss, grad) for rank, loss, grad in (answers.get(timeout=300) for _ in ranks)}

@@ -15,7 +15,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock
-from tiny_models import BACKBONES, build, build_vit, relative_error, tiny_vit
+from tiny_models import BACKBONES, build, build_vit, copied, relative_error, tiny_vit
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -59,12 +59,12 @@ def pictures(size: tuple[int, int], batch: int = 2) -> torch.Tensor:
 
 def prompted(module: Any, **options: Any) -> Any:
     """A random model in double precision of a copy of `module`, whose values `build` writes over."""
-    return (build if isinstance(module, Beit) else build_vit)(copy.deepcopy(module), **options)
+    return (build if isinstance(module, Beit) else build_vit)(copied(module), **options)
 
 
 def made_at(module: Any, size: tuple[int, int], like: Any, **options: Any) -> Any:
     """A model of `module` at `size`, set by timm in float32, with what `like` learned."""
-    resized = copy.deepcopy(module)
+    resized = copied(module)
     resized.set_input_size(img_size=size)
     model = prompted(resized, **options)
     learned = like.learned_state_dict()
@@ -142,11 +142,11 @@ def test_gates_of_prompts_go_to_every_size(prompt_mode: str) -> None:
 
 def test_a_mask_row_stands_in_the_centre_of_every_size() -> None:
     token, backbone = torch.randn(1, 1, 16), tiny_vit((3, 3))
-    loaded = load_vit(copy.deepcopy(backbone))
+    loaded = load_vit(copied(backbone))
     loaded.mask_token = token
     model = build_vit(loaded, readout="mask", dynamic_img_size=True)
     for size in SIZES:
-        resized = copy.deepcopy(backbone)
+        resized = copied(backbone)
         resized.set_input_size(img_size=size)
         loaded = load_vit(resized)
         loaded.mask_token = token

@@ -221,6 +221,7 @@ def test_learning_rate_warms_up_and_falls_to_nothing(backbone: Path) -> None:
     assert rates[0] < rates[1] <= 0.1 and rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] < 0.01
 
 
+@pytest.mark.usefixtures("drawn")
 def test_run_folder_holds_everything(backbone: Path, tmp_path: Path) -> None:
     result = run(make_model(backbone), tmp_path / "r", info={"note": "x"})
     assert {path.name for path in (tmp_path / "r").iterdir()} == set(RUN_FILES) - {CONFUSION_FILE}

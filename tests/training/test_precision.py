@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from tiny_data import write_backbone
 from tiny_runs import LEARNS, assert_same_run, loaders, make_model, run, stopped_run
 from torch.utils.data import DataLoader
 
 from vptm import evaluate, fit, load_adapter
-from vptm.training.precision import resolve_precision, slow_note
+from vptm.training.precision import float32_products, resolve_precision, slow_note
 from vptm.training.state import STATE_FILE
 from vptm.weights.adapter_format import TENSORS_FILE
 
@@ -108,26 +106,25 @@ def test_auto_is_what_the_gpu_has(
     assert resolve_precision("auto", torch.device("cpu"), training=True) == "fp32"
 
 
+def _set_tf32() -> None:
+    torch.cuda.is_available = lambda: True
+    matmul = torch.backends.cuda.matmul
+    for way, before in (("function", "ieee"), ("function", "tf32"), ("property", "ieee"), ("property", "tf32")):
+        if way == "property":
+            matmul.fp32_precision = before
+        else:
+            torch.set_float32_matmul_precision("highest" if before == "ieee" else "high")
+        for precision, inside in (("tf32", "tf32"), ("fp32", "ieee"), ("bf16", before), (None, before)):
+            with float32_products(precision):
+                assert matmul.fp32_precision == inside, (way, precision, matmul.fp32_precision)
+            assert matmul.fp32_precision == before, (way, precision, matmul.fp32_precision)
+
+
 def test_tf32_is_set_for_the_run_and_put_back() -> None:
     """In a process of its own, where a GPU is pretended: what torch reads of one setting depends on how it was set, and
     once it was set by the property, the function is no longer told."""
-    code = """
-import torch
-from vptm.training.precision import float32_products
-torch.cuda.is_available = lambda: True
-matmul = torch.backends.cuda.matmul
-for way, before in (("function", "ieee"), ("function", "tf32"), ("property", "ieee"), ("property", "tf32")):
-    if way == "property":
-        matmul.fp32_precision = before
-    else:
-        torch.set_float32_matmul_precision("highest" if before == "ieee" else "high")
-    for precision, inside in (("tf32", "tf32"), ("fp32", "ieee"), ("bf16", before), (None, before)):
-        with float32_products(precision):
-            assert matmul.fp32_precision == inside, (way, precision, matmul.fp32_precision)
-        assert matmul.fp32_precision == before, (way, precision, matmul.fp32_precision)
-"""
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path})
+    status, _, errors = Forked(_set_tf32).outcome()
+    assert status == 0, errors
 
 
 def test_bf16_says_where_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
