@@ -102,11 +102,16 @@ def close(found: Any, expected: Any) -> bool:
 
 
 def test_committed_numbers_are_those_of_the_committed_runs() -> None:
-    """A summary that was edited, or belongs to other runs or other weights, would be read as measured."""
-    weights = vptm.PromptedBEiT("builtin", 2).weight_hash()
+    """A summary that was edited, or belongs to other runs, would be read as measured; and so would one of other weights
+    that does not say so, or a claim about the one that takes a run of the other."""
+    shipped = vptm.PromptedBEiT("builtin", 2).weight_hash()
+    weights = json.loads((RESULTS / "builtin.json").read_text())["weights"]
     for name, summary in (("builtin", accuracy_builtin.summarise), ("claims", summarise)):
         content = json.loads((RESULTS / f"{name}.json").read_text())
         assert content["weights"] == weights
+        table = report.STUDIES[name][0]
+        assert ("**Of an earlier built-in model**" in table(content)) == (weights != shipped)
+        assert "**Of an earlier" not in table({**content, "weights": shipped})
         expected = summary(content["runs"])
         if name == "claims":
             expected = accuracy_claims.tasks(RESULTS / "builtin.json") | expected
