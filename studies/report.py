@@ -1,7 +1,8 @@
 """Tables and pictures of the studies of accuracy, from their json files: `python -m studies.report`.
 
-Writes `builtin.md` and `claims.md` with their pictures into `studies/results/`, and the sentence of `precision.json`
-into `docs/training.md`; a test fails when a table or that sentence is not that of its json.
+Writes `builtin.md` and `claims.md` with their pictures, `prompt_length.md` and `what_prompts_add.md` into
+`studies/results/`, and the sentence of `precision.json` into `docs/training.md`; a test fails when a table or that
+sentence is not that of its json.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from studies import accuracy_builtin, accuracy_claims
 from studies.precision_builtin import PAIR, PRECISIONS
 from studies.runs import RESULTS
+from studies.trained import ROOM
 from vptm import PromptedBEiT
 
 TWIN = ", random weights"
@@ -117,6 +119,49 @@ def _points(found: dict[str, Any]) -> str:
     return f"{found['mean']:+.1f} {interval}"
 
 
+VERDICTS = {
+    "better": "Better: seen here, if it is above zero after Holm's correction for {count} such comparisons; not seen "
+    "here, if the interval leaves no room for {room:g} point.",
+    "no worse": "No worse: seen here, if the interval stays above -{room:g}; not seen here, if it stays below.",
+}
+
+
+def trained(title: str, program: str, content: dict[str, Any]) -> str:
+    """Accuracies and judged differences of a study made of `vptm train` runs."""
+    summary = content["summary"]
+    differences = [found["paired_difference_points"].values() for found in summary["tasks"].values()]
+    asked = {one["asked"] for paired in differences for one in paired}
+    rules = " ".join(rule for name, rule in VERDICTS.items() if name in asked)
+    said = rules.format(count=summary["comparisons_corrected_for"], room=ROOM)
+    lines = [
+        f"# {title}",
+        "",
+        f"Made by `python -m studies.report` from `{program}.json`; arms: `studies/{program}.py`. Test accuracy in %.",
+        "",
+        of_weights(content),
+        "",
+        textwrap.fill(
+            f"Differences are paired by seed, with 95 % intervals. {said} Else too little data. On a model of 2 "
+            "million parameters.",
+            120,
+        ),
+        "",
+    ]
+    for task, found in summary["tasks"].items():
+        lines += [f"## {task}", "", "| arm | accuracy | seeds |", "|---|---|---|"]
+        for arm, values in found["test_accuracy_percent"].items():
+            spread = "" if values["std"] is None else f" ± {values['std']:.1f}"
+            lines.append(f"| {arm} | {values['mean']:.1f}{spread} | {values['seeds']} |")
+        lines += ["", "| difference | asked | points | verdict |", "|---|---|---|---|"]
+        for name, one in found["paired_difference_points"].items():
+            lines.append(f"| {name} | {one['asked']} | {_points(one)} | {one['verdict']} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+TRAINED = {"prompt_length": "How many prompts do no harm", "what_prompts_add": "What prompts add"}
+"""Titles of the studies made of `vptm train` runs, by the name of their json; one that was not begun has none."""
+
 TRAINING = Path(__file__).parent.parent / "docs" / "training.md"
 BEGIN, END = "<!-- precision: begin -->", "<!-- precision: end -->"
 
@@ -158,6 +203,11 @@ def main() -> None:
         (RESULTS / f"{name}.md").write_text(table(content), encoding="utf-8")
         plot(content["summary"], RESULTS / f"{name}.png")
         print(f"wrote {RESULTS / name}.md and {name}.png")
+    for name, title in TRAINED.items():
+        if (RESULTS / f"{name}.json").exists():
+            content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+            (RESULTS / f"{name}.md").write_text(trained(title, name, content), encoding="utf-8")
+            print(f"wrote {RESULTS / name}.md")
     TRAINING.write_text(updated(TRAINING.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"wrote {TRAINING}")
 

@@ -99,6 +99,10 @@ COMPARISONS = [
 ]
 
 
+def study(path: Path) -> TrainedStudy:
+    return TrainedStudy(path, arms(), list(TASKS.values()), COMPARISONS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m studies.what_prompts_add",
@@ -112,8 +116,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread")
     parser.add_argument("--out", type=Path, default=RESULTS / "what_prompts_add.json")
     arguments = parser.parse_args()
-    study = TrainedStudy(arguments.out, arms(), list(TASKS.values()), COMPARISONS)
-    study.run(arguments.seeds, arguments.jobs, [TASKS[name] for name in arguments.tasks])
+    study(arguments.out).run(arguments.seeds, arguments.jobs, [TASKS[name] for name in arguments.tasks])
 
 
 if __name__ == "__main__":
