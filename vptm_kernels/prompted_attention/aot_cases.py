@@ -42,8 +42,10 @@ def _run(
 
     batch, width = 64, heads * head_dim
     qkv = torch.empty(batch, tokens, 3 * width, dtype=dtype)
-    sections = 3 if kind == "queries" else 2
+    attend = "queries" in kind
+    sections = 3 if attend else 2
     shape = {"none": None, "image": (batch, prompts, 2 * width), "pool": (4 * prompts, 2 * width)}
+    shape["image queries"] = (batch, prompts, 3 * width)
     prompt_shape = shape.get(kind, (prompts, sections * width))
     given = None if prompt_shape is None or prompts == 0 else torch.empty(*prompt_shape, dtype=dtype)
     ranges = torch.zeros(batch, 2, dtype=torch.int32) if kind == "pool" else None
@@ -59,7 +61,7 @@ def _run(
         data = torch.empty(heads, tokens, tokens + prompts, dtype=torch.float32)
     values = torch.empty(heads, given.shape[-2]) if columns and given is not None else None
     inputs: tuple[Any, ...] = (qkv, given, data, values, ids, ranges)
-    options: tuple[Any, ...] = (window if bias == "table" else (), heads, kind == "queries")
+    options: tuple[Any, ...] = (window if bias == "table" else (), heads, attend)
     options += (prompts if ranges is not None else 0, head_dim**-0.5 if scale is None else scale)
     with ExitStack() as patches:
         patches.enter_context(patch.object(triton_impl, "architecture", lambda device: target))
@@ -68,7 +70,7 @@ def _run(
         if passes == "forward":
             triton_impl.forward(*inputs, *(*options, True))
             return
-        rows = tokens + (prompts if kind == "queries" else 0)
+        rows = tokens + (prompts if attend else 0)
         out = torch.empty(batch, rows, width, dtype=dtype)
         lse = torch.empty(batch, heads, rows)
         needs = ["qkv" in learned, "prompts" in learned and given is not None, "bias" in learned]
@@ -138,6 +140,13 @@ def cases() -> Iterator[Case]:
         yield case(f"{passes}-fp16-P200-gated-folded", **gated | {"prompts": 200, "dtype": half}, scale=1.0)
         yield case(f"{passes}-bf16-gated-queries", **gated, kind="queries")
         yield case(f"{passes}-bf16-gated-pool", **gated, kind="pool")
+        # Prompts that are rows of every image, as a block of carried ones gives them.
+        rows: dict[str, Any] = gated | {"kind": "image queries", "scale": 1.0}
+        yield case(f"{passes}-bf16-gated-rows-folded", **rows)
+        yield case(f"{passes}-bf16-gated-rows-no-bias-folded", **rows, bias="none")
+        yield case(f"{passes}-fp32-gated-rows-folded", **rows, dtype=single)
+        for head_dim in (16, 128):
+            yield case(f"{passes}-bf16-D{head_dim}-gated-rows-folded", **rows, head_dim=head_dim)
         yield case(f"{passes}-fp32-gated", **gated, dtype=single)
         yield case(f"{passes}-fp32-D128-gated-folded", **gated, dtype=single, head_dim=128, scale=1.0)
         for head_dim in (16, 80, 128):

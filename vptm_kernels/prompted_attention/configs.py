@@ -205,9 +205,12 @@ def query_grad_config(
         return Config(16, 16, 8, 1) if head_dim > 64 else Config(32, 32, 8, 1)
     if head_dim > 64:
         if _asynchronous_tensor_cores(arch):
-            return Config(64, 32, 8 if _tensor_memory(arch) else 4, 1)
+            # four warps spill 112 bytes on sm90 where prompts attend
+            return Config(64, 32, 8 if _tensor_memory(arch) or prompts_attend else 4, 1)
         # 32 x 32 has a tenth fewer instructions for a score, and spills by version of Triton.
-        return Config(32, 32, 4, 1) if arch.startswith("gfx") else Config(16, 64, 4, 1)
+        if arch.startswith("gfx"):
+            return Config(16, 16, 4, 1) if prompts_attend else Config(32, 32, 4, 1)
+        return Config(16, 32 if prompts_attend else 64, 4, 1)
     if _tensor_memory(arch):
         if prompts_attend:
             # without the bound 8 to 24 bytes are spilled at 128 registers, by number of prompts
@@ -263,6 +266,8 @@ def key_grad_config(
     if arch.startswith("gfx") or ((head_dim > 64 or gathered or column_grad) and not _asynchronous_tensor_cores(arch)):
         block_n = min(32, block_n)
     if column_grad and head_dim > 64 and _tensor_memory(arch):
+        block_n = min(32, block_n)
+    if arch == "sm120" and prompts_attend:  # 64 keys of tokens spill 16 bytes without a bias
         block_n = min(32, block_n)
     if head_dim > 64 and not _asynchronous_tensor_cores(arch):
         return Config(32, block_n, 8 if block_n > 16 else 4, 1)
