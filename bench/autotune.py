@@ -84,8 +84,9 @@ class Proposal:
 
 
 def _attention(
-    place: Place, prompts: int, window: tuple[int, int], heads: int, batch: int, backward: bool
+    place: Place, prompts: int, window: tuple[int, int], heads: int, batch: int, backward: bool, rotary: bool = False
 ) -> Callable[[], Tensors]:
+    """rotary: in place of a bias, as such models have it."""
     from vptm_kernels import RelativePositionBias, prompted_attention
 
     if place.tiny:
@@ -94,11 +95,13 @@ def _attention(
     qkv = place.random(batch, tokens, 3 * width).requires_grad_(backward)
     prefix = place.random(prompts, 2 * width).requires_grad_(backward) if prompts else None
     table = torch.randn((2 * window[0] - 1) * (2 * window[1] - 1) + 3, heads, device=place.device)
-    bias = RelativePositionBias(table, window).dense(torch.float16)
+    bias = None if rotary else RelativePositionBias(table, window).dense(torch.float16)
+    angles = torch.randn(tokens, 32, device=place.device)
+    turns = (angles.cos(), angles.sin()) if rotary else None
     grad = place.random(batch, tokens, width)
 
     def forward() -> Tensor:
-        return prompted_attention(qkv, prefix, num_heads=heads, bias=bias, impl="triton")
+        return prompted_attention(qkv, prefix, num_heads=heads, bias=bias, rotary=turns, impl="triton")
 
     return _call(forward, [t for t in (qkv, prefix) if t is not None], grad, backward)
 
@@ -192,6 +195,11 @@ def calls() -> list[Call]:
             )
     for backward, what in ((False, "forward"), (True, "forward and backward")):
         found += [
+            Call(
+                "prompted_attention",
+                f"{what}, B=64 H=12 N=197 P=100, rotary",
+                lambda at, b=backward: _attention(at, 100, (14, 14), 12, 64, b, True),  # type: ignore[misc]
+            ),
             Call(
                 "readout_attention",
                 f"{what}, B=64 N=197 P=50",

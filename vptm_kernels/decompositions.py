@@ -45,6 +45,8 @@ def _prompted_attention(
     columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     window: Sequence[int],
     num_heads: int,
     prompt_queries: bool,
@@ -57,6 +59,8 @@ def _prompted_attention(
         raise ValueError("prompted_attention must be without prompt_ranges and return_lse to be plain ATen")
     parts = 3 if prompt_queries else 2
     q, k, v = qkv.unflatten(2, (3, num_heads, -1)).unbind(2)  # (B, N, H, D)
+    if cos is not None and sin is not None:
+        q, k = _turned(q, cos, sin), _turned(k, cos, sin)
     if prompts is not None:
         rows = prompts if prompts.ndim == 3 else prompts.expand(qkv.shape[0], -1, -1)
         *q_rows, k_rows, v_rows = rows.unflatten(2, (parts, num_heads, -1)).unbind(2)
@@ -72,6 +76,13 @@ def _prompted_attention(
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).flatten(2), qkv.new_empty(0, dtype=accumulator(qkv.dtype))
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, N, H, D) turned by cosines and sines (N, D/2) or (H, N, D/2)."""
+    cos, sin = (t[:, None] if t.ndim == 2 else t.transpose(0, 1) for t in (cos, sin))
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 def _readout_attention(

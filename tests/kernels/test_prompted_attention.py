@@ -3,6 +3,7 @@
 The Triton kernels run in the interpreter where there is no GPU, with every access checked for bounds and races.
 """
 
+import contextlib
 import itertools
 import random
 import re
@@ -207,7 +208,7 @@ def test_a_tail_that_is_walked_over_equals_the_definition(prompts, tokens, lengt
     from vptm_kernels.prompted_attention import triton_impl
 
     asked = []
-    monkeypatch.setattr(triton_impl, "loops_over_tail", lambda bits: asked.append(bits) or True)
+    monkeypatch.setattr(triton_impl, "loops_over_tail", lambda *sizes: asked.append(sizes) or True)
     forget_plans()
     kinds = {"prompts": prompts, "bias": "table", "columns": "columns", "window": (3, 3)}
     check(AttentionCase(2, 2, tokens, length, **kinds), "triton")
@@ -477,6 +478,77 @@ def test_rotary_positions_are_those_of_timm(prompts, impl):
             torch.testing.assert_close(actual, want, rtol=0, atol=1e-12)
         plain = prompted_attention(**call, impl=impl)
         assert (plain - expected[0]).abs().max() > 1e-2
+
+
+@contextlib.contextmanager
+def turned_by_a_pass():
+    """What kernels do not turn as they load it, a kernel of its own turns before them."""
+    from vptm_kernels.prompted_attention import triton_impl
+
+    with pytest.MonkeyPatch.context() as patch:
+        table = triton_impl.rotary_config
+        patch.setattr(triton_impl, "rotary_config", lambda *a, **o: table(*a, **o)._replace(while_loading=False))
+        forget_plans()
+        yield
+    forget_plans()
+
+
+@pytest.mark.skipif("triton" not in EXACT_IMPLS, reason="needs triton's interpreter")
+@pytest.mark.parametrize("prompts,head_dim", [("none", 16), ("shared", 24), ("pool", 40), ("queries", 16)])
+def test_rotary_by_a_pass_before_the_kernels_equals_the_definition(prompts, head_dim):
+    """Fails where the pass leaves a pair of channels out, gradients are not turned back in place, or are twice; where
+    rows of a wider tensor are read as if they lay side by side."""
+    kinds = {"prompts": prompts, "head_dim": head_dim, "rotary": "heads", "layout": "sliced"}
+    with turned_by_a_pass():
+        check(AttentionCase(2, 2, 19, 5, **kinds), "triton")
+
+
+@pytest.mark.skipif("triton" not in EXACT_IMPLS, reason="needs triton's interpreter")
+@pytest.mark.parametrize("prompts", ["shared", "queries", "pool"])
+@pytest.mark.parametrize("head_dim,tokens,length", [(16, 1, 0), (24, 33, 31), (40, 35, 34), (16, 64, 65)])
+def test_turned_as_they_are_loaded(head_dim, tokens, length, prompts):
+    """Whole blocks of tokens and of prompts, and tails of both, with heads of no power of two, whose halves stand apart
+    in registers: fails where a prompt is turned, a token is not, or halves of queries, keys and gradients disagree."""
+    check(AttentionCase(1, 2, tokens, length, head_dim, prompts=prompts, rotary="shared"), "triton")
+
+
+@pytest.mark.parametrize("impl", EXACT_IMPLS)
+@pytest.mark.parametrize("form", ["sliced", "transposed", "one by heads", "wider", "expanded"])
+def test_angles_of_any_strides_and_types(form, impl):
+    """Rows of longer tables, the other order in memory, cosines of all heads beside sines of each, float64 beside
+    float32, one table for all heads by expand: fails where one table is read by the other's strides."""
+    case = AttentionCase(tokens=19, rotary="heads", dtype=torch.float32 if form == "wider" else torch.float64)
+    call = case.inputs(DEVICE)
+    cos, sin = call["rotary"]
+    if form == "sliced":
+        cos, sin = (torch.cat([t, t], 1)[:, :19] for t in (cos, sin))
+    elif form == "transposed":
+        cos = cos.transpose(0, 2).contiguous().transpose(0, 2)
+    elif form == "one by heads":
+        cos = cos[0]
+    elif form == "wider":
+        cos = cos.double()
+    else:
+        cos, sin = (t[:1].expand(2, -1, -1) for t in (cos, sin))
+    call["rotary"] = cos, sin
+    whole = tuple(t.expand(2, -1, -1).contiguous().to(sin.dtype) for t in (cos, sin))
+    expected = prompted_attention(**{**call, "rotary": whole}, impl="torch")
+    torch.testing.assert_close(prompted_attention(**call, impl=impl), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="needs triton")
+def test_a_call_that_was_checked_once_is_refused_when_its_angles_change():
+    """Plans are kept by signature: fails where one without angles, or with others, is found for one that has them."""
+    call = AttentionCase(tokens=7, rotary="shared", dtype=torch.float32).inputs(DEVICE)
+    cos, sin = call["rotary"]
+    for _ in range(2):  # looked at, then known
+        turned = prompted_attention(**call, impl="triton")
+        plain = prompted_attention(**{**call, "rotary": None}, impl="triton")
+        assert not torch.allclose(turned, plain)
+    refused = [(cos, sin.clone().requires_grad_()), (cos, None), (None, None), (cos[:3], sin[:3]), (cos, sin, sin)]
+    for rotary in refused:
+        with pytest.raises((ValueError, TypeError), match="rotary"):
+            prompted_attention(**{**call, "rotary": rotary}, impl="triton")
 
 
 @pytest.mark.parametrize("impl", EXACT_IMPLS)
@@ -987,7 +1059,7 @@ def test_offsets_of_64_bits_give_the_same_result(prompts, monkeypatch):
     """Rows beyond 2**31 elements use 64-bit offsets: the same kernels, forced here on a small input."""
     from vptm_kernels.prompted_attention import triton_impl
 
-    case = AttentionCase(tokens=17, prompts=prompts, bias="dense", dtype=torch.float32)
+    case = AttentionCase(tokens=17, prompts=prompts, bias="dense", rotary="heads", dtype=torch.float32)
     results = []
     for wide in (False, True):
         monkeypatch.setattr(triton_impl, "needs_int64", lambda reach, wide=wide: wide)
@@ -1132,7 +1204,7 @@ def test_nothing_is_allocated_but_results(monkeypatch):
     from vptm_kernels.prompted_attention import triton_impl
 
     call = AttentionCase(tokens=17, prompt_length=5, bias="aligned", dtype=torch.float32).inputs(DEVICE)
-    inputs = (call["qkv"], call["prompt_kv"], call["bias"], None, None, None)
+    inputs = (call["qkv"], call["prompt_kv"], call["bias"], *(5 * [None]))
     options = ([], 2, False, 0, 0.25)
     with Allocations() as forward:
         out, lse = triton_impl.forward(*inputs, *options, True)
@@ -1143,7 +1215,7 @@ def test_nothing_is_allocated_but_results(monkeypatch):
 
     # A table adds its tile to both, and to backward its dense gradient by chunks of the batch and its own.
     table = AttentionCase(tokens=17, prompt_length=5, bias="table", window=(4, 4), dtype=torch.float32).inputs(DEVICE)
-    inputs = (table["qkv"], table["prompt_kv"], table["bias"].table, None, table["bias"].token_ids, None)
+    inputs = (table["qkv"], table["prompt_kv"], table["bias"].table, None, table["bias"].token_ids, *(3 * [None]))
     options = ([4, 4], 2, False, 0, 0.25)
     with Allocations() as with_table:
         out, lse = triton_impl.forward(*inputs, *options, True)

@@ -24,6 +24,8 @@ CASES = [
     AttentionCase(tokens=7, dtype=torch.float32, prompts="shared", columns="columns"),
     AttentionCase(tokens=7, dtype=torch.float32, prompts="pool", bias="dense", columns="heads"),
     AttentionCase(tokens=7, dtype=torch.float32, prompts="image queries", bias="dense", columns="columns"),
+    AttentionCase(tokens=7, dtype=torch.float32, prompts="shared", rotary="shared"),
+    AttentionCase(tokens=7, dtype=torch.float32, prompts="queries", bias="dense", rotary="heads"),
 ]
 
 
@@ -35,11 +37,12 @@ def op_arguments(call, impl):
     elif bias is not None and bias.ndim == 4:
         bias = bias[0]
     options = (window, 2, call.get("prompt_qkv") is not None, call.get("max_prompt_length") or 0, 0.25)
-    return (call["qkv"], prompts, bias, call.get("prompt_column_bias"), ids, call.get("prompt_ranges")), options
+    given = (call.get("prompt_column_bias"), ids, call.get("prompt_ranges"), *call.get("rotary", (None, None)))
+    return (call["qkv"], prompts, bias, *given), options
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.prompts}-{case.bias}-{case.columns}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.prompts}-{case.bias}-{case.columns}-{case.rotary}")
 def test_opcheck(case, impl):
     """Schema, autograd registration, fakes with the real strides, and AOT dispatch with dynamic shapes."""
     inputs, options = op_arguments(case.inputs(DEVICE, requires_grad=True), impl)
@@ -127,9 +130,10 @@ def test_fakes_and_meta_tensors_need_no_device():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_backward_keeps_no_copy_of_keys_and_values(impl):
-    """Only the inputs, the output and the log-sum-exp may be held between forward and backward."""
-    call = AttentionCase(tokens=7, dtype=torch.float32, bias="dense").inputs(DEVICE, requires_grad=True)
+@pytest.mark.parametrize("rotary", ["none", "shared"])
+def test_backward_keeps_no_copy_of_keys_and_values(rotary, impl):
+    """Only the inputs, the output and the log-sum-exp may be held between forward and backward: not turned rows."""
+    call = AttentionCase(tokens=7, dtype=torch.float32, bias="dense", rotary=rotary).inputs(DEVICE, requires_grad=True)
     saved = []
 
     def pack(t):
@@ -138,7 +142,8 @@ def test_backward_keeps_no_copy_of_keys_and_values(impl):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out, lse = prompted_attention(**call, return_lse=True, impl=impl)
-    allowed = {t.untyped_storage().data_ptr() for t in [*differentiable(call).values(), out, lse]}
+    inputs = [*differentiable(call).values(), *call.get("rotary", ())]
+    allowed = {t.untyped_storage().data_ptr() for t in [*inputs, out, lse]}
     assert saved and {t.untyped_storage().data_ptr() for t in saved} <= allowed
 
 

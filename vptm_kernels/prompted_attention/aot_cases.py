@@ -32,6 +32,7 @@ def _run(
     window: tuple[int, int] = (14, 14),
     scale: float | None = None,
     columns: bool = False,
+    rotary: bool = False,
     form: ForwardConfig | None = None,
 ) -> None:
     """form: of the forward kernel instead of the table's, on targets that have it among their candidates."""
@@ -60,7 +61,8 @@ def _run(
     elif bias == "columns":
         data = torch.empty(heads, tokens, tokens + prompts, dtype=torch.float32)
     values = torch.empty(heads, given.shape[-2]) if columns and given is not None else None
-    inputs: tuple[Any, ...] = (qkv, given, data, values, ids, ranges)
+    angles = torch.empty(tokens, head_dim // 2) if rotary else None
+    inputs: tuple[Any, ...] = (qkv, given, data, values, ids, ranges, angles, angles)
     options: tuple[Any, ...] = (window if bias == "table" else (), heads, attend)
     options += (prompts if ranges is not None else 0, head_dim**-0.5 if scale is None else scale)
     with ExitStack() as patches:
@@ -76,15 +78,6 @@ def _run(
         needs = ["qkv" in learned, "prompts" in learned and given is not None, "bias" in learned]
         needs.append("columns" in learned)
         triton_impl.backward(*(out, None, *inputs, out, lse, *options, needs))
-
-
-def _rotate(target: str, *, dtype: torch.dtype = torch.bfloat16, heads: int = 12, head_dim: int = 64) -> None:
-    from . import triton_rotary
-
-    qkv = torch.empty(64, 197, 3 * heads * head_dim, dtype=dtype)
-    table = torch.empty(197, head_dim // 2)
-    with patch.object(triton_rotary, "architecture", lambda device: target):
-        triton_rotary.rotate(qkv, table, table, heads, False)
 
 
 def cases() -> Iterator[Case]:
@@ -151,6 +144,21 @@ def cases() -> Iterator[Case]:
         yield case(f"{passes}-fp32-D128-gated-folded", **gated, dtype=single, head_dim=128, scale=1.0)
         for head_dim in (16, 80, 128):
             yield case(f"{passes}-bf16-D{head_dim}-gated", **gated, head_dim=head_dim)
+        # Rotary positions, whose models have no bias and fold the scale of scores into their queries.
+        turned: dict[str, Any] = {"passes": passes, "rotary": True, "bias": "none", "scale": 1.0}
+        yield case(f"{passes}-bf16-rotary-P100", True, **turned, prompts=100)
+        yield case(f"{passes}-bf16-rotary-P50", **turned, prompts=50)
+        yield case(f"{passes}-bf16-rotary-P0", **turned, prompts=0)
+        yield case(f"{passes}-fp16-rotary-P50", **turned, prompts=50, dtype=half)
+        yield case(f"{passes}-bf16-rotary-pool", **turned, prompts=50, kind="pool")
+        yield case(f"{passes}-bf16-rotary-gated", **turned | gated)
+        for head_dim in (16, 48, 80, 128):
+            yield case(f"{passes}-bf16-rotary-D{head_dim}", **turned, prompts=50, head_dim=head_dim)
+        # Turned by a pass of its own: in float32, where prompts attend, and beside a bias.
+        yield case(f"{passes}-fp32-rotary", True, **turned, dtype=single)
+        yield case(f"{passes}-bf16-rotary-queries", **turned, prompts=50, kind="queries")
+        yield case(f"{passes}-bf16-rotary-bias", **turned | {"bias": "aligned", "head_dim": 80})
+        yield case(f"{passes}-bf16-P100-no-bias-folded", passes=passes, prompts=100, scale=1.0, bias="none")
     yield case("backward-prompts-only", True, passes="backward", learned="prompts")
     yield case("backward-table", True, passes="backward", bias="table", learned="qkv prompts bias")
     yield case("backward-fp16-table", passes="backward", bias="table", learned="qkv prompts bias", dtype=half)
@@ -161,9 +169,6 @@ def cases() -> Iterator[Case]:
     yield case("forward-gathered", passes="forward", **large)
     yield case("forward-gathered-folded", passes="forward", scale=1.0, **large)
     yield case("backward-gathered", passes="backward", learned="qkv prompts bias", **large)
-    yield Case("prompted_attention/rotary-bf16", _rotate, True)
-    yield Case("prompted_attention/rotary-fp32-D128", lambda target: _rotate(target, dtype=single, head_dim=128))
-    yield Case("prompted_attention/rotary-bf16-D80", lambda target: _rotate(target, head_dim=80))
     for name, form in {
         "64-rows": ForwardConfig(64, 64, 4, 1),
         "128-rows": ForwardConfig(128, 64, 8, 1, max_registers=128),

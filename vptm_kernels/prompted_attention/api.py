@@ -17,7 +17,7 @@ from .._runtime.tracing import nothing_traces
 from .._runtime.triton_support import choose, float32_precision
 from .bias import RelativePositionBias, table_rows
 from .ops import direct_attention, planned_attention, prompted_attention_op, run_attention, run_plan
-from .rotary import Rotary, check_rotary, rotate
+from .rotary import Rotary, check_rotary
 from .torch_impl import products_are_faster
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def prompted_attention(
             these angles, channel i of a head with channel i + D/2 (RoPE in halves, arXiv 2104.09864). A row that has no
             position has cos 1 and sin 0; prompts are not turned. Constants: they get no gradient. For tables of
             neighbouring channels 2i and 2i + 1 permute the rows of the query and key weights: scores do not change.
-            Queries and keys are turned in a pass before the attention kernel, which reads and writes qkv once.
+            Triton kernels of 16 bits turn what they load; in float32, beside a bias and where prompts attend a pass
+            before them does.
         prompt_column_bias: (H, P), or (H, S) for a pool of S rows, floating point: added to the scaled scores of every
             query with that prompt, beside `bias`. A gate of prompts: a value of -4 leaves a prompt exp(-4) of its
             weight, -inf none.
@@ -152,14 +153,12 @@ def prompted_attention(
     >>> prompts.grad.shape
     torch.Size([10, 128])
     """
-    if rotary is not None:
-        head_dim = _check_qkv(tensor("qkv", qkv), num_heads)
-        qkv = rotate(qkv, check_rotary(rotary, qkv, num_heads), num_heads, choose(impl, qkv, head_dim))
     if isinstance(prompt_ranges, Tensor) and isinstance(qkv, Tensor) and prompt_ranges.device != qkv.device:
         prompt_ranges = _check_ranges(qkv, prompt_kv, prompt_ranges, max_prompt_length)
     columns = prompt_column_bias
     key = _signature(
-        *(qkv, prompt_kv, prompt_qkv, bias, columns, prompt_ranges), num_heads, max_prompt_length, scale, impl
+        *(qkv, prompt_kv, prompt_qkv, bias, rotary, columns, prompt_ranges),
+        *(num_heads, max_prompt_length, scale, impl),
     )
     plan = None if key is None else _checked.get(key)
     if plan is not None:
@@ -167,10 +166,11 @@ def prompted_attention(
         if prompt_ranges is not None:
             _check_ranges(qkv, prompts, prompt_ranges, max_prompt_length)
         table, _, token_ids = _parts(bias)
+        cos, sin = (None, None) if rotary is None else rotary
         if torch.is_grad_enabled() and _learned(qkv, prompts, table, columns):
-            out, lse = planned_attention(qkv, prompts, table, columns, token_ids, prompt_ranges, plan, True)
+            out, lse = planned_attention(qkv, prompts, table, columns, token_ids, prompt_ranges, cos, sin, plan, True)
         else:
-            out, lse = run_plan(qkv, prompts, table, columns, token_ids, prompt_ranges, plan, return_lse)
+            out, lse = run_plan(qkv, prompts, table, columns, token_ids, prompt_ranges, cos, sin, plan, return_lse)
         return (out, lse) if return_lse else out
 
     if not tensor("qkv", qkv).is_meta and torch.is_autocast_enabled(qkv.device.type):
@@ -179,6 +179,7 @@ def prompted_attention(
         prompt_kv = None if prompt_kv is None else _autocast(prompt_kv, dtype)
         prompt_qkv = None if prompt_qkv is None else _autocast(prompt_qkv, dtype)
     head_dim = _check_qkv(qkv, num_heads)
+    cos, sin = (None, None) if rotary is None else check_rotary(rotary, qkv, num_heads)
     prompts = _check_prompts(qkv, prompt_kv, prompt_qkv, num_heads, head_dim, prompt_ranges, max_prompt_length)
     per_image_length = 0 if prompts is None else prompts.shape[-2]
     if prompt_ranges is not None:
@@ -200,7 +201,7 @@ def prompted_attention(
     if qkv.shape[1] == 0 and prompt_qkv is not None:
         # Without tokens the prompts are the tokens, the same for every image.
         qkv = prompt_qkv.expand(qkv.shape[0], -1, -1)
-        prompts = prompt_qkv = None
+        prompts = prompt_qkv = cos = sin = None
         if isinstance(bias, RelativePositionBias) or (bias is not None and bias.shape[-2] != qkv.shape[1]):
             bias = None
         if columns is not None:
@@ -209,7 +210,7 @@ def prompted_attention(
         key = None
 
     table, window, token_ids = _parts(bias)
-    tensors = (qkv, prompts, table, columns, token_ids, prompt_ranges)
+    tensors = (qkv, prompts, table, columns, token_ids, prompt_ranges, cos, sin)
     options = (list(window), num_heads, prompt_qkv is not None, max_prompt_length or 0, float(scale))
     if key is not None and impl == "triton":
         from .triton_impl import plan_of
@@ -243,6 +244,7 @@ def _signature(
     prompt_kv: Tensor | None,
     prompt_qkv: Tensor | None,
     bias: Bias,
+    rotary: Rotary | None,
     columns: Tensor | None,
     ranges: Tensor | None,
     num_heads: int,
@@ -252,8 +254,12 @@ def _signature(
 ) -> Hashable:
     """What equal Triton calls have in common, and None where a call must be looked at: nothing is checked yet."""
     table, window, ids = bias if isinstance(bias, RelativePositionBias) else (bias, None, None)
+    if rotary is not None and (type(rotary) is not tuple or len(rotary) != 2):
+        return None
+    cos, sin = (None, None) if rotary is None else rotary
     if (
-        not nothing_traces(qkv, prompt_kv, prompt_qkv, table, columns, ids, ranges)
+        not nothing_traces(qkv, prompt_kv, prompt_qkv, table, columns, ids, ranges, cos, sin)
+        or (rotary is not None and (cos is None or sin is None or cos.requires_grad or sin.requires_grad))
         or autocasting()
         or not (impl == "triton" or (impl == "auto" and qkv.is_cuda))
         or not (prompt_kv is None or prompt_qkv is None)
@@ -272,6 +278,8 @@ def _signature(
         signature(columns),
         signature(ids),
         signature(ranges),
+        signature(cos),
+        signature(sin),
         num_heads,
         max_prompt_length,
         scale,

@@ -58,10 +58,36 @@ def tails(tokens: int, prompts: int, block_n: int, *, pooled: bool = False) -> t
     return one, 0
 
 
-def loops_over_tail(dtype_bits: int) -> bool:
+def loops_over_tail(dtype_bits: int, rotary_gradient: bool = False) -> bool:
     """Whether what full blocks leave is walked over in steps of 16 keys: products of float32 without tensor cores
     spill up to 3 KB where a tail of 32 keys is written out."""
-    return dtype_bits == 32
+    return dtype_bits == 32 or rotary_gradient
+
+
+class RotaryConfig(NamedTuple):
+    """while_loading: kernels turn queries and keys of rotary positions as they load them; else a pass of its own does,
+    before them, of so many rows a program, and turns gradients back after them."""
+
+    while_loading: bool
+    rows: int
+
+
+def rotary_config(
+    dtype_bits: int, head_dim: int, bias_bits: int, prompts_attend: bool, *, interpreted: bool = False
+) -> RotaryConfig:
+    """Products of float32 keep their operands in registers, where turning them spills at any size worth having. Beside
+    a bias on sm90, or where prompts attend on sm120, there is no room for it."""
+    if interpreted:
+        return RotaryConfig(True, 64)
+    while_loading = dtype_bits == 16 and not bias_bits and not prompts_attend
+    # 1024 elements of one half of the channels, eight for each thread of four warps
+    return RotaryConfig(while_loading, max(1, 2048 // next_power_of_2(head_dim)))
+
+
+def rotary_candidates(dtype_bits: int, head_dim: int, bias_bits: int, prompts_attend: bool) -> list[RotaryConfig]:
+    """What a card may prefer: bytes and registers are counted, and neither form has been timed."""
+    table = rotary_config(dtype_bits, head_dim, bias_bits, prompts_attend)
+    return [table._replace(while_loading=False)] if table.while_loading else []
 
 
 def _interpreted(length: int) -> Config:
@@ -70,7 +96,7 @@ def _interpreted(length: int) -> Config:
     return Config(block, block, 4, 1)
 
 
-def _asynchronous_tensor_cores(arch: str) -> bool:
+def asynchronous_tensor_cores(arch: str) -> bool:
     """Whether operands (wgmma), or accumulators as well (tcgen05), stay out of registers and leave room for 64 x 64."""
     return arch in ("sm90", "sm100", "sm103")
 
@@ -98,6 +124,7 @@ def forward_config(
     *,
     gathered: bool = False,
     column_bias: bool = False,
+    rotary: bool = False,
     interpreted: bool = False,
 ) -> ForwardConfig:
     """arch: "sm80", "sm90", ..., "gfx942". keys: tokens and prompts of an image, whose number kernels know unless they
@@ -122,11 +149,13 @@ def forward_config(
             return ForwardConfig(32, 32, 8 if arch == "sm120" else 4, 1, max_registers=128)
         return ForwardConfig(32, 32, 8 if arch == "sm120" else 4, 1)  # four spill 8 bytes there with Triton 3.6
     if head_dim > 64:
-        if _asynchronous_tensor_cores(arch):
+        if asynchronous_tensor_cores(arch):
             return ForwardConfig(64, 32, 4, 1)
         return ForwardConfig(32, 16 if arch == "sm120" else 32, 4, 1)
-    if not _asynchronous_tensor_cores(arch):
+    if not asynchronous_tensor_cores(arch):
         return ForwardConfig(64, 32, 8 if arch in ("sm80", "sm120") and head_dim <= 16 and column_bias else 4, 1)
+    if rotary and arch == "sm90":
+        return ForwardConfig(64, 64, 4, 1) if pooled else ForwardConfig(128, 64, 8, 1, max_registers=128)
     if arch == "sm90" and tokens > 64 and not prompts_attend:
         if not bias_bits:
             return ForwardConfig(64, 64, 4, 3)
@@ -137,7 +166,9 @@ def forward_config(
             return large if gathered else ForwardConfig(64, 64, 4, stages, max_registers=128)
     resident = few and arch == "sm90" and head_dim in (16, 64) and bias_bits <= 16
     warps = 8 if _tensor_memory(arch) and (head_dim <= 16 or (gathered and not scaled)) else 4
-    return ForwardConfig(64, 64, warps, 1, scores_resident=resident)
+    # without the bound 96 registers and 16 to 24 bytes spilled at some head dimensions
+    registers = 128 if rotary and _tensor_memory(arch) else 0
+    return ForwardConfig(64, 64, warps, 1, max_registers=registers, scores_resident=resident)
 
 
 def forward_candidates(
@@ -157,7 +188,7 @@ def forward_candidates(
     """
     table = forward_config(arch, dtype_bits, head_dim, tokens, keys, bias_bits, scaled, pooled, prompts_attend)
     found = [table._replace(heads_first=True)]
-    if _asynchronous_tensor_cores(arch) and dtype_bits == 16 and head_dim <= 64:
+    if asynchronous_tensor_cores(arch) and dtype_bits == 16 and head_dim <= 64:
         small, large = ForwardConfig(64, 64, 4, 1), ForwardConfig(128, 64, 8, 1, max_registers=128)
         found += [small, small._replace(num_stages=2), small._replace(num_stages=2, max_registers=128)]
         found += [large, large._replace(heads_first=True), large._replace(num_stages=2), large._replace(num_stages=3)]
@@ -191,6 +222,7 @@ def query_grad_config(
     prompt_columns: bool = False,
     column_bias: bool = False,
     bias_bits: int = 0,
+    rotary: bool = False,
     interpreted: bool = False,
 ) -> Config:
     """prompts_attend: queries come from two tensors, and those of prompts sum over images, which takes registers.
@@ -204,7 +236,7 @@ def query_grad_config(
             return Config(16, 32, 4, 1)
         return Config(16, 16, 8, 1) if head_dim > 64 else Config(32, 32, 8, 1)
     if head_dim > 64:
-        if _asynchronous_tensor_cores(arch):
+        if asynchronous_tensor_cores(arch):
             # four warps spill 112 bytes on sm90 where prompts attend
             return Config(64, 32, 8 if _tensor_memory(arch) or prompts_attend else 4, 1)
         # 32 x 32 has a tenth fewer instructions for a score, and spills by version of Triton.
@@ -217,7 +249,7 @@ def query_grad_config(
             return Config(64, 32, 4, 1, max_registers=200)
         return Config(64, 64, 8 if prompt_columns or column_bias else 4, 1)
     if arch == "sm90":
-        return Config(64, 64, 4, 1)
+        return Config(128, 32, 8, 1, max_registers=128) if rotary else Config(64, 64, 4, 1)
     if arch.startswith("gfx"):
         return Config(16 if column_bias else 32, 16, 4, 1) if prompts_attend else Config(64, 32, 4, 1)
     if arch == "sm80":
@@ -244,6 +276,7 @@ def key_grad_config(
     prompts_attend: bool = False,
     column_grad: bool = False,
     gathered: bool = False,
+    rotary: bool = False,
     interpreted: bool = False,
 ) -> Config:
     """block_m counts query rows, block_n keys; `keys` are those of one launch, tokens or prompts.
@@ -263,18 +296,21 @@ def key_grad_config(
         if arch == "sm80":
             return Config(32, min(32, block_n), 8, 1, max_registers=128)
         return Config(16, min(32, block_n), 4, 1, max_registers=128 if block_n == 16 else 0)
-    if arch.startswith("gfx") or ((head_dim > 64 or gathered or column_grad) and not _asynchronous_tensor_cores(arch)):
+    if arch.startswith("gfx") or ((head_dim > 64 or gathered or column_grad) and not asynchronous_tensor_cores(arch)):
         block_n = min(32, block_n)
-    if column_grad and head_dim > 64 and _tensor_memory(arch):
+    if head_dim > 64 and (rotary or (column_grad and _tensor_memory(arch))):
         block_n = min(32, block_n)
     if arch == "sm120" and prompts_attend:  # 64 keys of tokens spill 16 bytes without a bias
         block_n = min(32, block_n)
-    if head_dim > 64 and not _asynchronous_tensor_cores(arch):
+    if rotary and not asynchronous_tensor_cores(arch):
+        return Config(32, min(32, block_n), 8 if head_dim > 64 and block_n > 16 else 4, 1)
+    if head_dim > 64 and not asynchronous_tensor_cores(arch):
         return Config(32, block_n, 8 if block_n > 16 else 4, 1)
     narrow = block_n == 16 and not (arch == "sm80" and of_prompts and prompts_attend)
-    wide = narrow or _asynchronous_tensor_cores(arch)
+    wide = narrow or asynchronous_tensor_cores(arch)
     warps = 8 if of_prompts and block_n >= 32 and _tensor_memory(arch) else 4
-    return Config(64 if wide and head_dim <= 64 else 32, block_n, warps, 1)
+    registers = 168 if rotary and arch == "sm90" and not of_prompts and head_dim <= 64 else 0
+    return Config(64 if wide and head_dim <= 64 else 32, block_n, warps, 1, max_registers=registers)
 
 
 def key_grad_candidates(arch: str, dtype_bits: int, head_dim: int, keys: int) -> list[Config]:
@@ -288,7 +324,7 @@ def key_grad_candidates(arch: str, dtype_bits: int, head_dim: int, keys: int) ->
 def bias_grad_config(arch: str, dtype_bits: int, head_dim: int, tokens: int, *, interpreted: bool = False) -> Config:
     if interpreted:
         return _interpreted(tokens)
-    if _asynchronous_tensor_cores(arch) and dtype_bits == 16 and head_dim <= 64:
+    if asynchronous_tensor_cores(arch) and dtype_bits == 16 and head_dim <= 64:
         return Config(64, 64, 4, 1)
     return Config(32, 16 if arch.startswith("gfx") else 32, 4, 1)
 

@@ -25,22 +25,30 @@ import triton.language as tl
 
 from .kernels_common import (
     LOG2E,
+    MIXED,
+    PROMPTS,
     TABLE,
+    TOKENS,
     Rows,
     bias_rows,
     gathered_bias,
     head_columns,
+    head_table,
     key_terms,
     keys_of,
     load_block,
     load_ids,
+    load_key_rows,
+    load_query_rows,
     load_rows,
+    load_turned,
     mixed_rows,
     prompt_block,
     prompt_range,
     query_rows,
     query_terms,
     scores,
+    store_turned_back,
     table_index,
     tail_block,
     tail_keys_left,
@@ -145,8 +153,8 @@ def _query_grads(dq, q, do, lse, delta, row, queries, bias_head, columns, ids_pt
 
 @triton.jit(do_not_specialize=["B", "images"])  # a smaller last batch compiles nothing
 def prompted_attention_query_grad_kernel(
-    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, column_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr,
-    grad_ptr,
+    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, column_ptr, ids_ptr, cos_ptr, sin_ptr, out_ptr, do_ptr, lse_ptr,
+    dlse_ptr, delta_ptr, grad_ptr,
     B, N, P, pool_size, prompt_column, images, stride_b, stride_pb, stride_th,
     LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr,
     BLOCK_M: tl.constexpr, STAGES: tl.constexpr, OF_PROMPTS: tl.constexpr, HAS_DLSE: tl.constexpr,
@@ -175,6 +183,8 @@ def prompted_attention_query_grad_kernel(
     bias_head = qkv_ptr
     if BIAS.KIND:
         bias_head = bias_ptr + h.to(tl.int64) * stride_th
+    cos = head_table(cos_ptr, qkv_ptr, h, LAYOUT)
+    sin = head_table(sin_ptr, qkv_ptr, h, LAYOUT)
     DP: tl.constexpr = LAYOUT.DP  # Triton 3.6 takes no field of a group in a shape
     dq = tl.zeros((BLOCK_M, DP), MATH.ACC)
 
@@ -193,10 +203,13 @@ def prompted_attention_query_grad_kernel(
             if LAYOUT.POOL:
                 start, length = prompt_range(ranges_ptr, b, pool_size, P)
                 prompts += start.to(tl.int64) * LAYOUT.STRIDE_P
+        queries = Rows(tokens, prompts, N, length, cos, sin)
         if OF_PROMPTS:
-            q = load_rows(prompts + grad_row.to(LAYOUT.INDEX) * LAYOUT.STRIDE_P, LAYOUT)
+            row_ptr = prompts + grad_row.to(LAYOUT.INDEX) * LAYOUT.STRIDE_P
+            q = load_query_rows(row_ptr, queries, grad_row, stored, LAYOUT, PROMPTS)
         else:
-            q = load_rows(tokens + grad_row.to(LAYOUT.INDEX) * LAYOUT.STRIDE_N, LAYOUT)
+            row_ptr = tokens + grad_row.to(LAYOUT.INDEX) * LAYOUT.STRIDE_N
+            q = load_query_rows(row_ptr, queries, grad_row, stored, LAYOUT, TOKENS)
         if MATH.QUERY_SCALE != 1.0:
             q = q * MATH.QUERY_SCALE
         out_rows = (b * rows + row) * (H * D) + h * D
@@ -205,23 +218,29 @@ def prompted_attention_query_grad_kernel(
         delta = _row_delta(do, out_ptr + out_rows, dlse_ptr + at, row, LAYOUT, HAS_DLSE, MATH.ACC)
         tl.store(delta_ptr + at + row, delta, mask=stored)
         lse = _load_lse(lse_ptr + at, row, stored)
-        queries = Rows(tokens, prompts, N, length)
         columns = head_columns(column_ptr, qkv_ptr, h, start, P, pool_size, LAYOUT, BIAS)
         dq = _query_grads(dq, q, do, lse, delta, row, queries, bias_head, columns, ids_ptr, prompt_column, LAYOUT, KEYS,
                           BIAS, WINDOW, MATH, STAGES)
 
-    offs_d = tl.arange(0, LAYOUT.DP)
-    keep = stored[:, None]
-    if D != LAYOUT.DP:
-        keep = keep & (offs_d < D)[None, :]
-    at_grad = grad_ptr + (chunk * grad_rows + offs_m) * (3 * H * D) + h * D
-    tl.store(at_grad[:, None] + offs_d[None, :], (dq * MATH.GRAD_SCALE).to(grad_ptr.dtype.element_ty), mask=keep)
+    dq = dq * MATH.GRAD_SCALE
+    if LAYOUT.ROTARY:
+        of = Rows(qkv_ptr, qkv_ptr, N, P, cos, sin)
+        base = grad_ptr + chunk * grad_rows * (3 * H * D) + h * D
+        store_turned_back(dq, base, 3 * H * D, of, (pid % row_blocks) * BLOCK_M, grad_rows, LAYOUT,
+                          PROMPTS if OF_PROMPTS else TOKENS)
+    else:
+        offs_d = tl.arange(0, LAYOUT.DP)
+        keep = stored[:, None]
+        if D != LAYOUT.DP:
+            keep = keep & (offs_d < D)[None, :]
+        at_grad = grad_ptr + (chunk * grad_rows + offs_m) * (3 * H * D) + h * D
+        tl.store(at_grad[:, None] + offs_d[None, :], dq.to(grad_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["B", "images"])  # a smaller last batch compiles nothing
 def prompted_attention_key_grad_kernel(
-    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, column_ptr, ids_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr,
-    grad_ptr, column_grad_ptr,
+    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, column_ptr, ids_ptr, cos_ptr, sin_ptr, out_ptr, do_ptr, lse_ptr,
+    dlse_ptr, delta_ptr, grad_ptr, column_grad_ptr,
     B, N, P, pool_size, prompt_column, images, stride_grad, stride_b, stride_pb, stride_th,
     LAYOUT: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OF_PROMPTS: tl.constexpr, HAS_DLSE: tl.constexpr,
@@ -260,6 +279,9 @@ def prompted_attention_key_grad_kernel(
             keys = key_terms(load_ids(ids_ptr, offs_n, N, WINDOW), WINDOW)
     # The tile's columns are padded to 16, so this mask is constant over 16 and the load stays wide.
     inside = offs_n < tl.cdiv(grad_keys, 16) * 16
+    cos = head_table(cos_ptr, qkv_ptr, h, LAYOUT)
+    sin = head_table(sin_ptr, qkv_ptr, h, LAYOUT)
+    token = tl.minimum(offs_n, N - 1)
     DP: tl.constexpr = LAYOUT.DP  # Triton 3.6 takes no field of a group in a shape
     dk = tl.zeros((BLOCK_N, DP), MATH.ACC)
     dv = tl.zeros((BLOCK_N, DP), MATH.ACC)
@@ -282,17 +304,21 @@ def prompted_attention_key_grad_kernel(
                 prompts += start.to(tl.int64) * LAYOUT.STRIDE_P
                 # Rows past the range are computed from what stands there and not used; past the pool nothing is read.
                 last_prompt = tl.minimum(P, pool_size - start) - 1
+        queries = Rows(tokens, prompts, N, P, cos, sin)
         if OF_PROMPTS:
             key_ptr = prompts + tl.minimum(offs_n, last_prompt).to(LAYOUT.INDEX) * LAYOUT.STRIDE_P
             if LAYOUT.PROMPT_QUERIES:
                 key_ptr += H * D
         else:
-            key_ptr = tokens + H * D + tl.minimum(offs_n, N - 1).to(LAYOUT.INDEX) * LAYOUT.STRIDE_N
-        k = load_rows(key_ptr, LAYOUT)
+            key_ptr = tokens + H * D + token.to(LAYOUT.INDEX) * LAYOUT.STRIDE_N
+        if LAYOUT.ROTARY:
+            first_half = key_ptr[:, None] + tl.arange(0, LAYOUT.DP // 2)[None, :]
+            k = load_turned(first_half, queries, token, inside, LAYOUT, PROMPTS if OF_PROMPTS else TOKENS)
+        else:
+            k = load_rows(key_ptr, LAYOUT)
         v = load_rows(key_ptr + H * D, LAYOUT)
         if MATH.QUERY_SCALE != 1.0:
             k = k * MATH.QUERY_SCALE
-        queries = Rows(tokens, prompts, N, P)
         columns = head_columns(column_ptr, qkv_ptr, h, start, P, pool_size, LAYOUT, BIAS)
         column = 0.0
         if HAS_COLUMN:
@@ -335,7 +361,14 @@ def prompted_attention_key_grad_kernel(
     if D != LAYOUT.DP:
         keep = keep & (offs_d < D)[None, :]
     at_grad = grad_ptr + ((chunk * grad_keys + offs_n) * stride_grad + h * D)[:, None] + offs_d[None, :]
-    tl.store(at_grad, (dk * MATH.GRAD_SCALE).to(grad_ptr.dtype.element_ty), mask=keep)
+    dk = dk * MATH.GRAD_SCALE
+    if LAYOUT.ROTARY:
+        of = Rows(qkv_ptr, qkv_ptr, N, P, cos, sin)
+        base = grad_ptr + chunk * grad_keys * stride_grad + h * D
+        store_turned_back(dk, base, stride_grad, of, (pid % key_blocks) * BLOCK_N, grad_keys, LAYOUT,
+                          PROMPTS if OF_PROMPTS else TOKENS)
+    else:
+        tl.store(at_grad, dk.to(grad_ptr.dtype.element_ty), mask=keep)
     tl.store(at_grad + H * D, dv.to(grad_ptr.dtype.element_ty), mask=keep)
     if COLUMN_GRAD:
         tl.store(column_grad_ptr + (chunk * grad_keys + offs_n) * H + h, dcolumn, mask=offs_n < grad_keys)
@@ -343,7 +376,7 @@ def prompted_attention_key_grad_kernel(
 
 @triton.jit(do_not_specialize=["B", "images"])  # a smaller last batch compiles nothing
 def prompted_attention_bias_grad_kernel(
-    qkv_ptr, prompt_ptr, bias_ptr, column_ptr, ids_ptr, do_ptr, lse_ptr, delta_ptr, grad_ptr,
+    qkv_ptr, prompt_ptr, bias_ptr, column_ptr, ids_ptr, cos_ptr, sin_ptr, do_ptr, lse_ptr, delta_ptr, grad_ptr,
     B, N, P, prompt_column, images, first_head, heads, grad_rows, grad_columns, stride_b, stride_pb, stride_th,
     LAYOUT: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -381,6 +414,8 @@ def prompted_attention_bias_grad_kernel(
         inside = offs_n < tl.cdiv(grad_columns, 16) * 16
         x = tl.load(bias.rows[:, None] + offs_n[None, :], mask=inside[None, :], other=0.0).to(MATH.ACC)
 
+    cos = head_table(cos_ptr, qkv_ptr, h, LAYOUT)
+    sin = head_table(sin_ptr, qkv_ptr, h, LAYOUT)
     total = tl.zeros((BLOCK_M, BLOCK_N), MATH.ACC)
     first_image = chunk * images
     for b in tl.range(first_image, tl.minimum(first_image + images, B), num_stages=STAGES):
@@ -388,10 +423,11 @@ def prompted_attention_bias_grad_kernel(
         prompts = qkv_ptr
         if LAYOUT.PROMPT_QUERIES or BIAS.PROMPT_COLUMNS:
             prompts = prompt_ptr + b * stride_pb + h * D
-        queries = Rows(tokens, prompts, N, P)
-        q = load_rows(mixed_rows(row, queries, 0, 0, N, LAYOUT, LAYOUT.PROMPT_QUERIES), LAYOUT)
+        queries = Rows(tokens, prompts, N, P, cos, sin)
+        q_ptr = mixed_rows(row, queries, 0, 0, N, LAYOUT, LAYOUT.PROMPT_QUERIES)
+        q = load_query_rows(q_ptr, queries, tl.minimum(row, N - 1), row < N, LAYOUT, MIXED)
         key_ptr = mixed_rows(column, keys_of(queries, LAYOUT), 0, 0, N, LAYOUT, BIAS.PROMPT_COLUMNS)
-        k = load_rows(key_ptr, LAYOUT)
+        k = load_key_rows(key_ptr, queries, tl.minimum(column, N - 1), column < N, LAYOUT, MIXED)
         v = load_rows(key_ptr + H * D, LAYOUT)
         do = load_rows(do_ptr + (b * rows + row) * (H * D) + h * D, LAYOUT)
         at = (b * H + h) * rows

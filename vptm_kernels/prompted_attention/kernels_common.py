@@ -15,6 +15,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Values of Bias.KIND besides 0, none: a dense tile per head, or the table of relative positions itself.
 TILE = tl.constexpr(1)
 TABLE = tl.constexpr(2)
+# Which rows are turned, where there are rotary positions: none of them, all, or those that are told.
+PROMPTS = tl.constexpr(0)
+TOKENS = tl.constexpr(1)
+MIXED = tl.constexpr(2)
 
 
 class Layout(NamedTuple):
@@ -30,6 +34,10 @@ class Layout(NamedTuple):
     HAS_PROMPTS: bool
     POOL: bool  # prompts are ranges of a pool, whose lengths only the device knows
     PROMPT_QUERIES: bool
+    ROTARY: bool  # queries and keys of tokens are turned as they are loaded
+    TABLE_H: int  # from one head's cosines to the next, 0 where heads share them
+    TABLE_N: int  # from one token's cosines to the next
+    KEYS_IN_REGISTERS: bool  # as operands of products, in loops over keys
 
 
 class KeyBlocks(NamedTuple):
@@ -79,12 +87,15 @@ class Arithmetic(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of one image and head: pointers to the first of its tokens and of its prompts, and how many there are."""
+    """Rows of one image and head: pointers to the first of its tokens and of its prompts, how many there are, and
+    pointers to the cosines and sines that tokens are turned by."""
 
     tokens: Any
     prompts: Any
     N: Any
     P: Any
+    cos: Any
+    sin: Any
 
 
 class BiasRows(NamedTuple):
@@ -125,6 +136,133 @@ def load_block(base, offset, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def head_table(table_ptr, none, h, LAYOUT: tl.constexpr):
+    """Pointer to a head's cosines or sines."""
+    table = none  # Triton 3.6 returns no None
+    if LAYOUT.ROTARY:
+        table = table_ptr + h.to(tl.int64) * LAYOUT.TABLE_H
+    return table
+
+
+@triton.jit
+def load_angles(cos, sin, table, inside, LAYOUT: tl.constexpr, MASK: tl.constexpr):
+    """Cosines and sines (rows, DP // 2) at offsets `table` of their rows."""
+    c = tl.arange(0, LAYOUT.DP // 2)
+    # Row pointers first: what a thread reads of a row is then one pointer and constants.
+    cos_ptr = (cos + table)[:, None] + c[None, :]
+    sin_ptr = (sin + table)[:, None] + c[None, :]
+    if MASK:
+        x = tl.load(cos_ptr, mask=inside, other=0.0)
+        y = tl.load(sin_ptr, mask=inside, other=0.0)
+    else:
+        x = tl.load(cos_ptr)
+        y = tl.load(sin_ptr)
+    return x, y
+
+
+@triton.jit
+def load_turned(first, of, n, tokens, LAYOUT: tl.constexpr, ROWS: tl.constexpr):
+    """(rows, DP) of queries or keys, those of tokens turned by the angles of rows `n`: channels i and i + D/2 of a row,
+    x and y, become x cos - y sin and y cos + x sin. `first`: pointers to the first half of channels, (rows, DP // 2).
+
+    Halves come from memory one by one, so a thread holds both channels of a pair. They stand at 0 and DP // 2, with
+    zeros behind each where D is no power of two: products of queries and keys do not care for the order of channels.
+    """
+    HALF: tl.constexpr = LAYOUT.D // 2
+    inside = (tl.arange(0, LAYOUT.DP // 2) < HALF)[None, :]
+    if LAYOUT.D == LAYOUT.DP:
+        x = tl.load(first)
+        y = tl.load(first + HALF)
+    else:
+        x = tl.load(first, mask=inside, other=0.0)
+        y = tl.load(first + HALF, mask=inside, other=0.0)
+    if ROWS != PROMPTS:
+        cos, sin = load_angles(of.cos, of.sin, n.to(LAYOUT.INDEX) * LAYOUT.TABLE_N, inside, LAYOUT,
+                               LAYOUT.D != LAYOUT.DP)
+        if ROWS == MIXED:
+            # Chosen after they are loaded: as the mask of the loads it takes registers that spill.
+            cos = tl.where(tokens[:, None], cos, 1.0)
+            sin = tl.where(tokens[:, None], sin, 0.0)
+        ACC: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
+        cos = cos.to(ACC)
+        sin = sin.to(ACC)
+        wide_x = x.to(ACC)
+        wide_y = y.to(ACC)
+        x = (wide_x * cos - wide_y * sin).to(x.dtype)
+        y = (wide_y * cos + wide_x * sin).to(y.dtype)
+    return tl.reshape(tl.permute(tl.join(x, y), (0, 2, 1)), (x.shape[0], 2 * x.shape[1]))
+
+
+@triton.jit
+def load_turned_once(first, of, n, tokens, LAYOUT: tl.constexpr, ROWS: tl.constexpr):
+    """load_turned behind a branch that is always taken, for operands in registers: Triton carries the layout that a
+    product wants of one through arithmetic up to its loads, so that four conversions stand for one and every product
+    turns the rows for itself. It stops at a branch."""
+    DP: tl.constexpr = LAYOUT.DP  # Triton 3.6 takes no field of a group in a shape
+    x = tl.zeros((first.shape[0], DP), first.dtype.element_ty)
+    if of.N > 0:
+        x = load_turned(first, of, n, tokens, LAYOUT, ROWS)
+    return x
+
+
+@triton.jit
+def load_query_rows(row_ptr, of, n, tokens, LAYOUT: tl.constexpr, ROWS: tl.constexpr):
+    """load_rows of queries, those of tokens turned by the angles of rows `n`."""
+    if LAYOUT.ROTARY:
+        first = row_ptr[:, None] + tl.arange(0, LAYOUT.DP // 2)[None, :]
+        q = load_turned_once(first, of, n, tokens, LAYOUT, ROWS)
+    else:
+        q = load_rows(row_ptr, LAYOUT)
+    return q
+
+
+@triton.jit
+def load_keys(first, of, n, tokens, LAYOUT: tl.constexpr, ROWS: tl.constexpr):
+    """load_turned of keys in a loop over them."""
+    if LAYOUT.KEYS_IN_REGISTERS:
+        k = load_turned_once(first, of, n, tokens, LAYOUT, ROWS)
+    else:
+        k = load_turned(first, of, n, tokens, LAYOUT, ROWS)
+    return k
+
+
+@triton.jit
+def load_key_rows(row_ptr, of, n, tokens, LAYOUT: tl.constexpr, ROWS: tl.constexpr):
+    """load_rows of keys, those of tokens turned by the angles of rows `n`."""
+    if LAYOUT.ROTARY:
+        first = row_ptr[:, None] + tl.arange(0, LAYOUT.DP // 2)[None, :]
+        k = load_keys(first, of, n, tokens, LAYOUT, ROWS)
+    else:
+        k = load_rows(row_ptr, LAYOUT)
+    return k
+
+
+@triton.jit
+def store_turned_back(grad, base, STRIDE, of, first, rows, LAYOUT: tl.constexpr, ROWS: tl.constexpr):
+    """Store the gradient (rows, DP) of queries or keys as `load_turned` gave them, turned back, as those from row
+    `first` on of `rows`."""
+    HALF: tl.constexpr = LAYOUT.D // 2
+    HALF_P: tl.constexpr = LAYOUT.DP // 2
+    BLOCK: tl.constexpr = grad.shape[0]
+    x, y = tl.split(tl.permute(tl.reshape(grad, (BLOCK, 2, HALF_P)), (0, 2, 1)))
+    # Offsets depend on the thread alone: those that rows were loaded from would be held in registers until here.
+    i = tl.arange(0, BLOCK)
+    c = tl.arange(0, HALF_P)
+    keep = (i < rows - first)[:, None] & (c < HALF)[None, :]
+    if ROWS != PROMPTS:
+        table = tl.cast(first, tl.int64) * LAYOUT.TABLE_N
+        cos, sin = load_angles(of.cos + table, of.sin + table, i.to(LAYOUT.INDEX) * LAYOUT.TABLE_N, keep, LAYOUT, True)
+        cos = cos.to(grad.dtype)
+        sin = sin.to(grad.dtype)
+        turned = x * cos + y * sin
+        y = y * cos - x * sin
+        x = turned
+    at = base + tl.cast(first, tl.int64) * STRIDE + (i[:, None] * STRIDE + c[None, :])
+    tl.store(at, x.to(base.dtype.element_ty), mask=keep)
+    tl.store(at + HALF, y.to(base.dtype.element_ty), mask=keep)
+
+
+@triton.jit
 def mixed_rows(t, of, first_token, first_prompt, left, LAYOUT: tl.constexpr, WITH_PROMPTS: tl.constexpr):
     """`left` token rows from `first_token` on, then to prompt rows from `first_prompt` on; t counts both."""
     ptr = of.tokens + tl.minimum(first_token + t, of.N - 1).to(LAYOUT.INDEX) * LAYOUT.STRIDE_N
@@ -143,7 +281,10 @@ def mixed_rows(t, of, first_token, first_prompt, left, LAYOUT: tl.constexpr, WIT
 def query_rows(row, of, LAYOUT: tl.constexpr):
     """(rows, DP) of queries; those from N on are prompts."""
     if LAYOUT.PROMPT_QUERIES:
-        q = load_rows(mixed_rows(row, of, 0, 0, of.N, LAYOUT, True), LAYOUT)
+        ptr = mixed_rows(row, of, 0, 0, of.N, LAYOUT, True)
+        q = load_query_rows(ptr, of, tl.minimum(row, of.N - 1), row < of.N, LAYOUT, MIXED)
+    elif LAYOUT.ROTARY:
+        q = load_query_rows(of.tokens + row.to(LAYOUT.INDEX) * LAYOUT.STRIDE_N, of, row, row, LAYOUT, TOKENS)
     else:
         q = load_block(of.tokens, row.to(LAYOUT.INDEX) * LAYOUT.STRIDE_N, LAYOUT)
     return q
@@ -155,7 +296,7 @@ def keys_of(queries, LAYOUT: tl.constexpr):
     prompts = queries.prompts
     if LAYOUT.PROMPT_QUERIES:
         prompts = prompts + LAYOUT.H * LAYOUT.D
-    return Rows(queries.tokens + LAYOUT.H * LAYOUT.D, prompts, queries.N, queries.P)
+    return Rows(queries.tokens + LAYOUT.H * LAYOUT.D, prompts, queries.N, queries.P, queries.cos, queries.sin)
 
 
 @triton.jit
@@ -310,19 +451,31 @@ def scores(q, k, bias, HAS_BIAS: tl.constexpr, MATH: tl.constexpr):
 
 
 @triton.jit
-def full_keys(keys, first, STRIDE: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """k and v of the whole block of keys from row `first` on."""
+def full_keys(keys, first, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
+    """k and v of the whole block of tokens or prompts from row `first` on."""
     # A scalar pointer per block, and offsets that no loop changes.
-    base = keys + tl.cast(first, tl.int64) * STRIDE
-    offset = tl.arange(0, BLOCK_N).to(LAYOUT.INDEX) * STRIDE
-    return load_block(base, offset, LAYOUT), load_block(base + LAYOUT.H * LAYOUT.D, offset, LAYOUT)
+    STRIDE: tl.constexpr = LAYOUT.STRIDE_N if ROWS == TOKENS else LAYOUT.STRIDE_P
+    base = keys.prompts
+    if ROWS == TOKENS:
+        base = keys.tokens
+    base += tl.cast(first, tl.int64) * STRIDE
+    i = tl.arange(0, BLOCK_N)
+    offset = i.to(LAYOUT.INDEX) * STRIDE
+    if LAYOUT.ROTARY:
+        table = tl.cast(first, tl.int64) * LAYOUT.TABLE_N
+        of = Rows(keys.tokens, keys.prompts, keys.N, keys.P, keys.cos + table, keys.sin + table)
+        at = base + (offset[:, None] + tl.arange(0, LAYOUT.DP // 2)[None, :])
+        k = load_keys(at, of, i, i, LAYOUT, ROWS)
+    else:
+        k = load_block(base, offset, LAYOUT)
+    return k, load_block(base + LAYOUT.H * LAYOUT.D, offset, LAYOUT)
 
 
 @triton.jit
 def token_block(first, keys, bias, LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
                 MATH: tl.constexpr):
     """k, v and bias of the whole block of tokens from `first` on."""
-    k, v = full_keys(keys.tokens, first, LAYOUT.STRIDE_N, LAYOUT, KEYS.BLOCK_N)
+    k, v = full_keys(keys, first, LAYOUT, KEYS.BLOCK_N, TOKENS)
     x = 0.0
     if BIAS.KIND:
         x = block_bias(bias, first + tl.arange(0, KEYS.BLOCK_N), keys.N, BIAS, WINDOW, MATH.ACC)
@@ -345,7 +498,7 @@ def prompt_bias(first, N, bias, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, WINDO
 def prompt_block(first, keys, bias, LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
                  MATH: tl.constexpr):
     """k, v and bias of the whole block of prompts from `first` on."""
-    k, v = full_keys(keys.prompts, first, LAYOUT.STRIDE_P, LAYOUT, KEYS.BLOCK_N)
+    k, v = full_keys(keys, first, LAYOUT, KEYS.BLOCK_N, PROMPTS)
     return k, v, prompt_bias(first, keys.N, bias, KEYS.BLOCK_N, BIAS, WINDOW, MATH)
 
 
@@ -354,7 +507,9 @@ def tail_keys(t, keys, full_tokens, full_prompts, LAYOUT: tl.constexpr):
     """k and v of keys t of what full blocks leave: tokens first, then prompts."""
     left = keys.N - full_tokens
     key_ptr = mixed_rows(t, keys, full_tokens, full_prompts, left, LAYOUT, LAYOUT.HAS_PROMPTS)
-    return load_rows(key_ptr, LAYOUT), load_rows(key_ptr + LAYOUT.H * LAYOUT.D, LAYOUT)
+    n = tl.minimum(full_tokens + t, keys.N - 1)
+    k = load_key_rows(key_ptr, keys, n, t < left, LAYOUT, MIXED)
+    return k, load_rows(key_ptr + LAYOUT.H * LAYOUT.D, LAYOUT)
 
 
 @triton.jit

@@ -26,11 +26,14 @@ import triton.language as tl
 
 from .kernels_common import (
     LN2,
+    PROMPTS,
+    TOKENS,
     Rows,
     bias_rows,
     block_bias,
     full_keys,
     head_columns,
+    head_table,
     key_terms,
     keys_of,
     load_ids,
@@ -124,9 +127,9 @@ def _key_part(i: tl.constexpr, keys, LAYOUT: tl.constexpr, KEYS: tl.constexpr):
     BLOCK_N: tl.constexpr = KEYS.BLOCK_N
     FULL: tl.constexpr = KEYS.TOKEN_BLOCKS + KEYS.PROMPT_BLOCKS
     if i < KEYS.TOKEN_BLOCKS:
-        k, v = full_keys(keys.tokens, i * BLOCK_N, LAYOUT.STRIDE_N, LAYOUT, BLOCK_N)
+        k, v = full_keys(keys, i * BLOCK_N, LAYOUT, BLOCK_N, TOKENS)
     elif i < FULL:
-        k, v = full_keys(keys.prompts, (i - KEYS.TOKEN_BLOCKS) * BLOCK_N, LAYOUT.STRIDE_P, LAYOUT, BLOCK_N)
+        k, v = full_keys(keys, (i - KEYS.TOKEN_BLOCKS) * BLOCK_N, LAYOUT, BLOCK_N, PROMPTS)
     else:
         if i == FULL:
             t = tl.arange(0, KEYS.TAIL_1)
@@ -246,7 +249,7 @@ def _attend_rows(first, queries, keys, resident_k, resident_v, bias_ptr, columns
 
 @triton.jit
 def prompted_attention_forward_kernel(
-    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, column_ptr, ids_ptr, out_ptr, lse_ptr,
+    qkv_ptr, prompt_ptr, ranges_ptr, bias_ptr, column_ptr, ids_ptr, cos_ptr, sin_ptr, out_ptr, lse_ptr,
     N, P, pool_size, prompt_column, stride_b, stride_pb, stride_th,
     LAYOUT: tl.constexpr, KEYS: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, MATH: tl.constexpr,
     BLOCK_M: tl.constexpr, STAGES: tl.constexpr, KEYS_RESIDENT: tl.constexpr, SCORES_RESIDENT: tl.constexpr,
@@ -254,7 +257,7 @@ def prompted_attention_forward_kernel(
 ):
     """qkv (B, N, 3*H*D); prompts (P, 2*H*D), per image (B, P, 2*H*D), a pool (pool_size, 2*H*D) with ranges (B, 2), or
     (P, 3*H*D) where they attend; bias (H, rows, columns) or (H, R + 1), values of prompt columns (H, P) or
-    (H, pool_size), ids (N,) -> out (B, rows, H*D) and lse (B, H, rows)."""
+    (H, pool_size), ids (N,), cos and sin (H or 1, N, D/2) -> out (B, rows, H*D) and lse (B, H, rows)."""
     H: tl.constexpr = LAYOUT.H
     rows = N
     if LAYOUT.PROMPT_QUERIES:
@@ -283,7 +286,9 @@ def prompted_attention_forward_kernel(
         if LAYOUT.POOL:
             start, length = prompt_range(ranges_ptr, b, pool_size, P)
             prompts += start.to(tl.int64) * LAYOUT.STRIDE_P
-    queries = Rows(qkv_ptr + b * stride_b + h * LAYOUT.D, prompts, N, length)
+    cos = head_table(cos_ptr, qkv_ptr, h, LAYOUT)
+    sin = head_table(sin_ptr, qkv_ptr, h, LAYOUT)
+    queries = Rows(qkv_ptr + b * stride_b + h * LAYOUT.D, prompts, N, length, cos, sin)
     keys = keys_of(queries, LAYOUT)
     columns = head_columns(column_ptr, qkv_ptr, h, start, P, pool_size, LAYOUT, BIAS)
 

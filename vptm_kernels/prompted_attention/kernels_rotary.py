@@ -1,4 +1,4 @@
-"""Triton kernel of rotary positions: one pass over qkv, which holds no sum and needs no order."""
+"""Triton kernel of rotary positions as a pass of its own, where kernels of attention do not turn what they load."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import triton.language as tl
 def prompted_attention_rotate_kernel(
     qkv_ptr, cos_ptr, sin_ptr, out_ptr,
     rows, N, stride_b, stride_n, stride_th, stride_tn,
-    H: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, BACK: tl.constexpr, BLOCK_R: tl.constexpr,
-    ACC: tl.constexpr,
+    H: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, SECTIONS: tl.constexpr, BACK: tl.constexpr,
+    BLOCK_R: tl.constexpr, ACC: tl.constexpr,
 ):
-    """qkv (B, N, 3*H*D), rows = B*N; cos and sin (H or 1, N, D/2) -> out (B, N, 3*H*D), queries and keys turned, BACK
-    where BACK is 1. A program takes some rows of one head, in halves of its channels."""
+    """qkv (B, N, 3*H*D), rows = B*N; cos and sin (H or 1, N, D/2) -> out (B, N, 3*H*D), queries and keys turned, or
+    turned BACK, which may be in place; with 3 SECTIONS values too, as they are. A program takes some rows of one head,
+    in halves of its channels."""
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     h = tl.program_id(1)
     c = tl.arange(0, HALF_P)
@@ -29,7 +30,7 @@ def prompted_attention_rotate_kernel(
         sin = -sin
     at = ((r // N).to(tl.int64) * stride_b + n * stride_n)[:, None] + h * (2 * HALF) + c[None, :]
     to = r.to(tl.int64)[:, None] * (6 * H * HALF) + h * (2 * HALF) + c[None, :]
-    for section in tl.static_range(3):
+    for section in tl.static_range(SECTIONS):
         first = tl.load(qkv_ptr + at + section * (2 * H * HALF), mask=live, other=0.0)
         second = tl.load(qkv_ptr + at + section * (2 * H * HALF) + HALF, mask=live, other=0.0)
         if section < 2:

@@ -1,8 +1,8 @@
 """The registered ops: schemas, shapes, autograd, and the branch between Triton and PyTorch.
 
 `bias` is a dense (H, rows, columns) tensor when `window` is empty and a (R, H) table otherwise. `prompts` is prompt_kv,
-or prompt_qkv when `prompt_queries`; `columns` is prompt_column_bias. Outputs not asked for are empty tensors, because
-an op cannot return None.
+or prompt_qkv when `prompt_queries`; `columns` is prompt_column_bias; `cos` and `sin` are rotary. Outputs not asked for
+are empty tensors, because an op cannot return None.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def prompted_attention_op(
     columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     window: Sequence[int],
     num_heads: int,
     prompt_queries: bool,
@@ -41,7 +43,7 @@ def prompted_attention_op(
 ) -> tuple[Tensor, Tensor]:
     """The output, and lse where it is asked for."""
     return run_attention(
-        *(qkv, prompts, bias, columns, token_ids, ranges, window),
+        *(qkv, prompts, bias, columns, token_ids, ranges, cos, sin, window),
         *(num_heads, prompt_queries, max_prompt_length, scale, with_lse, impl),
     )
 
@@ -63,6 +65,8 @@ def _(
     columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     window: Sequence[int],
     num_heads: int,
     prompt_queries: bool,
@@ -90,6 +94,8 @@ def prompted_attention_backward_op(
     columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     out: Tensor,
     lse: Tensor,
     window: Sequence[int],
@@ -102,7 +108,7 @@ def prompted_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of qkv, prompts, bias and values of prompt columns."""
     found = _run_backward(
-        *(grad_out, grad_lse, qkv, prompts, bias, columns, token_ids, ranges, out, lse, window),
+        *(grad_out, grad_lse, qkv, prompts, bias, columns, token_ids, ranges, cos, sin, out, lse, window),
         *(num_heads, prompt_queries, max_prompt_length, scale, needs, impl),
     )
     dqkv, dprompts, dbias, dcolumns = (qkv.new_empty(0) if grad is None else grad for grad in found)
@@ -111,7 +117,7 @@ def prompted_attention_backward_op(
 
 def _run_backward(grad_out: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        grad_out = torch.zeros_like(args[7])  # out
+        grad_out = torch.zeros_like(args[9])  # out
     if args[-1] == "torch":
         return torch_impl.backward(grad_out, *args[:-1])
     from . import triton_impl
@@ -130,6 +136,8 @@ def _(
     columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     out: Tensor,
     lse: Tensor,
     window: Sequence[int],
@@ -147,18 +155,18 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, prompts, bias, columns, token_ids, ranges, *options, _with_lse, impl = inputs
+    qkv, prompts, bias, columns, token_ids, ranges, cos, sin, *options, _with_lse, impl = inputs
     ctx.options, ctx.impl = options, impl
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, prompts, bias, columns, token_ids, ranges, *output)
+    ctx.save_for_backward(qkv, prompts, bias, columns, token_ids, ranges, cos, sin, *output)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    qkv, prompts, bias, columns, token_ids, ranges, out, lse = ctx.saved_tensors
+    qkv, prompts, bias, columns, token_ids, ranges, cos, sin, out, lse = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
     grads: list[Tensor | None] = [None, None, None, None]
     if any(needs) and (grad_out is not None or grad_lse is not None):
-        inputs = (grad_out, grad_lse, qkv, prompts, bias, columns, token_ids, ranges, out, lse)
+        inputs = (grad_out, grad_lse, qkv, prompts, bias, columns, token_ids, ranges, cos, sin, out, lse)
         # With create_graph the registered op is needed: it refuses to be differentiated.
         plain = not torch.is_grad_enabled() and nothing_traces(*inputs)
         run = _run_backward if plain else prompted_attention_backward_op
@@ -181,12 +189,14 @@ def run_plan(
     columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     plan: Plan,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`run_attention` by Triton, for a call whose plan is known."""
     with device_of(qkv):
-        return plan.forward(qkv, prompts, bias, columns, token_ids, ranges, with_lse)
+        return plan.forward(qkv, prompts, bias, columns, token_ids, ranges, cos, sin, with_lse)
 
 
 def _setup_plan_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -215,6 +225,8 @@ def _forward_flops(
     columns: Shape | None,
     token_ids: Shape | None,
     ranges: Shape | None,
+    cos: Shape | None,
+    sin: Shape | None,
     window: Sequence[int],
     num_heads: int,
     prompt_queries: bool,
@@ -237,6 +249,8 @@ def _backward_flops(
     columns: Shape | None,
     token_ids: Shape | None,
     ranges: Shape | None,
+    cos: Shape | None,
+    sin: Shape | None,
     out: Shape,
     lse: Shape,
     window: Sequence[int],

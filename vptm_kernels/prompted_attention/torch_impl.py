@@ -19,6 +19,10 @@ from .._runtime.frozen_linear import multiplies_bfloat16
 from .._runtime.private_torch import activation_gradients, cpu_attention, cpu_attention_backward
 from .._runtime.sizes import accumulator
 from .bias import ROW_ALIGNMENT, expand_table, reduce_to_table
+from .rotary import turned
+
+Angles = tuple[Tensor | None, Tensor | None]
+"""Cosines and sines, or neither."""
 
 # Backward holds about four score matrices of this many elements at a time.
 _SCORES_PER_SLICE = 1 << 22
@@ -31,6 +35,8 @@ def forward(
     columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     window: Sequence[int],
     num_heads: int,
     prompt_queries: bool,
@@ -53,13 +59,13 @@ def forward(
             bias_16 = _mask(dense, values, rows, keys, qkv.dtype)
             # a row that is masked as a whole would be NaN here
             if bias_16 is None or not _may_mask_a_row(bias_16):
-                attended = _by_products(qkv[images], own, bias_16, num_heads, prompt_queries, scale)
+                attended = _by_products(qkv[images], own, bias_16, (cos, sin), num_heads, prompt_queries, scale)
                 if ranges is None:
                     out = attended
                 else:
                     out[images] = attended
                 continue
-        q, k, v = _project(qkv[images], own, num_heads, prompt_queries)
+        q, k, v = _project(qkv[images], own, (cos, sin), num_heads, prompt_queries)
         mask = _mask(dense, values, rows, k.shape[2], _mask_type(q))
         if with_lse and cpu_attention is not None and _on_cpu(q):
             # called by name because only this form of scaled_dot_product_attention returns lse
@@ -90,6 +96,8 @@ def backward(
     columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     out: Tensor,
     lse: Tensor,
     window: Sequence[int],
@@ -115,7 +123,8 @@ def backward(
     stored = stored and (dense is None or not _may_mask_a_row(dense))
     slice_size = batch if flash or stored else max(1, _SCORES_PER_SLICE // max(1, heads * keys * keys))
     for images, chosen in _groups(batch, prompts, ranges, slice_size):
-        q, k, v = _project(qkv[images], None if prompts is None else prompts[chosen], heads, prompt_queries)
+        own = None if prompts is None else prompts[chosen]
+        q, k, v = _project(qkv[images], own, (cos, sin), heads, prompt_queries)
         if q.shape[2] == 0:  # nobody attends
             continue
         values = columns if columns is None or ranges is None else columns[:, chosen]
@@ -150,7 +159,10 @@ def backward(
         if dqkv is not None:
             sections = dqkv.unflatten(2, (3, heads, head_dim))
             for i, part in enumerate((dq, dk, dv)):
-                sections[images, :, i] = part[:, :, :tokens].transpose(1, 2).to(dqkv.dtype)
+                of_tokens = part[:, :, :tokens]
+                if i < 2 and cos is not None and sin is not None:
+                    of_tokens = turned(of_tokens, cos, sin, back=True)
+                sections[images, :, i] = of_tokens.transpose(1, 2).to(dqkv.dtype)
         if dprompts is not None:
             parts = [dq, dk, dv] if prompt_queries else [dk, dv]
             sections = dprompts[chosen].unflatten(-1, (len(parts), heads, head_dim))
@@ -203,18 +215,33 @@ def _groups(
             yield members[first : first + at_most], slice(start, start + length)
 
 
-def _project(qkv: Tensor, prompts: Tensor | None, heads: int, prompt_queries: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _project(
+    qkv: Tensor, prompts: Tensor | None, rotary: Angles, heads: int, prompt_queries: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B, H, rows, D), keys and values (B, H, keys, D), prompts last."""
-    head_dim = qkv.shape[2] // (3 * heads)
-    sections = qkv.unflatten(2, (3, heads, head_dim)).permute(2, 0, 3, 1, 4)
+    (batch, tokens, width), (cos, sin) = qkv.shape, rotary
+    width //= 3
+    split = (heads, width // heads)
+    sections = qkv.unflatten(2, (3, *split)).permute(2, 0, 3, 1, 4)
+    if cos is not None and sin is not None:
+        # queries of prompts that do not attend have a place, so that keys and queries are turned at once, and no value
+        length = 0 if prompts is None else prompts.shape[-2]
+        joined = qkv.new_empty(batch, tokens + length, (2 if prompts is None else 3) * width)
+        parts = joined.unflatten(2, (-1, *split)).permute(2, 0, 3, 1, 4)
+        turned(sections[:2], cos, sin, out=parts[:2, :, :, :tokens])
+        if prompts is None:
+            return parts[0], parts[1], sections[2]
+        joined[:, :tokens, 2 * width :] = qkv[..., 2 * width :]
+        joined[:, tokens:, 3 * width - prompts.shape[-1] :] = prompts
+        return parts[0] if prompt_queries else parts[0, :, :, :tokens], parts[1], parts[2]
     if prompts is None:
         return sections[0], sections[1], sections[2]
     # whole rows are copied, keys and values side by side: joining them head by head takes twice as long
-    own = qkv if prompt_queries else qkv[..., heads * head_dim :]
-    joined = qkv.new_empty(qkv.shape[0], qkv.shape[1] + prompts.shape[-2], own.shape[2])
-    joined[:, : qkv.shape[1]] = own
-    joined[:, qkv.shape[1] :] = prompts
-    *q, k, v = joined.unflatten(2, (3 if prompt_queries else 2, heads, head_dim)).permute(2, 0, 3, 1, 4)
+    own = qkv if prompt_queries else qkv[..., width:]
+    joined = qkv.new_empty(batch, tokens + prompts.shape[-2], own.shape[2])
+    joined[:, :tokens] = own
+    joined[:, tokens:] = prompts
+    *q, k, v = joined.unflatten(2, (3 if prompt_queries else 2, *split)).permute(2, 0, 3, 1, 4)
     return q[0] if q else sections[0], k, v
 
 
@@ -241,23 +268,36 @@ def _may_mask_a_row(bias: Tensor) -> bool:
 
 
 def _by_products(
-    qkv: Tensor, prompts: Tensor | None, bias: Tensor | None, heads: int, prompt_queries: bool, scale: float
+    qkv: Tensor,
+    prompts: Tensor | None,
+    bias: Tensor | None,
+    rotary: Angles,
+    heads: int,
+    prompt_queries: bool,
+    scale: float,
 ) -> Tensor:
     """softmax(q k^T * scale + bias) v with rows first, (B, rows, H * D), for one image after the other, whose scores
     stay in the cache. Keys and values are copied head by head, which products of bfloat16 would do by themselves."""
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * heads)
     sections = qkv.unflatten(2, (3, heads, head_dim)).permute(2, 0, 3, 1, 4)
+    cos, sin = rotary
     parts = 3 if prompt_queries and prompts is not None else 2
     length = 0 if prompts is None else prompts.shape[-2]
     joined = qkv.new_empty(parts, heads, tokens + length, head_dim)
     given = None if prompts is None else prompts.unflatten(-1, (parts, heads, head_dim)).movedim(-4, -2)
     out = qkv.new_empty(batch, tokens + (length if parts == 3 else 0), heads, head_dim)
     for i in range(batch):
-        joined[:, :, :tokens] = sections[3 - parts :, i]
+        if cos is not None and sin is not None:
+            q = turned(sections[0, i], cos, sin, out=None if parts == 2 else joined[0, :, :tokens])
+            turned(sections[1, i], cos, sin, out=joined[-2, :, :tokens])
+            joined[-1, :, :tokens] = sections[2, i]
+        else:
+            q = sections[0, i]
+            joined[:, :, :tokens] = sections[3 - parts :, i]
         if given is not None and (i == 0 or given.ndim == 5):
             joined[:, :, tokens:] = given if given.ndim == 4 else given[i]
-        q = joined[0] if parts == 3 else sections[0, i]
+        q = joined[0] if parts == 3 else q
         k, v = joined[-2], joined[-1]
         out[i] = torch.bmm(_weights(q, k, bias, scale), v).transpose(0, 1)
     return out.flatten(2)

@@ -8,7 +8,8 @@ query (token columns padded to 16, and prompt columns), per image and head:
     key_grad      key blocks * rows * (2 row + lse + delta)  +  rows * width of its keys  +  keys * 2 row
     bias_grad     column blocks * rows * (2 row + lse + delta)  +  row blocks * columns * 2 row
 
-and what is stored of gradients. One row block stands for all where keys are resident.
+and what is stored of gradients. One row block stands for all where keys are resident. Rotary positions add the cosines
+and sines of every token row that is turned, and once those of gradients that are turned back.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ class _Sizes:
         self.padded = tokens if a["KIND"] == TABLE.value else cdiv(tokens, 16) * 16
         self.extra = a["P"] if a["PROMPT_COLUMNS"] else 0
         self.images_and_heads = self.batch * self.heads
+        # cosines and sines of all tokens of one head, and of all heads as they lie in memory
+        self.angles = self.tables = 0
+        if a["ROTARY"]:
+            entries = (a["cos_ptr"].element_size() + a["sin_ptr"].element_size()) * tokens
+            self.angles = entries * (a["D"] // 2)
+            self.tables = self.angles * (self.heads if a["TABLE_H"] else 1)
 
     def bias(self, images: int) -> int:
         """Bytes of the tiles of `images` images, which share them."""
@@ -51,9 +58,9 @@ def _forward(a: Arguments) -> Traffic:
     s = _Sizes(a)
     blocks = 1 if a["KEYS_RESIDENT"] else cdiv(s.rows, a["BLOCK_M"])
     out = s.images_and_heads * s.rows * (s.row + (s.lse if a["WITH_LSE"] else 0))
-    keys = s.images_and_heads * (s.tokens + s.prompts) * 2 * s.row
-    queries = s.images_and_heads * s.rows * s.row
-    memory = s.images_and_heads * s.tokens * 3 * s.row + s.prompt_bytes(a) + s.bias(1) + out
+    keys = s.images_and_heads * ((s.tokens + s.prompts) * 2 * s.row + s.angles)
+    queries = s.images_and_heads * (s.rows * s.row + s.angles)
+    memory = s.images_and_heads * s.tokens * 3 * s.row + s.prompt_bytes(a) + s.bias(1) + out + s.tables
     return Traffic(blocks * keys + queries + s.bias(s.batch) + out, memory)
 
 
@@ -63,12 +70,13 @@ def _query_grad(a: Arguments) -> Traffic:
     of_rows = s.images_and_heads * rows * (2 * s.row + 2 * s.lse + (s.lse if a["HAS_DLSE"] else 0))
     chunks = a["grad_ptr"].shape[0]
     grad = chunks * s.heads * rows * a["D"] * a["grad_ptr"].element_size()
-    keys = s.images_and_heads * (s.tokens + s.prompts) * 2 * s.row
+    keys = s.images_and_heads * ((s.tokens + s.prompts) * 2 * s.row + s.angles)
+    turned = 0 if a["OF_PROMPTS"] else (s.images_and_heads + chunks * s.heads) * s.angles
     bias = s.bias(1) * rows // s.rows
     blocks = cdiv(rows, a["BLOCK_M"])
     memory = s.images_and_heads * s.tokens * (2 if a["OF_PROMPTS"] else 3) * s.row + s.prompt_bytes(a)
-    cache = blocks * keys + s.images_and_heads * rows * s.row + bias * s.batch + of_rows + grad
-    return Traffic(cache, memory + bias + of_rows + grad)
+    cache = blocks * keys + s.images_and_heads * rows * s.row + turned + bias * s.batch + of_rows + grad
+    return Traffic(cache, memory + bias + of_rows + grad + s.tables)
 
 
 def _key_grad(a: Arguments) -> Traffic:
@@ -81,14 +89,15 @@ def _key_grad(a: Arguments) -> Traffic:
     bias = s.heads * s.rows * columns * s.entry
     chunks = a["grad_ptr"].shape[0]
     grad = chunks * s.heads * keys * 2 * a["D"] * a["grad_ptr"].element_size()
-    rows = s.images_and_heads * s.rows * (s.row + of_rows)
-    cache = blocks * rows + bias * s.batch + s.images_and_heads * keys * 2 * s.row + grad
+    rows = s.images_and_heads * (s.rows * (s.row + of_rows) + s.angles)
+    turned = 0 if a["OF_PROMPTS"] else (s.images_and_heads + chunks * s.heads) * s.angles
+    cache = blocks * rows + bias * s.batch + s.images_and_heads * keys * 2 * s.row + turned + grad
     # Queries of prompts are shared by the images, and so are their keys unless every image has its own.
     queries = s.images_and_heads * s.tokens * s.row + (s.heads * s.prompts * s.row if a["PROMPT_QUERIES"] else 0)
     key_bytes = s.prompt_bytes(a) if a["OF_PROMPTS"] else s.images_and_heads * keys * 2 * s.row
     if a["OF_PROMPTS"] and a["PROMPT_QUERIES"]:
         key_bytes = key_bytes * 2 // 3
-    return Traffic(cache, queries + s.images_and_heads * s.rows * of_rows + bias + key_bytes + grad)
+    return Traffic(cache, queries + s.images_and_heads * s.rows * of_rows + bias + key_bytes + grad + s.tables)
 
 
 def _bias_grad(a: Arguments) -> Traffic:
@@ -100,8 +109,9 @@ def _bias_grad(a: Arguments) -> Traffic:
     chunks = cdiv(s.batch, a["images"])
     bias = heads * rows * (s.padded if columns == s.tokens else columns) * s.entry
     grad = chunks * heads * rows * columns * a["grad_ptr"].element_size()
-    cache = cdiv(columns, a["BLOCK_N"]) * queries + cdiv(rows, a["BLOCK_M"]) * keys + chunks * bias + grad
-    return Traffic(cache, queries + keys + bias + grad)
+    blocks = cdiv(columns, a["BLOCK_N"]), cdiv(rows, a["BLOCK_M"])
+    cache = blocks[0] * queries + blocks[1] * keys + sum(blocks) * pairs * s.angles + chunks * bias + grad
+    return Traffic(cache, queries + keys + bias + grad + s.tables)
 
 
 KERNELS: dict[str, Callable[[Arguments], Traffic]] = {

@@ -22,6 +22,7 @@ from .bias import ROW_ALIGNMENT
 from .configs import (
     Config,
     ForwardConfig,
+    asynchronous_tensor_cores,
     bias_grad_config,
     compiler_options,
     fits_tile,
@@ -31,6 +32,7 @@ from .configs import (
     key_grad_config,
     loops_over_tail,
     query_grad_config,
+    rotary_config,
     table_grad_blocks,
     tails,
 )
@@ -44,11 +46,21 @@ from .kernels_bwd import (
 )
 from .kernels_common import LOG2E, TABLE, TILE, Arithmetic, Bias, KeyBlocks, Layout, Window
 from .kernels_fwd import prompted_attention_expand_table_kernel, prompted_attention_forward_kernel
+from .kernels_rotary import prompted_attention_rotate_kernel
 
 _TRITON_DTYPES = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-Inputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Inputs = tuple[
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+]
 
 
 def forward(
@@ -58,6 +70,8 @@ def forward(
     columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     window: Sequence[int],
     num_heads: int,
     prompt_queries: bool,
@@ -65,7 +79,7 @@ def forward(
     scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    tensors = (qkv, prompts, bias, columns, token_ids, ranges)
+    tensors = (qkv, prompts, bias, columns, token_ids, ranges, cos, sin)
     plan = plan_of(*tensors, window, num_heads, prompt_queries, max_prompt_length, scale)
     out, lse = plan.forward(*tensors, with_lse)
     return out, qkv.new_empty(0, dtype=plan.accumulator) if lse is None else lse
@@ -80,6 +94,8 @@ def backward(
     columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     out: Tensor,
     lse: Tensor,
     window: Sequence[int],
@@ -89,7 +105,7 @@ def backward(
     scale: float,
     needs: Sequence[bool],
 ) -> Grads:
-    tensors = (qkv, prompts, bias, columns, token_ids, ranges)
+    tensors = (qkv, prompts, bias, columns, token_ids, ranges, cos, sin)
     # planned by what is given here: hooks on saved tensors may give others back than forward had
     plan = plan_of(*tensors, window, num_heads, prompt_queries, max_prompt_length, scale)
     return plan.backward(grad_out, grad_lse, *tensors, out, lse, needs)
@@ -107,6 +123,8 @@ def plan_of(
     columns: Tensor | None,
     token_ids: Tensor | None,
     ranges: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     window: Sequence[int],
     num_heads: int,
     prompt_queries: bool,
@@ -115,11 +133,11 @@ def plan_of(
 ) -> Plan:
     """The plan of these arguments, which are not checked."""
     options = (*window, num_heads, prompt_queries, max_prompt_length, scale)
-    others = (signature(t) for t in (columns, token_ids, ranges))
+    others = (signature(t) for t in (columns, token_ids, ranges, cos, sin))
     key = (signature(qkv), signature(prompts), place(bias), *others, options, float32_precision(qkv.dtype))
     plan = _plans.get(key)
     if plan is None:
-        tensors = (qkv, prompts, bias, columns, token_ids, ranges)
+        tensors = (qkv, prompts, bias, columns, token_ids, ranges, cos, sin)
         plan = _plans.keep(key, Plan(*tensors, window, num_heads, prompt_queries, max_prompt_length, scale))
     return plan
 
@@ -220,6 +238,19 @@ def _packed(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+def _angle_form(cos: Tensor | None, sin: Tensor | None, dtype: torch.dtype) -> tuple[torch.dtype | None, int, int]:
+    """How kernels read cosines and sines: copied to which type (None: in place), and how far it is then from one head's
+    rows to the next, 0 where heads share them, and from one row to the next."""
+    if cos is None or sin is None:
+        return None, 0, 0
+    wide = torch.float64 in (cos.dtype, sin.dtype)
+    in_place = cos.stride() == sin.stride() and cos.stride(-1) == 1 and (not wide or dtype == torch.float64)
+    if in_place:
+        return None, 0 if cos.ndim == 2 else cos.stride(0), cos.stride(-2)
+    rows, half = cos.shape[-2:]
+    return accumulator(dtype), 0 if cos.ndim == sin.ndim == 2 else rows * half, half
+
+
 def _zeros(t: Tensor | None) -> Tensor | None:
     return None if t is None else torch.zeros(t.shape, dtype=t.dtype, device=t.device)
 
@@ -247,6 +278,8 @@ class Plan:
         columns: Tensor | None,
         token_ids: Tensor | None,
         ranges: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
         window: Sequence[int],
         num_heads: int,
         prompt_queries: bool,
@@ -273,23 +306,33 @@ class Plan:
         self.target = (self.arch, 8 * qkv.element_size(), self.head_dim)
         self.interpreted = interpreting()
 
+        self.bias = _bias_form(bias, window, qkv, num_heads)
+        self.angle_dtype, table_h, table_n = _angle_form(cos, sin, qkv.dtype)
+        bias_bits = 8 * self.bias.dtype.itemsize if self.bias.kind else 0
+        stride_b, stride_n, address = qkv.stride(0), qkv.stride(1), qkv.data_ptr()
+        turns, self._turns = False, None
+        if cos is not None and qkv.numel() > 0:
+            turns, block = rotary_config(*self.target[1:], bias_bits, self.prompt_queries, interpreted=self.interpreted)
+            if not turns:
+                self._turns = self._turn_launches(qkv, table_h, table_n, block)
+                stride_b, stride_n, address = self.tokens * width, width, 0
         # The stride of a dimension of one element may be anything: take the one it would have.
-        stride_n = qkv.stride(1) if self.tokens > 1 else width
+        stride_n = stride_n if self.tokens > 1 else width
         stride_pb = stride_p = 0
         if prompts is not None:
             stride_pb = prompts.stride(0) if self.per_image else 0
             stride_p = prompts.stride(-2) if prompts.shape[-2] > 1 else prompts.shape[-1]
         element = qkv.element_size()
-        steps = [qkv.data_ptr(), stride_n * element, qkv.stride(0) * element, self.head_dim * element]
+        steps = [address, stride_n * element, stride_b * element, self.head_dim * element]
         if prompts is not None:
             steps += [prompts.data_ptr(), stride_pb * element, stride_p * element]
-        self.image_strides = (qkv.stride(0), stride_pb)
+        self.image_strides = (stride_b, stride_pb)
 
-        self.bias = _bias_form(bias, window, qkv, num_heads)
         self.column_bias = columns is not None
         self.window = (window[0], window[1]) if window else (0, 0)
         gathered = self.bias.kind == TABLE.value
         reach = max(self.tokens * stride_n, (0 if prompts is None else prompts.shape[-2]) * stride_p)
+        reach = max(reach, self.tokens * table_n)
         far = needs_int64(max(reach, self.rows * self.bias.row_stride))
         self.layout = Layout(
             H=self.heads,
@@ -302,6 +345,10 @@ class Plan:
             HAS_PROMPTS=self.prompts > 0,
             POOL=self.pooled,
             PROMPT_QUERIES=self.prompt_queries,
+            ROTARY=turns,
+            TABLE_H=table_h,
+            TABLE_N=table_n,
+            KEYS_IN_REGISTERS=turns and not asynchronous_tensor_cores(self.arch),
         )
         self.constants: dict[str, Any] = {
             "LAYOUT": self.layout,
@@ -320,14 +367,35 @@ class Plan:
         self._expand = self._expand_launch(bias, token_ids) if self.bias.origin == "expanded" else None
         self._backwards: dict[Hashable, _Backward] = {}
 
-    def key_blocks(self, block_n: int, unrolled: bool = False) -> KeyBlocks:
+    def key_blocks(self, block_n: int, unrolled: bool = False, gradient: bool = False) -> KeyBlocks:
         tail_1, tail_2 = tails(self.tokens, self.prompts, block_n, pooled=self.pooled)
-        loop = tail_1 > 0 and not unrolled and loops_over_tail(self.target[1])
+        loop = tail_1 > 0 and not unrolled and loops_over_tail(self.target[1], gradient and self.layout.ROTARY)
         if loop:
             tail_1, tail_2 = 16, 0
         blocks = self.tokens // block_n, self.prompts // block_n
         token_blocks, prompt_blocks = blocks if unrolled else (min(1, n) for n in blocks)
         return KeyBlocks(block_n, tail_1, tail_2, token_blocks, prompt_blocks, loop)
+
+    def _turn_launches(self, qkv: Tensor, table_h: int, table_n: int, block: int) -> tuple[Launch, Launch]:
+        """Of queries and keys into rows of their own, and of gradients back in place."""
+        half = self.head_dim // 2
+        rows = self.batch * self.tokens
+        constants = {
+            "H": self.heads,
+            "HALF": half,
+            "HALF_P": next_power_of_2(half),
+            "BLOCK_R": block,
+            "ACC": _TRITON_DTYPES[self.accumulator],
+            "num_warps": 4,
+        }
+        grid = (triton.cdiv(rows, block), self.heads)
+        tables = (table_h, table_n)
+        there = (rows, self.tokens, qkv.stride(0), qkv.stride(1), *tables)
+        back = (rows, self.tokens, self.tokens * 3 * self.width, 3 * self.width, *tables)
+        return (
+            Launch(prompted_attention_rotate_kernel, grid, there, {**constants, "SECTIONS": 3, "BACK": False}),
+            Launch(prompted_attention_rotate_kernel, grid, back, {**constants, "SECTIONS": 2, "BACK": True}),
+        )
 
     def _forward_launches(self) -> tuple[Launch, Launch]:
         """Without lse and with it."""
@@ -341,6 +409,7 @@ class Plan:
             self.prompt_queries,
             gathered=self.bias.kind == TABLE.value,
             column_bias=self.column_bias,
+            rotary=self.layout.ROTARY,
             interpreted=self.interpreted,
         )
         row_blocks = 1 if config.keys_resident else triton.cdiv(self.rows, config.block_m)
@@ -385,12 +454,14 @@ class Plan:
         columns: Tensor | None,
         token_ids: Tensor | None,
         ranges: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
         with_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
         out = qkv.new_empty((self.batch, self.rows, self.width))
         lse = qkv.new_empty((self.batch, self.heads, self.rows), dtype=self.accumulator) if with_lse else None
         if self._forwards is not None:
-            self._forwards[with_lse](*self.inputs(qkv, prompts, bias, columns, token_ids, ranges), out, lse)
+            self._forwards[with_lse](*self.inputs(qkv, prompts, bias, columns, token_ids, ranges, cos, sin), out, lse)
         return out, lse
 
     def inputs(
@@ -401,13 +472,20 @@ class Plan:
         columns: Tensor | None,
         token_ids: Tensor | None,
         ranges: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
     ) -> Inputs:
-        """qkv, prompts, ranges, bias, values of prompt columns and token ids as kernels read them."""
+        """qkv, prompts, ranges, bias, values of prompt columns, token ids, cosines and sines as kernels read them."""
         if not self.has_prompts:
             prompts = ranges = columns = None
         columns = _packed(columns)
+        if self.angle_dtype is not None and cos is not None and sin is not None:
+            cos, sin = (t.to(self.angle_dtype).contiguous() for t in torch.broadcast_tensors(cos, sin))
+        if self._turns is not None:
+            given, qkv = qkv, qkv.new_empty(qkv.shape)
+            self._turns[0](given, cos, sin, qkv)
         if bias is None:
-            return qkv, prompts, _packed(ranges), None, columns, None
+            return qkv, prompts, _packed(ranges), None, columns, None, cos, sin
         token_ids = _packed(token_ids)
         form = self.bias
         if form.origin == "in place":
@@ -424,7 +502,8 @@ class Plan:
                 n, extra = self.tokens, bias.shape[2] - self.tokens
                 data[..., :n] = bias[..., :n]
                 data[..., form.prompt_column : form.prompt_column + extra] = bias[..., n:]
-        return qkv, prompts, _packed(ranges), data, columns, token_ids if form.kind == TABLE.value else None
+        ids = token_ids if form.kind == TABLE.value else None
+        return qkv, prompts, _packed(ranges), data, columns, ids, cos, sin
 
     def backward(
         self,
@@ -436,6 +515,8 @@ class Plan:
         columns: Tensor | None,
         token_ids: Tensor | None,
         ranges: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
         out: Tensor,
         lse: Tensor,
         needs: Sequence[bool],
@@ -460,8 +541,10 @@ class Plan:
                 learned_bias = bias if wants_bias else None
                 run = _Backward(self, wants_qkv, of_prompts, of_columns, learned_bias, token_ids, grad_lse is not None)
                 self._backwards[key] = run
-            inputs = self.inputs(qkv, prompts, bias, columns, token_ids, ranges)
+            inputs = self.inputs(qkv, prompts, bias, columns, token_ids, ranges, cos, sin)
             dqkv, dprompts, dbias, dcolumns = run(inputs, given, bias, columns, token_ids)
+            if self._turns is not None and dqkv is not None:
+                self._turns[1](dqkv, *inputs[-2:], dqkv)
         if not self.has_prompts:
             dprompts, dcolumns = _zeros(prompts), _zeros(columns)
         return dqkv, dprompts if wants_prompts else None, dbias, dcolumns if wants_columns else None
@@ -526,7 +609,7 @@ class _Backward:
         token_ids: Tensor | None,
     ) -> Grads:
         """inputs: `Plan.inputs`; given: out, its gradient, lse and its gradient (or lse again)."""
-        (qkv, prompts, ranges, data, values, ids), (out, grad_out, lse, grad_lse) = inputs, given
+        (qkv, prompts, ranges, data, values, ids, cos, sin), (out, grad_out, lse, grad_lse) = inputs, given
         width = self.plan.width
         delta = torch.empty_like(lse) if self.needs_delta else lse
         if self._delta is not None:
@@ -549,7 +632,7 @@ class _Backward:
             dprompts = self._sum_prompts(partial, prompts, ranges)
             if of_columns is not None and columns is not None:
                 dcolumns = self._sum_columns(of_columns, columns, ranges)
-        dbias = self._bias_grad((qkv, prompts, data, values, ids, grad_out, lse, delta), bias, token_ids)
+        dbias = self._bias_grad((qkv, prompts, data, values, ids, cos, sin, grad_out, lse, delta), bias, token_ids)
         return dqkv, dprompts, dbias, dcolumns
 
     def _delta_launch(self, has_dlse: bool) -> Launch:
@@ -573,12 +656,13 @@ class _Backward:
             prompt_columns=plan.bias.prompt_columns,
             column_bias=plan.column_bias,
             bias_bits=8 * plan.bias.dtype.itemsize if plan.bias.kind else 0,
+            rotary=plan.layout.ROTARY,
             interpreted=plan.interpreted,
         )
         constants = {
             "OF_PROMPTS": of_prompts,
             "HAS_DLSE": has_dlse,
-            "KEYS": plan.key_blocks(config.block_n),
+            "KEYS": plan.key_blocks(config.block_n, gradient=True),
             **plan.constants,
             **_blocks(config, plan.arch),
         }
@@ -596,6 +680,7 @@ class _Backward:
             prompts_attend=plan.prompt_queries,
             column_grad=of_prompts and self.wants_columns,
             gathered=gathered,
+            rotary=plan.layout.ROTARY,
             interpreted=plan.interpreted,
         )
         constants = {
