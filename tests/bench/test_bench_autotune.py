@@ -113,9 +113,9 @@ def test_no_table_of_attention_gives_two_warpgroups_the_same_rows():
             forward = (*shape, tokens + extra, bits, scaled, pooled, attend)
             found += [configs.forward_config(*forward, gathered=gathered) for gathered in flags]
             found += configs.forward_candidates(*forward)
-        for attend, columns, bits in itertools.product(flags, flags, (0, 16, 32)):
+        for attend, columns, values, turned, bits in itertools.product(flags, flags, flags, flags, (0, 16, 32)):
             options = {"prompts_attend": attend, "prompt_columns": columns, "bias_bits": bits}
-            found.append(configs.query_grad_config(*shape, **options))
+            found.append(configs.query_grad_config(*shape, **options, column_bias=values, rotary=turned))
         for of_prompts, attend, gathered in itertools.product(flags, flags, flags):
             options = {"of_prompts": of_prompts, "prompts_attend": attend, "gathered": gathered}
             found.append(configs.key_grad_config(*shape, **options))
