@@ -2,9 +2,9 @@
 
     python -m studies.prompt_length --seeds 5 --jobs 2
 
-The built-in task of `vptm train`, 16 images of each of 10 classes, of 16 patches each. Prototypes start as class means and
-learn at 5e-4, which did best on the validation images of three seeds that are not reported, with prompts and without; all
-else is the default. Finished runs are kept in the json, so the command goes on where it stopped. Writes
+The built-in task of `vptm train`, 16 images of each of 10 classes, of 16 patches each. Prototypes start as class means
+and learn at 5e-4, which did best on the validation images of three seeds that are not reported, with prompts and
+without; all else is the default. Finished runs are kept in the json, so the command goes on where it stopped. Writes
 `results/prompt_length.json`.
 """
 
