@@ -10,50 +10,24 @@ those of another commit or of other weights are dropped, so that all are of one 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.timing import commit
+from studies import trained
 from studies.runs import RESULTS, Study, interval
 from vptm_kernels._runtime.frozen_linear import has_bfloat16
 
 ROOT = Path(__file__).parent.parent
 PRECISIONS = ("fp32", "bf16")
 PAIR = "bf16 - fp32"
-OF_A_RUN = ("shots", "epochs", "batch_size", "lr")
-
-
-def command(precision: str, seed: int) -> list[str]:
-    """Of one run, without its folder: nothing but what is compared differs from the defaults on a CPU."""
-    return ["vptm", "train", "--device", "cpu", "--precision", precision, "--seed", str(seed)]
 
 
 def train(precision: str, seed: int) -> dict[str, Any]:
-    """One run in a process of its own, and what its `run.json` says."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "run")
-        made = subprocess.run(
-            [sys.executable, "-m", *command(precision, seed), "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL
-        )
-        if made.returncode:
-            raise SystemExit(f"{' '.join(command(precision, seed))} ended with status {made.returncode}")
-        run = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    used = {**run["arguments"], **run["settings"]}
-    return {
-        "precision": precision,
-        "seed": seed,
-        "command": " ".join(command(precision, seed)),
-        "settings": {name: used[name] for name in OF_A_RUN},
-        "versions": run["versions"],
-        "val": run["result"]["val_accuracy"],
-        "test": run["result"]["test"]["accuracy"],
-    }
+    """One run: nothing but the precision differs from the defaults on a CPU."""
+    return {"precision": precision, **trained.train(["--precision", precision], seed)}
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:

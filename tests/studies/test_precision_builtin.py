@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from studies import precision_builtin, report
+from studies import precision_builtin, report, trained
 from studies.precision_builtin import PAIR, PRECISIONS, Precision, summarise
 from studies.runs import RESULTS
 from vptm import PromptedBEiT
@@ -31,18 +31,11 @@ def test_differences_are_paired_by_seed() -> None:
 
 
 def test_a_run_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real one, short: what is kept is read from its `run.json`, and the command says how to make it again."""
-    whole = precision_builtin.command
-    monkeypatch.setattr(
-        precision_builtin, "command", lambda *of: [*whole(*of), "--epochs", "1", "--shots", "1", "--batch-size", "10"]
-    )
-    found = precision_builtin.train("bf16", 3)
-    assert found["command"].startswith("vptm train --device cpu --precision bf16 --seed 3 ")
-    assert found["settings"] == {"shots": "1", "epochs": 1, "batch_size": 10, "lr": 0.002}
-    assert 0 < found["test"] < 1 and found["test"] != found["val"] and "torch" in found["versions"]
-    monkeypatch.setattr(precision_builtin, "command", lambda *of: [*whole(*of), "--epochs", "0"])
-    with pytest.raises(SystemExit, match="--seed 3 --epochs 0 ended with status 2"):
-        precision_builtin.train("bf16", 3)
+    """Anything else that differed between the two would be read as the precision's."""
+    asked: list[tuple[list[str], int]] = []
+    monkeypatch.setattr(trained, "train", lambda options, seed: asked.append((options, seed)) or {"seed": seed})
+    assert precision_builtin.train("bf16", 3) == {"precision": "bf16", "seed": 3}
+    assert asked == [(["--precision", "bf16"], 3)]
 
 
 def test_finished_runs_are_kept_and_those_of_another_commit_are_not(
