@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from studies.runs import RESULTS
 from studies.trained import Arm, Comparison, Task, TrainedStudy
+from vptm.inspection.figures import new_figure, write_png
 
 LENGTHS = (1, 5, 10, 20, 50, 100)
 MODES = ("shallow", "deep")
@@ -45,6 +47,29 @@ def comparisons() -> list[Comparison]:
 
 def study(path: Path) -> TrainedStudy:
     return TrainedStudy(path, arms(), [TASK], comparisons())
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """Accuracy over the number of prompts, a line for each place and gate; a bar is a standard deviation over seeds."""
+    found = summary["tasks"][TASK.name]["test_accuracy_percent"]
+    figure = new_figure(6.4, 3.6)
+    axes = figure.subplots()
+    if NONE in found:
+        axes.axhline(found[NONE]["mean"], color="black", linewidth=0.8, linestyle=":", label=NONE)
+    for gate, colour in zip(GATES, ("#c8553d", "#1f6f8b")):
+        for mode, line in zip(MODES, ("-", "--")):
+            there = [length for length in LENGTHS if name(mode, length, gate) in found]
+            values = [found[name(mode, length, gate)] for length in there]
+            means, spreads = [v["mean"] for v in values], [v["std"] or 0.0 for v in values]
+            axes.errorbar(
+                there, means, spreads, fmt=f"o{line}", color=colour, markersize=4, capsize=2, label=f"{mode}, {gate}"
+            )
+    axes.set(xscale="log", xticks=LENGTHS, xlabel="prompts in a block, beside 16 patches", ylabel="test accuracy, %")
+    axes.set_xticklabels([str(length) for length in LENGTHS])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    write_png(figure, path, dpi=110)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from studies import accuracy_builtin, accuracy_claims
+from studies import accuracy_builtin, accuracy_claims, prompt_length
 from studies.precision_builtin import PAIR, PRECISIONS
 from studies.runs import RESULTS
 from studies.trained import ROOM
@@ -147,6 +147,8 @@ def trained(title: str, program: str, content: dict[str, Any]) -> str:
         ),
         "",
     ]
+    if program in DRAWN:
+        lines += [f"![{title}]({program}.png)", ""]
     for task, found in summary["tasks"].items():
         lines += [f"## {task}", "", "| arm | accuracy | seeds |", "|---|---|---|"]
         for arm, values in found["test_accuracy_percent"].items():
@@ -161,6 +163,7 @@ def trained(title: str, program: str, content: dict[str, Any]) -> str:
 
 TRAINED = {"prompt_length": "How many prompts do no harm", "what_prompts_add": "What prompts add"}
 """Titles of the studies made of `vptm train` runs, by the name of their json; one that was not begun has none."""
+DRAWN = {"prompt_length": prompt_length.plot}
 
 TRAINING = Path(__file__).parent.parent / "docs" / "training.md"
 BEGIN, END = "<!-- precision: begin -->", "<!-- precision: end -->"
@@ -207,6 +210,8 @@ def main() -> None:
         if (RESULTS / f"{name}.json").exists():
             content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
             (RESULTS / f"{name}.md").write_text(trained(title, name, content), encoding="utf-8")
+            if name in DRAWN:
+                DRAWN[name](content["summary"], RESULTS / f"{name}.png")
             print(f"wrote {RESULTS / name}.md")
     TRAINING.write_text(updated(TRAINING.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"wrote {TRAINING}")

@@ -175,5 +175,16 @@ def test_committed_runs_have_the_committed_summary_and_table(name: str, program:
     assert table == report.trained(report.TRAINED[name], name, content), "run: python -m studies.report"
 
 
+def test_the_picture_has_a_line_for_what_ran(tmp_path: Path) -> None:
+    """Half a study is drawn as it is: an arm without a run is no zero."""
+    runs = [
+        {"task": prompt_length.TASK.name, "arm": prompt_length.name("deep", length, "no gate"), "seed": 0, "test": 0.5}
+        for length in (1, 50)
+    ]
+    summary = prompt_length.study(tmp_path / "p.json").summary(runs)
+    prompt_length.plot(summary, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
 def content_of(program: Any) -> list[Comparison]:
     return program.comparisons() if program is prompt_length else program.COMPARISONS
