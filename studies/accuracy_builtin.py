@@ -30,7 +30,7 @@ from timm.models.beit import Beit
 from torch.utils.data import DataLoader
 
 import vptm
-from studies.runs import BATCH, RESULTS, WEIGHT_DECAY, Study, interval
+from studies.runs import BATCH, RESULTS, WEIGHT_DECAY, Study, accuracy, interval
 from vptm.data.datasets import ImageData, ImageDataset
 from vptm.inspection.figures import new_figure, write_png
 
@@ -169,18 +169,17 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     settings = sorted({(run["data"], run["shots"]) for run in runs}, key=lambda s: (names.index(s[0]), order(s[1])))
     summary: dict[str, Any] = {}
     for data, shots in settings:
-        accuracy, paired = {}, {}
+        accuracies, paired = {}, {}
         for method in METHODS:
             values = np.array([value for (d, s, m, _), value in by.items() if (d, s, m) == (data, shots, method)])
             if len(values):
-                spread = float(values.std(ddof=1)) if len(values) > 1 else None
-                accuracy[method] = {"mean": float(values.mean()), "std": spread, "seeds": len(values)}
+                accuracies[method] = accuracy(values)
         for first, second in COMPARISONS:
             seeds = [seed for (d, s, m, seed) in by if (d, s, m) == (data, shots, first) and (d, s, second, seed) in by]
             if seeds:
                 differences = [by[data, shots, first, seed] - by[data, shots, second, seed] for seed in seeds]
                 paired[f"{first} - {second}"] = interval(np.array(differences))
-        summary[title(data, shots)] = {"test_accuracy_percent": accuracy, "paired_difference_points": paired}
+        summary[title(data, shots)] = {"test_accuracy_percent": accuracies, "paired_difference_points": paired}
     return summary
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from bench.timing import commit
 from studies import trained
-from studies.runs import RESULTS, Study, interval
+from studies.runs import RESULTS, Study, accuracy, interval
 from vptm_kernels._runtime.frozen_linear import has_bfloat16
 
 ROOT = Path(__file__).parent.parent
@@ -33,16 +33,11 @@ def train(precision: str, seed: int) -> dict[str, Any]:
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and deviation of each precision over its seeds, and the paired difference over those that both have."""
     found = {name: {run["seed"]: 100 * run["test"] for run in runs if run["precision"] == name} for name in PRECISIONS}
-    accuracy = {}
-    for name, by_seed in found.items():
-        values = np.array(list(by_seed.values()))
-        if len(values):
-            spread = float(values.std(ddof=1)) if len(values) > 1 else None
-            accuracy[name] = {"mean": float(values.mean()), "std": spread, "seeds": len(values)}
+    accuracies = {name: accuracy(np.array(list(by_seed.values()))) for name, by_seed in found.items() if by_seed}
     both = sorted(found["bf16"].keys() & found["fp32"].keys())
     differences = np.array([found["bf16"][seed] - found["fp32"][seed] for seed in both])
     paired = {PAIR: interval(differences)} if both else {}
-    return {"test_accuracy_percent": accuracy, "paired_difference_points": paired}
+    return {"test_accuracy_percent": accuracies, "paired_difference_points": paired}
 
 
 class Precision(Study):

@@ -33,6 +33,12 @@ def interval(values: np.ndarray) -> dict[str, Any]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": len(values)}
 
 
+def accuracy(values: np.ndarray) -> dict[str, Any]:
+    """Mean and standard deviation of an arm over its seeds."""
+    spread = float(values.std(ddof=1)) if len(values) > 1 else None
+    return {"mean": float(values.mean()), "std": spread, "seeds": len(values)}
+
+
 class Study:
     """The runs in a json file that several processes may add to."""
 

@@ -29,7 +29,7 @@ import numpy as np
 from scipy.stats import ttest_1samp
 
 from bench.timing import commit
-from studies.runs import RESULTS, Study, interval
+from studies.runs import RESULTS, Study, accuracy, interval
 
 ROOT = Path(__file__).parent.parent
 ROOM = 1.0
@@ -134,13 +134,11 @@ class TrainedStudy(Study):
         found: dict[str, Any] = {}
         asked_better: list[dict[str, Any]] = []
         for task in self.tasks:
-            accuracy, by = {}, {}
+            accuracies, by = {}, {}
             for arm in self.arms:
                 own = {r["seed"]: 100 * r["test"] for r in runs if (r["task"], r["arm"]) == (task.name, arm.name)}
                 if own:
-                    values = np.array(list(own.values()))
-                    spread = float(values.std(ddof=1)) if len(values) > 1 else None
-                    accuracy[arm.name] = {"mean": float(values.mean()), "std": spread, "seeds": len(values)}
+                    accuracies[arm.name] = accuracy(np.array(list(own.values())))
                     by[arm.name] = own
             paired = {}
             for first, second, asked in self.comparisons:
@@ -154,8 +152,8 @@ class TrainedStudy(Study):
                     one["p"] = float(np.nan_to_num(ttest_1samp(differences, 0).pvalue, nan=1.0))
                     asked_better.append(one)
                 paired[f"{first} - {second}"] = one
-            if accuracy:
-                found[task.name] = {"test_accuracy_percent": accuracy, "paired_difference_points": paired}
+            if accuracies:
+                found[task.name] = {"test_accuracy_percent": accuracies, "paired_difference_points": paired}
         for one, corrected in zip(asked_better, holm([one["p"] for one in asked_better])):
             one["p_holm"] = corrected
         for task_found in found.values():
