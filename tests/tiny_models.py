@@ -86,3 +86,28 @@ def build_vit(vit: Any = None, *, seed: int = 1, **kwargs: Any) -> PromptedViT:
 def pictures(model: PromptedViT, batch: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(5)
     return torch.randn(batch, *model.default_cfg["input_size"], generator=generator, dtype=torch.float64)
+
+
+def assert_one_graph_and_bitwise_checkpoints(model: Any, learned: torch.Tensor) -> None:
+    """One graph for every batch size, with the gradients of `learned`; recomputed blocks give bitwise the same ones."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+
+    def gradient(run: Any, batch: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(run(batch).square().sum(), learned)[0]
+
+    for batch_size in (5, 3):
+        batch = images(model, batch_size)
+        wanted = gradient(model, batch)
+        assert relative_error(gradient(compiled, batch), wanted) <= 1e-10
+    assert len(graphs) == 1
+    batch = images(model, 3)
+    plain = gradient(model, batch)
+    model.set_grad_checkpointing()
+    assert torch.equal(gradient(model, batch), plain)

@@ -20,6 +20,7 @@ from tiny_data import write_backbone, write_pictures
 from tiny_models import (
     HEADS,
     assert_as_exact_as_the_reference,
+    assert_one_graph_and_bitwise_checkpoints,
     build,
     build_vit,
     images,
@@ -136,28 +137,8 @@ def test_prompt_dropout_is_drawn_alike() -> None:
 
 def test_compiled_and_checkpointed_it_is_the_same() -> None:
     """One graph for every batch size with gradients of the alphas; recomputed blocks give bitwise the same ones."""
-    torch._dynamo.reset()
     model = build(tiny_beit((3, 3), depth=3), **OPTIONS)
-    graphs = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
-
-    def gradient(run: Any, batch: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(run(batch).square().sum(), model.prompts.alpha)[0]
-
-    for batch_size in (5, 3):
-        batch = images(model, batch_size)
-        wanted = gradient(model, batch)
-        assert relative_error(gradient(compiled, batch), wanted) <= 1e-10
-    assert len(graphs) == 1
-    batch = images(model, 3)
-    plain = gradient(model, batch)
-    model.set_grad_checkpointing()
-    assert torch.equal(gradient(model, batch), plain)
+    assert_one_graph_and_bitwise_checkpoints(model, model.prompts.alpha)
 
 
 def test_low_precision_stays_within_the_error_of_the_reference() -> None:

@@ -22,6 +22,7 @@ from tiny_data import write_backbone, write_pictures
 from tiny_models import (
     HEADS,
     assert_as_exact_as_the_reference,
+    assert_one_graph_and_bitwise_checkpoints,
     build,
     build_vit,
     images,
@@ -252,28 +253,8 @@ def test_attention_gets_gates_as_columns_and_the_frozen_bias(
 @pytest.mark.parametrize("prompt_mode", ["shallow", "deep"])
 def test_compiled_and_checkpointed_it_is_the_same(prompt_mode: str) -> None:
     """One graph for every batch size with gradients of the gates; recomputed blocks give bitwise the same ones."""
-    torch._dynamo.reset()
     model = build(tiny_beit((3, 3), depth=2), prompt_mode=prompt_mode, prompt_gate=-1.0)
-    graphs = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
-
-    def gradient(run: Any, batch: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(run(batch).square().sum(), model.prompts.gate)[0]
-
-    for batch_size in (5, 3):
-        batch = images(model, batch_size)
-        wanted = gradient(model, batch)
-        assert relative_error(gradient(compiled, batch), wanted) <= 1e-10
-    assert len(graphs) == 1
-    batch = images(model, 3)
-    plain = gradient(model, batch)
-    model.set_grad_checkpointing()
-    assert torch.equal(gradient(model, batch), plain)
+    assert_one_graph_and_bitwise_checkpoints(model, model.prompts.gate)
 
 
 @pytest.mark.parametrize("prompt_mode", MODES)
