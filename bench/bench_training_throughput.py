@@ -162,6 +162,7 @@ def train_arguments(job: Job, out: Path) -> list[str]:
     """Those of `vptm train` for a job."""
     settings = {"model": job.backbone, "data": job.data, "shots": "all", "epochs": job.epochs, "batch_size": job.batch}
     settings |= {"device": job.device, "precision": job.precision, "out": out, **job.options}
+    settings |= {"prompt_gate": "none", "prototype_init": "xavier"}  # as the peers, which have no gates
     if job.workers is not None:
         settings["workers"] = job.workers
     return [

@@ -20,7 +20,7 @@ from vptm.inspection.figures import new_figure, write_png
 
 LENGTHS = (1, 5, 10, 20, 50, 100)
 MODES = ("shallow", "deep")
-GATES = {"no gate": "", "gate from -4": " --prompt-gate -4"}
+GATES = {"no gate": " --prompt-gate none", "gate from -4": " --prompt-gate -4"}
 NONE = "no prompts"
 TASK = Task("built-in task, 16 shots", "--data builtin --shots 16 --prototype-init class_means --lr 5e-4")
 

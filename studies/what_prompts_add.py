@@ -1,11 +1,15 @@
 """What prompts add to a frozen model, method by method, each beside itself without prompts.
 
     python -m studies.what_prompts_add --tasks fashion-16 digits-16 --seeds 5 --jobs 2
+    python -m studies.what_prompts_add --tasks fashion-64 mnist5k-16 --arms default --seeds 5 --jobs 2
 
 Every method runs its shipped recipe, with the epochs that make 400 steps or more of 160 images. Its learning rate is
 the best of three on validation images: the recipe's, a quarter of it and four times it; so is that of the same method
 without prompts, whose read-out and verbalizer are the same. Finished runs are kept in the json, so the command goes on
 where it stopped. Writes `results/what_prompts_add.json`.
+
+Questions of ours: do prompts add to none with what `vptm train` does without a recipe, on several tasks; a linear
+probe, full fine-tuning, and a linear head on the mask row.
 
 Questions of the papers, on a model of 2 million parameters whose class row and mask row were trained alike:
 
@@ -14,8 +18,6 @@ Questions of the papers, on a model of 2 million parameters whose class row and 
 - VPT (arXiv:2203.12119): do prompts beat a linear head alone, at the start or in every block?
 - SPT (arXiv:2402.02382): do prompts that start as tokens beat random ones?
 - ProVP (arXiv:2304.08386): do the prompts of the block before, and features held to the frozen model's, help?
-
-Of our own: a linear probe, full fine-tuning, and a linear head on the mask row.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pathlib import Path
 from studies.runs import RESULTS
 from studies.trained import Arm, Comparison, Task, TrainedStudy
 from vptm.recipes.recipe import read_recipe
+from vptm.settings import RATES
 
 TASKS = {
     "fashion-16": Task("Fashion-MNIST, 16 shots", "--data fashion-mnist --shots 16"),
@@ -37,16 +40,21 @@ TASKS = {
 # epochs that are 400 steps or more of 160 images in the recipe's batches
 EPOCHS = {"vptm": 80, "vpt-shallow": 140, "vpt-deep": 140, "linear": 80, "finetune": 80}
 NONE = " without prompts"
+DEFAULT = "VPTM by default"
 
 
 def arm(name: str, recipe: str, options: str = "") -> Arm:
     """A method by its recipe, at three learning rates."""
-    lr = float(read_recipe(recipe).settings["lr"])
     epochs = f" --epochs {EPOCHS[recipe]}" if recipe in EPOCHS else ""
-    return Arm(name, f"--recipe {recipe}{epochs}{options}", (lr / 4, lr, 4 * lr))
+    return Arm(name, f"--recipe {recipe}{epochs}{options}", around(float(read_recipe(recipe).settings["lr"])))
+
+
+def around(lr: float) -> tuple[float, ...]:
+    return lr / 4, lr, 4 * lr
 
 
 def arms() -> list[Arm]:
+    default = Arm(DEFAULT, f"--epochs {EPOCHS['vptm']}", around(RATES["class_means"]))
     prompted = [
         arm("VPTM", "vptm"),
         arm("VPTM, hidden state", "vptm", " --token-activation hidden"),
@@ -55,8 +63,9 @@ def arms() -> list[Arm]:
         arm("VPT deep, mean row", "vpt-deep", " --readout mean"),
         arm("VPT deep, mask row", "vpt-deep", " --readout mask"),
     ]
-    bare = [Arm(one.name + NONE, f"{one.options} --prompt-length 0", one.rates) for one in prompted]
+    bare = [Arm(one.name + NONE, f"{one.options} --prompt-length 0", one.rates) for one in [default, *prompted]]
     return [
+        default,
         *prompted,
         *bare,
         arm("VPT shallow, class row", "vpt-shallow"),
@@ -76,6 +85,7 @@ COMPARISONS = [
     *(
         Comparison(name, name + NONE)
         for name in (
+            DEFAULT,
             "VPTM",
             "VPTM, hidden state",
             "VPTM, class row",
@@ -112,11 +122,16 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="+", default=["fashion-16"], choices=TASKS, metavar="TASK", help=", ".join(TASKS)
     )
+    parser.add_argument(
+        "--arms", choices=("all", "default"), default="all", help="default: that with prompts and without"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread")
     parser.add_argument("--out", type=Path, default=RESULTS / "what_prompts_add.json")
     arguments = parser.parse_args()
-    study(arguments.out).run(arguments.seeds, arguments.jobs, [TASKS[name] for name in arguments.tasks])
+    whole = study(arguments.out)
+    run = [arm for arm in whole.arms if arguments.arms == "all" or arm.name in (DEFAULT, DEFAULT + NONE)]
+    whole.run(arguments.seeds, arguments.jobs, [TASKS[name] for name in arguments.tasks], run)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,9 @@ PROMPT_LOCATION = (
 FREE_ON_RESUME = frozenset(
     {"device", "impl", "log", "workers", "grad_checkpointing"}
 )  # these change nothing of what a run learns
+# what `vptm train` starts with, chosen on validation images: studies/results/default_recipe.json
+RATES: Mapping[PrototypeStart, float] = {"class_means": 0.0005, "xavier": 0.002}
+MUTED_GATE = -4.0
 EVALUATION_BATCH = 256  # images per step where nothing is learned
 THRESHOLD = 0.5  # least probability of a label where an image has several, unless another is asked for
 _GROUPS = ", ".join(get_args(LearnedGroup))
@@ -69,11 +72,13 @@ class Help:
 
     command: its default in `vptm train`, where that is not the one in Python. option: its name there, where it is
     another; None for a setting that is no option. switch: it can only be turned on. within: the range of a number, in
-    words that `check_range` knows; none: what None means beside it, where it may be None.
+    words that `check_range` knows; none: what None means beside it, where it may be None. follows: its default in `vptm
+    train` in words, where that depends on other options, see `_following`.
     """
 
     text: str = ""
     command: Any = None
+    follows: str = ""
     option: str | None = ""
     switch: bool = False
     within: str = ""
@@ -221,7 +226,8 @@ class ModelSettings(SettingsGroup):
     prompt_gate: Annotated[
         float | None,
         Help(
-            "Start of learned gates that add to what attention scores with prompts, as -4; none by default.",
+            "Start of learned gates that add to what attention scores with prompts, or none.",
+            follows="-4 for a BEiT with a mask token and no recipe, else none",
             within="finite",
             none="or None for no gate",
         ),
@@ -336,7 +342,14 @@ class TrainSettings(SettingsGroup):
     """Keywords of `vptm.fit` that decide what is learned."""
 
     epochs: Annotated[int, Help("Passes over the training images.", command=40)]
-    lr: Annotated[float, Help("Peak learning rate.", command=0.002, within="finite and > 0")]
+    lr: Annotated[
+        float,
+        Help(
+            "Peak learning rate.",
+            follows=f"{RATES['class_means']} where prototypes start as class_means, else {RATES['xavier']}",
+            within="finite and > 0",
+        ),
+    ]
     weight_decay: Annotated[float, Help("Weight decay of matrices.", command=0.1, within="finite and >= 0")] = 0.0
     optimizer: Annotated[str, Help("A timm optimiser.")] = "adamw"
     schedule: Annotated[Schedule, Help("Of the learning rate.")] = "cosine"
@@ -506,9 +519,13 @@ class RunSettings(PictureSettings):
     init_rescale: Annotated[
         bool, Help("Scale such tokens to the size of a uniform start, about a tenth of theirs.")
     ] = False
-    prototype_init: Annotated[PrototypeStart, Help("Where prototypes start: class means are those of the images.")] = (
-        "xavier"
-    )
+    prototype_init: Annotated[
+        PrototypeStart,
+        Help(
+            "Where prototypes start: class means are those of the images.",
+            follows="class_means where an image has one label and there is no recipe, else xavier",
+        ),
+    ] = "class_means"
     prototype_steps: Annotated[
         int, Help("Steps on projection and prototypes alone after training, by ProtoVerb's losses.")
     ] = 0
@@ -531,10 +548,13 @@ class RunSettings(PictureSettings):
             "comet_ml, aim, clearml, dvclive, swanlab or trackio."
         ),
     ] = None
-    model_settings: Annotated[ModelSettings, NO_OPTION] = field(default_factory=lambda: BEiTSettings(pretrained=True))
+    model_settings: Annotated[ModelSettings, NO_OPTION] = field(
+        default_factory=lambda: BEiTSettings(pretrained=True, prompt_gate=MUTED_GATE)
+    )
     train_settings: Annotated[TrainSettings, NO_OPTION] = field(
         default_factory=lambda: TrainSettings(
             **{name: option.default for name, option in TrainSettings.options_of().items()}
+            | {"lr": RATES["class_means"]}
         )
     )
 
@@ -598,16 +618,32 @@ class RunSettings(PictureSettings):
                     f"{values.get('model', 'builtin')} is {group.whom}"
                 )
 
+        values = {name: option.default_for(kind) for name, option in known.items()} | given
+        values |= {name: value for name, value in _following(values, kind).items() if name not in given}
+
         def part(one: type[SettingsGroup]) -> dict[str, Any]:
-            return {
-                name: given[option] if option in given else known[option].default_for(kind)
-                for option, name in _options_of(one).items()
-            }
+            return {name: values[option] for option, name in _options_of(one).items()}
 
         prompts = PromptSettings(**part(PromptSettings))
         unlike = {name: value for name, value in prompts.keywords().items() if value != getattr(PromptSettings, name)}
         model = group(**part(group), prompt_options=unlike or None, pretrained=True)
         return cls(**part(cls), model_settings=model, train_settings=TrainSettings(**part(TrainSettings)))
+
+
+def _following(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Defaults that follow from other options, see `RATES`; None among `values` stands for what is not said.
+
+    A recipe says itself what its method starts with.
+    """
+    free = values["recipe"] is None
+    one_label = values["verbalizer"] == "prototypical" and not values["multi_label"]
+    columns = (
+        values["prompt_length"] > 0 and values["prompt_placement"] == "prepend" and values["prompt_kind"] != "cross"
+    )
+    start = values["prototype_init"] or ("class_means" if free and one_label else "xavier")
+    gate = MUTED_GATE if free and kind == "beit" and columns else None
+    lr = RATES["class_means" if start == "class_means" else "xavier"]  # what is neither is refused by its own setting
+    return {"prototype_init": start, "lr": lr, "prompt_gate": gate}
 
 
 @dataclass(frozen=True)
@@ -764,7 +800,8 @@ class Option:
 
     default: None where it depends on the kind of model. defaults: by kind, for a setting of the model. type: int,
     float, str, bool or Path. optional: whether None is a value. several: it can be repeated. numbers: the text of
-    several by name, as prompts=0.1,temperature=0.
+    several by name, as prompts=0.1,temperature=0. follows: the default in words, where it depends on other options; it
+    is None then.
     """
 
     name: str
@@ -777,13 +814,16 @@ class Option:
     help: str
     switch: bool
     numbers: bool = False
+    follows: str = ""
 
     def default_for(self, kind: str) -> Any:
         """The default for a kind of model, a key of `MODEL_SETTINGS`."""
         return self.defaults.get(kind, self.default)
 
     def shown_default(self) -> str | bool:
-        """What help says where the default depends on the kind of model; whether it says the default elsewhere."""
+        """What help says where the default depends on other options; whether it says the default elsewhere."""
+        if self.follows:
+            return self.follows
         if len(set(self.defaults.values())) < 2:
             return self.default is not None
         first, *_ = self.defaults.values()
@@ -936,6 +976,7 @@ def _option(option: str, name: str, group: type[SettingsGroup]) -> Option:
     kind, own = _types(group)[name], _help(group)[name]
     parts = (kind,) if isinstance(kind, type) or get_origin(kind) is Literal else get_args(kind)
     default = next(one.default for one in fields(group) if one.name == name) if own.command is None else own.command
+    default = None if own.follows else default
     defaults = {}
     if issubclass(group, ModelSettings):
         defaults = {key: getattr(each, name) for key, each in MODEL_SETTINGS.items() if name in _types(each)}
@@ -950,4 +991,5 @@ def _option(option: str, name: str, group: type[SettingsGroup]) -> Option:
         help=own.text,
         switch=own.switch,
         numbers=any(get_origin(part) is Mapping for part in parts),
+        follows=own.follows,
     )

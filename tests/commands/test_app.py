@@ -635,6 +635,7 @@ def refusals(material: Path, tmp: Path) -> dict[str, tuple[list[Any], int, str]]
         "batch size": (["--batch-size", 0], 2, "--batch-size must be >= 1"),
         "lr": (["--lr", -1], 2, "lr must be finite and > 0"),
         "not a number": (["--epochs", "ten"], 2, "--epochs"),
+        "neither a number nor none": (["--prompt-gate", "off"], 2, "'--prompt-gate': must be float or none"),
         "unknown option": (["--epoch", 3], 2, "--epoch"),
         "readout": (["--readout", "masc"], 2, "readout must be one of"),
         "verbalizer": (["--verbalizer", "x"], 2, "verbalizer must be one of"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -29,7 +30,22 @@ def _info(option: Option) -> Any:
     spelt = [option_name(option.name)] if option.switch or option.type is not bool else []
     if option.choices:
         return choice(option.choices, option.help, *spelt, show_default=option.shown_default())
+    if option.follows and option.optional:  # what is left out is not none
+        return typer.Option(
+            *spelt,
+            help=option.help,
+            metavar=f"{option.type.__name__.upper()}|none",
+            parser=partial(_or_none, option.type),
+            show_default=option.shown_default(),
+        )
     return typer.Option(*spelt, help=option.help, show_default=option.shown_default())
+
+
+def _or_none(kind: type, text: str) -> Any:
+    try:
+        return None if text == "none" else kind(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be {kind.__name__} or none, got {text!r}") from None
 
 
 def _parameter(option: Option) -> inspect.Parameter:

@@ -143,13 +143,14 @@ def _located(options: Mapping[str, Any]) -> dict[str, Any]:
 def _fresh(values: Mapping[str, Any], given: AbstractSet[str]) -> RunSettings:
     from vptm.recipes.recipe import with_recipe
 
-    return _settings(with_recipe(values, given))
+    said = {name: value for name, value in values.items() if name in given or value is not None}
+    return _settings(with_recipe(said, given))
 
 
 def _settings(values: Mapping[str, Any]) -> RunSettings:
     from vptm.models.opening import kind_of
 
-    return RunSettings.from_options(values, kind_of(values["model"], values["readout"], values["architecture"]))
+    return RunSettings.from_options(values, kind_of(*map(values.get, ("model", "readout", "architecture"))))
 
 
 def _resumed(out: Path, values: Mapping[str, Any], given: AbstractSet[str]) -> RunSettings:
