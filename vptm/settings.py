@@ -341,7 +341,7 @@ MODEL_SETTINGS: dict[str, type[ModelSettings]] = {
 class TrainSettings(SettingsGroup):
     """Keywords of `vptm.fit` that decide what is learned."""
 
-    epochs: Annotated[int, Help("Passes over the training images.", command=40)]
+    epochs: Annotated[int, Help("Passes over the training images.", command=80)]
     lr: Annotated[
         float,
         Help(
