@@ -15,12 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.timing import commit
 from studies import trained
-from studies.runs import RESULTS, Study, accuracy, interval
+from studies.runs import RESULTS, Study, accuracy, builtin_weights, interval
 from vptm_kernels._runtime.frozen_linear import has_bfloat16
 
-ROOT = Path(__file__).parent.parent
 PRECISIONS = ("fp32", "bf16")
 PAIR = "bf16 - fp32"
 
@@ -44,22 +42,17 @@ class Precision(Study):
     """Runs of one commit."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.commit = commit(RESULTS.relative_to(ROOT).as_posix())
+        super().__init__(path, builtin_weights())
 
     def stored(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         runs, tuning = super().stored()
         return [run for run in runs if run["commit"] == self.commit], tuning
 
-    def content(self, runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            **self.origin(),
-            "commit": self.commit,
-            "bfloat16_instructions": has_bfloat16(),
-            "summary": summarise(runs),
-            "tuning": trials,
-            "runs": runs,
-        }
+    def head(self) -> dict[str, Any]:
+        return {**super().head(), "commit": self.commit, "bfloat16_instructions": has_bfloat16()}
+
+    def summary(self, runs: list[dict[str, Any]]) -> dict[str, Any]:
+        return summarise(runs)
 
 
 def main() -> None:
@@ -74,7 +67,7 @@ def main() -> None:
     study = Precision(arguments.out)
     for seed in range(arguments.seeds):
         for precision in PRECISIONS:
-            if not any((run["precision"], run["seed"]) == (precision, seed) for run in study.stored()[0]):
+            if not study.has({"precision": precision, "seed": seed}):
                 run = train(precision, seed)
                 study.add({**run, "commit": study.commit})
                 print(f"{precision}, seed {seed}: test {run['test']:.2%}", flush=True)

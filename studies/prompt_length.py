@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from studies.runs import RESULTS
-from studies.trained import Arm, Comparison, Task, TrainedStudy
+from studies.runs import RESULTS, Comparison
+from studies.trained import Arm, Task, TrainedStudy
 from vptm.inspection.figures import new_figure, write_png
 
 LENGTHS = (1, 5, 10, 20, 50, 100)

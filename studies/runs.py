@@ -1,4 +1,13 @@
-"""What the studies of accuracy share: runs in one json that several processes may add to, and paired differences."""
+"""What the studies of accuracy share: runs in one json that several processes may add to, and judged differences.
+
+A difference is judged by its paired t-interval over the seeds, and one that is to be above zero by its p-value as well,
+corrected by Holm for all such comparisons of the study:
+
+- better: seen here, if it is above zero after correction; not seen here, if 95 % of the interval leave no room for
+  `ROOM` points.
+- no worse: seen here, if the interval stays above -`ROOM`; not seen here, if it stays below.
+- else too little data.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +18,23 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from scipy.stats import t as student_t
+from scipy.stats import ttest_1samp
 
 import vptm
+from bench.timing import commit
 from vptm.weights.files import write_atomically
 
-RESULTS = Path(__file__).parent / "results"
-BATCH = 32
-WEIGHT_DECAY = 0.1
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "studies" / "results"
+ROOM = 1.0
+LEVEL = 0.05
 
 
 def interval(values: np.ndarray) -> dict[str, Any]:
@@ -39,12 +52,88 @@ def accuracy(values: np.ndarray) -> dict[str, Any]:
     return {"mean": float(values.mean()), "std": spread, "seeds": len(values)}
 
 
-class Study:
-    """The runs in a json file that several processes may add to."""
+class Comparison(NamedTuple):
+    """What is asked of two arms: whether the first is better than the second, or no worse."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.weights = vptm.PromptedBEiT("builtin", 2).weight_hash()
+    first: str
+    second: str
+    asked: Literal["better", "no worse"] = "better"
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected by Holm for how many there are, in their order.
+
+    Example:
+        >>> holm([0.01, 0.5, 0.02])
+        [0.03, 0.5, 0.04]
+    """
+    corrected, least = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(np.argsort(p_values, kind="stable")):
+        least = max(least, min(1.0, (len(p_values) - place) * float(p_values[index])))
+        corrected[int(index)] = least
+    return corrected
+
+
+def verdict(found: dict[str, Any], asked: str) -> str:
+    """What the head of this file makes of `mean`, `low`, `high`, `seeds` and, for "better", `p_holm`."""
+    if found["seeds"] < 3:
+        return "too little data"
+    if asked == "no worse":
+        return "seen here" if found["low"] > -ROOM else "not seen here" if found["high"] < -ROOM else "too little data"
+    if found["mean"] > 0 and found["p_holm"] < LEVEL:
+        return "seen here"
+    return "not seen here" if found["high"] < ROOM else "too little data"
+
+
+def summarise(
+    runs: Sequence[dict[str, Any]], tasks: Sequence[str], arms: Sequence[str], comparisons: Sequence[Comparison]
+) -> dict[str, Any]:
+    """Accuracies and judged differences of each task, the p-values corrected over all tasks.
+
+    A run has a "task", an "arm", a "seed", and the share of "test" images that were right.
+    """
+    found: dict[str, Any] = {}
+    asked_better: list[dict[str, Any]] = []
+    for task in tasks:
+        accuracies, by = {}, {}
+        for arm in arms:
+            own = {run["seed"]: 100 * run["test"] for run in runs if (run["task"], run["arm"]) == (task, arm)}
+            if own:
+                accuracies[arm] = accuracy(np.array(list(own.values())))
+                by[arm] = own
+        paired = {}
+        for first, second, asked in comparisons:
+            seeds = sorted(by.get(first, {}).keys() & by.get(second, {}).keys())
+            if not seeds:
+                continue
+            differences = np.array([by[first][seed] - by[second][seed] for seed in seeds])
+            one = {**interval(differences), "asked": asked}
+            if asked == "better" and len(seeds) > 1:
+                # equal differences have no spread to test, and so no p-value
+                one["p"] = float(np.nan_to_num(ttest_1samp(differences, 0).pvalue, nan=1.0))
+                asked_better.append(one)
+            paired[f"{first} - {second}"] = one
+        if accuracies:
+            found[task] = {"test_accuracy_percent": accuracies, "paired_difference_points": paired}
+    for one, corrected in zip(asked_better, holm([one["p"] for one in asked_better])):
+        one["p_holm"] = corrected
+    for task_found in found.values():
+        for one in task_found["paired_difference_points"].values():
+            one["verdict"] = verdict(one, one["asked"])
+    return {"comparisons_corrected_for": len(asked_better), "tasks": found}
+
+
+def builtin_weights() -> str:
+    """Hash of the built-in model that is shipped."""
+    return vptm.PromptedBEiT("builtin", 2).weight_hash()
+
+
+class Study:
+    """The runs of `weights` in a json file that several processes may add to."""
+
+    def __init__(self, path: Path, weights: str) -> None:
+        self.path, self.weights = path, weights
+        self.commit = commit(RESULTS.relative_to(ROOT).as_posix())
 
     def stored(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Reported runs and tuning runs of the present weights."""
@@ -53,17 +142,25 @@ class Study:
             return [], []
         return content["runs"], content["tuning"]
 
+    def has(self, done: dict[str, Any], *, tuning: bool = False) -> bool:
+        """Whether a run that `done` describes is stored."""
+        runs, trials = self.stored()
+        return any(run.items() >= done.items() for run in (trials if tuning else runs))
+
     def origin(self) -> dict[str, Any]:
-        """By what command, of which weights, with what and where."""
+        """By what command, with what and where."""
         return {
             "command": shlex.join(["python", "-m", f"studies.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
-            "weights": self.weights,
             "versions": {"vptm": vptm.__version__, "torch": torch.__version__, "python": platform.python_version()},
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         }
 
-    def content(self, runs: list[dict[str, Any]], trials: list[dict[str, Any]]) -> dict[str, Any]:
-        """What the json holds, these runs and trials and `origin` among it."""
+    def head(self) -> dict[str, Any]:
+        """What the json says of all runs."""
+        return {"weights": self.weights, **self.origin()}
+
+    def summary(self, runs: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the runs come to."""
         raise NotImplementedError
 
     def add(self, run: dict[str, Any], *, tuning: bool = False) -> None:
@@ -72,5 +169,5 @@ class Study:
             fcntl.flock(lock, fcntl.LOCK_EX)
             runs, trials = self.stored()
             (trials if tuning else runs).append(run)
-            content = self.content(runs, trials)
+            content = {**self.head(), "summary": self.summary(runs), "tuning": trials, "runs": runs}
             write_atomically(self.path, json.dumps(content, indent=1) + "\n")

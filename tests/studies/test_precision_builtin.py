@@ -11,8 +11,7 @@ import pytest
 
 from studies import precision_builtin, report, trained
 from studies.precision_builtin import PAIR, PRECISIONS, Precision, summarise
-from studies.runs import RESULTS
-from vptm import PromptedBEiT
+from studies.runs import RESULTS, builtin_weights
 
 
 def run(precision: str, seed: int, test: float = 0.5, commit: str | None = "a") -> dict[str, Any]:
@@ -54,7 +53,7 @@ def test_finished_runs_are_kept_and_those_of_another_commit_are_not(
         ("a", 2, [("fp32", 1), ("bf16", 1)]),
         ("b", 1, [("fp32", 0), ("bf16", 0)]),
     ):
-        monkeypatch.setattr(precision_builtin, "commit", lambda results, commit=commit: commit)
+        monkeypatch.setattr("studies.runs.commit", lambda results, commit=commit: commit)
         name = "/somewhere/studies/precision_builtin.py"  # what python -m makes of it
         monkeypatch.setattr(sys, "argv", [name, "--seeds", str(seeds), "--out", str(tmp_path / "p.json")])
         made.clear()
@@ -70,7 +69,7 @@ def test_finished_runs_are_kept_and_those_of_another_commit_are_not(
 def test_the_committed_sentence_is_that_of_the_committed_runs() -> None:
     """A number typed into the docs, runs of other weights, or a run counted twice would be read as measured."""
     content = json.loads((RESULTS / "precision.json").read_text(encoding="utf-8"))
-    assert content["weights"] == PromptedBEiT("builtin", 2).weight_hash()
+    assert content["weights"] == builtin_weights()
     assert not content["commit"].endswith("+") and {run["commit"] for run in content["runs"]} == {content["commit"]}
     pairs = sorted((run["precision"], run["seed"]) for run in content["runs"])
     assert pairs == sorted((precision, seed) for precision in PRECISIONS for seed in range(5))

@@ -12,9 +12,9 @@ import pytest
 import typer
 from scipy.stats import false_discovery_control, ttest_rel
 
-from studies import prompt_length, report, trained, what_prompts_add
-from studies.runs import RESULTS
-from studies.trained import Arm, Comparison, Task, TrainedStudy, holm, verdict
+from studies import prompt_length, trained, what_prompts_add
+from studies.runs import Comparison, holm, verdict
+from studies.trained import Arm, Task, TrainedStudy
 from vptm.commands.app import app
 from vptm.recipes.recipe import with_recipe
 
@@ -153,26 +153,6 @@ def test_arms_are_options_of_vptm_train(
         read = with_recipe(settings, {word[2:].replace("-", "_") for word in one.split() if word.startswith("--")})
         steps = read["epochs"] * -(-160 // read["batch_size"])
         assert steps >= 400 or program is prompt_length, f"{one}: {steps} steps"
-
-
-@pytest.mark.parametrize(
-    ("name", "program"), [("prompt_length", prompt_length), ("what_prompts_add", what_prompts_add)]
-)
-def test_committed_runs_have_the_committed_summary_and_table(name: str, program: Any) -> None:
-    """Numbers of other runs, other weights or by hand would be read as measured, and one counted twice narrows them."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        assert not path.with_suffix(".md").exists(), "a table of no runs"
-        return
-    content = json.loads(path.read_text(encoding="utf-8"))
-    study = program.study(path)
-    assert content["weights"] == study.weights
-    # what was read from json once more has the same numbers
-    assert content["summary"] == json.loads(json.dumps(study.summary(content["runs"])))
-    keys = [(run["task"], run["arm"], run["seed"]) for run in content["runs"]]
-    assert len(set(keys)) == len(keys) and all(run["commit"] for run in content["runs"])
-    table = path.with_suffix(".md").read_text(encoding="utf-8")
-    assert table == report.trained(report.TRAINED[name], name, content), "run: python -m studies.report"
 
 
 def test_the_picture_has_a_line_for_what_ran(tmp_path: Path) -> None:

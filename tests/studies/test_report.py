@@ -1,0 +1,57 @@
+"""Tables of the studies: numbers are those of the committed runs, and each says where its runs are from."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from studies import label_mapping, prompt_length, report, what_prompts_add
+from studies.runs import RESULTS, builtin_weights
+
+PROGRAMS = {
+    "prompt_length": prompt_length,
+    "what_prompts_add": what_prompts_add,
+    "label_mapping": label_mapping,
+}
+
+
+@pytest.mark.parametrize("name", report.STUDIES)
+def test_committed_runs_have_the_committed_summary_and_table(name: str) -> None:
+    """Numbers of other runs, other weights or by hand would be read as measured, and one counted twice narrows them."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        assert name == "what_prompts_add" and not path.with_suffix(".md").exists(), "a table of no runs"
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    study = PROGRAMS[name].study(path)
+    assert content["weights"] == study.weights
+    # what was read from json once more has the same numbers
+    assert content["summary"] == json.loads(json.dumps(study.summary(content["runs"])))
+    keys = [(run["task"], run["arm"], run["seed"]) for run in content["runs"]]
+    assert len(set(keys)) == len(keys)
+    assert all(run["commit"] or "bench/accuracy_claims.py" in run["command"] for run in content["runs"])
+    table = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert table == report.table(name, content), "run: python -m studies.report"
+
+
+def test_runs_of_another_built_in_model_are_told() -> None:
+    """They would be read as those of the one that is shipped."""
+    assert report.of_weights({"weights": builtin_weights()}).endswith(", which are shipped.")
+    assert report.of_weights({"weights": "sha256:0"}).startswith("**Of an earlier built-in model**, sha256:0; ")
+
+
+def test_a_table_counts_runs_by_their_command() -> None:
+    """Runs of an earlier program would be read as those of the one whose arms the table names."""
+
+    def run(command: str, commit: str | None) -> dict[str, Any]:
+        return {"command": command, "commit": commit, "versions": {"vptm": "1", "torch": "2"}}
+
+    mine, old = "python -m studies.label_mapping --seeds 2", "python bench/old.py"
+    told = report.made_by({"runs": [run(old, None), run(mine, "a"), run(old, None), run(mine, "b")]})
+    assert told.splitlines() == [
+        f"Runs: 2 by `{old}`, an earlier program with these arms; vptm 1, torch 2, commit not recorded.",
+        f"Runs: 1 by `{mine}`; vptm 1, torch 2, commit a.",
+        f"Runs: 1 by `{mine}`; vptm 1, torch 2, commit b.",
+    ]
