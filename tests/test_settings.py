@@ -75,30 +75,31 @@ def test_options_name_every_setting_and_come_back(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "kind", "start", "lr", "gate"),
+    ("said", "kind", "start", "mode", "gate"),
     [
-        ({}, "beit", "class_means", 0.0005, -4.0),
-        ({"prompt_gate": None}, "beit", "class_means", 0.0005, None),
-        ({"prompt_gate": 0.0, "lr": 0.1}, "beit", "class_means", 0.1, 0.0),
-        ({"prototype_init": "xavier"}, "beit", "xavier", 0.002, -4.0),
-        ({"verbalizer": "linear"}, "beit", "xavier", 0.002, -4.0),
-        ({"multi_label": True, "shots": "all"}, "beit", "xavier", 0.002, -4.0),
-        ({"prompt_length": 0}, "beit", "class_means", 0.0005, None),
-        ({"prompt_mode": "deep", "prompt_kind": "cross"}, "beit", "class_means", 0.0005, None),
-        ({"prompt_mode": "deep", "prompt_kind": "kv"}, "beit", "class_means", 0.0005, -4.0),
-        ({"prompt_placement": "add"}, "beit", "class_means", 0.0005, None),
-        ({"recipe": "vptm"}, "beit", "xavier", 0.002, None),
-        ({}, "classifier_beit", "xavier", 0.002, None),
-        ({}, "vit", "xavier", 0.002, None),
-        ({"verbalizer": "prototypical"}, "vit", "class_means", 0.0005, None),
+        ({}, "beit", "class_means", "deep", -4.0),
+        ({"prompt_gate": None}, "beit", "class_means", "deep", None),
+        ({"prompt_gate": 0.0, "prompt_mode": "shallow"}, "beit", "class_means", "shallow", 0.0),
+        ({"prototype_init": "xavier"}, "beit", "xavier", "deep", -4.0),
+        ({"verbalizer": "linear"}, "beit", "xavier", "deep", -4.0),
+        ({"multi_label": True, "shots": "all"}, "beit", "xavier", "deep", -4.0),
+        ({"prompt_length": 0}, "beit", "class_means", "deep", None),
+        ({"prompt_kind": "cross"}, "beit", "class_means", "deep", None),
+        ({"prompt_kind": "kv"}, "beit", "class_means", "deep", -4.0),
+        ({"prompt_placement": "add"}, "beit", "class_means", "deep", None),
+        ({"recipe": "vptm"}, "beit", "xavier", "shallow", None),
+        ({}, "classifier_beit", "xavier", "shallow", None),
+        ({}, "vit", "xavier", "deep", None),
+        ({"verbalizer": "prototypical", "prompt_mode": "shallow"}, "vit", "class_means", "shallow", None),
     ],
 )
 def test_defaults_that_follow_from_other_options(
-    said: dict[str, Any], kind: str, start: str, lr: float, gate: float | None
+    said: dict[str, Any], kind: str, start: str, mode: str, gate: float | None
 ) -> None:
     """One that does not fit the rest would refuse a run that asked for nothing of the kind, or change a recipe's."""
     run = RunSettings.from_options(said, kind)
-    assert (run.prototype_init, run.train_settings.lr, run.model_settings.prompt_gate) == (start, lr, gate)
+    model = run.model_settings
+    assert (run.prototype_init, model.prompt_mode, model.prompt_gate) == (start, mode, gate)
     assert RunSettings.from_options(run.options(), kind) == run, "a run that is resumed keeps its own"
 
 

@@ -56,9 +56,7 @@ PROMPT_LOCATION = (
 FREE_ON_RESUME = frozenset(
     {"device", "impl", "log", "workers", "grad_checkpointing"}
 )  # these change nothing of what a run learns
-# what `vptm train` starts with, chosen on validation images: studies/results/default_recipe.json
-RATES: Mapping[PrototypeStart, float] = {"class_means": 0.0005, "xavier": 0.002}
-MUTED_GATE = -4.0
+MUTED_GATE = -4.0  # 50 prompts then weigh less than one key
 EVALUATION_BATCH = 256  # images per step where nothing is learned
 THRESHOLD = 0.5  # least probability of a label where an image has several, unless another is asked for
 _GROUPS = ", ".join(get_args(LearnedGroup))
@@ -73,7 +71,7 @@ class Help:
     command: its default in `vptm train`, where that is not the one in Python. option: its name there, where it is
     another; None for a setting that is no option. switch: it can only be turned on. within: the range of a number, in
     words that `check_range` knows; none: what None means beside it, where it may be None. follows: its default in `vptm
-    train` in words, where that depends on other options, see `_following`.
+    train` in words, where that depends on other options, as `_following` says.
     """
 
     text: str = ""
@@ -218,7 +216,13 @@ class ModelSettings(SettingsGroup):
     whom: ClassVar[str]
 
     prompt_length: Annotated[int, Help("Prompts per layer.")] = 10
-    prompt_mode: Annotated[PromptMode, Help("Where prompts enter.")] = "shallow"
+    prompt_mode: Annotated[
+        PromptMode,
+        Help(
+            "Where prompts enter.",
+            follows="deep; shallow for a BEiT that has no mask token or a recipe that does not say",
+        ),
+    ] = "shallow"
     prompt_dropout: Annotated[float, Help("Dropout of prompts.", within="in [0, 1)")] = 0.0
     progressive_alpha: Annotated[float | Sequence[float], Help("Alpha of progressive prompts.", within="in [0, 1]")] = (
         0.01
@@ -342,14 +346,7 @@ class TrainSettings(SettingsGroup):
     """Keywords of `vptm.fit` that decide what is learned."""
 
     epochs: Annotated[int, Help("Passes over the training images.", command=80)]
-    lr: Annotated[
-        float,
-        Help(
-            "Peak learning rate.",
-            follows=f"{RATES['class_means']} where prototypes start as class_means, else {RATES['xavier']}",
-            within="finite and > 0",
-        ),
-    ]
+    lr: Annotated[float, Help("Peak learning rate.", command=0.002, within="finite and > 0")]
     weight_decay: Annotated[float, Help("Weight decay of matrices.", command=0.1, within="finite and >= 0")] = 0.0
     optimizer: Annotated[str, Help("A timm optimiser.")] = "adamw"
     schedule: Annotated[Schedule, Help("Of the learning rate.")] = "cosine"
@@ -549,12 +546,11 @@ class RunSettings(PictureSettings):
         ),
     ] = None
     model_settings: Annotated[ModelSettings, NO_OPTION] = field(
-        default_factory=lambda: BEiTSettings(pretrained=True, prompt_gate=MUTED_GATE)
+        default_factory=lambda: BEiTSettings(pretrained=True, prompt_mode="deep", prompt_gate=MUTED_GATE)
     )
     train_settings: Annotated[TrainSettings, NO_OPTION] = field(
         default_factory=lambda: TrainSettings(
             **{name: option.default for name, option in TrainSettings.options_of().items()}
-            | {"lr": RATES["class_means"]}
         )
     )
 
@@ -631,19 +627,17 @@ class RunSettings(PictureSettings):
 
 
 def _following(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Defaults that follow from other options, see `RATES`; None among `values` stands for what is not said.
-
-    A recipe says itself what its method starts with.
-    """
-    free = values["recipe"] is None
+    """Defaults of a run that follow from its other options, chosen on validation images: default_recipe.json in
+    studies/results. A recipe says itself what its method starts with."""
+    if values["recipe"] is not None:
+        return {"prototype_init": "xavier"}
     one_label = values["verbalizer"] == "prototypical" and not values["multi_label"]
-    columns = (
-        values["prompt_length"] > 0 and values["prompt_placement"] == "prepend" and values["prompt_kind"] != "cross"
-    )
-    start = values["prototype_init"] or ("class_means" if free and one_label else "xavier")
-    gate = MUTED_GATE if free and kind == "beit" and columns else None
-    lr = RATES["class_means" if start == "class_means" else "xavier"]  # what is neither is refused by its own setting
-    return {"prototype_init": start, "lr": lr, "prompt_gate": gate}
+    found: dict[str, Any] = {"prototype_init": "class_means" if one_label else "xavier"}
+    if kind == "beit":
+        found["prompt_mode"] = "deep"
+        if values["prompt_length"] > 0 and values["prompt_placement"] == "prepend" and values["prompt_kind"] != "cross":
+            found["prompt_gate"] = MUTED_GATE
+    return found
 
 
 @dataclass(frozen=True)

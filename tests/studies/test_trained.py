@@ -116,7 +116,7 @@ def test_a_run_is_one_of_vptm_train() -> None:
     short = ["--epochs", "1", "--shots", "1", "--batch-size", "10"]
     run = trained.train(short, 3)
     assert run["command"] == "vptm train --device cpu --epochs 1 --shots 1 --batch-size 10 --seed 3"
-    assert run["settings"] == {"shots": "1", "epochs": 1, "batch_size": 10, "lr": 0.0005}
+    assert run["settings"] == {"shots": "1", "epochs": 1, "batch_size": 10, "lr": 0.002}
     assert 0 < run["test"] < 1 and run["test"] != run["val"]
     with pytest.raises(SystemExit, match=r"(?s)--epochs 0 --seed 3 ended with status 2:.*epochs must be"):
         trained.train(["--epochs", "0"], 3)
