@@ -92,7 +92,7 @@ SHOWN: dict[tuple[str, str], Callable[[str, Path], None] | str] = {
     ("docs/training.md", '{"file_name": '): _list,
     (
         "docs/training.md",
-        "epoch  1/40  step",
+        "epoch  1/80  step",
     ): "training/test_fit.py::test_steps_are_counted_before_the_first_epoch_ends",
     ("docs/training.md", "real pictures "): "methods/test_feeding.py::test_what_is_measured_says_which_is_the_limit",
     ("docs/training.md", "stream = timm.data."): "training/test_streams.py::test_timms_shards_stream_into_fit",

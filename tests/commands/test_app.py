@@ -499,7 +499,7 @@ def test_explain_prints_and_draws(vptm: Console, run: Path, material: Path, tmp_
 def test_inspect_shows_runs_and_checkpoints(vptm: Console, run: Path, material: Path) -> None:
     code, out, _ = vptm("inspect", run)
     assert code == 0 and "sha256:" in out and "left, right, upper" in out and "test accuracy" in out
-    assert "learned prompts.weight" in out and "1x10x16" in out
+    assert "learned prompts.weight" in out and "2x10x16" in out
     code, out, _ = vptm("inspect", material / "backbone.safetensors")
     assert code == 0 and "format" in out and "2 blocks, 16 wide" in out
 
