@@ -159,17 +159,8 @@ class PromptedBEiT(PromptedModel):
         self.extra_bias = extra_bias
         self.impl = impl
 
-        if pretrained and isinstance(source, str) and source in timm.list_models(module="beit"):
-            needs = ""
-            if readout == "mask":
-                needs = "a mask token"
-            elif token_activation != "hidden":
-                needs = "a visual-token head"
-            if needs:  # known before anything is downloaded
-                raise ValueError(
-                    f"this read-out needs {needs}, timm's weights of {source} have none: "
-                    f"expected {MASKED_MODELLING_WEIGHTS}"
-                )
+        if pretrained:
+            self._refuse_before_download(source, token_activation)
         loaded = load_backbone(source, img_size=img_size, pretrained=pretrained)
         self.source = None if isinstance(source, Beit | LoadedBackbone) else str(source)
         self.report: LoadReport = loaded.report
@@ -179,11 +170,46 @@ class PromptedBEiT(PromptedModel):
         for block in self.backbone.blocks:
             if type(block.attn) is Attention:
                 block.attn.__class__ = BiasedAttention  # the same parts, for rows that timm's table does not know
-        self.num_features = width = self.backbone.embed_dim
+        self.num_features = self.backbone.embed_dim
 
-        mask_token, lm_head = loaded.mask_token, loaded.lm_head
+        mask_token, self.lm_head = self._masked_modelling_parts(loaded, token_activation, vocab_size)
+        self.mask_token = None if mask_token is None else nn.Parameter(mask_token.detach().clone())
+
+        self.has_mask_row = readout == "mask" and mask_mode == "insert"
+        self._take_window()
+        bias_mode, _ = parse_extra_bias(extra_bias, tuple(self.backbone.patch_embed.grid_size))
+        self._check_bias_source(bias_mode)
+
+        self.prompts = self._make_prompts()
+        length = self.prompts.length
+        self.register_buffer("bias_index", self._take_rows(), persistent=False)
+        self.prompt_bias = None
+        if bias_mode == "learned" and length > 0:
+            heads = self.backbone.blocks[0].attn.num_heads
+            self.prompt_bias = nn.Parameter(torch.zeros(len(self.backbone.blocks), 2, heads, length))
+        self.verbalizer = self._make_verbalizer(num_classes)
+        self._finish()
+
+    def _refuse_before_download(self, source: Any, token_activation: TokenActivation) -> None:
+        """Refuse a read-out of masked-modelling weights where timm's, which have none, would be downloaded."""
+        if not isinstance(source, str) or source not in timm.list_models(module="beit"):
+            return
+        needs = "a visual-token head" if token_activation != "hidden" else ""
+        needs = "a mask token" if self.readout == "mask" else needs
+        if needs:
+            raise ValueError(
+                f"this read-out needs {needs}, timm's weights of {source} have none: "
+                f"expected {MASKED_MODELLING_WEIGHTS}"
+            )
+
+    def _masked_modelling_parts(
+        self, loaded: LoadedBackbone, token_activation: TokenActivation, vocab_size: int
+    ) -> tuple[Tensor | None, nn.Linear | None]:
+        """Mask token and token head of the weights; with a warning random ones, where they are read and there are no
+        weights at all."""
+        mask_token, lm_head, width = loaded.mask_token, loaded.lm_head, self.num_features
         fresh = []
-        if readout == "mask" and mask_token is None:
+        if self.readout == "mask" and mask_token is None:
             if loaded.pretrained:
                 raise ValueError(
                     f"readout='mask' needs a mask token, {self.report.source} has none: "
@@ -207,25 +233,9 @@ class PromptedBEiT(PromptedModel):
                 f"{self.report.source} brings no masked-modelling weights: "
                 f"made a random {' and a random '.join(fresh)}; "
                 f"for real use load {MASKED_MODELLING_WEIGHTS}",
-                stacklevel=2,
+                stacklevel=3,
             )
-        self.mask_token = None if mask_token is None else nn.Parameter(mask_token.detach().clone())
-        self.lm_head = lm_head
-
-        self.has_mask_row = readout == "mask" and mask_mode == "insert"
-        self._take_window()
-        bias_mode, _ = parse_extra_bias(extra_bias, tuple(self.backbone.patch_embed.grid_size))
-        self._check_bias_source(bias_mode)
-
-        self.prompts = self._make_prompts()
-        length = self.prompts.length
-        self.register_buffer("bias_index", self._take_rows(), persistent=False)
-        self.prompt_bias = None
-        if bias_mode == "learned" and length > 0:
-            heads = self.backbone.blocks[0].attn.num_heads
-            self.prompt_bias = nn.Parameter(torch.zeros(len(self.backbone.blocks), 2, heads, length))
-        self.verbalizer = self._make_verbalizer(num_classes)
-        self._finish()
+        return mask_token, lm_head
 
     def _take_window(self) -> None:
         """What goes with the window of patches that the backbone has."""

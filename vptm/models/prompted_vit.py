@@ -152,16 +152,7 @@ class PromptedViT(PromptedModel):
         self.report = loaded.report
         backbone: Any = loaded.backbone
         self.backbone = backbone
-        pools = isinstance(backbone.attn_pool, AttentionPoolLatent)
-        if readout == "cls" and backbone.cls_token is None:
-            instead = "map" if pools else "mean"
-            raise ValueError(f"readout='cls' needs a class token, this backbone has none: use readout={instead!r}")
-        if readout == "map" and not pools:
-            found = type(backbone.attn_pool).__name__ if backbone.attn_pool is not None else "none"
-            raise ValueError(
-                f"readout='map' needs the attention pooling of its source, AttentionPoolLatent, this backbone has "
-                f"{found}: use readout={'mean' if backbone.cls_token is None else 'cls'!r}"
-            )
+        self._check_readout(loaded)
         self.num_features = backbone.embed_dim
         self.num_patches = backbone.patch_embed.num_patches
         self.architecture = {
@@ -173,30 +164,52 @@ class PromptedViT(PromptedModel):
             "prefix_tokens": backbone.num_prefix_tokens,
         }
         self.default_cfg = dict(loaded.default_cfg)
-        self.prompt_bias = self.lm_head = None
+        self.prompt_bias = None
         self.mask_token = None if loaded.mask_token is None else nn.Parameter(loaded.mask_token.detach().clone())
-        if readout == "mask" and self.mask_token is None:
-            raise ValueError(
-                f"readout='mask' needs a mask token in the encoder, {loaded.report.source} has none: expected "
-                "DINOv2's, DINOv3's or EVA-02's weights as their repository keeps them"
-            )
         self._take_window()
-        if codebook is not None:
-            self.lm_head = load_codebook(codebook, backbone.embed_dim, backbone.patch_embed.proj.weight.dtype)
-            self.config["codebook"] = list(self.lm_head.weight.shape)
-        elif token_activation != "hidden":
-            plain = type(backbone).forward_head in (VisionTransformer.forward_head, Eva.forward_head)
-            if not isinstance(backbone.head, nn.Linear) or not plain:
-                raise ValueError(
-                    f"token_activation={token_activation!r} reads the source's classifier, this backbone does not have "
-                    "exactly one: use 'hidden'"
-                )
-            self.lm_head = copy.deepcopy(backbone.head)  # of its own, as it may learn
+        self.lm_head = self._token_head(codebook, token_activation)
         backbone.reset_classifier(0)
         self.prompts = self._make_prompts()
         self._take_rows()
         self.verbalizer = self._make_verbalizer(num_classes)
         self._finish()
+
+    def _check_readout(self, loaded: LoadedViT) -> None:
+        """Refuse a row that the weights do not have."""
+        backbone, readout = loaded.backbone, self.readout
+        pools = isinstance(backbone.attn_pool, AttentionPoolLatent)
+        if readout == "cls" and backbone.cls_token is None:
+            instead = "map" if pools else "mean"
+            raise ValueError(f"readout='cls' needs a class token, this backbone has none: use readout={instead!r}")
+        if readout == "map" and not pools:
+            found = type(backbone.attn_pool).__name__ if backbone.attn_pool is not None else "none"
+            raise ValueError(
+                f"readout='map' needs the attention pooling of its source, AttentionPoolLatent, this backbone has "
+                f"{found}: use readout={'mean' if backbone.cls_token is None else 'cls'!r}"
+            )
+        if readout == "mask" and loaded.mask_token is None:
+            raise ValueError(
+                f"readout='mask' needs a mask token in the encoder, {loaded.report.source} has none: expected "
+                "DINOv2's, DINOv3's or EVA-02's weights as their repository keeps them"
+            )
+
+    def _token_head(self, codebook: Any, token_activation: TokenActivation) -> nn.Linear | None:
+        """What makes token logits of the read-out row: the codebook, else the source's classifier; None where the
+        hidden state is read."""
+        backbone = self.backbone
+        if codebook is not None:
+            head = load_codebook(codebook, backbone.embed_dim, backbone.patch_embed.proj.weight.dtype)
+            self.config["codebook"] = list(head.weight.shape)
+            return head
+        if token_activation == "hidden":
+            return None
+        plain = type(backbone).forward_head in (VisionTransformer.forward_head, Eva.forward_head)
+        if not isinstance(backbone.head, nn.Linear) or not plain:
+            raise ValueError(
+                f"token_activation={token_activation!r} reads the source's classifier, this backbone does not have "
+                "exactly one: use 'hidden'"
+            )
+        return copy.deepcopy(backbone.head)  # of its own, as it may learn
 
     def _take_window(self) -> None:
         """What goes with the window of patches that the backbone has."""
