@@ -810,6 +810,11 @@ class Option:
     numbers: bool = False
     follows: str = ""
 
+    @property
+    def says_none(self) -> bool:
+        """Whether the word none is a value: what is left out is something else."""
+        return bool(self.follows) and self.optional
+
     def default_for(self, kind: str) -> Any:
         """The default for a kind of model, a key of `MODEL_SETTINGS`."""
         return self.defaults.get(kind, self.default)
@@ -831,6 +836,8 @@ class Option:
         """`value` from a YAML file with the type of the option; ValueError, without the name, where it has another."""
         if self.numbers and isinstance(value, Mapping):
             value = numbers_text(value)
+        if self.says_none and value == "none":
+            return None
         if self.type is float and isinstance(value, int | str) and not isinstance(value, bool):
             with suppress(ValueError, OverflowError):
                 value = float(value)  # YAML reads 5e-2 as text
@@ -864,6 +871,18 @@ def without_prompt_location(values: Mapping[str, Any]) -> dict[str, Any]:
 def option_name(name: str) -> str:
     """A setting's name on the command line: --batch-size of batch_size."""
     return f"--{name.replace('_', '-')}"
+
+
+def option_value(value: Any) -> str:
+    """A setting's value on the command line, where None is none.
+
+    Example:
+        >>> option_value(None), option_value({"prompts": 0.1}), option_value(8)
+        ('none', 'prompts=0.1', '8')
+    """
+    if isinstance(value, Mapping):
+        return numbers_text(value)
+    return "none" if value is None else str(value)
 
 
 def parse_shots(text: str) -> int | None:

@@ -580,6 +580,15 @@ def test_resuming_with_another_argument_is_refused(vptm: Console, run: Path) -> 
         "vptm: --epochs 9 differs from the run's 25: leave it out to resume",
     )
     assert vptm("train", "--resume", "--out", run, "--epochs", 25)[0] == 0
+    reason = "differs from the run's"  # what none is called on the command line
+    assert vptm.refused("train", "--resume", "--out", run, "--prompt-gate", "none") == (
+        2,
+        f"vptm: --prompt-gate none {reason} -4.0: leave it out to resume",
+    )
+    assert vptm.refused("train", "--resume", "--out", run, "--recipe", "vptm")[1].startswith(
+        f"vptm: --recipe vptm {reason} none: "
+    )
+    assert vptm("train", "--resume", "--out", run, "--prompt-gate", -4, "--prompt-mode", "deep")[0] == 0
 
 
 def test_an_existing_run_is_kept_unless_overwritten(vptm: Console, material: Path, tmp_path: Path) -> None:

@@ -175,6 +175,17 @@ def test_flags_reach_every_run_and_are_compared(run: Any, calls: list[list[str]]
     assert not result.failures and result.runs[0]["settings"]["augment"] == result.chosen["augment"]
 
 
+def test_a_search_may_choose_no_gates(run: Any) -> None:
+    """None of a recipe is none on the command line of a run; passed as None, the search would be refused."""
+    Path("mine.yaml").write_text(MINE.format(", prompt_gate: -4") + "search: {prompt_gate: [null]}\n")
+    (result,) = run("mine.yaml", seeds=1, epochs=1, search=True)
+    assert not result.failures and result.runs[0]["settings"]["prompt_gate"] is None
+    assert table([result])[1][-1] == "prompt_gate=none"
+    Path("mine.yaml").write_text(MINE.format(", prompt_gate: -4"))
+    with pytest.raises(ValueError, match=r"was trained with --prompt-gate none, not -4\.0: choose another folder"):
+        run("mine.yaml", seeds=1, epochs=1)
+
+
 def test_what_no_run_could_use_is_refused_before_the_first(
     run: Any,
     calls: list[list[str]],

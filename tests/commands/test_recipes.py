@@ -37,6 +37,7 @@ def test_every_recipe_trains(vptm: Console, material: Path, name: str) -> None:
     for key, value in read_recipe(name).settings.items():
         assert key in given or run["settings"][key] == value, key
     assert run["settings"]["recipe"] == name and run["settings"]["epochs"] == 2
+    assert (run["settings"]["prompt_gate"], run["settings"]["prototype_init"]) == (None, "xavier"), "no method's own"
     assert "test accuracy" in out and load_adapter("run", source=material / "backbone.safetensors").num_classes == 3
     assert run["cost"]["trainable_parameters"] > 0 and run["cost"]["images_per_second"] > 0
     assert run["cost"]["peak_memory"] > 1e6
@@ -84,6 +85,24 @@ def test_own_recipe_and_command_line(vptm: Console, material: Path) -> None:
     )
     run, _ = train(vptm, material, "mine.yaml", "--lr", 0.02)
     assert (run["settings"]["readout"], run["settings"]["seed"], run["settings"]["lr"]) == ("mean", 4, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "gate"),
+    [
+        ("{}", [], None),
+        ("{prompt_gate: -3}", [], -3.0),
+        ("{prompt_gate: null}", [], None),
+        ("{prompt_gate: none}", [], None),
+        ("{prompt_gate: -3}", ["--prompt-gate", "none"], None),
+        ("{prompt_gate: none}", ["--prompt-gate", "-2"], -2.0),
+    ],
+)
+def test_gates_of_a_recipe(tmp_path: Path, written: str, given: list[str], gate: float | None) -> None:
+    """A recipe without gates has none, and takes the word that the command line takes, which goes before it."""
+    (tmp_path / "mine.yaml").write_text(f"summary: mine\nsettings: {written}\n")
+    settings, _ = train_settings(["--recipe", str(tmp_path / "mine.yaml"), *given])
+    assert settings.model_settings.prompt_gate == gate
 
 
 def test_a_recipe_decides_on_augmentation(vptm: Console, material: Path, monkeypatch: pytest.MonkeyPatch) -> None:

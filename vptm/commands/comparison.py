@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from vptm.data.sources import load_data
 from vptm.data.split_list import SplitList
 from vptm.methods.run import checked_place
 from vptm.recipes.recipe import Recipe, read_recipe
-from vptm.settings import FREE_ON_RESUME, RunSettings, numbers_text, option_name, parse_shots, train_options
+from vptm.settings import FREE_ON_RESUME, RunSettings, option_name, option_value, parse_shots, train_options
 from vptm.training.run_folder import RUN_FILE, prepare_run_folder
 from vptm.training.state import STATE_FILE
 
@@ -157,7 +157,9 @@ def compare(
             return run(result, folder, options_of(method, extra))
 
         result.chosen = _search(recipe, trial)
-        report(f"{result.name}: chose {' '.join(f'{key}={value}' for key, value in result.chosen.items())}")
+        report(
+            f"{result.name}: chose {' '.join(f'{key}={option_value(value)}' for key, value in result.chosen.items())}"
+        )
 
     with ThreadPoolExecutor(jobs) as pool:
         if search:
@@ -171,7 +173,7 @@ def _as_option(name: str, value: Any) -> list[str]:
     option = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{option}" if value else f"--no-{option}"]
-    return [f"--{option}", numbers_text(value) if isinstance(value, Mapping) else str(value)]
+    return [f"--{option}", option_value(value)]
 
 
 def _check_data(settings: RunSettings, search: bool) -> None:
@@ -221,7 +223,7 @@ def _other_setting(folder: Path, settings: RunSettings, searched: Collection[str
         if stored[name] != value and name not in FREE and name not in searched:
             if name == "data" and _moved(folder, stored[name], settings):
                 continue
-            return f"{option_name(name)} {stored[name]}, not {value}"
+            return f"{option_name(name)} {option_value(stored[name])}, not {option_value(value)}"
     return None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vptm.inspection.figures import new_figure, write_png
+from vptm.settings import option_value
 from vptm.weights.files import write_atomically
 
 COLUMNS = (
@@ -57,7 +58,7 @@ class MethodResult:
             "trainable_parameters": cost[0]["trainable_parameters"] if cost else None,
             "images_per_second": statistics.median(speeds) if speeds else None,
             "peak_memory_mib": max(one["peak_memory"] for one in cost) / 2**20 if cost else None,
-            "chosen": " ".join(f"{key}={value}" for key, value in self.chosen.items()),
+            "chosen": " ".join(f"{key}={option_value(value)}" for key, value in self.chosen.items()),
         }
 
 

@@ -30,7 +30,7 @@ def _info(option: Option) -> Any:
     spelt = [option_name(option.name)] if option.switch or option.type is not bool else []
     if option.choices:
         return choice(option.choices, option.help, *spelt, show_default=option.shown_default())
-    if option.follows and option.optional:  # what is left out is not none
+    if option.says_none:
         return typer.Option(
             *spelt,
             help=option.help,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from vptm.commands.options import takes
-from vptm.settings import FREE_ON_RESUME, PROMPT_LOCATION, RunSettings, option_name, train_options
+from vptm.settings import FREE_ON_RESUME, PROMPT_LOCATION, RunSettings, option_name, option_value, train_options
 from vptm.terminal import say
 
 
@@ -165,6 +165,7 @@ def _resumed(out: Path, values: Mapping[str, Any], given: AbstractSet[str]) -> R
     for name in sorted(values.keys() & given - FREE_ON_RESUME - moved):
         if known.get(name) != values[name] and not grows(name, known.get(name), values[name]):
             raise ValueError(
-                f"{option_name(name)} {values[name]} differs from the run's {known.get(name)}: leave it out to resume"
+                f"{option_name(name)} {option_value(values[name])} differs from the run's "
+                f"{option_value(known.get(name))}: leave it out to resume"
             )
     return _settings({**values, **{name: value for name, value in known.items() if name not in given}})
