@@ -153,6 +153,32 @@ def test_train_can_start_at_class_means(vptm: Console, material: Path, tmp_path:
         torch.testing.assert_close(model.verbalizer.prototypes[k].detach(), mean, rtol=1e-4, atol=1e-5)
 
 
+def test_class_means_of_a_class_without_training_images(
+    vptm: Console, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default, which a class that only lists of other splits have cannot have, names the option that goes on; by
+    then no picture is decoded."""
+    rows = [f"{CLASSES[k % 3]}/{k // 3}.png {k % 3}\n" for k in range(18)]
+    for name, chosen in (
+        ("train800", [r for r in rows[:9] if r[-2] != "2"]),
+        ("val200", rows[9:12]),
+        ("test", rows[12:]),
+    ):
+        (tmp_path / f"{name}.txt").write_text("".join(chosen))
+    write_pictures(tmp_path, 6)
+    arguments = ["train", "--model", material / "backbone.safetensors", "--data", tmp_path / "train800.txt"]
+    arguments += ["--shots", "all", "--epochs", 1, "--out", tmp_path / "r"]
+    with monkeypatch.context() as patched:
+        patched.setattr("vptm.methods.run.refuse_unreadable", None)
+        assert vptm.refused(*arguments) == (
+            2,
+            "vptm: --prototype-init class_means needs a training image of every class, got none of '2': "
+            "--prototype-init xavier starts at random",
+        )
+    assert not (tmp_path / "r").exists()
+    assert vptm(*arguments, "--prototype-init", "xavier")[0] == 0
+
+
 def test_train_without_out_takes_the_next_free_folder(vptm: Console, material: Path, tmp_path: Path) -> None:
     arguments = [a for a in train_arguments(material, "", epochs=1) if a not in ("--out", "")]
     for number in (1, 2):

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -73,6 +74,22 @@ def test_prototypes_are_the_class_means(activation):
     for k in range(3):
         mean = embedding[torch.tensor(labels) == k].mean(0)
         torch.testing.assert_close(model.verbalizer.prototypes[k].detach(), mean, rtol=1e-10, atol=1e-12)
+
+
+def test_class_means_keep_no_rows_of_earlier_batches(monkeypatch):
+    """`vptm train` starts at them by default, also with a million images, whose rows would be gigabytes."""
+    model, rows, alive = build(), [], []
+    forward = model.forward_hidden
+
+    def watched(images):
+        alive.append(sum(row() is not None for row in rows))
+        hidden = forward(images)
+        rows.append(weakref.ref(hidden))
+        return hidden
+
+    monkeypatch.setattr(model, "forward_hidden", watched)
+    model.verbalizer.init_prototypes(model, support([0, 2, 1] * 8))
+    assert len(rows) == 12 and max(alive) <= 1
 
 
 @pytest.mark.parametrize(

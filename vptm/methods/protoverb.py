@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from vptm.frozen.modes import eval_mode
 from vptm.messages import number, one_of
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.support_set import support_rows
@@ -71,7 +72,9 @@ def fit_prototypes(
     if not verbalizer.prototypes.requires_grad:
         raise ValueError("verbalizer.prototypes must be trainable, got requires_grad=False")
     model.check_finite()
-    hidden, labels = support_rows(model, loader, len(verbalizer.prototypes))
+    with eval_mode(model):
+        support = list(support_rows(model, loader, len(verbalizer.prototypes)))
+    hidden, labels = map(torch.cat, zip(*support))
     before = [parameter.detach().clone() for parameter in learned]
     # in 16 bits Adam divides by a zero and small steps are lost: float32 copies step, as in `vptm.fit`
     half = (torch.float16, torch.bfloat16)
@@ -80,7 +83,7 @@ def fit_prototypes(
     losses: list[float] = []
     try:
         if start == "class_means":
-            verbalizer.to_class_means(hidden, labels, model.lm_head)
+            verbalizer.to_class_means(support, model.lm_head)
             _copy_values(learned, stepped)
         for step in range(steps + 1):
             with torch.set_grad_enabled(step < steps):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from vptm.models.adapter_saving import save_adapter
 from vptm.models.opening import open_model
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import EVALUATION_BATCH, BEiTSettings, RunSettings, parse_shots
+from vptm.terminal import progress_bar
 from vptm.training.callbacks import check_log, logger_of
 from vptm.training.checks import check_parts, check_settings
 from vptm.training.confusion import plot_confusion
@@ -37,7 +39,7 @@ from vptm.training.facts import peak_memory
 from vptm.training.fit import FitResult, fit
 from vptm.training.graphs import check_graph
 from vptm.training.precision import resolve_precision
-from vptm.training.ranks import Ranks, check_images_for_all, first_reports, join, local_device
+from vptm.training.ranks import Ranks, check_images_for_all, first_reports, is_first, join, local_device
 from vptm.training.run_folder import (
     CONFUSION_FILE,
     RUN_FILE,
@@ -217,6 +219,8 @@ def opened(
         several = settings.model_settings.multi_label
         data = load_data(settings.data, on_bad_image=settings.on_bad_image, multi_label=several, **settings.reading())
     parts = _parts(settings, data, report)
+    if not resume:
+        _check_class_means(settings, parts["train"])
     seed = settings.train_settings.seed
     torch.manual_seed(seed)
     model = open_model(settings.model, len(data.classes), **settings.model_settings.keywords())
@@ -260,6 +264,17 @@ def _parts(settings: RunSettings, data: ImageData, report: Callable[[str], None]
     return parts
 
 
+def _check_class_means(settings: RunSettings, train: ImageDataset) -> None:
+    """ValueError where prototypes cannot start at the mean of a class that has no training image."""
+    if settings.prototype_init != "class_means" or (counts := train.counts()).all():
+        return
+    empty = one_line(train.classes[int(counts.argmin())])
+    raise ValueError(
+        f"--prototype-init class_means needs a training image of every class, got none of {empty!r}: "
+        "--prototype-init xavier starts at random"
+    )
+
+
 def _loaders(
     settings: RunSettings, data: ImageData, parts: dict[str, ImageDataset], model: PromptedModel, place: torch.device
 ) -> dict[str, DataLoader[Any]]:
@@ -299,7 +314,15 @@ def _start(
         model.prompts.rescale()
     if settings.prototype_init == "class_means":
         verbalizer: Any = model.to(place).verbalizer
-        verbalizer.init_prototypes(model, loaders["support"])
+        with progress_bar(is_first()) as bar:
+            task = bar.add_task("class means", total=len(loaders["support"]), note="")
+            verbalizer.init_prototypes(model, _counted(loaders["support"], partial(bar.advance, task)))
+
+
+def _counted(loader: Iterable[Any], step: Callable[[], object]) -> Iterator[Any]:
+    for batch in loader:
+        yield batch
+        step()
 
 
 def _finish(

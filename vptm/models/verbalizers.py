@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vptm.frozen.modes import eval_mode
 from vptm.frozen.parts import is_plain_linear
 from vptm.frozen.rows import PreparedHead, PromptedRows
 from vptm.messages import check_integer, number, one_of
@@ -129,6 +130,8 @@ class PrototypicalVerbalizer(nn.Module):
     def init_prototypes(self, model: PromptedRows, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Start every prototype at the mean embedding of its class, under the model's present prompts and projection.
 
+        Memory does not depend on the number of images.
+
         Args:
             model: the model this verbalizer belongs to; it is in eval mode meanwhile.
             loader: the support set as (images, labels) batches, labels (B,) integers in 0 .. K - 1.
@@ -137,15 +140,20 @@ class PrototypicalVerbalizer(nn.Module):
             ValueError: a label outside 0 .. K - 1, read-out rows or embeddings that are not finite, or a class without
                 an image. The prototypes are then unchanged.
         """
-        self.to_class_means(*support_rows(model, loader, len(self.prototypes)), model.lm_head)
+        with eval_mode(model):
+            self.to_class_means(support_rows(model, loader, len(self.prototypes)), model.lm_head)
 
     @torch.no_grad()
-    def to_class_means(self, hidden: Tensor, labels: Tensor, lm_head: nn.Linear | None) -> None:
-        """Every prototype at the mean embedding of the read-out rows (N, C) of its class, labels (N,)."""
-        sums = torch.zeros(self.prototypes.shape, dtype=torch.float64, device=hidden.device)
-        for rows, their in zip(hidden.split(_ROWS_AT_ONCE), labels.split(_ROWS_AT_ONCE)):
-            sums.index_add_(0, their, self.embed_support(rows, lm_head).double())
-        means = sums / torch.bincount(labels, minlength=len(sums))[:, None]
+    def to_class_means(self, support: Iterable[tuple[Tensor, Tensor]], lm_head: nn.Linear | None) -> None:
+        """Every prototype at the mean embedding of the read-out rows of its class, given as batches of rows (B, C) and
+        labels (B,)."""
+        sums = torch.zeros(self.prototypes.shape, dtype=torch.float64, device=self.prototypes.device)
+        counts = torch.zeros(len(sums), dtype=torch.float64, device=sums.device)
+        for hidden, labels in support:
+            counts += torch.bincount(labels, minlength=len(sums))
+            for rows, their in zip(hidden.split(_ROWS_AT_ONCE), labels.split(_ROWS_AT_ONCE)):
+                sums.index_add_(0, their, self.embed_support(rows, lm_head).double())
+        means = sums / counts[:, None]
         if not bool(means.isfinite().all()):
             raise ValueError("embeddings of the support set must be finite, got NaN or inf: look at the projection")
         self.prototypes.copy_(means)
