@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from beit_factory import tiny_beit
 from console import Console
 from tiny_models import tiny_vit
 
@@ -207,6 +208,20 @@ def test_prompt_variants_from_the_command_line(vptm: Console, material: Path) ->
     arguments = ["train", "--model", material / "backbone.safetensors", "--data", material / "pictures"]
     code, line = vptm.refused(*arguments, "--shots", 2, "--prompt-placement", "add", "--prompt-length", 4)
     assert code == 2 and "prompt_length must be 1 or the number of patches, 9" in line
+
+
+def test_a_classifiers_file_has_the_defaults_of_its_kind(vptm: Console, material: Path) -> None:
+    """Deep prompts and gates by default are for weights with a mask token: they were chosen on no others."""
+    torch.save({"model": tiny_beit((3, 3), in_chans=1).state_dict()}, "classifier.pth")
+    arguments = ["train", "--model", "classifier.pth", "--data", material / "pictures", *FAST, "--out", "run"]
+    for more in ([], ["--readout", "mean", "--overwrite"]):
+        code, _, err = vptm(*arguments, *more)
+        assert code == 0 and "classifier.pth is a BEiT without a mask token: shallow prompts, " in err, err
+        found = json.loads(Path("run/run.json").read_text())["settings"]
+        kept = [found[name] for name in ("prompt_gate", "prototype_init", "verbalizer", "token_activation")]
+        assert kept == [None, "xavier", "linear", "hidden"] and found["readout"] == ("mean" if more else "cls")
+    code, line = vptm.refused(*arguments, "--readout", "mask", "--overwrite")
+    assert code == 2 and "readout='mask' needs a mask token" in line
 
 
 def test_vision_transformers_by_name(vptm: Console, material: Path, monkeypatch: pytest.MonkeyPatch) -> None:

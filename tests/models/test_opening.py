@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -43,6 +45,19 @@ def test_every_source_has_the_class_and_defaults_that_suit_it(
     assert (model.config["prompt_mode"], model.prompts.length, model.num_classes) == (mode, 2, 3)
     if not size:
         assert open_model(source, 3, readout="mean").readout == "mean", "what is given goes before the defaults"
+
+
+def test_a_file_of_a_beit_is_read_at_the_row_it_has(tmp_path: Path) -> None:
+    """A classifier's file has no mask row, so the defaults of masked-modelling weights would refuse it."""
+    tensors, path = tiny_beit((3, 3)).state_dict(), tmp_path / "classifier.pth"
+    torch.save({"model": tensors}, path)
+    assert kind_of(path) == "classifier_beit" and kind_of(path, "mask") == "beit"
+    model = open_model(path, 3)
+    assert tuple(model.config[name] for name in ("readout", "verbalizer", "token_activation")) == VPT
+    with pytest.raises(ValueError, match="readout='mask' needs a mask token"):
+        open_model(path, 3, readout="mask")
+    torch.save({"model": tensors | {"mask_token": torch.zeros(1, 1, model.num_features)}}, path)
+    assert kind_of(path) == kind_of(path, "cls") == "beit"
 
 
 def test_a_module_in_double_precision_goes_in_as_it_is() -> None:

@@ -36,10 +36,10 @@ MODEL_CLASSES = {kind.__name__: kind for kind in _CLASSES.values()}
 def open_model(source: Any, num_classes: int, **settings: Any) -> PromptedModel:
     """The prompted model of any source, with defaults that its weights can serve.
 
-    Masked-modelling weights become a `PromptedBEiT` that is read at its mask row (VPTM). A BEiT without mask token and
-    token head, which timm's names and instances are, becomes one that is read at its class row by a linear verbalizer
-    (VPT); so do ViTs, as a `PromptedViT`: every other timm name or instance, EVA-02, DINOv3 and what else is of timm's
-    `Eva` class included, and files and folders of their weights.
+    Masked-modelling weights become a `PromptedBEiT` that is read at its mask row (VPTM). A BEiT without a mask token,
+    as a classifier's file and timm's names and instances are, becomes one that is read at its class row by a linear
+    verbalizer (VPT); so do ViTs, as a `PromptedViT`: every other timm name or instance, EVA-02, DINOv3 and what else is
+    of timm's `Eva` class included, and files and folders of their weights.
     One without a class token is read by the attention pooling that its source has (SigLIP), or the mean of its patches.
     A setting that is given goes before these defaults.
 
@@ -81,8 +81,8 @@ def kind_of(source: Any, readout: str | None = None, architecture: str | None = 
     if isinstance(source, LoadedBackbone | LoadedViT):
         source = source.backbone
     if isinstance(source, nn.Module):
-        told, is_bare = _told_of_module(source), True
-    elif is_bare := is_timm_name(source):
+        told = _told_of_module(source)
+    elif is_timm_name(source):
         name = source.partition(".")[0]
         family = family_of_timm(name)
         told = _told_of_module(probe(name)) if family == "vit" else Told(family or "vit")
@@ -90,10 +90,10 @@ def kind_of(source: Any, readout: str | None = None, architecture: str | None = 
         told = _told_of_module(probe(architecture.partition(".")[0]))
     else:
         found = told_of(source) if isinstance(source, str | PathLike) and source else None
-        told = found or Told("beit")
+        told = found or Told("beit", "mask")
     if told.family == "vit":
         return {"cls": "vit", "map": "pooled_vit", "mean": "classless_vit"}[told.readout]
-    return "classifier_beit" if is_bare and readout != "mask" else "beit"
+    return "beit" if "mask" in (told.readout, readout) else "classifier_beit"
 
 
 def _told_of_module(module: Any) -> Told:

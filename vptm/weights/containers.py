@@ -92,7 +92,7 @@ def told_of(source: str | os.PathLike[str]) -> Told | None:
     """
     label = os.fspath(source)
     if source == "builtin":
-        return Told("beit")
+        return Told("beit", "mask")
     path = Path(label).expanduser()
     try:
         if not path.exists():

@@ -14,11 +14,11 @@ Family = Literal["beit", "vit"]
 
 
 class Told(NamedTuple):
-    """What names alone tell of weights: their family, and of a ViT what its source reads: its class row, its patches
-    by attention pooling, or their mean."""
+    """What names alone tell of weights: their family, and what their source reads: of a BEiT its mask row, or where
+    there is no mask token its class row; of a ViT its class row, its patches by attention pooling, or their mean."""
 
     family: Family
-    readout: Literal["cls", "map", "mean"] = "cls"
+    readout: Literal["mask", "cls", "map", "mean"] = "cls"
 
 
 TIMM_MODULES = ("beit", "vision_transformer", "deit", "eva")
@@ -50,6 +50,7 @@ _BEIT = re.compile(
 )
 _VIT = re.compile(r"\.attn\.(qkv\.|in_proj_)|embedding/kernel$|\.(key|k_proj)\.(weight|bias)$")
 _CLASS = re.compile(r"(^|[./])(cls_token|class_embedding|cls)$")
+_MASK = re.compile(r"(^|\.)mask_token$")
 _POOL = re.compile(r"(^|\.)(attn_pool\.latent|head\.probe)$|(^|/)MAPHead_0/probe$")
 ROTARY = "rotary positions, as EVA-02 and DINOv3 have them, need architecture= with timm's name of the model"
 
@@ -73,12 +74,16 @@ def told_by_names(names: Iterable[str], family: Family | None = None) -> Told | 
     Example:
         >>> told_by_names(["blocks.0.attn.qkv.bias", "attn_pool.latent"])
         Told(family='vit', readout='map')
+        >>> told_by_names(["blocks.0.attn.q_bias", "mask_token"])
+        Told(family='beit', readout='mask')
     """
     found = list(names)
     family = family or family_of_names(found)
     if family is None:
         return None
-    if family == "beit" or any(map(_CLASS.search, found)):
+    if family == "beit":
+        return Told(family, "mask" if not found or any(map(_MASK.search, found)) else "cls")
+    if any(map(_CLASS.search, found)):
         return Told(family)
     return Told(family, "map" if any(map(_POOL.search, found)) else "mean")
 
