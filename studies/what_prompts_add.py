@@ -18,6 +18,8 @@ Questions of the papers, on a model of 2 million parameters whose class row and 
 - VPT (arXiv:2203.12119): do prompts beat a linear head alone, at the start or in every block?
 - SPT (arXiv:2402.02382): do prompts that start as tokens beat random ones?
 - ProVP (arXiv:2304.08386): do the prompts of the block before, and features held to the frozen model's, help?
+- CVPT (arXiv:2408.14961), E2VPT (arXiv:2307.13770), BPT (arXiv:2506.22908), VIPAMIN (arXiv:2510.16446): do they beat a
+  linear head alone?
 """
 
 from __future__ import annotations
@@ -40,7 +42,16 @@ TASKS = {
     "mnist5k-all": Task("MNIST-5k, all 3500 images", "--data mnist5k --shots all --epochs 8"),
 }
 # epochs that are 400 steps or more of 160 images in the recipe's batches; without a recipe they are 80, or the task's
-EPOCHS = {"vptm": 80, "vpt-shallow": 140, "vpt-deep": 140, "linear": 80, "finetune": 80}
+EPOCHS = {
+    "vptm": 80,
+    "vpt-shallow": 140,
+    "vpt-deep": 140,
+    "e2vpt-kv": 140,
+    "bpt-shallow": 200,
+    "vipamin-deep": 200,
+    "linear": 80,
+    "finetune": 80,
+}
 NONE = " without prompts"
 DEFAULT = "VPTM by default"
 
@@ -78,6 +89,10 @@ def arms() -> list[Arm]:
         arm("ProVP", "provp"),
         arm("ProVP, alpha 0", "provp", " --progressive-alpha 0"),
         arm("ProVP, no re-formation", "provp", " --reformation 0"),
+        arm("CVPT", "cvpt"),
+        arm("E2VPT's keys and values", "e2vpt-kv"),
+        arm("BPT shallow", "bpt-shallow"),
+        arm("VIPAMIN deep", "vipamin-deep"),
         arm("linear probe", "linear"),
         arm("fine-tuning", "finetune"),
     ]
@@ -106,7 +121,10 @@ COMPARISONS = [
     Comparison("SPT shallow", "SPT shallow, random start"),
     Comparison("ProVP", "ProVP, alpha 0"),
     Comparison("ProVP", "ProVP, no re-formation"),
-    Comparison("VPTM", "linear probe"),
+    *(
+        Comparison(name, "linear probe")
+        for name in ("CVPT", "E2VPT's keys and values", "BPT shallow", "VIPAMIN deep", "VPTM")
+    ),
     Comparison("VPTM", "fine-tuning"),
 ]
 

@@ -124,7 +124,7 @@ def test_a_run_is_one_of_vptm_train() -> None:
 
 @pytest.mark.parametrize(
     ("program", "options", "count"),
-    [(prompt_length, [], 1 + 2 * 2 * 6), (what_prompts_add, ["--tasks", "digits-16"], 24)],
+    [(prompt_length, [], 1 + 2 * 2 * 6), (what_prompts_add, ["--tasks", "digits-16"], 28)],
 )
 def test_arms_are_options_of_vptm_train(
     program: Any, options: list[str], count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
