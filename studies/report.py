@@ -1,8 +1,8 @@
 """Tables and pictures of the studies of accuracy, from their json files: `python -m studies.report`.
 
-Writes `prompt_length.md` with its picture, `what_prompts_add.md` and `label_mapping.md` into `studies/results/`, and
-the sentence of `precision.json` into `docs/training.md`; a test fails when a table or that sentence is not that of its
-json.
+Writes `prompt_length.md` with its picture, `what_prompts_add.md`, `published_methods.md` and `label_mapping.md` into
+`studies/results/`, the sentence of `precision.json` into `docs/training.md`, and what prompts add into `README.md`; a
+test fails when a table or one of these texts is not that of its json.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from studies import prompt_length
+from studies import prompt_length, what_prompts_add
 from studies.precision_builtin import PAIR, PRECISIONS
 from studies.runs import RESULTS, ROOM, builtin_weights
 
@@ -41,7 +41,7 @@ def made_by(content: dict[str, Any]) -> str:
 
 def _points(found: dict[str, Any]) -> str:
     interval = "one seed" if found["low"] is None else f"[{found['low']:.1f}, {found['high']:.1f}]"
-    return f"{found['mean']:+.1f} {interval}"
+    return f"{round(found['mean'], 1) + 0.0:+.1f} {interval}"  # no -0.0
 
 
 VERDICTS = {
@@ -63,6 +63,7 @@ SMALL = "On a model of 2 million parameters."
 STUDIES = {
     "prompt_length": Told("How many prompts do no harm", of_weights, SMALL),
     "what_prompts_add": Told("What prompts add", of_weights, SMALL),
+    "published_methods": Told("What published methods add", of_weights, SMALL),
     "label_mapping": Told(
         "Labels mapped by meaning",
         made_by,
@@ -109,8 +110,18 @@ def table(name: str, content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TRAINING = Path(__file__).parent.parent / "docs" / "training.md"
-BEGIN, END = "<!-- precision: begin -->", "<!-- precision: end -->"
+ROOT = Path(__file__).parent.parent
+TRAINING, README = ROOT / "docs" / "training.md", ROOT / "README.md"
+
+
+def _stored(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def _filled(text: str, width: int = 120) -> str:
+    whole = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\0"), text)  # code is not broken over lines
+    return textwrap.fill(whole, width, break_on_hyphens=False, break_long_words=False).replace("\0", " ")
 
 
 def precision(content: dict[str, Any]) -> str:
@@ -120,36 +131,67 @@ def precision(content: dict[str, Any]) -> str:
     used, seeds = content["runs"][0]["settings"], difference["seeds"]
     processor = "with" if content["bfloat16_instructions"] else "without"
     means = " and ".join(f"{accuracy[p]['mean']:.1f} % ± {accuracy[p]['std']:.1f} in {p}" for p in PRECISIONS)
-    said = (
+    return _filled(
         f"On the built-in task ({used['shots']} pictures of each of 10 classes, {used['epochs']} epochs, `vptm train` "
         f"with {seeds} seeds, a CPU {processor} bfloat16 instructions) test accuracy is {means}, mean and standard "
         f"deviation over the seeds. The paired difference {PAIR} is {_points(difference)} points (95 % interval). "
         "`python -m studies.precision_builtin` makes `studies/results/precision.json`, and `python -m studies.report` "
         "this paragraph."
     )
-    whole = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\0"), said)  # code is not broken over lines
-    return textwrap.fill(whole, 120, break_on_hyphens=False, break_long_words=False).replace("\0", " ")
 
 
-def updated(page: str) -> str:
-    """`page`, docs/training.md, with the text between the markers that of `precision.json`."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    content = json.loads((RESULTS / "precision.json").read_text(encoding="utf-8"))
-    return f"{before}{BEGIN}\n{precision(content)}\n{END}{after}"
+def prompts(added: dict[str, Any], lengths: dict[str, Any]) -> str:
+    """What prompts add to none, where, and where not, in three sentences."""
+    arm, bare = what_prompts_add.DEFAULT, what_prompts_add.NONE
+    by_verdict: dict[bool, list[str]] = {True: [], False: []}
+    for task, found in added["summary"]["tasks"].items():
+        if one := found["paired_difference_points"].get(f"{arm} - {bare}"):
+            accuracy = found["test_accuracy_percent"]
+            there = f"{accuracy[bare]['mean']:.1f} to {accuracy[arm]['mean']:.1f}"
+            by_verdict[one["verdict"] == "seen here"].append(f"{task}, {there} ({_points(one)})")
+    seen, unseen = ("; ".join(by_verdict[known]) or "no task" for known in (True, False))
+    found = lengths["summary"]["tasks"][prompt_length.TASK.name]["paired_difference_points"]
+    gate, none = (
+        _points(found[f"{prompt_length.name('shallow', 50, kind)} - {prompt_length.NONE}"])
+        for kind in ("gate from -4", "no gate")
+    )
+    return _filled(
+        "What prompts add: `vptm train` gains over itself without prompts, on the built-in model of 2 million "
+        f"parameters, in % of test images (paired difference, 95 % interval), on {seen}. No gain was seen, or the data are too few "
+        f"to tell, on {unseen}. Many prompts without gates take attention from the patches: 50 beside 16 patches "
+        f"{none} points, with the gates that `vptm train` begins with {gate}.",
+        136,
+    )
+
+
+PLACES: dict[str, tuple[Path, Callable[[], str]]] = {
+    "precision": (TRAINING, lambda: precision(_stored("precision"))),
+    "prompts": (README, lambda: prompts(_stored("what_prompts_add"), _stored("prompt_length"))),
+}
+"""Where what is said of a study stands between markers of its name, and what makes it."""
+
+
+def updated(page: str, name: str) -> str:
+    """`page` with the text between the markers of `name` made anew."""
+    begin, end = (f"<!-- {name}: {mark} -->" for mark in ("begin", "end"))
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{PLACES[name][1]()}\n{end}{after}"
 
 
 def main() -> None:
     argparse.ArgumentParser(prog="python -m studies.report", description=__doc__).parse_args()
     for name in STUDIES:
-        if (RESULTS / f"{name}.json").exists():
-            content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-            (RESULTS / f"{name}.md").write_text(table(name, content), encoding="utf-8")
-            if name in DRAWN:
-                DRAWN[name](content["summary"], RESULTS / f"{name}.png")
-            print(f"wrote {RESULTS / name}.md")
-    TRAINING.write_text(updated(TRAINING.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"wrote {TRAINING}")
+        if not (RESULTS / f"{name}.json").exists():
+            continue
+        content = _stored(name)
+        (RESULTS / f"{name}.md").write_text(table(name, content), encoding="utf-8")
+        if name in DRAWN:
+            DRAWN[name](content["summary"], RESULTS / f"{name}.png")
+        print(f"wrote {RESULTS / name}.md")
+    for name, (path, _) in PLACES.items():
+        path.write_text(updated(path.read_text(encoding="utf-8"), name), encoding="utf-8")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

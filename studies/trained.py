@@ -65,6 +65,11 @@ class Arm:
         return [*shlex.split(task.options), *shlex.split(self.options), *own]
 
 
+def around(lr: float) -> tuple[float, ...]:
+    """The rates that a study chooses from."""
+    return lr / 4, lr, 4 * lr
+
+
 class Task(NamedTuple):
     """Images that are learned, by name and as options of `vptm train`."""
 
@@ -108,15 +113,12 @@ class TrainedStudy(Study):
         self.add({**found, **done, "commit": self.commit})
         print(f"{task.name}, {arm.name}, seed {seed}: test {found['test']:.2%}", flush=True)
 
-    def run(
-        self, seeds: int, jobs: int, tasks: Sequence[Task] | None = None, arms: Sequence[Arm] | None = None
-    ) -> None:
-        """What is missing of `tasks` and `arms`, all by default, seed by seed, `jobs` at a time."""
+    def run(self, seeds: int, jobs: int, tasks: Sequence[Task] | None = None) -> None:
+        """What is missing of `tasks`, all by default, seed by seed, `jobs` at a time."""
         tasks = self.tasks if tasks is None else tasks
-        arms = self.arms if arms is None else arms
         # rates first, so that no two jobs choose the same one
         with ThreadPoolExecutor(jobs) as pool:
-            tuned = [(arm, task) for task in tasks for arm in arms if arm.rates]
+            tuned = [(arm, task) for task in tasks for arm in self.arms if arm.rates]
             list(pool.map(lambda one: self._rate(*one), tuned))
-            left = [(arm, task, seed) for seed in range(seeds) for task in tasks for arm in arms]
+            left = [(arm, task, seed) for seed in range(seeds) for task in tasks for arm in self.arms]
             list(pool.map(lambda one: self._run(*one), left))

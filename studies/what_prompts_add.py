@@ -1,25 +1,10 @@
-"""What prompts add to a frozen model, method by method, each beside itself without prompts.
+"""What prompts add to a frozen model: `vptm train` without a recipe, beside itself without prompts, on six tasks.
 
-    python -m studies.what_prompts_add --tasks fashion-16 digits-16 --seeds 5 --jobs 2
-    python -m studies.what_prompts_add --tasks fashion-64 digits-all mnist5k-16 mnist5k-all --arms default --jobs 2
+    python -m studies.what_prompts_add --seeds 5 --jobs 2
 
-Every method runs its shipped recipe, with the epochs that make 400 steps or more of 160 images. Its learning rate is
-the best of three on validation images: the recipe's, a quarter of it and four times it; so is that of the same method
-without prompts, whose read-out and verbalizer are the same. Finished runs are kept in the json, so the command goes on
-where it stopped. Writes `results/what_prompts_add.json`.
-
-Questions of ours: do prompts add to none with what `vptm train` does without a recipe, on several tasks; a linear
-probe, full fine-tuning, and a linear head on the mask row.
-
-Questions of the papers, on a model of 2 million parameters whose class row and mask row were trained alike:
-
-- VPTM (arXiv:2303.04998): do prompts on the mask row, read as visual tokens, beat none; beat VPT; do token logits beat
-  the hidden state they are made of, and the mask row the class row with the same head?
-- VPT (arXiv:2203.12119): do prompts beat a linear head alone, at the start or in every block?
-- SPT (arXiv:2402.02382): do prompts that start as tokens beat random ones?
-- ProVP (arXiv:2304.08386): do the prompts of the block before, and features held to the frozen model's, help?
-- CVPT (arXiv:2408.14961), E2VPT (arXiv:2307.13770), BPT (arXiv:2506.22908), VIPAMIN (arXiv:2510.16446): do they beat a
-  linear head alone?
+The frozen model was pre-trained on pictures of clothing, Fashion-MNIST's; digits are new to it. The learning rate is
+the best of three on validation images, the default, a quarter of it and four times it, with prompts and without.
+Finished runs are kept in the json, so the command goes on where it stopped. Writes `results/what_prompts_add.json`.
 """
 
 from __future__ import annotations
@@ -28,8 +13,7 @@ import argparse
 from pathlib import Path
 
 from studies.runs import RESULTS, Comparison
-from studies.trained import Arm, Task, TrainedStudy
-from vptm.recipes.recipe import read_recipe
+from studies.trained import Arm, Task, TrainedStudy, around
 from vptm.settings import train_options
 
 # the package's own pictures are 640 of Fashion-MNIST to train and 320 to validate; 800 steps or more of many images
@@ -41,92 +25,16 @@ TASKS = {
     "mnist5k-16": Task("MNIST-5k, 16 shots", "--data mnist5k --shots 16"),
     "mnist5k-all": Task("MNIST-5k, all 3500 images", "--data mnist5k --shots all --epochs 8"),
 }
-# epochs that are 400 steps or more of 160 images in the recipe's batches; without a recipe they are 80, or the task's
-EPOCHS = {
-    "vptm": 80,
-    "vpt-shallow": 140,
-    "vpt-deep": 140,
-    "e2vpt-kv": 140,
-    "bpt-shallow": 200,
-    "vipamin-deep": 200,
-    "linear": 80,
-    "finetune": 80,
-}
-NONE = " without prompts"
 DEFAULT = "VPTM by default"
-
-
-def arm(name: str, recipe: str, options: str = "") -> Arm:
-    """A method by its recipe, at three learning rates."""
-    epochs = f" --epochs {EPOCHS[recipe]}" if recipe in EPOCHS else ""
-    return Arm(name, f"--recipe {recipe}{epochs}{options}", around(float(read_recipe(recipe).settings["lr"])))
-
-
-def around(lr: float) -> tuple[float, ...]:
-    return lr / 4, lr, 4 * lr
+NONE = "VPTM by default without prompts"
 
 
 def arms() -> list[Arm]:
-    default = Arm(DEFAULT, "", around(train_options()["lr"].default))
-    prompted = [
-        arm("VPTM", "vptm"),
-        arm("VPTM, hidden state", "vptm", " --token-activation hidden"),
-        arm("VPTM, class row", "vptm", " --readout cls"),
-        arm("VPT deep, class row", "vpt-deep"),
-        arm("VPT deep, mean row", "vpt-deep", " --readout mean"),
-        arm("VPT deep, mask row", "vpt-deep", " --readout mask"),
-    ]
-    bare = [Arm(one.name + NONE, f"{one.options} --prompt-length 0".strip(), one.rates) for one in [default, *prompted]]
-    return [
-        default,
-        *prompted,
-        *bare,
-        arm("VPT shallow, class row", "vpt-shallow"),
-        arm("SPT deep", "spt-deep"),
-        arm("SPT deep, random start", "spt-deep", " --prompt-init uniform"),
-        arm("SPT shallow", "spt-shallow"),
-        arm("SPT shallow, random start", "spt-shallow", " --prompt-init uniform"),
-        arm("ProVP", "provp"),
-        arm("ProVP, alpha 0", "provp", " --progressive-alpha 0"),
-        arm("ProVP, no re-formation", "provp", " --reformation 0"),
-        arm("CVPT", "cvpt"),
-        arm("E2VPT's keys and values", "e2vpt-kv"),
-        arm("BPT shallow", "bpt-shallow"),
-        arm("VIPAMIN deep", "vipamin-deep"),
-        arm("linear probe", "linear"),
-        arm("fine-tuning", "finetune"),
-    ]
+    rates = around(train_options()["lr"].default)
+    return [Arm(DEFAULT, "", rates), Arm(NONE, "--prompt-length 0", rates)]
 
 
-COMPARISONS = [
-    *(
-        Comparison(name, name + NONE)
-        for name in (
-            DEFAULT,
-            "VPTM",
-            "VPTM, hidden state",
-            "VPTM, class row",
-            "VPT deep, class row",
-            "VPT deep, mean row",
-            "VPT deep, mask row",
-        )
-    ),
-    Comparison("VPTM", "VPTM, hidden state"),
-    Comparison("VPTM", "VPTM, class row"),
-    Comparison("VPTM", "VPT shallow, class row"),
-    Comparison("VPTM", "VPT deep, class row"),
-    Comparison("VPTM", "VPT deep, mean row"),
-    Comparison("VPT shallow, class row", "VPT deep, class row" + NONE),
-    Comparison("SPT deep", "SPT deep, random start"),
-    Comparison("SPT shallow", "SPT shallow, random start"),
-    Comparison("ProVP", "ProVP, alpha 0"),
-    Comparison("ProVP", "ProVP, no re-formation"),
-    *(
-        Comparison(name, "linear probe")
-        for name in ("CVPT", "E2VPT's keys and values", "BPT shallow", "VIPAMIN deep", "VPTM")
-    ),
-    Comparison("VPTM", "fine-tuning"),
-]
+COMPARISONS = [Comparison(DEFAULT, NONE)]
 
 
 def study(path: Path) -> TrainedStudy:
@@ -139,19 +47,12 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--tasks", nargs="+", default=["fashion-16"], choices=TASKS, metavar="TASK", help=", ".join(TASKS)
-    )
-    parser.add_argument(
-        "--arms", choices=("all", "default"), default="all", help="default: that with prompts and without"
-    )
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread")
     parser.add_argument("--out", type=Path, default=RESULTS / "what_prompts_add.json")
     arguments = parser.parse_args()
-    whole = study(arguments.out)
-    run = [arm for arm in whole.arms if arguments.arms == "all" or arm.name in (DEFAULT, DEFAULT + NONE)]
-    whole.run(arguments.seeds, arguments.jobs, [TASKS[name] for name in arguments.tasks], run)
+    study(arguments.out).run(arguments.seeds, arguments.jobs, [TASKS[name] for name in arguments.tasks])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from studies import precision_builtin, report, trained
+from studies import precision_builtin, trained
 from studies.precision_builtin import PAIR, PRECISIONS, Precision, summarise
 from studies.runs import RESULTS, builtin_weights
 
@@ -78,5 +78,3 @@ def test_the_committed_sentence_is_that_of_the_committed_runs() -> None:
         name: pytest.approx(values) for name, values in expected["test_accuracy_percent"].items()
     }
     assert found["paired_difference_points"][PAIR] == pytest.approx(expected["paired_difference_points"][PAIR])
-    page = report.TRAINING.read_text(encoding="utf-8")
-    assert report.updated(page) == page, "run: python -m studies.report"

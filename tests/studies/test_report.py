@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from studies import label_mapping, prompt_length, report, what_prompts_add
+from studies import label_mapping, prompt_length, published_methods, report, what_prompts_add
 from studies.runs import RESULTS, builtin_weights
+from studies.what_prompts_add import DEFAULT, NONE
 
 PROGRAMS = {
     "prompt_length": prompt_length,
     "what_prompts_add": what_prompts_add,
+    "published_methods": published_methods,
     "label_mapping": label_mapping,
 }
 
@@ -22,7 +24,7 @@ def test_committed_runs_have_the_committed_summary_and_table(name: str) -> None:
     """Numbers of other runs, other weights or by hand would be read as measured, and one counted twice narrows them."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        assert name == "what_prompts_add" and not path.with_suffix(".md").exists(), "a table of no runs"
+        assert name == "published_methods" and not path.with_suffix(".md").exists(), "a table of no runs"
         return
     content = json.loads(path.read_text(encoding="utf-8"))
     study = PROGRAMS[name].study(path)
@@ -55,3 +57,27 @@ def test_a_table_counts_runs_by_their_command() -> None:
         f"Runs: 1 by `{mine}`; vptm 1, torch 2, commit a.",
         f"Runs: 1 by `{mine}`; vptm 1, torch 2, commit b.",
     ]
+
+
+@pytest.mark.parametrize("name", report.PLACES)
+def test_committed_texts_are_those_of_the_json(name: str) -> None:
+    """A number typed into README or docs would be read as measured."""
+    page = report.PLACES[name][0].read_text(encoding="utf-8")
+    assert report.updated(page, name) == page, "run: python -m studies.report"
+
+
+def test_what_is_said_of_prompts_follows_from_verdicts() -> None:
+    """A gain that was not seen must not be told as one."""
+
+    def task(verdict: str, mean: float) -> dict[str, Any]:
+        arms = {arm: {"mean": 80.0 + mean * (arm == DEFAULT)} for arm in (DEFAULT, NONE)}
+        one = {"mean": mean, "low": mean - 1, "high": mean + 1, "verdict": verdict}
+        return {"test_accuracy_percent": arms, "paired_difference_points": {f"{DEFAULT} - {NONE}": one}}
+
+    lengths = json.loads((RESULTS / "prompt_length.json").read_text(encoding="utf-8"))
+    tasks = {"new": task("seen here", 2), "known": task("not seen here", 0), "few": task("too little data", 3)}
+    told = " ".join(report.prompts({"summary": {"tasks": tasks}}, lengths).split())
+    assert "on new, 80.0 to 82.0 (+2.0 [1.0, 3.0]). No gain" in told
+    assert "on known, 80.0 to 80.0 (+0.0 [-1.0, 1.0]); few, 80.0 to 83.0 (+3.0 [2.0, 4.0]). Many" in told
+    none = report.prompts({"summary": {"tasks": {"known": tasks["known"]}}}, lengths)
+    assert "on no task. No gain" in " ".join(none.split())

@@ -12,7 +12,7 @@ import pytest
 import typer
 from scipy.stats import false_discovery_control, ttest_rel
 
-from studies import prompt_length, trained, what_prompts_add
+from studies import prompt_length, published_methods, trained, what_prompts_add
 from studies.runs import Comparison, holm, verdict
 from studies.trained import Arm, Task, TrainedStudy
 from vptm.commands.app import app
@@ -124,7 +124,11 @@ def test_a_run_is_one_of_vptm_train() -> None:
 
 @pytest.mark.parametrize(
     ("program", "options", "count"),
-    [(prompt_length, [], 1 + 2 * 2 * 6), (what_prompts_add, ["--tasks", "digits-16"], 28)],
+    [
+        (prompt_length, [], 1 + 2 * 2 * 6),
+        (what_prompts_add, [], 6 * 2),
+        (published_methods, ["--tasks", "digits-16"], 26),
+    ],
 )
 def test_arms_are_options_of_vptm_train(
     program: Any, options: list[str], count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -151,7 +155,9 @@ def test_arms_are_options_of_vptm_train(
         settings = group.main(["train", *shlex.split(one)], prog_name="vptm", standalone_mode=False)
         # an unknown recipe, or a setting of it that is none, is found where both meet
         read = with_recipe(settings, {word[2:].replace("-", "_") for word in one.split() if word.startswith("--")})
-        steps = read["epochs"] * -(-160 // read["batch_size"])
+        few = read["shots"] != "all"
+        images = 10 * int(read["shots"]) if few else {"digits": 1259, "mnist5k": 3500}[read["data"]]
+        steps = read["epochs"] * -(-images // read["batch_size"])
         assert steps >= 400 or program is prompt_length, f"{one}: {steps} steps"
 
 
