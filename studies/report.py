@@ -157,9 +157,9 @@ def prompts(added: dict[str, Any], lengths: dict[str, Any]) -> str:
     )
     return _filled(
         "What prompts add: `vptm train` gains over itself without prompts, on the built-in model of 2 million "
-        f"parameters, in % of test images (paired difference, 95 % interval), on {seen}. No gain was seen, or the data are too few "
-        f"to tell, on {unseen}. Many prompts without gates take attention from the patches: 50 beside 16 patches "
-        f"{none} points, with the gates that `vptm train` begins with {gate}.",
+        f"parameters, in % of test images (paired difference, 95 % interval), on {seen}. No gain was seen, or the data "
+        f"are too few to tell, on {unseen}. Many prompts without gates take attention from the patches: 50 beside 16 "
+        f"patches {none} points, with the gates that `vptm train` begins with {gate}.",
         136,
     )
 
