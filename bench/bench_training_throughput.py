@@ -68,7 +68,7 @@ class Setting(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keywords of the model; VPTM's with the mask row are the defaults of `vptm train`."""
+        """Keywords of the model; VPTM's with the mask row are those of the recipe vptm."""
         vpt = {"readout": "cls", "verbalizer": "linear", "token_activation": "hidden"}
         return {"prompt_mode": self.mode, "prompt_length": self.length} | (vpt if self.readout == "cls" else {})
 

@@ -127,6 +127,7 @@ def test_an_option_of_another_kind_of_model_is_refused_by_name() -> None:
         ({"class_weights": "1,x"}, "class_weights must be balanced, or a list of finite numbers > 0, got '1,x'"),
         ({"class_weights": "balanced", "balanced_sampler": True}, "--balanced-sampler and --class-weights balanced ex"),
         ({"prototype_steps": 2}, "--prototype-steps needs --verbalizer prototypical, got linear"),
+        ({"verbalizer": "class_embeddings"}, "--verbalizer must be prototypical or linear in a run, got class_emb"),
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any], message: str) -> None:

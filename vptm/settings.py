@@ -220,7 +220,7 @@ class ModelSettings(SettingsGroup):
         PromptMode,
         Help(
             "Where prompts enter.",
-            follows="deep; shallow for a BEiT that has no mask token or a recipe that does not say",
+            follows="deep; shallow for a BEiT without a mask token, or with a recipe that does not say",
         ),
     ] = "shallow"
     prompt_dropout: Annotated[float, Help("Dropout of prompts.", within="in [0, 1)")] = 0.0
@@ -231,7 +231,7 @@ class ModelSettings(SettingsGroup):
         float | None,
         Help(
             "Start of learned gates that add to what attention scores with prompts, or none.",
-            follows="-4 for a BEiT with a mask token and no recipe, else none",
+            follows="-4 for a BEiT with a mask token, prompts among the keys and no recipe, else none",
             within="finite",
             none="or None for no gate",
         ),
@@ -520,7 +520,7 @@ class RunSettings(PictureSettings):
         PrototypeStart,
         Help(
             "Where prototypes start: class means are those of the images.",
-            follows="class_means where an image has one label and there is no recipe, else xavier",
+            follows="class_means for a prototypical verbalizer, one label an image and no recipe, else xavier",
         ),
     ] = "class_means"
     prototype_steps: Annotated[
@@ -579,6 +579,11 @@ class RunSettings(PictureSettings):
                 if (given := getattr(self, name)) != value:
                     raise ValueError(f"{self._label(name)} must be {value} with --multi-label, got {given}")
         verbalizer = self.model_settings.verbalizer
+        if verbalizer == "class_embeddings":
+            raise ValueError(
+                "--verbalizer must be prototypical or linear in a run, got class_embeddings: those are given to "
+                "`vptm protocol`"
+            )
         for name, unused in (("prototype_steps", 0), ("prototype_init", "xavier")):
             if getattr(self, name) != unused and verbalizer != "prototypical":
                 raise ValueError(f"{self._label(name)} needs --verbalizer prototypical, got {verbalizer}")
