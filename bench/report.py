@@ -36,7 +36,7 @@ LEGEND = (
     "Speed-up: time of the peer over that of vptm, median of the ratios of interleaved runs. "
     "Memory: that of vptm over the peer's. "
     "VPTM: mask row, token head and prototypes, from images to class scores; otherwise VPT's class row, in inference "
-    "without a head."
+    "without a head. The defaults: those of `vptm.PromptedBEiT`."
 )
 
 # ------------------------------------------------------------------ tables
