@@ -89,3 +89,11 @@ def test_a_mask_row_that_is_asked_for_brings_its_verbalizer() -> None:
 def test_what_does_not_fit_is_refused(source: object, settings: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         open_model(source, 3, **settings)
+
+
+def test_a_folder_without_a_config_is_refused_by_what_it_holds(tmp_path: Path) -> None:
+    """A run folder is easily taken for a model; an error of the file system names no way out."""
+    for found in ("none in it", "an adapter, which vptm.load_adapter opens"):
+        with pytest.raises(ValueError, match=f"must be a Hugging Face folder with config.json, got {found}$"):
+            open_model(tmp_path, 2)
+        (tmp_path / "adapter_config.json").write_text("{}")

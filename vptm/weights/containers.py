@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vptm.messages import error_line
+from vptm.weights.adapter_format import CONFIG_FILE
 from vptm.weights.configs import SourceFacts, folder_facts, vptm_facts
 from vptm.weights.families import MODEL_TYPES, Family, Told, family_of_timm, told_by_names
 from vptm.weights.files import SUFFIXES, TORCH_SUFFIXES, read_json, read_safetensors, read_torch, safetensors_names
@@ -102,6 +103,8 @@ def told_of(source: str | os.PathLike[str]) -> Told | None:
             path = _download(hub_id, label)
         if path.is_file():
             return told_by_names(_names_in(path))
+        if not (path / "config.json").is_file():
+            return None
         config = read_json(path / "config.json")
         family: Family | None = None
         if "model_type" in config:
@@ -154,7 +157,8 @@ def _read_file(path: Path, label: str) -> Checkpoint:
 def _read_folder(folder: Path, label: str) -> Checkpoint:
     config = folder / "config.json"
     if not config.is_file():
-        raise ValueError(f"{label}: must be a Hugging Face folder with config.json, got none in it")
+        found = "an adapter, which vptm.load_adapter opens" if (folder / CONFIG_FILE).is_file() else "none in it"
+        raise ValueError(f"{label}: must be a Hugging Face folder with config.json, got {found}")
     facts = folder_facts(config, label)
     name = next((name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None:
