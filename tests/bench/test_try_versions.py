@@ -120,6 +120,16 @@ def test_bad_arguments_are_told_in_one_line(checkout, capsys, arguments, words):
     assert re.search(words, line), line
 
 
+def test_a_python_that_does_not_run_is_told_in_one_line(checkout, capsys, tmp_path):
+    """A version manager's stand-in for a version that is not chosen: what it says would name the environment."""
+    stand_in = tmp_path / "python3.98"
+    stand_in.write_text("#!/bin/sh\necho python3.98 is not chosen; echo more; exit 127\n")
+    stand_in.chmod(0o755)
+    assert run("tests", "--python", str(stand_in)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("does not run: python3.98 is not chosen"), line
+
+
 def test_without_a_commit_there_is_nothing_to_try(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(try_versions, "ROOT", tmp_path)
     assert run("tests") == 2
