@@ -226,10 +226,12 @@ for to in sys.argv[2:]:
 @pytest.mark.skipif(importlib.util.find_spec("resource") is None, reason="this system has no limit of file sizes")
 def test_a_file_that_grows_no_further_is_named(tmp_path):
     """In a process of its own, as torch's writer ends the one that it fails in."""
-    command = [sys.executable, "-c", FULL, str(tmp_path), "pt2", "safetensors"]
+    writer_raises = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 11)  # that of 2.11 crashes its process
+    formats = ["pt2", "safetensors"] if writer_raises else ["safetensors"]
+    command = [sys.executable, "-c", FULL, str(tmp_path), *formats]
     told = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout.splitlines()
-    assert len(told) == 2, told
-    for line, name in zip(told, ("model.pt2", "model.safetensors")):
+    assert len(told) == len(formats), told
+    for line, name in zip(told, (f"model.{each}" for each in formats)):
         assert f"{name} cannot be written: " in line and "File too large" in line, line
     assert not list(tmp_path.iterdir())
 

@@ -400,5 +400,6 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
     own = pictures((12, 12))
     with torch.no_grad():
         assert relative_error(compiled(own), dynamic(own)) <= 1e-12
-        with pytest.raises(Exception, match=r"compiled or exported program must be of \(12, 12\)"):
+        # torch 2.11 shows the parts of a message that is raised in a graph
+        with pytest.raises(Exception, match=r"compiled or exported program must be of .*\(12, 12\)"):
             compiled(batch)
