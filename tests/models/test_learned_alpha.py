@@ -248,5 +248,5 @@ def test_the_command_and_recipes_learn_them(vptm: Console, tmp_path: Path) -> No
     status, said = vptm.refused("train", *where, "--out", tmp_path / "c", "--train-alpha")
     assert status and said == "vptm: train_alpha needs prompt_mode='progressive', got 'deep'"
     status, said = vptm.refused("train", *where, "--out", tmp_path / "c", "--lr-of", "alpha=0.5")
-    assert status and said.startswith("vptm: lr_of must name groups that the model learns, prompts, verb"), said
+    assert status and said.startswith("vptm: lr_of must name groups that the model learns, prompts, gate, verb"), said
     assert not (tmp_path / "c").exists()
