@@ -105,7 +105,7 @@ class Environment:
         self.program = interpreter(python)
         asked = _run([self.program, "-c", "import platform; print(platform.python_version())"])
         if asked.returncode:  # a stand-in on the path for a version that is not chosen
-            said = next(iter(asked.stdout.split("\n")))
+            said, *_ = asked.stdout.splitlines() or ["no output"]
             raise NotToBeHad(f"--python {python}: {self.program} does not run: {said}")
         self.wanted = {"python": asked.stdout.strip(), **{name: v for name, v in wanted.items() if v}}
         self.name = "-".join(f"{name}{version}" for name, version in self.wanted.items())

@@ -15,7 +15,6 @@ ninety by an earlier program that had these arms and settings among others.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import vptm
-from studies.runs import RESULTS, Comparison, Study, summarise
+from studies.runs import Comparison, Study, study_parser, summarise
 from vptm.data.datasets import ImageData, ImageDataset
 from vptm.methods.reprogramming.map import map_labels
 from vptm.settings import MapSettings
@@ -128,14 +127,8 @@ def study(path: Path) -> MappingStudy:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m studies.label_mapping",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = study_parser("label_mapping", __doc__)
     parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA, metavar="DATA", help=", ".join(DATA))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS / "label_mapping.json")
     arguments = parser.parse_args()
     study(arguments.out).run(arguments.seeds, arguments.data)
 

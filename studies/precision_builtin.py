@@ -9,14 +9,13 @@ those of another commit or of other weights are dropped, so that all are of one 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from studies import trained
-from studies.runs import RESULTS, Study, accuracy, builtin_weights, interval
+from studies.runs import Study, accuracy, builtin_weights, interval, study_parser
 from vptm_kernels._runtime.frozen_linear import has_bfloat16
 
 PRECISIONS = ("fp32", "bf16")
@@ -56,13 +55,7 @@ class Precision(Study):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m studies.precision_builtin",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS / "precision.json")
+    parser = study_parser("precision_builtin", __doc__, "precision")
     arguments = parser.parse_args()
     study = Precision(arguments.out)
     for seed in range(arguments.seeds):

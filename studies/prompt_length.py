@@ -9,12 +9,11 @@ stopped. Writes `results/prompt_length.json`.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from studies.runs import RESULTS, Comparison
-from studies.trained import Arm, Task, TrainedStudy
+from studies.runs import Comparison
+from studies.trained import Arm, Task, TrainedStudy, run_command
 from vptm.inspection.figures import new_figure, write_png
 
 LENGTHS = (1, 5, 10, 20, 50, 100)
@@ -72,16 +71,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m studies.prompt_length",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread")
-    parser.add_argument("--out", type=Path, default=RESULTS / "prompt_length.json")
-    arguments = parser.parse_args()
-    study(arguments.out).run(arguments.seeds, arguments.jobs)
+    run_command("prompt_length", __doc__, study)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,10 @@ Questions of ours: a linear probe, full fine-tuning, and a linear head on the ma
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from studies.runs import RESULTS, Comparison
-from studies.trained import Arm, Task, TrainedStudy, around
+from studies.runs import Comparison
+from studies.trained import Arm, Task, TrainedStudy, around, run_command
 from vptm.recipes.recipe import read_recipe
 
 TASKS = {
@@ -118,19 +117,7 @@ def study(path: Path) -> TrainedStudy:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m studies.published_methods",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--tasks", nargs="+", default=["fashion-16"], choices=TASKS, metavar="TASK", help=", ".join(TASKS)
-    )
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread")
-    parser.add_argument("--out", type=Path, default=RESULTS / "published_methods.json")
-    arguments = parser.parse_args()
-    study(arguments.out).run(arguments.seeds, arguments.jobs, [TASKS[name] for name in arguments.tasks])
+    run_command("published_methods", __doc__, study, TASKS, ["fashion-16"])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ corrected by Holm for all such comparisons of the study:
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import math
@@ -121,6 +122,16 @@ def summarise(
         for one in task_found["paired_difference_points"].values():
             one["verdict"] = verdict(one, one["asked"])
     return {"comparisons_corrected_for": len(asked_better), "tasks": found}
+
+
+def study_parser(program: str, doc: str | None, out: str | None = None) -> argparse.ArgumentParser:
+    """The options that every study has; its json is `out`, by default that of the program's name."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m studies.{program}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{out or program}.json")
+    return parser
 
 
 def builtin_weights() -> str:

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from studies.runs import ROOT, Comparison, Study, builtin_weights, summarise
+from studies.runs import ROOT, Comparison, Study, builtin_weights, study_parser, summarise
 
 TUNING_SEEDS = (1000, 1001, 1002)
 
@@ -122,3 +122,23 @@ class TrainedStudy(Study):
             list(pool.map(lambda one: self._rate(*one), tuned))
             left = [(arm, task, seed) for seed in range(seeds) for task in tasks for arm in self.arms]
             list(pool.map(lambda one: self._run(*one), left))
+
+
+def run_command(
+    program: str,
+    doc: str | None,
+    study: Callable[[Path], TrainedStudy],
+    tasks: Mapping[str, Task] | None = None,
+    default: Sequence[str] = (),
+) -> None:
+    """`python -m studies.PROGRAM`: the runs of a study, of some of its `tasks` where they have names to choose by, of
+    `default` where none are given."""
+    parser = study_parser(program, doc)
+    if tasks is not None:
+        parser.add_argument(
+            "--tasks", nargs="+", default=list(default), choices=tasks, metavar="TASK", help=", ".join(tasks)
+        )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread")
+    arguments = parser.parse_args()
+    chosen = None if tasks is None else [tasks[name] for name in arguments.tasks]
+    study(arguments.out).run(arguments.seeds, arguments.jobs, chosen)

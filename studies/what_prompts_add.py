@@ -9,11 +9,10 @@ Finished runs are kept in the json, so the command goes on where it stopped. Wri
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from studies.runs import RESULTS, Comparison
-from studies.trained import Arm, Task, TrainedStudy, around
+from studies.runs import Comparison
+from studies.trained import Arm, Task, TrainedStudy, around, run_command
 from vptm.settings import train_options
 
 # the package's own pictures are 640 of Fashion-MNIST to train and 320 to validate; 800 steps or more of many images
@@ -42,17 +41,7 @@ def study(path: Path) -> TrainedStudy:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m studies.what_prompts_add",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread")
-    parser.add_argument("--out", type=Path, default=RESULTS / "what_prompts_add.json")
-    arguments = parser.parse_args()
-    study(arguments.out).run(arguments.seeds, arguments.jobs, [TASKS[name] for name in arguments.tasks])
+    run_command("what_prompts_add", __doc__, study, TASKS, list(TASKS))
 
 
 if __name__ == "__main__":

@@ -546,12 +546,10 @@ class RunSettings(PictureSettings):
         ),
     ] = None
     model_settings: Annotated[ModelSettings, NO_OPTION] = field(
-        default_factory=lambda: BEiTSettings(pretrained=True, prompt_mode="deep", prompt_gate=MUTED_GATE)
+        default_factory=lambda: RunSettings.from_options({}, "beit").model_settings
     )
     train_settings: Annotated[TrainSettings, NO_OPTION] = field(
-        default_factory=lambda: TrainSettings(
-            **{name: option.default for name, option in TrainSettings.options_of().items()}
-        )
+        default_factory=lambda: RunSettings.from_options({}, "beit").train_settings
     )
 
     def __post_init__(self) -> None:

@@ -157,9 +157,7 @@ def compare(
             return run(result, folder, options_of(method, extra))
 
         result.chosen = _search(recipe, trial)
-        report(
-            f"{result.name}: chose {' '.join(f'{key}={option_value(value)}' for key, value in result.chosen.items())}"
-        )
+        report(f"{result.name}: chose {result.chosen_text()}")
 
     with ThreadPoolExecutor(jobs) as pool:
         if search:

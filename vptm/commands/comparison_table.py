@@ -42,6 +42,10 @@ class MethodResult:
         """Test accuracy of every finished run, shares in 0..1."""
         return [run["result"]["test"]["accuracy"] for run in self.runs.values()]
 
+    def chosen_text(self) -> str:
+        """What the search chose, as name=value with spaces between."""
+        return " ".join(f"{name}={option_value(value)}" for name, value in self.chosen.items())
+
     def row(self) -> dict[str, Any]:
         """The method's line of the table; None where there is nothing to say."""
         accuracies = self.accuracies()
@@ -58,7 +62,7 @@ class MethodResult:
             "trainable_parameters": cost[0]["trainable_parameters"] if cost else None,
             "images_per_second": statistics.median(speeds) if speeds else None,
             "peak_memory_mib": max(one["peak_memory"] for one in cost) / 2**20 if cost else None,
-            "chosen": " ".join(f"{key}={option_value(value)}" for key, value in self.chosen.items()),
+            "chosen": self.chosen_text(),
         }
 
 
