@@ -105,23 +105,22 @@ class TrainedStudy(Study):
         trials = [trial for trial in self.stored()[1] if trial.items() >= mine.items()]
         return max(arm.rates, key=lambda rate: (np.mean([t["val"] for t in trials if t["rate"] == rate]), -rate))
 
-    def _run(self, arm: Arm, task: Task, seed: int) -> None:
-        done = {"arm": arm.name, "task": task.name, "seed": seed}
-        if self.has(done):
-            return
-        found = train(arm.command(task, self._rate(arm, task)), seed)
-        self.add({**found, **done, "commit": self.commit})
-        print(f"{task.name}, {arm.name}, seed {seed}: test {found['test']:.2%}", flush=True)
+    def _run(self, arm: Arm, task: Task, seeds: int) -> None:
+        """What is missing of an arm on a task: its learning rate, then its seeds."""
+        rate = self._rate(arm, task)
+        for seed in range(seeds):
+            done = {"arm": arm.name, "task": task.name, "seed": seed}
+            if not self.has(done):
+                found = train(arm.command(task, rate), seed)
+                self.add({**found, **done, "commit": self.commit})
+                print(f"{task.name}, {arm.name}, seed {seed}: test {found['test']:.2%}", flush=True)
 
     def run(self, seeds: int, jobs: int, tasks: Sequence[Task] | None = None) -> None:
-        """What is missing of `tasks`, all by default, seed by seed, `jobs` at a time."""
+        """What is missing of `tasks`, all by default, arm by arm, `jobs` arms at a time."""
         tasks = self.tasks if tasks is None else tasks
-        # rates first, so that no two jobs choose the same one
+        left = [(arm, task) for task in tasks for arm in self.arms]
         with ThreadPoolExecutor(jobs) as pool:
-            tuned = [(arm, task) for task in tasks for arm in self.arms if arm.rates]
-            list(pool.map(lambda one: self._rate(*one), tuned))
-            left = [(arm, task, seed) for seed in range(seeds) for task in tasks for arm in self.arms]
-            list(pool.map(lambda one: self._run(*one), left))
+            list(pool.map(lambda one: self._run(*one, seeds), left))
 
 
 def run_command(
