@@ -38,8 +38,7 @@ from .kernels_common import (
     keys_of,
     load_block,
     load_ids,
-    load_key_rows,
-    load_query_rows,
+    load_operand_rows,
     load_rows,
     load_turned,
     mixed_rows,
@@ -206,10 +205,10 @@ def prompted_attention_query_grad_kernel(
         queries = Rows(tokens, prompts, N, length, cos, sin)
         if OF_PROMPTS:
             row_ptr = prompts + grad_row.to(LAYOUT.INDEX) * LAYOUT.STRIDE_P
-            q = load_query_rows(row_ptr, queries, grad_row, stored, LAYOUT, PROMPTS)
+            q = load_operand_rows(row_ptr, queries, grad_row, stored, True, LAYOUT, PROMPTS)
         else:
             row_ptr = tokens + grad_row.to(LAYOUT.INDEX) * LAYOUT.STRIDE_N
-            q = load_query_rows(row_ptr, queries, grad_row, stored, LAYOUT, TOKENS)
+            q = load_operand_rows(row_ptr, queries, grad_row, stored, True, LAYOUT, TOKENS)
         if MATH.QUERY_SCALE != 1.0:
             q = q * MATH.QUERY_SCALE
         out_rows = (b * rows + row) * (H * D) + h * D
@@ -425,9 +424,10 @@ def prompted_attention_bias_grad_kernel(
             prompts = prompt_ptr + b * stride_pb + h * D
         queries = Rows(tokens, prompts, N, P, cos, sin)
         q_ptr = mixed_rows(row, queries, 0, 0, N, LAYOUT, LAYOUT.PROMPT_QUERIES)
-        q = load_query_rows(q_ptr, queries, tl.minimum(row, N - 1), row < N, LAYOUT, MIXED)
+        q = load_operand_rows(q_ptr, queries, tl.minimum(row, N - 1), row < N, True, LAYOUT, MIXED)
         key_ptr = mixed_rows(column, keys_of(queries, LAYOUT), 0, 0, N, LAYOUT, BIAS.PROMPT_COLUMNS)
-        k = load_key_rows(key_ptr, queries, tl.minimum(column, N - 1), column < N, LAYOUT, MIXED)
+        k = load_operand_rows(key_ptr, queries, tl.minimum(column, N - 1), column < N, LAYOUT.KEYS_IN_REGISTERS, LAYOUT,
+                              MIXED)
         v = load_rows(key_ptr + H * D, LAYOUT)
         do = load_rows(do_ptr + (b * rows + row) * (H * D) + h * D, LAYOUT)
         at = (b * H + h) * rows

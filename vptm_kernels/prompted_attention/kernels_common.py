@@ -206,35 +206,24 @@ def load_turned_once(first, of, n, tokens, LAYOUT: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
-def load_query_rows(row_ptr, of, n, tokens, LAYOUT: tl.constexpr, ROWS: tl.constexpr):
-    """load_rows of queries, those of tokens turned by the angles of rows `n`."""
-    if LAYOUT.ROTARY:
-        first = row_ptr[:, None] + tl.arange(0, LAYOUT.DP // 2)[None, :]
-        q = load_turned_once(first, of, n, tokens, LAYOUT, ROWS)
+def load_operand(first, of, n, tokens, IN_REGISTERS: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr):
+    """load_turned of what is an operand of products, in registers or not."""
+    if IN_REGISTERS:
+        x = load_turned_once(first, of, n, tokens, LAYOUT, ROWS)
     else:
-        q = load_rows(row_ptr, LAYOUT)
-    return q
+        x = load_turned(first, of, n, tokens, LAYOUT, ROWS)
+    return x
 
 
 @triton.jit
-def load_keys(first, of, n, tokens, LAYOUT: tl.constexpr, ROWS: tl.constexpr):
-    """load_turned of keys in a loop over them."""
-    if LAYOUT.KEYS_IN_REGISTERS:
-        k = load_turned_once(first, of, n, tokens, LAYOUT, ROWS)
-    else:
-        k = load_turned(first, of, n, tokens, LAYOUT, ROWS)
-    return k
-
-
-@triton.jit
-def load_key_rows(row_ptr, of, n, tokens, LAYOUT: tl.constexpr, ROWS: tl.constexpr):
-    """load_rows of keys, those of tokens turned by the angles of rows `n`."""
+def load_operand_rows(row_ptr, of, n, tokens, IN_REGISTERS: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr):
+    """load_rows of queries or keys, those of tokens turned by the angles of rows `n`."""
     if LAYOUT.ROTARY:
         first = row_ptr[:, None] + tl.arange(0, LAYOUT.DP // 2)[None, :]
-        k = load_keys(first, of, n, tokens, LAYOUT, ROWS)
+        x = load_operand(first, of, n, tokens, IN_REGISTERS, LAYOUT, ROWS)
     else:
-        k = load_rows(row_ptr, LAYOUT)
-    return k
+        x = load_rows(row_ptr, LAYOUT)
+    return x
 
 
 @triton.jit
@@ -282,9 +271,9 @@ def query_rows(row, of, LAYOUT: tl.constexpr):
     """(rows, DP) of queries; those from N on are prompts."""
     if LAYOUT.PROMPT_QUERIES:
         ptr = mixed_rows(row, of, 0, 0, of.N, LAYOUT, True)
-        q = load_query_rows(ptr, of, tl.minimum(row, of.N - 1), row < of.N, LAYOUT, MIXED)
+        q = load_operand_rows(ptr, of, tl.minimum(row, of.N - 1), row < of.N, True, LAYOUT, MIXED)
     elif LAYOUT.ROTARY:
-        q = load_query_rows(of.tokens + row.to(LAYOUT.INDEX) * LAYOUT.STRIDE_N, of, row, row, LAYOUT, TOKENS)
+        q = load_operand_rows(of.tokens + row.to(LAYOUT.INDEX) * LAYOUT.STRIDE_N, of, row, row, True, LAYOUT, TOKENS)
     else:
         q = load_block(of.tokens, row.to(LAYOUT.INDEX) * LAYOUT.STRIDE_N, LAYOUT)
     return q
@@ -465,7 +454,7 @@ def full_keys(keys, first, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl
         table = tl.cast(first, tl.int64) * LAYOUT.TABLE_N
         of = Rows(keys.tokens, keys.prompts, keys.N, keys.P, keys.cos + table, keys.sin + table)
         at = base + (offset[:, None] + tl.arange(0, LAYOUT.DP // 2)[None, :])
-        k = load_keys(at, of, i, i, LAYOUT, ROWS)
+        k = load_operand(at, of, i, i, LAYOUT.KEYS_IN_REGISTERS, LAYOUT, ROWS)
     else:
         k = load_block(base, offset, LAYOUT)
     return k, load_block(base + LAYOUT.H * LAYOUT.D, offset, LAYOUT)
@@ -508,7 +497,7 @@ def tail_keys(t, keys, full_tokens, full_prompts, LAYOUT: tl.constexpr):
     left = keys.N - full_tokens
     key_ptr = mixed_rows(t, keys, full_tokens, full_prompts, left, LAYOUT, LAYOUT.HAS_PROMPTS)
     n = tl.minimum(full_tokens + t, keys.N - 1)
-    k = load_key_rows(key_ptr, keys, n, t < left, LAYOUT, MIXED)
+    k = load_operand_rows(key_ptr, keys, n, t < left, LAYOUT.KEYS_IN_REGISTERS, LAYOUT, MIXED)
     return k, load_rows(key_ptr + LAYOUT.H * LAYOUT.D, LAYOUT)
 
 
