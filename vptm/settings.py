@@ -406,13 +406,22 @@ class TrainSettings(SettingsGroup):
     early_stopping: Annotated[
         int | None, Help("Stop after so many epochs in a row that are not better on validation images.")
     ] = None
+    val_every: Annotated[
+        int, Help("Epochs from one look at validation images to the next; there is one after the last.")
+    ] = 1
     seed: Annotated[int, Help("Of initialisation, drawn shots, order and augmentation.")] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("lr_of", "weight_decay_of"):
             object.__setattr__(self, name, _of_groups(name, getattr(self, name)))
-        for name, lowest in (("epochs", 1), ("warmup_epochs", None), ("accumulate", 1), ("early_stopping", 1)):
+        for name, lowest in (
+            ("epochs", 1),
+            ("warmup_epochs", None),
+            ("accumulate", 1),
+            ("early_stopping", 1),
+            ("val_every", 1),
+        ):
             value, none = getattr(self, name), ", or None" if name == "early_stopping" else ""
             if none and value is None:
                 continue

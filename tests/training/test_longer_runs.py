@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from console import Console
 from tiny_data import write_backbone, write_pictures
 from tiny_runs import assert_same_run, loaders, make_model, metrics, run, stopped_run
 
-from vptm import fit
+from vptm import fit, load_adapter
 from vptm.training.run_folder import RUN_FILE
+from vptm.training.scores import validation_score
 from vptm.training.state import STATE_FILE
 from vptm.weights.adapter_format import TENSORS_FILE
 
@@ -61,6 +63,59 @@ def test_patience_needs_images_to_be_judged_on(backbone: Path, tmp_path: Path) -
     with pytest.raises(ValueError, match="early_stopping must be >= 1, or None, got 0"):
         run(model, tmp_path / "r", early_stopping=0)
     assert not (tmp_path / "r").exists()
+
+
+def validated(folder: Path) -> list[int]:
+    return [int(row["epoch"]) for row in metrics(folder) if row["val_loss"]]
+
+
+def assert_same_learned(one: Any, two: Any) -> None:
+    learned = two.learned_state_dict()
+    assert all(torch.equal(tensor, learned[name]) for name, tensor in one.learned_state_dict().items())
+
+
+def test_validation_now_and_then_changes_nothing_but_which_epochs_can_be_best(backbone: Path, tmp_path: Path) -> None:
+    """Looking at validation images draws no random number; the best of the epochs that are looked at is kept, and a run
+    that was stopped between two looks and resumed is the whole one."""
+    options: dict[str, Any] = {"ema": 0.8, "schedule": "none"}
+    every = run(make_model(backbone), tmp_path / "every", epochs=5, **options)
+    some = run(make_model(backbone), tmp_path / "some", epochs=5, val_every=2, **options)
+    assert validated(tmp_path / "some") == [2, 4, 5]
+    looked = [row for row in every.history if row["epoch"] in (2, 4, 5)]
+    same = ("epoch", "train_loss", "val_loss", "val_accuracy")
+    assert [[row[name] for name in same] for row in some.history if row["val_loss"] is not None] == [
+        [row[name] for name in same] for row in looked
+    ]
+    assert some.best_epoch == max(looked, key=validation_score)["epoch"]
+    stopped_run(make_model(backbone), tmp_path / "parts", 4, val_every=2, **options)
+    assert validated(tmp_path / "parts") == [2] and len(metrics(tmp_path / "parts")) == 3
+    run(make_model(backbone), tmp_path / "parts", epochs=5, val_every=2, resume=True, **options)
+    assert_same_run(tmp_path / "some", tmp_path / "parts")
+    with pytest.raises(ValueError, match="val_every was 2, now 1"):
+        run(make_model(backbone), tmp_path / "parts", epochs=5, resume=True, **options)
+
+
+def test_a_run_that_is_stopped_before_the_first_validation_keeps_its_last_epoch(backbone: Path, tmp_path: Path) -> None:
+    """And not what it started from."""
+    model, twin = make_model(backbone), make_model(backbone)
+    stopped_run(model, tmp_path / "r", 3, val_every=3, schedule="none")
+    assert validated(tmp_path / "r") == [] and len(metrics(tmp_path / "r")) == 2
+    train, _ = loaders(twin)
+    fit(twin, train, epochs=2, lr=0.02, warmup_epochs=1, schedule="none", progress=False)
+    assert not torch.equal(twin.prompts.weight, make_model(backbone).prompts.weight)
+    assert_same_learned(model, twin)
+    assert_same_learned(load_adapter(tmp_path / "r"), twin)
+
+
+def test_no_run_stops_between_two_looks_at_validation_images(backbone: Path, tmp_path: Path) -> None:
+    """An epoch that was not looked at could have been better: patience of one ends the run at the second look."""
+    still: dict[str, Any] = {"epochs": 9, "lr": 1e-30, "schedule": "none", "warmup_epochs": 0}
+    result = run(make_model(backbone), tmp_path / "r", early_stopping=1, val_every=3, **still)
+    assert (len(result.history), result.best_epoch, validated(tmp_path / "r")) == (6, 3, [3, 6])
+    with pytest.raises(ValueError, match="val_every needs validation images, got 2 without any"):
+        fit(make_model(backbone), loaders(make_model(backbone))[0], epochs=2, lr=0.1, val_every=2)
+    with pytest.raises(ValueError, match="val_every must be >= 1, got 0"):
+        run(make_model(backbone), val_every=0)
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -27,8 +27,9 @@ def check_loaders(train: Any, val: Any, settings: TrainSettings) -> None:
     for name, loader in (("train", train), ("val", val)):
         if not isinstance(loader, DataLoader) and not (name == "val" and loader is None):
             raise TypeError(f"{name} must be a torch DataLoader, got {type(loader).__name__}")
-    if val is None and settings.early_stopping is not None:
-        raise ValueError(f"early_stopping needs validation images, got {settings.early_stopping} without any")
+    for name, off in (("early_stopping", None), ("val_every", 1)):
+        if val is None and (value := getattr(settings, name)) != off:
+            raise ValueError(f"{name} needs validation images, got {value} without any")
     check_parts(train.batch_size, settings.accumulate)
 
 

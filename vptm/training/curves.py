@@ -13,15 +13,12 @@ def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure = new_figure(9, 3.6)
-    epochs = [row["epoch"] for row in history]
     quality = "map" if "val_map" in history[0] else "accuracy"
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", quality)):
         for part, colour in (("train", "#1f6f8b"), ("val", "#c8553d")):
-            values = [row.get(f"{part}_{quantity}") for row in history]
-            if values[-1] is not None:
-                axes.plot(
-                    epochs, values, color=colour, marker="o" if len(epochs) < 30 else "", markersize=3, label=part
-                )
+            points = [(row["epoch"], value) for row in history if (value := row.get(f"{part}_{quantity}")) is not None]
+            if points:
+                axes.plot(*zip(*points), color=colour, marker="o" if len(points) < 30 else "", markersize=3, label=part)
         axes.set(xlabel="epoch", ylabel={"map": "mean average precision"}.get(quantity, quantity))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

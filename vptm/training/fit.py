@@ -97,14 +97,15 @@ def fit(
     weight_decay_of: Mapping[str, float] | None = None,
     ema: float | None = None,
     early_stopping: int | None = None,
+    val_every: int = 1,
     grad_checkpointing: bool = False,
 ) -> FitResult:
     """Train what `model` leaves unfrozen by cross-entropy, and keep the epoch that is best on `val`.
 
-    Best is the highest validation accuracy, then the lowest validation loss, then the earliest; without `val` it is the
-    last epoch. Optimiser and per-step learning-rate schedule (from `lr` to 0) come from timm, with
-    `model.no_weight_decay()` respected. A model with `multi_label=True` is trained by binary cross-entropy, and mean
-    average precision takes the place of accuracy.
+    Best is the highest validation accuracy, then the lowest validation loss, then the earliest; without `val`, and
+    until it is first looked at, it is the last epoch. Optimiser and per-step learning-rate schedule (from `lr` to 0)
+    come from timm, with `model.no_weight_decay()` respected. A model with `multi_label=True` is trained by binary
+    cross-entropy, and mean average precision takes the place of accuracy.
 
     With `precision` a copy of the model in that type is trained, once cast, and the model takes what it learned at the
     end. What is learned in float16 or bfloat16, by such a copy or a model of that type, is learned as float32 copies,
@@ -186,6 +187,9 @@ def fit(
             what the last step came to.
         early_stopping: stop after so many epochs in a row of which none was better on `val` than one before. None
             trains all `epochs`.
+        val_every: epochs from one validation to the next; the last epoch is validated, too. Epochs between have no
+            numbers of `val` in `metrics.csv`, and neither become the best nor stop the run. Of few training images
+            validation can be the larger part of an epoch.
         grad_checkpointing: keep the input of every block alone for backward and compute the block again there, as
             `model.set_grad_checkpointing()` does: bitwise the same gradients. False leaves the model as that set it.
 
@@ -324,11 +328,12 @@ class _Feed(NamedTuple):
 
 
 def _epoch(step: TrainStep, feed: _Feed, val: DataLoader[Any] | None, epoch: int) -> dict[str, Any]:
-    """Train one epoch and validate: its row of `metrics.csv`."""
+    """Train one epoch, and validate where it is due: its row of `metrics.csv`."""
     started = time.perf_counter()
     train_loss, train_accuracy = _train_epoch(step, feed, epoch)
     answers = None
-    if val is not None:
+    settings = step.settings
+    if val is not None and (epoch % settings.val_every == 0 or epoch == settings.epochs):
         with step.average.in_model():
             answers = ask(step.forward, val, dtype=step.dtype, ranks=step.ranks)
     return {

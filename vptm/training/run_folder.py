@@ -95,6 +95,8 @@ class Run:
         patience = self._patience
         if patience is None or self.epoch == self._epochs or self.epoch - self.best_epoch < patience:
             return None
+        if validation_score(self.history[-1]) is None:  # it could have been better
+            return None
         return f"no epoch of the last {patience} was better on validation images"
 
     @property
@@ -180,7 +182,8 @@ class Run:
     def finish_epoch(self, row: dict[str, Any]) -> None:
         """Keep and write what an epoch reached."""
         score = validation_score(row)
-        if score is None or self.best_score is None or score > self.best_score:
+        # without a look at validation images the last epoch is best
+        if self.best_score is None or (score is not None and score > self.best_score):
             self.best_epoch, self.best_score, self.best_state = row["epoch"], score, self.average.kept()
         self.epoch, self.history = row["epoch"], [*self.history, row]
         self._write()
