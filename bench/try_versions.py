@@ -129,9 +129,9 @@ class Environment:
         except BlockingIOError:
             raise NotToBeHad(f"{self.folder} is in use by another run") from None
         ready = self.folder / "ready"
-        pins = [f"{name}=={v}" for name, v in self.wanted.items() if name in ("torch", "numpy")]
-        # what "2.5" means to whoever asks for it
-        pins = [pin + ".*" if pin.count(".") == 1 else pin for pin in pins]
+        wanted = {name: v for name, v in self.wanted.items() if name in ("torch", "numpy")}
+        # "2.5" is any 2.5.x; a whole version is that build alone: torchvision does not load beside a +cpu one of torch
+        pins = [f"{name}=={v}.*" if v.count(".") == 1 else f"{name}==={v}" for name, v in wanted.items()]
         known = ready.is_file()
         if not known:
             shutil.rmtree(self.folder, ignore_errors=True)

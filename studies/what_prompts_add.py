@@ -1,10 +1,11 @@
-"""What prompts add to a frozen model: `vptm train` without a recipe, beside itself without prompts, on six tasks.
+"""What prompts add to a frozen model, and what a better start of prototypes does: six tasks.
 
     python -m studies.what_prompts_add --seeds 5 --jobs 2
 
-The frozen model was pre-trained on pictures of clothing, Fashion-MNIST's; digits are new to it. The learning rate is
-the best of three on validation images, the default, a quarter of it and four times it, with prompts and without.
-Finished runs are kept in the json, so the command goes on where it stopped. Writes `results/what_prompts_add.json`.
+`vptm train` without a recipe, beside itself without prompts, from prototypes whitened and at class means. The frozen
+model was pre-trained on pictures of clothing, Fashion-MNIST's; digits are new to it. The learning rate is the best of
+three on validation images, for every start with prompts and without. Finished runs are kept in the json, so the command
+goes on where it stopped. Writes `results/what_prompts_add.json`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from pathlib import Path
 
 from studies.runs import Comparison
 from studies.trained import Arm, Task, TrainedStudy, around, run_command
-from vptm.settings import train_options
 
 # the package's own pictures are 640 of Fashion-MNIST to train and 320 to validate; 800 steps or more of many images
 TASKS = {
@@ -24,16 +24,27 @@ TASKS = {
     "mnist5k-16": Task("MNIST-5k, 16 shots", "--data mnist5k --shots 16"),
     "mnist5k-all": Task("MNIST-5k, all 3500 images", "--data mnist5k --shots all --epochs 8"),
 }
-DEFAULT = "VPTM by default"
-NONE = "VPTM by default without prompts"
+WHITENED, MEANS = "whitened", "class means"
+# a projection that is a good one already is soon lost at a rate that a random one needs
+STARTS = {WHITENED: ("--prototype-init whitened", 5e-4), MEANS: ("--prototype-init class_means", 2e-3)}
+
+
+def without(name: str) -> str:
+    return f"{name}, without prompts"
 
 
 def arms() -> list[Arm]:
-    rates = around(train_options()["lr"].default)
-    return [Arm(DEFAULT, "", rates), Arm(NONE, "--prompt-length 0", rates)]
+    found = []
+    for name, (options, lr) in STARTS.items():
+        found += [Arm(name, options, around(lr)), Arm(without(name), f"{options} --prompt-length 0", around(lr))]
+    return found
 
 
-COMPARISONS = [Comparison(DEFAULT, NONE)]
+COMPARISONS = [
+    *(Comparison(name, without(name)) for name in STARTS),
+    Comparison(WHITENED, MEANS),
+    Comparison(without(WHITENED), MEANS),
+]
 
 
 def study(path: Path) -> TrainedStudy:

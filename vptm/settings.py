@@ -39,7 +39,7 @@ Schedule = Literal["cosine", "tanh", "none", "vpt", "spt", "provp"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 LearnedGroup = Literal["prompts", "gate", "alpha", "verbalizer", "temperature", "mask_token", "lm_head", "backbone"]
 PromptStart = Literal["uniform", "random", "mean", "max", "kmeans", "vipamin"]
-PrototypeStart = Literal["xavier", "class_means"]
+PrototypeStart = Literal["xavier", "class_means", "whitened"]
 OnBadImage = Literal["error", "skip"]
 ExportFormat = Literal["pt2", "aoti", "onnx", "safetensors"]
 RowFormat = Literal["csv", "jsonl"]
@@ -242,7 +242,9 @@ class ModelSettings(SettingsGroup):
     verbalizer: Annotated[VerbalizerName, Help("What maps the read-out to labels.")] = "prototypical"
     prototype_dim: Annotated[int | None, Help("Dimension of the prototypes.")] = 128
     token_activation: Annotated[TokenActivation, Help("What the verbalizer reads.")] = "logits"
-    projection_bias: Annotated[bool, Help("Bias in the prototype projection.")] = False
+    projection_bias: Annotated[
+        bool, Help("Bias in the prototype projection.", follows="on where prototypes start whitened, else off")
+    ] = False
     temperature: Annotated[
         float | None,
         Help("Fixed temperature; learned from 0.1 by default.", within="finite and > 0", none="or None to learn it"),
@@ -528,7 +530,8 @@ class RunSettings(PictureSettings):
     prototype_init: Annotated[
         PrototypeStart,
         Help(
-            "Where prototypes start: class means are those of the images.",
+            "Where prototypes start: at random, at the class means of the images, or at those in a space where classes "
+            "are round.",
             follows="class_means for a prototypical verbalizer, one label an image and no recipe, else xavier",
         ),
     ] = "class_means"
@@ -628,6 +631,7 @@ class RunSettings(PictureSettings):
 
         values = {name: option.default_for(kind) for name, option in known.items()} | given
         values |= {name: value for name, value in _following(values, kind).items() if name not in given}
+        values |= {"projection_bias": values["prototype_init"] == "whitened"} if "projection_bias" not in given else {}
 
         def part(one: type[SettingsGroup]) -> dict[str, Any]:
             return {name: values[option] for option, name in _options_of(one).items()}

@@ -266,11 +266,11 @@ def _parts(settings: RunSettings, data: ImageData, report: Callable[[str], None]
 
 def _check_class_means(settings: RunSettings, train: ImageDataset) -> None:
     """ValueError where prototypes cannot start at the mean of a class that has no training image."""
-    if settings.prototype_init != "class_means" or (counts := train.counts()).all():
+    if settings.prototype_init == "xavier" or (counts := train.counts()).all():
         return
     empty = one_line(train.classes[int(counts.argmin())])
     raise ValueError(
-        f"--prototype-init class_means needs a training image of every class, got none of {empty!r}: "
+        f"--prototype-init {settings.prototype_init} needs a training image of every class, got none of {empty!r}: "
         "--prototype-init xavier starts at random"
     )
 
@@ -312,11 +312,12 @@ def _start(
         init_prompts(model.to(place), loaders["train"], settings.prompt_init, images=images, seed=seed)
     if settings.init_rescale:
         model.prompts.rescale()
-    if settings.prototype_init == "class_means":
+    if settings.prototype_init != "xavier":
         verbalizer: Any = model.to(place).verbalizer
         with progress_bar(is_first()) as bar:
             task = bar.add_task("class means", total=len(loaders["support"]), note="")
-            verbalizer.init_prototypes(model, _counted(loaders["support"], partial(bar.advance, task)))
+            support = _counted(loaders["support"], partial(bar.advance, task))
+            verbalizer.init_prototypes(model, support, whiten=settings.prototype_init == "whitened")
 
 
 def _counted(loader: Iterable[Any], step: Callable[[], object]) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from vptm.frozen.rows import PreparedHead, PromptedRows
 from vptm.messages import check_integer, number, one_of
 from vptm.models.claims import check_claim
 from vptm.models.support_set import support_rows
+from vptm.models.whitening import whitened_start
 from vptm.settings import TokenActivation
 from vptm_kernels import fold_head, prototype_cosine
 from vptm_kernels.prototype_cosine.activations import activate
@@ -127,7 +128,9 @@ class PrototypicalVerbalizer(nn.Module):
         return self.embed(hidden, lm_head)
 
     @torch.no_grad()
-    def init_prototypes(self, model: PromptedRows, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def init_prototypes(
+        self, model: PromptedRows, loader: Iterable[tuple[Tensor, Tensor]], *, whiten: bool = False
+    ) -> None:
         """Start every prototype at the mean embedding of its class, under the model's present prompts and projection.
 
         Memory does not depend on the number of images.
@@ -135,13 +138,44 @@ class PrototypicalVerbalizer(nn.Module):
         Args:
             model: the model this verbalizer belongs to; it is in eval mode meanwhile.
             loader: the support set as (images, labels) batches, labels (B,) integers in 0 .. K - 1.
+            whiten: also start the projection, as `W (z - m)` of what is read, z, with m the mean of the class means and
+                W^T W the inverse of the covariance within classes, shrunk as `vptm.models.whitening.shrunk` says: the
+                model then is a linear discriminant analysis that compares by cosine. It needs a projection with bias,
+                and "logits" or "hidden" to read.
 
         Raises:
-            ValueError: a label outside 0 .. K - 1, read-out rows or embeddings that are not finite, or a class without
-                an image. The prototypes are then unchanged.
+            ValueError: a label outside 0 .. K - 1, read-out rows or embeddings that are not finite, a class without
+                an image, or a verbalizer that cannot be whitened. It is then unchanged.
         """
+        head = self._whitened_head(model.lm_head) if whiten else None
         with eval_mode(model):
-            self.to_class_means(support_rows(model, loader, len(self.prototypes)), model.lm_head)
+            support = support_rows(model, loader, len(self.prototypes))
+            if not whiten:
+                self.to_class_means(support, model.lm_head)
+                return
+            classes, dim = self.prototypes.shape
+            found = [value.to(self.prototypes.dtype) for value in whitened_start(support, classes, dim, head)]
+        if not all(bool(value.isfinite().all()) for value in found):
+            raise ValueError(f"whitened prototypes must be finite in {self.prototypes.dtype}: start them in float32")
+        assert self.projection is not None
+        for target, value in zip((self.projection.weight, self.projection.bias, self.prototypes), found):
+            target.copy_(value)
+
+    def _whitened_head(self, lm_head: nn.Linear | None) -> tuple[Tensor, Tensor | None] | None:
+        """The map from read-out rows to what is read, None for the rows themselves; ValueError where there is no linear
+        one, or no projection to whiten."""
+        if self.projection is None or self.projection.bias is None:
+            found = "none" if self.projection is None else "one without"
+            raise ValueError(f"whitened prototypes need a projection with bias (projection_bias=True), got {found}")
+        if len(self.prototypes) < 2:
+            raise ValueError("whitened prototypes need two classes or more, got 1")
+        if self.token_activation == "hidden":
+            return None
+        if self.token_activation != "logits" or not is_plain_linear(lm_head):
+            how = type(lm_head).__name__ if self.token_activation == "logits" else repr(self.token_activation)
+            raise ValueError(f"whitened prototypes need token_activation 'logits' or 'hidden', got {how}")
+        assert lm_head is not None
+        return lm_head.weight, lm_head.bias
 
     @torch.no_grad()
     def to_class_means(self, support: Iterable[tuple[Tensor, Tensor]], lm_head: nn.Linear | None) -> None:

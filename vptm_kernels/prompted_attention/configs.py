@@ -147,7 +147,9 @@ def forward_config(
             return ForwardConfig(32, 16, 8, 1, max_registers=128)
         if head_dim <= 16 and not arch.startswith("gfx"):
             return ForwardConfig(32, 32, 8 if arch == "sm120" else 4, 1, max_registers=128)
-        return ForwardConfig(32, 32, 8 if arch == "sm120" else 4, 1)  # four spill 8 bytes there with Triton 3.6
+        # with Triton 3.6 four warps spill 8 bytes on sm120, and eight too where 64 registers do for the compiler
+        registers = 128 if arch == "sm120" and column_bias else 0
+        return ForwardConfig(32, 32, 8 if arch == "sm120" else 4, 1, max_registers=registers)
     if head_dim > 64:
         if asynchronous_tensor_cores(arch):
             return ForwardConfig(64, 32, 4, 1)
@@ -251,6 +253,8 @@ def query_grad_config(
             return Config(64, 32, 4, 1, max_registers=200)
         return Config(64, 64, 8 if prompt_columns or column_bias else 4, 1)
     if arch == "sm90":
+        if prompts_attend and column_bias and not bias_bits:  # 64 x 64 spills 16 bytes with Triton 3.6
+            return Config(128, 32, 8, 1)
         return Config(128, 32, 8, 1, max_registers=128) if rotary else Config(64, 64, 4, 1)
     if arch.startswith("gfx"):
         return Config(16 if column_bias else 32, 16, 4, 1) if prompts_attend else Config(64, 32, 4, 1)
@@ -297,22 +301,26 @@ def key_grad_config(
             return Config(16, 16, 8, 1, max_registers=168)
         if arch == "sm80":
             return Config(32, min(32, block_n), 8, 1, max_registers=128)
-        return Config(16, min(32, block_n), 4, 1, max_registers=128 if block_n == 16 else 0)
+        return Config(16, min(32, block_n), 4, 1, max_registers=128 if block_n == 16 or arch == "sm120" else 0)
     if arch.startswith("gfx") or ((head_dim > 64 or gathered or column_grad) and not asynchronous_tensor_cores(arch)):
         block_n = min(32, block_n)
     if head_dim > 64 and (rotary or (column_grad and _tensor_memory(arch))):
         block_n = min(32, block_n)
+    if head_dim <= 16 and rotary and _tensor_memory(arch):  # 64 keys of prompts spill 16 bytes with Triton 3.6
+        block_n = min(32, block_n)
     if arch == "sm120" and prompts_attend:  # 64 keys of tokens spill 16 bytes without a bias
         block_n = min(32, block_n)
+    # with Triton 3.6 32 queries spill 8 to 16 bytes there
+    block_m = 16 if arch == "sm120" and of_prompts and (column_grad or rotary) else 32
     if rotary and not asynchronous_tensor_cores(arch):
-        return Config(32, min(32, block_n), 8 if head_dim > 64 and block_n > 16 else 4, 1)
+        return Config(block_m, min(32, block_n), 8 if head_dim > 64 and block_n > 16 else 4, 1)
     if head_dim > 64 and not asynchronous_tensor_cores(arch):
-        return Config(32, block_n, 8 if block_n > 16 else 4, 1)
+        return Config(block_m, block_n, 8 if block_n > 16 else 4, 1)
     narrow = block_n == 16 and not (arch == "sm80" and of_prompts and prompts_attend)
     wide = narrow or asynchronous_tensor_cores(arch)
     warps = 8 if of_prompts and block_n >= 32 and _tensor_memory(arch) else 4
     registers = 168 if rotary and arch == "sm90" and not of_prompts and head_dim <= 64 else 0
-    return Config(64 if wide and head_dim <= 64 else 32, block_n, warps, 1, max_registers=registers)
+    return Config(64 if wide and head_dim <= 64 else block_m, block_n, warps, 1, max_registers=registers)
 
 
 def key_grad_candidates(arch: str, dtype_bits: int, head_dim: int, keys: int) -> list[Config]:
