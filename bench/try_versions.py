@@ -87,7 +87,7 @@ def interpreter(wanted: str | None) -> str:
 def refusal(output: str, python: str) -> str:
     """One line for what pip printed when it failed."""
     if missing := re.search(r"No matching distribution found for (\S+)", output):
-        return f"pip has no {missing[1].replace('==', ' ')} for Python {python}"
+        return f"pip has no {re.sub('={2,3}', ' ', missing[1])} for Python {python}"
     if clash := re.search(r"Cannot install (.+?) because.*?caused by:\s*\n(.+?)(?:\n\s*\n|\Z)", output, re.DOTALL):
         return f"pip cannot install {clash[1]}: {'; '.join(line.strip() for line in clash[2].splitlines())}"
     errors = [line for line in output.splitlines() if line.startswith("ERROR:")] or output.splitlines() or ["no output"]
@@ -131,7 +131,7 @@ class Environment:
         ready = self.folder / "ready"
         wanted = {name: v for name, v in self.wanted.items() if name in ("torch", "numpy")}
         # "2.5" is any 2.5.x; a whole version is that build alone: torchvision does not load beside a +cpu one of torch
-        pins = [f"{name}=={v}.*" if v.count(".") == 1 else f"{name}==={v}" for name, v in wanted.items()]
+        pins = [f"{name}=={v}.*" if v.count(".") < 2 else f"{name}==={v}" for name, v in wanted.items()]
         known = ready.is_file()
         if not known:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -2,9 +2,9 @@
 
     python -m studies.prompt_length --seeds 5 --jobs 2
 
-The built-in task of `vptm train`, 16 images of each of 10 classes, of 16 patches each. All else is what `vptm train`
-does without a recipe, in 40 epochs at 5e-4. Finished runs are kept in the json, so the command goes on where it
-stopped. Writes `results/prompt_length.json`.
+The built-in task of `vptm train`, 16 images of each of 10 classes, of 16 patches each. Prototypes start at class means;
+all else is what `vptm train` does without a recipe, in 40 epochs at 5e-4. Finished runs are kept in the json, so the
+command goes on where it stopped. Writes `results/prompt_length.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LENGTHS = (1, 5, 10, 20, 50, 100)
 MODES = ("shallow", "deep")
 GATES = {"no gate": " --prompt-gate none", "gate from -4": " --prompt-gate -4"}
 NONE = "no prompts"
-TASK = Task("built-in task, 16 shots", "--data builtin --shots 16 --epochs 40 --lr 5e-4")
+TASK = Task("built-in task, 16 shots", "--data builtin --shots 16 --epochs 40 --lr 5e-4 --prototype-init class_means")
 
 
 def name(mode: str, length: int, gate: str) -> str:

@@ -142,24 +142,34 @@ def precision(content: dict[str, Any]) -> str:
 
 def prompts(added: dict[str, Any], lengths: dict[str, Any]) -> str:
     """What prompts add to none, where, and where not, in three sentences."""
-    arm, bare = what_prompts_add.DEFAULT, what_prompts_add.NONE
-    by_verdict: dict[bool, list[str]] = {True: [], False: []}
-    for task, found in added["summary"]["tasks"].items():
-        if one := found["paired_difference_points"].get(f"{arm} - {bare}"):
-            accuracy = found["test_accuracy_percent"]
-            there = f"{accuracy[bare]['mean']:.1f} to {accuracy[arm]['mean']:.1f}"
-            by_verdict[one["verdict"] == "seen here"].append(f"{task}, {there} ({_points(one)})")
-    seen, unseen = ("; ".join(by_verdict[known]) or "no task" for known in (True, False))
+    whitened, means = what_prompts_add.WHITENED, what_prompts_add.MEANS
+
+    def told(first: str, second: str, *, seen: bool, short: bool = False) -> str:
+        """The tasks on which the first arm was seen to be better than the second, or was not."""
+        lines = []
+        for task, found in added["summary"]["tasks"].items():
+            one = found["paired_difference_points"].get(f"{first} - {second}")
+            if one and (one["verdict"] == "seen here") == seen:
+                accuracy = found["test_accuracy_percent"]
+                there = "" if short else f", {accuracy[second]['mean']:.1f} to {accuracy[first]['mean']:.1f}"
+                lines.append(f"{task}{there} ({_points(one)})")
+        return "; ".join(lines) or "no task"
+
+    bare = what_prompts_add.without
+    asked = whitened, bare(whitened)
     found = lengths["summary"]["tasks"][prompt_length.TASK.name]["paired_difference_points"]
     gate, none = (
         _points(found[f"{prompt_length.name('shallow', 50, kind)} - {prompt_length.NONE}"])
         for kind in ("gate from -4", "no gate")
     )
     return _filled(
-        "What prompts add: `vptm train` gains over itself without prompts, on the built-in model of 2 million "
-        f"parameters, in % of test images (paired difference, 95 % interval), on {seen}. No gain was seen, or the data "
-        f"are too few to tell, on {unseen}. Many prompts without gates take attention from the patches: 50 beside 16 "
-        f"patches {none} points, with the gates that `vptm train` begins with {gate}.",
+        "What prompts add: on the built-in model of 2 million parameters, in % of test images (paired difference, 95 % "
+        f"interval), `vptm train` gains over itself without prompts on {told(*asked, seen=True)}; no gain was seen, or "
+        f"the data are too few to tell, on {told(*asked, seen=False)}. How the verbalizer starts counts for more: "
+        "without any prompt whitened prototypes, with which it begins, are better than class means on "
+        f"{told(bare(whitened), bare(means), seen=True)}, and beside class means prompts gain on "
+        f"{told(means, bare(means), seen=True, short=True)}. Many prompts without gates take attention from the "
+        f"patches: 50 beside 16 patches {none} points, with the gates that `vptm train` begins with {gate}.",
         136,
     )
 

@@ -1,7 +1,7 @@
 """What the studies of accuracy share: runs in one json that several processes may add to, and judged differences.
 
 A difference is judged by its paired t-interval over the seeds, and one that is to be above zero by its p-value as well,
-corrected by Holm for all such comparisons of the study:
+corrected by Holm for all such comparisons of its family, one question asked on several tasks, or the whole study:
 
 - better: seen here, if it is above zero after correction; not seen here, if 95 % of the interval leave no room for
   `ROOM` points.
@@ -54,11 +54,13 @@ def accuracy(values: np.ndarray) -> dict[str, Any]:
 
 
 class Comparison(NamedTuple):
-    """What is asked of two arms: whether the first is better than the second, or no worse."""
+    """What is asked of two arms: whether the first is better than the second, or no worse; `family` names those that
+    are corrected together."""
 
     first: str
     second: str
     asked: Literal["better", "no worse"] = "better"
+    family: str = ""
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -89,12 +91,13 @@ def verdict(found: dict[str, Any], asked: str) -> str:
 def summarise(
     runs: Sequence[dict[str, Any]], tasks: Sequence[str], arms: Sequence[str], comparisons: Sequence[Comparison]
 ) -> dict[str, Any]:
-    """Accuracies and judged differences of each task, the p-values corrected over all tasks.
+    """Accuracies and judged differences of each task, the p-values of a family corrected over all tasks; the largest
+    family is counted.
 
     A run has a "task", an "arm", a "seed", and the share of "test" images that were right.
     """
     found: dict[str, Any] = {}
-    asked_better: list[dict[str, Any]] = []
+    families: dict[str, list[dict[str, Any]]] = {}
     for task in tasks:
         accuracies, by = {}, {}
         for arm in arms:
@@ -103,7 +106,7 @@ def summarise(
                 accuracies[arm] = accuracy(np.array(list(own.values())))
                 by[arm] = own
         paired = {}
-        for first, second, asked in comparisons:
+        for first, second, asked, family in comparisons:
             seeds = sorted(by.get(first, {}).keys() & by.get(second, {}).keys())
             if not seeds:
                 continue
@@ -112,16 +115,17 @@ def summarise(
             if asked == "better" and len(seeds) > 1:
                 # equal differences have no spread to test, and so no p-value
                 one["p"] = float(np.nan_to_num(ttest_1samp(differences, 0).pvalue, nan=1.0))
-                asked_better.append(one)
+                families.setdefault(family, []).append(one)
             paired[f"{first} - {second}"] = one
         if accuracies:
             found[task] = {"test_accuracy_percent": accuracies, "paired_difference_points": paired}
-    for one, corrected in zip(asked_better, holm([one["p"] for one in asked_better])):
-        one["p_holm"] = corrected
+    for members in families.values():
+        for one, corrected in zip(members, holm([one["p"] for one in members])):
+            one["p_holm"] = corrected
     for task_found in found.values():
         for one in task_found["paired_difference_points"].values():
             one["verdict"] = verdict(one, one["asked"])
-    return {"comparisons_corrected_for": len(asked_better), "tasks": found}
+    return {"comparisons_corrected_for": max(map(len, families.values()), default=0), "tasks": found}
 
 
 def study_parser(program: str, doc: str | None, out: str | None = None) -> argparse.ArgumentParser:

@@ -5,7 +5,8 @@
 `vptm train` without a recipe, beside itself without prompts, from prototypes whitened and at class means. The frozen
 model was pre-trained on pictures of clothing, Fashion-MNIST's; digits are new to it. The learning rate is the best of
 three on validation images, for every start with prompts and without. Finished runs are kept in the json, so the command
-goes on where it stopped. Writes `results/what_prompts_add.json`.
+goes on where it stopped; the first, at class means, are of commits where `vptm train` started there by default. Writes
+`results/what_prompts_add.json`.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ def arms() -> list[Arm]:
     return found
 
 
+# each is one question, asked on six tasks
 COMPARISONS = [
-    *(Comparison(name, without(name)) for name in STARTS),
-    Comparison(WHITENED, MEANS),
-    Comparison(without(WHITENED), MEANS),
+    *(Comparison(name, without(name), family=name) for name in STARTS),
+    Comparison(WHITENED, MEANS, family="start"),
+    Comparison(without(WHITENED), without(MEANS), family="start without prompts"),
 ]
 
 

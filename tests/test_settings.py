@@ -77,20 +77,25 @@ def test_options_name_every_setting_and_come_back(kind: str) -> None:
 @pytest.mark.parametrize(
     ("said", "kind", "start", "mode", "gate"),
     [
-        ({}, "beit", "class_means", "deep", -4.0),
-        ({"prompt_gate": None}, "beit", "class_means", "deep", None),
-        ({"prompt_gate": 0.0, "prompt_mode": "shallow"}, "beit", "class_means", "shallow", 0.0),
+        ({}, "beit", "whitened", "deep", -4.0),
+        ({"prompt_gate": None}, "beit", "whitened", "deep", None),
+        ({"prompt_gate": 0.0, "prompt_mode": "shallow"}, "beit", "whitened", "shallow", 0.0),
         ({"prototype_init": "xavier"}, "beit", "xavier", "deep", -4.0),
         ({"verbalizer": "linear"}, "beit", "xavier", "deep", -4.0),
         ({"multi_label": True, "shots": "all"}, "beit", "xavier", "deep", -4.0),
-        ({"prompt_length": 0}, "beit", "class_means", "deep", None),
-        ({"prompt_kind": "cross"}, "beit", "class_means", "deep", None),
-        ({"prompt_kind": "kv"}, "beit", "class_means", "deep", -4.0),
-        ({"prompt_placement": "add"}, "beit", "class_means", "deep", None),
+        ({"token_activation": "hidden"}, "beit", "whitened", "deep", -4.0),
+        ({"token_activation": "softmax"}, "beit", "class_means", "deep", -4.0),
+        ({"prototype_dim": None}, "beit", "class_means", "deep", -4.0),
+        ({"projection_bias": False}, "beit", "class_means", "deep", -4.0),
+        ({"prompt_length": 0}, "beit", "whitened", "deep", None),
+        ({"prompt_kind": "cross"}, "beit", "whitened", "deep", None),
+        ({"prompt_kind": "kv"}, "beit", "whitened", "deep", -4.0),
+        ({"prompt_placement": "add"}, "beit", "whitened", "deep", None),
         ({"recipe": "vptm"}, "beit", "xavier", "shallow", None),
+        ({"recipe": "vptm", "prototype_init": "whitened"}, "beit", "whitened", "shallow", None),
         ({}, "classifier_beit", "xavier", "shallow", None),
         ({}, "vit", "xavier", "deep", None),
-        ({"verbalizer": "prototypical", "prompt_mode": "shallow"}, "vit", "class_means", "shallow", None),
+        ({"verbalizer": "prototypical", "prompt_mode": "shallow"}, "vit", "whitened", "shallow", None),
     ],
 )
 def test_defaults_that_follow_from_other_options(
@@ -100,6 +105,8 @@ def test_defaults_that_follow_from_other_options(
     run = RunSettings.from_options(said, kind)
     model = run.model_settings
     assert (run.prototype_init, model.prompt_mode, model.prompt_gate) == (start, mode, gate)
+    assert (model.projection_bias, run.train_settings.lr) == ((True, 0.0005) if start == "whitened" else (False, 0.002))
+    assert RunSettings.from_options({**said, "lr": 0.1, "projection_bias": True}, kind).train_settings.lr == 0.1
     assert RunSettings.from_options(run.options(), kind) == run, "a run that is resumed keeps its own"
 
 
@@ -120,6 +127,18 @@ def test_an_option_of_another_kind_of_model_is_refused_by_name() -> None:
         ({"readout": "row"}, "readout must be one of cls, mean, map, mean_with_prompts, mask, got 'row'"),
         ({"prompt_after": "dropp"}, "after must be one of carry, drop, got 'dropp', did you mean 'drop'"),
         ({"prompt_init": "k-means"}, "--prompt-init must be one of .*, did you mean 'kmeans'"),
+        (
+            {"verbalizer": "prototypical", "prototype_init": "whitened", "token_activation": "softmax"},
+            "--prototype-init whitened needs --token-activation logits or hidden, got softmax",
+        ),
+        (
+            {"verbalizer": "prototypical", "prototype_init": "whitened", "projection_bias": False},
+            "--prototype-init whitened needs --projection-bias, got --no-projection-bias",
+        ),
+        (
+            {"verbalizer": "prototypical", "prototype_init": "whitened", "prototype_dim": None},
+            "--prototype-init whitened needs a --prototype-dim, got none",
+        ),
         ({"batch_size": 0}, "--batch-size must be >= 1, got 0"),
         ({"seed": -1}, r"--seed must be in 0..2\^32-1, got -1"),
         ({"shots": "0"}, "--shots must be an integer >= 1 or all, got '0'"),

@@ -56,6 +56,7 @@ PROMPT_LOCATION = (
 FREE_ON_RESUME = frozenset(
     {"device", "impl", "log", "workers", "grad_checkpointing"}
 )  # these change nothing of what a run learns
+WHITENED_LR, RANDOM_LR = 0.0005, 0.002
 MUTED_GATE = -4.0  # 50 prompts then weigh less than one key
 EVALUATION_BATCH = 256  # images per step where nothing is learned
 THRESHOLD = 0.5  # least probability of a label where an image has several, unless another is asked for
@@ -348,7 +349,14 @@ class TrainSettings(SettingsGroup):
     """Keywords of `vptm.fit` that decide what is learned."""
 
     epochs: Annotated[int, Help("Passes over the training images.", command=80)]
-    lr: Annotated[float, Help("Peak learning rate.", command=0.002, within="finite and > 0")]
+    lr: Annotated[
+        float,
+        Help(
+            "Peak learning rate.",
+            follows=f"{WHITENED_LR} where prototypes start whitened, else {RANDOM_LR}",
+            within="finite and > 0",
+        ),
+    ]
     weight_decay: Annotated[float, Help("Weight decay of matrices.", command=0.1, within="finite and >= 0")] = 0.0
     optimizer: Annotated[str, Help("A timm optimiser.")] = "adamw"
     schedule: Annotated[Schedule, Help("Of the learning rate.")] = "cosine"
@@ -532,9 +540,10 @@ class RunSettings(PictureSettings):
         Help(
             "Where prototypes start: at random, at the class means of the images, or at those in a space where classes "
             "are round.",
-            follows="class_means for a prototypical verbalizer, one label an image and no recipe, else xavier",
+            follows="whitened, or class_means where the verbalizer cannot be, for a prototypical verbalizer, one label "
+            "an image and no recipe, else xavier",
         ),
-    ] = "class_means"
+    ] = "whitened"
     prototype_steps: Annotated[
         int, Help("Steps on projection and prototypes alone after training, by ProtoVerb's losses.")
     ] = 0
@@ -597,6 +606,10 @@ class RunSettings(PictureSettings):
         for name, unused in (("prototype_steps", 0), ("prototype_init", "xavier")):
             if getattr(self, name) != unused and verbalizer != "prototypical":
                 raise ValueError(f"{self._label(name)} needs --verbalizer prototypical, got {verbalizer}")
+        model = self.model_settings
+        needed = _needed_to_whiten(model.token_activation, model.prototype_dim, model.projection_bias)
+        if self.prototype_init == "whitened" and needed is not None:
+            raise ValueError(f"--prototype-init whitened needs {needed}")
 
     def options(self) -> dict[str, Any]:
         """Every setting by the name of its option, as `run.json` keeps them."""
@@ -630,8 +643,7 @@ class RunSettings(PictureSettings):
                 )
 
         values = {name: option.default_for(kind) for name, option in known.items()} | given
-        values |= {name: value for name, value in _following(values, kind).items() if name not in given}
-        values |= {"projection_bias": values["prototype_init"] == "whitened"} if "projection_bias" not in given else {}
+        values |= _following(given, values, kind) | given
 
         def part(one: type[SettingsGroup]) -> dict[str, Any]:
             return {name: values[option] for option, name in _options_of(one).items()}
@@ -642,18 +654,38 @@ class RunSettings(PictureSettings):
         return cls(**part(cls), model_settings=model, train_settings=TrainSettings(**part(TrainSettings)))
 
 
-def _following(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def _following(given: Mapping[str, Any], values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Defaults of a run that follow from its other options, chosen on validation images: default_recipe.json in
-    studies/results. A recipe says itself what its method starts with."""
-    if values["recipe"] is not None:
-        return {"prototype_init": "xavier"}
-    one_label = values["verbalizer"] == "prototypical" and not values["multi_label"]
-    found: dict[str, Any] = {"prototype_init": "class_means" if one_label else "xavier"}
-    if kind == "beit":
-        found["prompt_mode"] = "deep"
-        if values["prompt_length"] > 0 and values["prompt_placement"] == "prepend" and values["prompt_kind"] != "cross":
-            found["prompt_gate"] = MUTED_GATE
-    return found
+    studies/results. A recipe says itself what its method starts with. values: of all options, `given` or not."""
+    found: dict[str, Any] = {"prototype_init": "xavier"}
+    if values["recipe"] is None:
+        found["prototype_init"] = _prototype_start(given, values)
+        if kind == "beit":
+            found["prompt_mode"] = "deep"
+            among_keys = values["prompt_placement"] == "prepend" and values["prompt_kind"] != "cross"
+            if values["prompt_length"] > 0 and among_keys:
+                found["prompt_gate"] = MUTED_GATE
+    whitened = given.get("prototype_init", found["prototype_init"]) == "whitened"
+    # a projection that is a good one already is soon lost at the rate that a random one needs
+    return found | {"projection_bias": whitened, "lr": WHITENED_LR if whitened else RANDOM_LR}
+
+
+def _prototype_start(given: Mapping[str, Any], values: Mapping[str, Any]) -> PrototypeStart:
+    """The best start that a verbalizer can have."""
+    if values["verbalizer"] != "prototypical" or values["multi_label"]:
+        return "xavier"
+    bias = given.get("projection_bias", True)
+    needed = _needed_to_whiten(values["token_activation"], values["prototype_dim"], bias)
+    return "whitened" if needed is None else "class_means"
+
+
+def _needed_to_whiten(token_activation: str, prototype_dim: int | None, projection_bias: bool) -> str | None:
+    """What a prototypical verbalizer lacks for prototypes that start whitened, as options; None where nothing."""
+    if token_activation not in ("logits", "hidden"):
+        return f"--token-activation logits or hidden, got {token_activation}"
+    if prototype_dim is None:
+        return "a --prototype-dim, got none"
+    return None if projection_bias else "--projection-bias, got --no-projection-bias"
 
 
 @dataclass(frozen=True)

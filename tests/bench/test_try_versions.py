@@ -90,7 +90,8 @@ def test_a_run_killed_while_it_writes_loses_nothing(tmp_path):
 @pytest.mark.parametrize(
     "printed,line",
     [
-        ("ERROR: No matching distribution found for torch==2.99.0", "pip has no torch 2.99.0 for Python 3.12.1"),
+        ("ERROR: No matching distribution found for torch===2.99.0", "pip has no torch 2.99.0 for Python 3.12.1"),
+        ("ERROR: No matching distribution found for numpy==9.9.*", "pip has no numpy 9.9.* for Python 3.12.1"),
         (
             "ERROR: Cannot install torch==2.15.0 because these package versions have conflicting dependencies.\n\n"
             "The conflict is caused by:\n    The user requested torch==2.15.0\n"

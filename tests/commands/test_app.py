@@ -138,9 +138,11 @@ def test_train_can_fit_the_prototypes_afterwards(vptm: Console, material: Path, 
     assert measured.splitlines()[-1].split()[2] == out.splitlines()[-3].split()[2]
 
 
-def test_train_can_start_at_class_means(vptm: Console, material: Path, tmp_path: Path) -> None:
-    """A step too small to move anything leaves every prototype at the mean embedding of its class's pictures."""
-    options = ["--verbalizer", "prototypical", "--prototype-dim", 8, "--prototype-init", "class_means"]
+@pytest.mark.parametrize("start", ["class_means", "whitened"])
+def test_train_can_start_at_class_means(vptm: Console, material: Path, tmp_path: Path, start: str) -> None:
+    """A step too small to move anything leaves every prototype at the mean embedding of its class's pictures, whose
+    middle is zero where the start is whitened."""
+    options = ["--verbalizer", "prototypical", "--prototype-dim", 8, "--prototype-init", start]
     arguments = train_arguments(material, tmp_path / "r", *options, "--lr", 1e-30, epochs=1)
     assert vptm(*arguments)[0] == 0
     model = load_adapter(tmp_path / "r")
@@ -151,6 +153,8 @@ def test_train_can_start_at_class_means(vptm: Console, material: Path, tmp_path:
     for k in range(3):
         mean = embedding[torch.from_numpy(data.labels) == k].mean(0)
         torch.testing.assert_close(model.verbalizer.prototypes[k].detach(), mean, rtol=1e-4, atol=1e-5)
+    middle = model.verbalizer.prototypes.detach().mean(0).norm() / model.verbalizer.prototypes.detach().norm()
+    assert (middle < 1e-3) == (start == "whitened")
 
 
 def test_class_means_of_a_class_without_training_images(
@@ -172,7 +176,7 @@ def test_class_means_of_a_class_without_training_images(
         patched.setattr("vptm.methods.run.refuse_unreadable", None)
         assert vptm.refused(*arguments) == (
             2,
-            "vptm: --prototype-init class_means needs a training image of every class, got none of '2': "
+            "vptm: --prototype-init whitened needs a training image of every class, got none of '2': "
             "--prototype-init xavier starts at random",
         )
     assert not (tmp_path / "r").exists()
@@ -681,7 +685,11 @@ def refusals(material: Path, tmp: Path) -> dict[str, tuple[list[Any], int, str]]
         "seed": (["--seed", -1], 2, "--seed"),
         "prototype steps": (["--prototype-steps", -1], 2, "--prototype-steps must be >= 0"),
         "no prototypes": (["--prototype-steps", 2], 2, "--prototype-steps needs --verbalizer prototypical, got linear"),
-        "prototype init": (["--prototype-init", "mean"], 2, "--prototype-init must be one of xavier, class_means"),
+        "prototype init": (
+            ["--prototype-init", "mean"],
+            2,
+            "--prototype-init must be one of xavier, class_means, whitened",
+        ),
         "no means": (["--prototype-init", "class_means"], 2, "--prototype-init needs --verbalizer prototypical"),
         "class weights": (["--class-weights", "1,2"], 2, "class_weights must be balanced or 3 numbers"),
         "balanced twice": (["--class-weights", "balanced", "--balanced-sampler"], 2, "exclude each other"),

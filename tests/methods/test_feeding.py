@@ -53,7 +53,7 @@ def test_slow_pictures_are_found(
     monkeypatch.setattr("vptm.methods.feeding.measure_feeding.__kwdefaults__", {"seconds": 0.5, "report": print})
     before = sorted(tmp_path.rglob("*"))
     where = ["--model", backbone, "--data", tmp_path / "pictures", "--shots", 4, "--batch-size", 4, "--device", "cpu"]
-    code, out, err = vptm("train", *where, "--epochs", 500, "--synthetic")
+    code, out, err = vptm("train", *where, "--epochs", 500, "--val-every", 5, "--synthetic")
     lines = out.splitlines()
     assert code == 0 and len(lines) == 4, err
     real, made, reading = (float(line.split()[2]) for line in lines[:3])

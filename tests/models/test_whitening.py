@@ -1,6 +1,7 @@
 """Prototypes that start whitened: a linear discriminant analysis of what is read, compared by cosine."""
 
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def clouds(classes, width, each, seed):
 def test_moments_of_batches_are_those_of_all_rows(classes, width, each, batch, seed):
     """With batches of any size, and shrinkage as scikit-learn's `oas` has it."""
     rows, labels = clouds(classes, width, each, seed)
-    moments = Moments(classes, width)
+    moments = Moments(classes, rows[0] + 1)
     for some, theirs in zip(rows.split(batch), labels.split(batch)):
         moments.add(some, theirs)
     means = torch.stack([rows[labels == k].mean(0) for k in range(classes)])
@@ -129,6 +130,22 @@ def test_the_model_starts_at_them(activation):
     torch.testing.assert_close(distance, gap @ torch.linalg.solve(covariance, gap), rtol=1e-6, atol=1e-8)
 
 
+def test_rows_of_earlier_batches_are_not_kept(monkeypatch):
+    """`vptm train` starts like this with a million images, too, whose rows would be gigabytes."""
+    model, rows, alive = build(), [], []
+    forward = model.forward_hidden
+
+    def watched(images):
+        alive.append(sum(row() is not None for row in rows))
+        hidden = forward(images)
+        rows.append(weakref.ref(hidden))
+        return hidden
+
+    monkeypatch.setattr(model, "forward_hidden", watched)
+    model.verbalizer.init_prototypes(model, support([0, 2, 1] * 8), whiten=True)
+    assert len(rows) == 12 and max(alive) <= 1
+
+
 def test_a_class_of_one_image_says_nothing_of_widths():
     """One shot: nothing to whiten by, so that the prototypes are the images, around their mean."""
     rows, labels = clouds(5, 4, 1, seed=0)
@@ -141,12 +158,61 @@ def test_a_class_of_one_image_says_nothing_of_widths():
     torch.testing.assert_close(torch.cdist(prototypes, prototypes), torch.cdist(sorted_rows, sorted_rows))
 
 
+def test_one_class_is_its_own_middle():
+    """`vptm train` starts like this on a folder of one class, too: scores and gradients are numbers."""
+    verbalizer = PrototypicalVerbalizer(4, 1, prototype_dim=4, token_activation="hidden", projection_bias=True)
+    rows, labels = clouds(1, 4, 5, seed=0)
+    start = whitened_start([(rows, labels)], 1, 4, None)
+    with torch.no_grad():
+        for target, value in zip(
+            (verbalizer.projection.weight, verbalizer.projection.bias, verbalizer.prototypes), start
+        ):
+            target.copy_(value)
+    torch.nn.functional.cross_entropy(verbalizer(rows.float()), labels).backward()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in verbalizer.parameters())
+
+
 def test_more_dimensions_than_there_are_stay_empty():
     rows, labels = clouds(3, 4, 5, seed=0)
     wide, narrow = (whitened_start([(rows, labels)], 3, dim, None) for dim in (6, 4))
     for many, few in zip(wide[:2], narrow[:2]):
         assert torch.equal(many[:4], few) and not many[4:].any()
     assert wide[2].shape == (3, 6) and not wide[2][:, 4:].any()
+
+
+def test_rows_that_are_nearly_one_and_the_same():
+    """Squares of rows as they are would leave nothing of a spread a millionth of their size, or a negative one."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(10).repeat(200)
+    rows = 100 + 1e-4 * torch.randn(1, 64, generator=draw).double() * torch.randn(2000, 1, generator=draw).double()
+    rows = (rows + 1e-5 * labels[:, None]).float()
+    weight, bias, prototypes = whitened_start([(rows[:5], labels[:5]), (rows[5:], labels[5:])], 10, 64, None)
+    assert all(bool(value.isfinite().all()) for value in (weight, bias, prototypes))
+    means = torch.stack([rows[labels == k].double().mean(0) for k in range(10)])
+    residuals = rows.double() - means[labels]
+    covariance = shrunk(residuals.mT @ residuals / 2000, 2000)
+    one = torch.eye(64, dtype=torch.float64)
+    torch.testing.assert_close(weight @ covariance @ weight.mT, one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda model: torch.nn.utils.parametrizations.weight_norm(model.verbalizer.projection),
+        lambda model: model.verbalizer.projection.register_forward_hook(lambda *_: None),
+        lambda model: model.lm_head.register_forward_hook(lambda *_: None),
+        lambda model: setattr(model.verbalizer, "embed", lambda hidden, lm_head: hidden[:, :4]),
+    ],
+)
+def test_parts_that_are_not_what_whitening_assumes_are_refused(spoil):
+    """Its values would be written past what runs, and prototypes would stand elsewhere than their classes."""
+    model = build()
+    spoil(model)
+    with pytest.raises(
+        ValueError,
+        match=r"^whitened prototypes need a PrototypicalVerbalizer whose projection and",
+    ):
+        model.verbalizer.init_prototypes(model, support([0, 1, 2]), whiten=True)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_a_finished_run_is_not_run_again_and_arms_differ_in_their_mapping_alone(
     assert content["runs"][0]["command"].endswith("--seeds 1") and content["runs"][-1]["command"].endswith("--seeds 2")
     assert content["summary"] == label_mapping.study(tmp_path / "m.json").summary(content["runs"])
     assert content["summary"]["tasks"]["digits"]["paired_difference_points"].keys() == {
-        f"{first} - {second}" for first, second, _ in COMPARISONS
+        f"{first} - {second}" for first, second, *_ in COMPARISONS
     }
 
 

@@ -116,7 +116,7 @@ def test_a_run_is_one_of_vptm_train() -> None:
     short = ["--epochs", "1", "--shots", "1", "--batch-size", "10"]
     run = trained.train(short, 3)
     assert run["command"] == "vptm train --device cpu --epochs 1 --shots 1 --batch-size 10 --seed 3"
-    assert run["settings"] == {"shots": "1", "epochs": 1, "batch_size": 10, "lr": 0.002}
+    assert run["settings"] == {"shots": "1", "epochs": 1, "batch_size": 10, "lr": 0.0005}
     assert 0 < run["test"] < 1 and run["test"] != run["val"]
     with pytest.raises(SystemExit, match=r"(?s)--epochs 0 --seed 3 ended with status 2:.*epochs must be"):
         trained.train(["--epochs", "0"], 3)
@@ -126,7 +126,7 @@ def test_a_run_is_one_of_vptm_train() -> None:
     ("program", "options", "count"),
     [
         (prompt_length, [], 1 + 2 * 2 * 6),
-        (what_prompts_add, [], 6 * 2),
+        (what_prompts_add, [], 6 * 2 * 2),
         (published_methods, ["--tasks", "digits-16"], 26),
     ],
 )
@@ -147,7 +147,7 @@ def test_arms_are_options_of_vptm_train(
     assert len(set(runs)) == len(runs) == count
     content = json.loads((tmp_path / "p.json").read_text())
     for task in content["summary"]["tasks"].values():
-        asked = {f"{first} - {second}" for first, second, _ in content_of(program)}
+        asked = {f"{first} - {second}" for first, second, *_ in content_of(program)}
         assert set(task["paired_difference_points"]) == asked
     group = typer.main.get_command(app)
     group.commands["train"].callback = lambda **settings: settings  # type: ignore[attr-defined]

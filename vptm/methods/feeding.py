@@ -15,6 +15,7 @@ from vptm.methods.run import checked_place, opened
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import RunSettings
 from vptm.training.callbacks import Callback
+from vptm.training.checks import NEED_VALIDATION
 from vptm.training.fit import fit
 from vptm.training.precision import dtype_of, resolve_precision
 from vptm.training.progress import Pace
@@ -103,7 +104,7 @@ class _Clock(Callback):
 def _pace(
     model: PromptedModel, train: DataLoader[Any], settings: RunSettings, seconds: float, place: torch.device
 ) -> Pace:
-    options = replace(settings.train_settings, early_stopping=None).keywords()
+    options = replace(settings.train_settings, **NEED_VALIDATION).keywords()
     result = fit(
         model,
         train,

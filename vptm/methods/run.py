@@ -265,7 +265,7 @@ def _parts(settings: RunSettings, data: ImageData, report: Callable[[str], None]
 
 
 def _check_class_means(settings: RunSettings, train: ImageDataset) -> None:
-    """ValueError where prototypes cannot start at the mean of a class that has no training image."""
+    """ValueError where prototypes, whitened or not, cannot start at the mean of a class without a training image."""
     if settings.prototype_init == "xavier" or (counts := train.counts()).all():
         return
     empty = one_line(train.classes[int(counts.argmin())])

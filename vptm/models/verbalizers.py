@@ -138,10 +138,10 @@ class PrototypicalVerbalizer(nn.Module):
         Args:
             model: the model this verbalizer belongs to; it is in eval mode meanwhile.
             loader: the support set as (images, labels) batches, labels (B,) integers in 0 .. K - 1.
-            whiten: also start the projection, as `W (z - m)` of what is read, z, with m the mean of the class means and
-                W^T W the inverse of the covariance within classes, shrunk as `vptm.models.whitening.shrunk` says: the
-                model then is a linear discriminant analysis that compares by cosine. It needs a projection with bias,
-                and "logits" or "hidden" to read.
+            whiten: also start the projection, as `W (z - m)` of what is read, z: m is the mean of the class means, and
+                W makes classes round, see `vptm.models.whitening.discriminants`, by the covariance within classes,
+                shrunk as `shrunk` there says. The model then is a linear discriminant analysis that compares by cosine.
+                It needs a projection with bias, and "logits" or "hidden" to read.
 
         Raises:
             ValueError: a label outside 0 .. K - 1, read-out rows or embeddings that are not finite, a class without
@@ -167,13 +167,18 @@ class PrototypicalVerbalizer(nn.Module):
         if self.projection is None or self.projection.bias is None:
             found = "none" if self.projection is None else "one without"
             raise ValueError(f"whitened prototypes need a projection with bias (projection_bias=True), got {found}")
-        if len(self.prototypes) < 2:
-            raise ValueError("whitened prototypes need two classes or more, got 1")
-        if self.token_activation == "hidden":
+        if self.token_activation not in ("logits", "hidden"):
+            raise ValueError(
+                f"whitened prototypes need token_activation 'logits' or 'hidden', got {self.token_activation!r}"
+            )
+        reads_tokens = self.token_activation == "logits"
+        if not self._is_itself() or (reads_tokens and not is_plain_linear(lm_head)):
+            raise ValueError(
+                "whitened prototypes need a PrototypicalVerbalizer whose projection and token head are plain linears "
+                f"without hooks, got {type(self).__name__}, {type(self.projection).__name__}, {type(lm_head).__name__}"
+            )
+        if not reads_tokens:
             return None
-        if self.token_activation != "logits" or not is_plain_linear(lm_head):
-            how = type(lm_head).__name__ if self.token_activation == "logits" else repr(self.token_activation)
-            raise ValueError(f"whitened prototypes need token_activation 'logits' or 'hidden', got {how}")
         assert lm_head is not None
         return lm_head.weight, lm_head.bias
 
@@ -207,9 +212,13 @@ class PrototypicalVerbalizer(nn.Module):
     def _is_plain(self, lm_head: nn.Linear | None) -> bool:
         """Whether token head and projection are linears whose weights may be read past them, and nobody's `embed` or
         `compare` would have to run."""
+        return is_plain_linear(lm_head) and self._is_itself()
+
+    def _is_itself(self) -> bool:
+        """`_is_plain`, the token head left out."""
         if type(self) is not PrototypicalVerbalizer or "embed" in self.__dict__ or "compare" in self.__dict__:
             return False
-        return is_plain_linear(lm_head) and (self.projection is None or is_plain_linear(self.projection))
+        return self.projection is None or is_plain_linear(self.projection)
 
     def cosine(
         self,

@@ -14,38 +14,40 @@ class Moments:
 
     Args:
         classes: K.
-        width: C.
-        device: where they are summed, in float64.
+        origin: (C,) anywhere among the rows: sums are those of differences from it, so that they lose nothing where
+            rows are far from zero and close to each other.
 
     Example:
-        >>> moments = Moments(2, 1)
-        >>> moments.add(torch.tensor([[1.0], [3.0], [10.0]]), torch.tensor([0, 0, 1]))
+        >>> moments = Moments(2, torch.tensor([2.0]))
+        >>> moments.add(torch.tensor([[1.0], [3.0], [10.0], [12.0]]), torch.tensor([0, 0, 1, 1]))
         >>> moments.means().flatten().tolist(), moments.within().item()
-        ([2.0, 10.0], 0.6666666666666667)
+        ([2.0, 11.0], 1.0)
     """
 
-    def __init__(self, classes: int, width: int, device: torch.device | None = None) -> None:
-        self.counts = torch.zeros(classes, dtype=torch.float64, device=device)
-        self._sums = torch.zeros(classes, width, dtype=torch.float64, device=device)
-        self._squares = torch.zeros(width, width, dtype=torch.float64, device=device)
+    def __init__(self, classes: int, origin: Tensor) -> None:
+        self._origin = origin.double()
+        width = len(origin)
+        self.counts = self._origin.new_zeros(classes)
+        self._sums = self._origin.new_zeros(classes, width)
+        self._squares = self._origin.new_zeros(width, width)
 
     def add(self, rows: Tensor, labels: Tensor) -> None:
         """One more batch of rows (B, C) with labels (B,)."""
-        rows = rows.double()
+        rows = rows.double() - self._origin
         self.counts += torch.bincount(labels, minlength=len(self.counts))
         self._sums.index_add_(0, labels, rows)
         self._squares.addmm_(rows.mT, rows)
 
     def means(self) -> Tensor:
         """(K, C), NaN for a class without rows."""
-        return self._sums / self.counts[:, None]
+        return self._origin + self._sums / self.counts[:, None]
 
     def within(self) -> Tensor:
-        """Covariance (C, C) of rows around the mean of their class, divided by how many there are; zeros where rows
-        differ by less than float32 keeps of them, as those of one image a class."""
-        means = self.means()
+        """Covariance (C, C) of rows around the mean of their class, divided by how many there are; zeros where that is
+        rounding beside the spread of all, as of one image a class."""
+        means = self._sums / self.counts[:, None]
         within = self._squares - (means * self.counts[:, None]).mT @ means
-        if within.trace() <= 1e-12 * self._squares.trace():  # what is left is rounding
+        if within.trace() <= 1e-12 * self._squares.trace():
             return torch.zeros_like(within)
         return within / self.counts.sum()
 
@@ -55,13 +57,13 @@ def shrunk(covariance: Tensor, count: float) -> Tensor:
     uncertain: oracle approximating shrinkage (Chen et al., IEEE Trans. Signal Processing 58(10), 2010), as
     scikit-learn's `oas` computes it.
 
-    `(1 - r) S + r (tr S / p) I` with `r = min(1, (tr S^2 + (tr S)^2) / ((n + 1) (tr S^2 - (tr S)^2 / p)))`, each trace
-    divided by p squared. Of rows without any spread, as those of one image a class, it is the identity.
+    `(1 - r) S + r (tr S / p) I` with `r = min(1, (tr S^2 + (tr S)^2) / ((n + 1) (tr S^2 - (tr S)^2 / p)))`; n counts
+    rows, also where they are around several means. Without any spread, as of one image a class, it is the identity.
 
     Example:
-        >>> shrunk(torch.diag(torch.tensor([3.0, 1.0])), 9)
-        tensor([[2.5714, 0.0000],
-                [0.0000, 1.4286]])
+        >>> shrunk(torch.diag(torch.tensor([3.0, 1.0])), 25)  # r = 26 / (26 * 2)
+        tensor([[2.5000, 0.0000],
+                [0.0000, 1.5000]])
     """
     width = len(covariance)
     size = covariance.diagonal().mean()
@@ -82,6 +84,7 @@ def discriminants(means: Tensor, covariance: Tensor, dim: int) -> Tensor:
     classes lie apart in it, measured by their own width.
     """
     widths, axes = torch.linalg.eigh(covariance)
+    widths = widths.clamp(min=torch.finfo(widths.dtype).eps * float(widths[-1]))  # rounding can leave one below zero
     whitening = (axes / widths.sqrt()).mT.flip(0)
     apart = (means - means.mean(0)) @ whitening.mT
     first = torch.linalg.svd(apart, full_matrices=False).Vh[: min(dim, len(means) - 1)]
@@ -98,13 +101,13 @@ def whitened_start(
     Args:
         support: batches of rows (B, C) and their labels (B,).
         classes: K.
-        dim: of the projection; what it has more than the smaller of V and C starts at zero.
+        dim: of the projection; what it has more than the smaller of V and C is zero, and learns nothing.
         head: weight (V, C) and bias (V,) of the map from rows to what is read; None reads the rows themselves.
     """
     moments: Moments | None = None
     for rows, labels in support:
         if moments is None:
-            moments = Moments(classes, rows.shape[1], rows.device)
+            moments = Moments(classes, rows.double().mean(0))
         moments.add(rows, labels)
     assert moments is not None
     means, within = moments.means(), moments.within()

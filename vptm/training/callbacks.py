@@ -33,7 +33,8 @@ class Callback:
         share of the batch: to read its value waits for a GPU."""
 
     def epoch(self, row: Mapping[str, Any]) -> None:
-        """After an epoch, with its row of `metrics.csv`, when its files are written."""
+        """After an epoch, with its row of `metrics.csv`, when its files are written; what is of validation images is
+        None where they were not looked at."""
 
     def end(self, history: Iterable[Mapping[str, Any]], *, interrupted: bool) -> None:
         """At the end, also after Ctrl-C, with the rows of all epochs; not after an error."""

@@ -21,13 +21,16 @@ from vptm.training.label_kinds import labels_of
 from vptm.training.ranks import Ranks, check_shared
 from vptm.training.seeding import generators_kept
 
+# settings that need validation images, and what they are without any
+NEED_VALIDATION: dict[str, Any] = {"early_stopping": None, "val_every": 1}
+
 
 def check_loaders(train: Any, val: Any, settings: TrainSettings) -> None:
     """TypeError unless both are DataLoaders, `val` may be None; ValueError where batches do not divide into parts."""
     for name, loader in (("train", train), ("val", val)):
         if not isinstance(loader, DataLoader) and not (name == "val" and loader is None):
             raise TypeError(f"{name} must be a torch DataLoader, got {type(loader).__name__}")
-    for name, off in (("early_stopping", None), ("val_every", 1)):
+    for name, off in NEED_VALIDATION.items():
         if val is None and (value := getattr(settings, name)) != off:
             raise ValueError(f"{name} needs validation images, got {value} without any")
     check_parts(train.batch_size, settings.accumulate)

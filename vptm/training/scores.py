@@ -86,13 +86,13 @@ class SeveralAnswers(NamedTuple):
 
 
 def not_validated(multi_label: bool) -> dict[str, Any]:
-    """`row()` without validation images."""
+    """`row()` where validation images were not looked at."""
     return {"val_loss": None, "val_accuracy": None} | ({"val_map": None} if multi_label else {})
 
 
 def validation_score(row: Mapping[str, Any]) -> tuple[float, float] | None:
     """What epochs are compared by, larger is better: (accuracy, or mean average precision, then minus the loss); None
-    without validation images."""
+    where validation images were not looked at."""
     quality = row["val_map"] if "val_map" in row else row["val_accuracy"]
     return None if quality is None else (quality, -row["val_loss"])
 

@@ -147,7 +147,8 @@ def forward_config(
             return ForwardConfig(32, 16, 8, 1, max_registers=128)
         if head_dim <= 16 and not arch.startswith("gfx"):
             return ForwardConfig(32, 32, 8 if arch == "sm120" else 4, 1, max_registers=128)
-        # with Triton 3.6 four warps spill 8 bytes on sm120, and eight too where 64 registers do for the compiler
+        # with Triton 3.6 four warps spill 8 bytes on sm120, and so do eight beside a column bias, unless they may have
+        # more than the 64 registers that the compiler keeps to
         registers = 128 if arch == "sm120" and column_bias else 0
         return ForwardConfig(32, 32, 8 if arch == "sm120" else 4, 1, max_registers=registers)
     if head_dim > 64:
@@ -301,7 +302,9 @@ def key_grad_config(
             return Config(16, 16, 8, 1, max_registers=168)
         if arch == "sm80":
             return Config(32, min(32, block_n), 8, 1, max_registers=128)
-        return Config(16, min(32, block_n), 4, 1, max_registers=128 if block_n == 16 or arch == "sm120" else 0)
+        # with Triton 3.6 the compiler takes 96 of them on sm120 and spills 32 bytes
+        registers = 128 if block_n == 16 else 168 if arch == "sm120" else 0
+        return Config(16, min(32, block_n), 4, 1, max_registers=registers)
     if arch.startswith("gfx") or ((head_dim > 64 or gathered or column_grad) and not asynchronous_tensor_cores(arch)):
         block_n = min(32, block_n)
     if head_dim > 64 and (rotary or (column_grad and _tensor_memory(arch))):
