@@ -144,15 +144,13 @@ def prompts(added: dict[str, Any], lengths: dict[str, Any]) -> str:
     """What prompts add to none, where, and where not, in three sentences."""
     whitened, means = what_prompts_add.WHITENED, what_prompts_add.MEANS
 
-    def told(first: str, second: str, *, seen: bool, short: bool = False) -> str:
+    def told(first: str, second: str, *, seen: bool = True, intervals: bool = False) -> str:
         """The tasks on which the first arm was seen to be better than the second, or was not."""
         lines = []
         for task, found in added["summary"]["tasks"].items():
             one = found["paired_difference_points"].get(f"{first} - {second}")
             if one and (one["verdict"] == "seen here") == seen:
-                accuracy = found["test_accuracy_percent"]
-                there = "" if short else f", {accuracy[second]['mean']:.1f} to {accuracy[first]['mean']:.1f}"
-                lines.append(f"{task}{there} ({_points(one)})")
+                lines.append(f"{task} ({_points(one) if intervals else format(one['mean'], '+.1f')})")
         return "; ".join(lines) or "no task"
 
     bare = what_prompts_add.without
@@ -163,13 +161,13 @@ def prompts(added: dict[str, Any], lengths: dict[str, Any]) -> str:
         for kind in ("gate from -4", "no gate")
     )
     return _filled(
-        "What prompts add: on the built-in model of 2 million parameters, in % of test images (paired difference, 95 % "
-        f"interval), `vptm train` gains over itself without prompts on {told(*asked, seen=True)}; no gain was seen, or "
-        f"the data are too few to tell, on {told(*asked, seen=False)}. How the verbalizer starts counts for more: "
-        "without any prompt whitened prototypes, with which it begins, are better than class means on "
-        f"{told(bare(whitened), bare(means), seen=True)}, and beside class means prompts gain on "
-        f"{told(means, bare(means), seen=True, short=True)}. Many prompts without gates take attention from the "
-        f"patches: 50 beside 16 patches {none} points, with the gates that `vptm train` begins with {gate}.",
+        "What prompts add, on the built-in model of 2 million parameters, in points of test accuracy (paired, 95 % "
+        f"interval): `vptm train` gains over itself without prompts on {told(*asked, intervals=True)}; no gain was "
+        f"seen, or the data are too few to tell, on {told(*asked, seen=False, intervals=True)}. How the verbalizer "
+        "starts counts for more: without any prompt whitened prototypes, its start, are better than class means on "
+        f"{told(bare(whitened), bare(means))}, and beside class means prompts gain on {told(means, bare(means))}. Many "
+        f"prompts without gates take attention from the patches: 50 beside 16 patches {none}, with the gates that "
+        f"`vptm train` begins with {gate}.",
         136,
     )
 

@@ -129,7 +129,7 @@ def test_train_can_fit_the_prototypes_afterwards(vptm: Console, material: Path, 
     assert code == 0 and "prototypes           ProtoVerb loss " in out and "after 4 steps" in out
     plain, fitted = (load_file(folder / TENSORS) for folder in (tmp_path / "plain", tmp_path / "r"))
     changed = {name for name, tensor in fitted.items() if not torch.equal(tensor, plain[name])}
-    assert changed == {"verbalizer.prototypes", "verbalizer.projection.weight"}
+    assert changed == {"verbalizer.prototypes", "verbalizer.projection.weight", "verbalizer.projection.bias"}
     code, again, _ = vptm("train", "--resume", "--out", tmp_path / "r")
     assert code == 0 and again == out
     for name, tensor in load_file(tmp_path / "r" / TENSORS).items():
