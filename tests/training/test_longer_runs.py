@@ -158,7 +158,7 @@ def test_the_command_trains_a_finished_run_for_longer(vptm: Console, backbone: P
     """The steps on prototypes after it and the test are made anew: the adapter is that of the longer run."""
     write_pictures(tmp_path / "pictures", 8)
     where = ["--model", backbone, "--data", tmp_path / "pictures", "--shots", 2, "--schedule", "none"]
-    where += ["--prototype-dim", 4, "--prototype-steps", 2, "--prototype-init", "class_means"]  # which epochs improve on
+    where += ["--prototype-dim", 4, "--prototype-steps", 2, "--prototype-init", "class_means"]  # epochs improve on it
     assert vptm("train", *where, "--epochs", 1, "--out", tmp_path / "r")[0] == 0
     before = facts(tmp_path / "r")
     assert vptm("train", "--resume", "--epochs", 3, "--out", tmp_path / "r")[0] == 0
