@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from beit_factory import tiny_beit
+from timm.models.eva import Eva
 from tiny_models import build, build_vit, images, pictures, relative_error, tiny_vit
 from torch import nn
 from torch.nn.utils import parametrize
@@ -23,13 +24,20 @@ from vptm.export.program import export_program
 from vptm_kernels._runtime import frozen_linear
 from vptm_kernels.testing import assert_close_to_exact
 
-KINDS = ("beit, mask row and prototypes", "beit, bias of every block", "vit")
+KINDS = ("beit, mask row and prototypes", "beit, bias of every block", "vit", "vit, attention pooling", "eva")
 
 
 def make(kind: str) -> tuple[Any, torch.Tensor]:
     """A model in eval mode, and images."""
     if kind == "vit":
         model = build_vit(tiny_vit(depth=2), prompt_mode="deep")
+        return model, pictures(model)
+    if kind == "vit, attention pooling":
+        model = build_vit(tiny_vit(depth=2, global_pool="map", class_token=False), prompt_mode="deep", readout="map")
+        return model, pictures(model)
+    if kind == "eva":
+        eva = {"swiglu_mlp": True, "use_rot_pos_emb": True, "ref_feat_shape": (2, 3)}
+        model = build_vit(tiny_vit(depth=2, cls=Eva, **eva), prompt_mode="deep")
         return model, pictures(model)
     options = {"use_shared_rel_pos_bias": False, "use_rel_pos_bias": True} if "every" in kind else {}
     model = build(tiny_beit(depth=2, **options), prompt_mode="deep", extra_bias="cls")
@@ -118,7 +126,9 @@ def test_every_tensor_is_followed_by_every_route(kind: str) -> None:
                 continue
             with torch.no_grad():
                 twin(batch)
-                if tensor.is_floating_point():
+                if name.endswith("rope.pos_embed"):
+                    value = tensor * 1.7  # both channels of a pair go on turning by one angle
+                elif tensor.is_floating_point():
                     value = tensor * 1.7 + 0.3 * torch.linspace(-1, 1, max(tensor.numel(), 1)).view_as(tensor)
                 else:
                     value = tensor.flip(-1).clone()
@@ -493,6 +503,47 @@ def test_a_part_that_nothing_runs_is_refused_by_name() -> None:
     wrapped(model.backbone, "rel_pos_bias")
     with pytest.raises(ValueError, match=r"backbone\.rel_pos_bias must be timm's RelativePositionBias, .* got Doubled"):
         model(batch)
+
+    for name, message in (
+        ("rope", r"backbone\.rope must have get_embed, .* got Doubled"),
+        ("patch_drop", r"backbone\.patch_drop must be Identity, no patch is dropped, got Doubled"),
+    ):
+        model, batch = make("eva")
+        wrapped(model.backbone, name)
+        with pytest.raises(ValueError, match=message):
+            model(batch)
+
+
+def test_pairs_of_channels_that_turn_by_two_angles_are_refused() -> None:
+    """Folded tables hold one angle a pair: they would answer for half of such a table. The reference takes it whole."""
+    model, batch = make("eva")
+    with torch.no_grad():
+        model(batch)
+        model.backbone.rope.pos_embed[..., 1] += 0.3
+        with pytest.raises(ValueError, match=r"backbone\.rope must turn both channels of a pair by one angle, block 0"):
+            model(batch)
+        model.impl = "reference"
+        assert model(batch).isfinite().all()
+
+
+def test_a_patched_forward_is_seen_beside_an_attribute_that_went() -> None:
+    """As many attributes as before, and another function."""
+    model, batch = make(KINDS[0])
+    model.backbone.blocks[0].mlp.note = 1
+    with torch.no_grad():
+        model(batch)
+        del model.backbone.blocks[0].mlp.note
+        patched(model.backbone.blocks[0], "mlp")
+        assert relative_error(model(batch), textbook(model, batch)) <= 1e-11
+
+
+def test_training_mode_of_what_learns_makes_no_constants_again() -> None:
+    """Trainers call train() every step, eval() after: the backbone's mode stays."""
+    model, batch = make(KINDS[0])
+    folded = model._encoder.folded(model)
+    model.train()
+    model(batch).sum().backward()
+    assert model.eval()._encoder.folded(model) is folded
 
 
 def test_a_compiled_model_follows_refresh_and_loading() -> None:

@@ -133,8 +133,10 @@ def test_the_png_shows_picture_attention_and_bars(tmp_path: Path) -> None:
     with Image.open(tmp_path / "b.png") as drawn:
         two = np.asarray(drawn.convert("RGB"), dtype=int)
     assert one.shape == two.shape and (abs(one - two).sum(2) > 30).mean() > 0.01
-    named = [score._replace(name="$x^{$") for score in report.classes]
-    type(report)(**{**report.__dict__, "classes": named}).draw(tmp_path / "c.png")  # a name is no formula
+    named = [score._replace(name="$x^{$ caf\udce9") for score in report.classes]
+    type(report)(**{**report.__dict__, "classes": named}).draw(
+        tmp_path / "c.png"
+    )  # a name is no formula, and may be no text
     assert not list(tmp_path.glob(".*")), "nothing temporary is left"
 
 

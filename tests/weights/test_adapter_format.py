@@ -421,7 +421,7 @@ class Wider(torch.nn.Module):
 
 
 def never_loadable(backbone: Path) -> list[tuple[PromptedBEiT, type[Exception], str]]:
-    names, words, head, rank, hollow, picture, shape = (trained(backbone) for _ in range(7))
+    names, words, head, rank, hollow, picture, shape, row, read = (trained(backbone) for _ in range(9))
     names.class_names = ["a", "b"]
     words.class_names = ["a", "b", 3]  # type: ignore[list-item]
     head.verbalizer = PromptedBEiT(backbone, 4, prototype_dim=5).verbalizer
@@ -430,6 +430,7 @@ def never_loadable(backbone: Path) -> list[tuple[PromptedBEiT, type[Exception], 
     hollow.backbone.blocks[0].mlp.fc1.weight.data.fill_(float("nan"))
     picture.default_cfg["mean"] = (0.1, 0.2)
     shape.prompts.weight = torch.nn.Parameter(torch.zeros(1, 7, 16))
+    row.readout, read.verbalizer.token_activation = "cls", "softmax"  # it would come back as another function
     return [
         (Mine(backbone, 3), TypeError, "model must be a PromptedBEiT or a PromptedViT, got Mine"),
         (names, ValueError, "must name every class: 2 class_names for 3 classes"),
@@ -439,6 +440,12 @@ def never_loadable(backbone: Path) -> list[tuple[PromptedBEiT, type[Exception], 
         (hollow, ValueError, r"backbone\.blocks\.0\.mlp\.fc1\.weight must be finite"),
         (picture, ValueError, r"preprocessing\.mean of 1 channels, got \[0\.1, 0\.2\]"),
         (shape, ValueError, r"prompts\.weight must have the shape .*, \(1, 2, 16\), got \(1, 7, 16\)"),
+        (row, ValueError, "readout must be the 'mask' that the model was built with, to be saved, got 'cls'"),
+        (
+            read,
+            ValueError,
+            "token_activation must be the 'logits' that the model was built with, to be saved, got 'softm",
+        ),
     ]
 
 

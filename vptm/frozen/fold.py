@@ -145,7 +145,8 @@ def _is_plain_eva(attn: Any) -> bool:
         and type(attn.q_norm) is type(attn.k_norm) is nn.Identity
         and attn.gate is None
         and getattr(attn, "num_kv_groups", 1) == 1
-        and (getattr(attn, "q_bias", None) is None or attn.qkv.bias is None)  # whose bias stands beside the linear
+        # its bias stands beside the linear, which may be somebody's module by now
+        and (getattr(attn, "q_bias", None) is None or getattr(attn.qkv, "bias", None) is None)
     )
 
 
@@ -175,10 +176,17 @@ def refuse_unread(backbone: Any) -> None:
             "backbone.rel_pos_bias must be timm's RelativePositionBias, whose table is read, "
             f"got {type(shared).__name__}"
         )
+    rope, patch_drop = getattr(backbone, "rope", None), getattr(backbone, "patch_drop", None)
+    if rope is not None and not hasattr(rope, "get_embed"):
+        raise ValueError(f"backbone.rope must have get_embed, which is what is asked of it, got {type(rope).__name__}")
+    if not isinstance(patch_drop, nn.Identity | None):
+        raise ValueError(f"backbone.patch_drop must be Identity, no patch is dropped, got {type(patch_drop).__name__}")
     for name, module in (
         ("backbone", backbone),
         ("backbone.blocks", backbone.blocks),
         ("backbone.rel_pos_bias", shared),
+        ("backbone.rope", rope),
+        ("backbone.patch_drop", patch_drop),
     ):
         if module is not None and "forward" in module.__dict__:
             raise ValueError(

@@ -45,8 +45,7 @@ def _is_one_plain_query(pool: Any) -> bool:
         type(pool) is AttentionPoolLatent
         and oddity(pool) is None
         and is_plain_linear(pool.kv)
-        and type(pool.q_norm) is nn.Identity
-        and type(pool.k_norm) is nn.Identity
+        and all(type(norm) is nn.Identity and oddity(norm) is None for norm in (pool.q_norm, pool.k_norm))
         and pool.pos_embed is None
         and pool.latent_len == 1
         and pool.pool in ("token", "avg")

@@ -46,7 +46,11 @@ def half_order(width: int, heads: int, device: torch.device) -> Tensor:
 
 def half_tables(backbone: Any, more: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]] | None:
     """Cosines and sines for `prompted_attention`, (T, D/2) or (H, T, D/2), of each block for rows `[prefix | patches]`
-    and `more` without a position; None without rotary positions."""
+    and `more` without a position; None without rotary positions.
+
+    Raises:
+        ValueError: both channels of a pair have angles of their own, as no kind of timm's gives them.
+    """
     embedding = rotary_embedding(backbone)
     if embedding is None:
         return None
@@ -59,7 +63,13 @@ def half_tables(backbone: Any, more: int, dtype: torch.dtype) -> list[tuple[Tens
         half = sines.shape[-1] // 2
         tables = []
         for table, unturned in ((cosines, 1.0), (sines, 0.0)):
-            table = table[..., :half] if block.attn.rotate_half else table[..., ::2]
+            table, other = table.chunk(2, -1) if block.attn.rotate_half else (table[..., ::2], table[..., 1::2])
+            # a trace holds no values to compare
+            if not torch.compiler.is_compiling() and not torch.equal(table, other):
+                raise ValueError(
+                    f"backbone.rope must turn both channels of a pair by one angle, block {layer} got two: "
+                    "impl='reference' runs it"
+                )
             prefix = table.new_full((*table.shape[:-2], backbone.num_prefix_tokens, half), unturned)
             tables.append(torch.cat([prefix, table], -2))
         found.append((tables[0], tables[1]))

@@ -74,7 +74,8 @@ class Watch:
             list(map(Tensor.data_ptr, self._addressed)),
             list(map(_requires_grad, self.tensors)),
             list(map(_training, self._moded)),
-            list(map(len, self._dicts)),  # a patched forward, a tensor in place of None
+            list(map(len, self._dicts)),  # a tensor in place of None
+            ["forward" in attributes for attributes in self._dicts],
             [attributes.get(name) for attributes, name in self._scalars],
             [kind.forward for kind in self._kinds],
         )

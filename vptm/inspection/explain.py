@@ -17,6 +17,7 @@ from vptm.data.labels import class_labels
 from vptm.data.transforms import picture_options, transforms
 from vptm.frozen.modes import eval_mode
 from vptm.inspection.figures import new_figure, write_png
+from vptm.messages import one_line
 from vptm.models.prompted_beit import PromptedBEiT
 from vptm.models.prompted_model import PromptedModel
 from vptm.models.verbalizers import PrototypicalVerbalizer
@@ -155,7 +156,7 @@ def _figure(report: TokenReport) -> Any:
     best = report.classes[0]
     figure = new_figure(13, 3.9)
     figure.suptitle(
-        f"{best.name}, probability {best.probability:.1%}", fontsize=14, fontweight="bold", parse_math=False
+        one_line(f"{best.name}, probability {best.probability:.1%}"), fontsize=14, fontweight="bold", parse_math=False
     )
     panels = 3 + bool(report.tokens)
     axes = list(figure.subplots(1, panels, width_ratios=[1, 1.15, *[0.95] * (panels - 2)]))
@@ -207,7 +208,8 @@ def _bars(axes: Any, names: list[str], values: list[float], write: Callable[[flo
 
     places = range(len(values))
     axes.barh(places, values, color=["#1f6f8b", *["#9fbfca"] * (len(values) - 1)])
-    axes.set_yticks(places, names, parse_math=False)  # a class may be called $x$
+    # a class may be called $x$, or by bytes that are no text
+    axes.set_yticks(places, [one_line(name) for name in names], parse_math=False)
     axes.invert_yaxis()
     low, high = min(0.0, *values), max(0.0, *values)
     axes.set_xlim(1.05 * low, high + 0.35 * ((high - low) or 1.0))  # the numbers stand beside the bars

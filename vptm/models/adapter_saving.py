@@ -132,6 +132,7 @@ def save_compared(
 ) -> None:
     """`save_adapter` of a model whose frozen part was compared before, and has not changed since."""
     model.check_finite()
+    _check_as_configured(model)
     source, path = model.source, None
     if source is not None and source != "builtin" and not timm.is_model(source) and Path(source).exists():
         # its name, and where it is from the adapter: no path of this machine, and found again while both stay or move
@@ -155,6 +156,14 @@ def save_compared(
     }
     tensors = model.learned_state_dict() | frozen.changed
     write_adapter(folder, config, {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()})
+
+
+def _check_as_configured(model: Saved) -> None:
+    """ValueError where an attribute is no longer what the model was built with: it would be built so again."""
+    present = {"readout": model.readout, "token_activation": getattr(model.verbalizer, "token_activation", None)}
+    for name, value in present.items():
+        if value is not None and value != (built := model.config[name]):
+            raise ValueError(f"{name} must be the {built!r} that the model was built with, to be saved, got {value!r}")
 
 
 def frozen_part(model: Saved) -> FrozenPart:

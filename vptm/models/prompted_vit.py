@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from timm.layers import AttentionPoolLatent
-from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
@@ -152,6 +152,9 @@ class PromptedViT(PromptedModel):
         self.report = loaded.report
         backbone: Any = loaded.backbone
         self.backbone = backbone
+        for block in backbone.blocks:
+            if type(getattr(block, "attn", None)) is EvaAttention:
+                block.attn.qkv_bias_separate = True  # qkv runs as the module it is: timm reads past it else
         self._check_readout(loaded)
         self.num_features = backbone.embed_dim
         self.num_patches = backbone.patch_embed.num_patches

@@ -109,7 +109,7 @@ def evaluate_run(
     left_out: dict[str, int] = {}
     if listed is not None:
         part, left_out = _without_trained(part, listed, split if same else None, include_trained, report)
-    elif not same:
+    else:
         report(f"{run} keeps no list of its images: whether it was trained on some of these is not known")
     loader = loader_of(_with_labels_of(model, part), batch_size, workers, place)
     confusion = confusion and not model.multi_label
