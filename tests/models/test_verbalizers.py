@@ -76,9 +76,10 @@ def test_prototypes_are_the_class_means(activation):
         torch.testing.assert_close(model.verbalizer.prototypes[k].detach(), mean, rtol=1e-10, atol=1e-12)
 
 
-def test_class_means_keep_no_rows_of_earlier_batches(monkeypatch):
+@pytest.mark.parametrize("whiten", [False, True])
+def test_class_means_keep_no_rows_of_earlier_batches(whiten, monkeypatch):
     """`vptm train` starts at them by default, also with a million images, whose rows would be gigabytes."""
-    model, rows, alive = build(), [], []
+    model, rows, alive = build(projection_bias=True), [], []
     forward = model.forward_hidden
 
     def watched(images):
@@ -88,7 +89,7 @@ def test_class_means_keep_no_rows_of_earlier_batches(monkeypatch):
         return hidden
 
     monkeypatch.setattr(model, "forward_hidden", watched)
-    model.verbalizer.init_prototypes(model, support([0, 2, 1] * 8))
+    model.verbalizer.init_prototypes(model, support([0, 2, 1] * 8), whiten=whiten)
     assert len(rows) == 12 and max(alive) <= 1
 
 

@@ -1,7 +1,6 @@
 """Prototypes that start whitened: a linear discriminant analysis of what is read, compared by cosine."""
 
 import warnings
-import weakref
 
 import numpy as np
 import pytest
@@ -128,22 +127,6 @@ def test_the_model_starts_at_them(activation):
     gap = (read_means[0] - read_means[2]) @ basis
     distance = (means[0] - means[2]).square().sum()
     torch.testing.assert_close(distance, gap @ torch.linalg.solve(covariance, gap), rtol=1e-6, atol=1e-8)
-
-
-def test_rows_of_earlier_batches_are_not_kept(monkeypatch):
-    """`vptm train` starts like this with a million images, too, whose rows would be gigabytes."""
-    model, rows, alive = build(), [], []
-    forward = model.forward_hidden
-
-    def watched(images):
-        alive.append(sum(row() is not None for row in rows))
-        hidden = forward(images)
-        rows.append(weakref.ref(hidden))
-        return hidden
-
-    monkeypatch.setattr(model, "forward_hidden", watched)
-    model.verbalizer.init_prototypes(model, support([0, 2, 1] * 8), whiten=True)
-    assert len(rows) == 12 and max(alive) <= 1
 
 
 def test_a_class_of_one_image_says_nothing_of_widths():
