@@ -26,7 +26,7 @@ TASKS = {
     "mnist5k-all": Task("MNIST-5k, all 3500 images", "--data mnist5k --shots all --epochs 8"),
 }
 WHITENED, MEANS = "whitened", "class means"
-# a projection that is a good one already is soon lost at a rate that a random one needs
+# each with the rate that is its default, around which others are tried
 STARTS = {WHITENED: ("--prototype-init whitened", 5e-4), MEANS: ("--prototype-init class_means", 2e-3)}
 
 
