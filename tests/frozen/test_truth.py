@@ -374,7 +374,7 @@ def test_check_sees_a_stale_constant_of_inference(monkeypatch: pytest.MonkeyPatc
     model, batch = make(KINDS[0])
     with torch.no_grad():
         model(batch)
-    monkeypatch.setattr(Watch, "changed", lambda self: False)
+    monkeypatch.setattr(Watch, "changed", lambda self, **_: False)
     in_place(model, "backbone.blocks.0.mlp.fc1.weight", 2 * model.backbone.blocks[0].mlp.fc1.weight)
     assert vptm.check(model, batch, gradients=False)["logits"] > 1e-6
 
@@ -429,6 +429,39 @@ def test_a_sealed_model_follows_what_pytorch_counts_and_loading() -> None:
     model.load_learned_state_dict(learned)
     with torch.no_grad():
         assert relative_error(model(batch), textbook(other, batch)) <= 1e-11
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_sealed_model_is_refused_once_a_frozen_tensor_was_edited(kind: str) -> None:
+    """Some of its weights run as they are and some from folded copies: an edit would reach the answer or not, and an
+    adapter saved afterwards would know nothing of it."""
+    model, batch = make(kind)
+    names = [f"backbone.{name}" for name, _ in (*model.backbone.named_parameters(), *model.backbone.named_buffers())]
+    for at, name in enumerate(names):
+        # every tensor by one route, some by all
+        for route in (in_place,) if at % 5 else (in_place, replaced, data_assigned, plain_attribute):
+            sealed = copy.deepcopy(model).freeze_for_inference()
+            sealed(batch)
+            if route is data_assigned and getattr(*holder(sealed, name)).is_meta:
+                continue  # PyTorch refuses it
+            route(sealed, name, getattr(*holder(model, name)) + 1)
+            with pytest.raises(RuntimeError, match="must stay as freeze_for_inference left it, got another weight"):
+                sealed(batch)
+    assert len(names) > 20
+
+
+@torch.no_grad()
+def test_a_sealed_model_keeps_its_answer_while_the_module_that_was_passed_trains() -> None:
+    """Half of it would follow and half not, and every step of the other model would be refused here."""
+    own = tiny_vit(depth=2).double()
+    model = vptm.PromptedViT(own, 5, prompt_length=2).double().eval()
+    batch = pictures(model)
+    model.freeze_for_inference()
+    before = model(batch)
+    for tensor in own.state_dict().values():
+        tensor.add_(1)
+    assert torch.equal(model(batch), before)
 
 
 def test_a_module_that_was_passed_in_is_never_changed() -> None:
@@ -629,6 +662,11 @@ def test_a_sealed_model_follows_replaced_learned_parts_and_refuses_changed_froze
             change(*holder(model, part))
             with pytest.raises(RuntimeError, match="a sealed model must stay as freeze_for_inference left it"):
                 model(batch)
+    model, batch = make(KINDS[0])
+    model.freeze_for_inference().backbone.norm.requires_grad_(True)
+    model(batch)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="a sealed model must stay"):
+        model(batch)  # no gradient would come there
     model, batch = make(KINDS[0])
     state = model.backbone.state_dict()
     model.freeze_for_inference()

@@ -441,12 +441,44 @@ def never_loadable(backbone: Path) -> list[tuple[PromptedBEiT, type[Exception], 
         (picture, ValueError, r"preprocessing\.mean of 1 channels, got \[0\.1, 0\.2\]"),
         (shape, ValueError, r"prompts\.weight must have the shape .*, \(1, 2, 16\), got \(1, 7, 16\)"),
         (row, ValueError, "readout must be the 'mask' that the model was built with, to be saved, got 'cls'"),
-        (
-            read,
-            ValueError,
-            "token_activation must be the 'logits' that the model was built with, to be saved, got 'softm",
-        ),
+        (read, ValueError, "the token_activation of verbalizer must be the 'logits' that the model was built with, to"),
     ]
+
+
+def of_other_parts(model: PromptedBEiT) -> list[tuple[PromptedBEiT, str]]:
+    """Models of the same tensors that are other functions, and what is said of them."""
+    eps, act, patched, rows, sealed = (copy.deepcopy(model) for _ in range(5))
+    eps.backbone.blocks[1].norm2.eps = 0.5
+    act.backbone.blocks[0].mlp.act = torch.nn.ReLU()
+    block = patched.backbone.blocks[0]
+    block.mlp.forward = lambda x: 0 * x  # type: ignore[method-assign]
+    rows.bias_index = rows.bias_index.flip(0)
+    sealed.freeze_for_inference()
+    with torch.no_grad():
+        sealed.backbone.norm.weight *= 2
+    return [
+        (eps, "the eps of backbone.blocks.1.norm2 must be the 1e-06 that the model was built with, to be saved, got 0"),
+        (act, "the class of backbone.blocks.0.mlp.act must be the 'GELU' that the model was built with, to be saved"),
+        (patched, "the forward of backbone.blocks.0.mlp must be the 'that of its class' that .* got 'patched'"),
+        (rows, "bias_index must be as the model was built with it, to be saved, got other values"),
+        (sealed, r"model must have the frozen weights that freeze_for_inference\(\) left to be saved, got others"),
+    ]
+
+
+def test_a_model_of_other_parts_is_not_saved_as_one_without_them(backbone: Path, tmp_path: Path) -> None:
+    """Its tensors are those of its source, and what loads them would be another function without a word."""
+    plain = trained(backbone).eval()
+    for model, message in of_other_parts(plain):
+        if model._sealed_hash is None:
+            assert not torch.equal(model(IMAGES), plain(IMAGES)), "a change without an effect shows nothing"
+        with pytest.raises(ValueError, match=message) as refusal:
+            save_adapter(model, tmp_path / "a")
+        assert "\n" not in str(refusal.value) and not (tmp_path / "a").exists()
+    hooked = trained(backbone).eval()
+    hooked.backbone.blocks[1].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"hooks are not saved in an adapter, got some on backbone\.blocks\.1"):
+        save_adapter(hooked, tmp_path / "a")
+    load_adapter(tmp_path / "a")
 
 
 def test_what_could_never_be_loaded_is_not_written(backbone: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class FrozenEncoder:
     - Nothing learned is kept between calls, so every way of changing it is followed: fused optimisers, `.data` and
       aliases too. A model sealed by `freeze_for_inference` is the exception. Where no gradient is recorded and nothing
       traces, it keeps projected prompts and the folded head, made again after an edit that PyTorch counts, or by
-      `load_learned_state_dict`. It refuses to run once a part, mode or hook of its backbone is another.
+      `load_learned_state_dict`. It refuses to run once a weight, part, mode or hook of its backbone is another.
     - What PyTorch does not count is not seen, and a compiled graph looks at nothing: docs/inference.md lists these
       edits of frozen weights, after which `model.refresh()` is to be called.
 
@@ -198,10 +198,12 @@ class FrozenEncoder:
         assert self._seal is not None
         if not torch.compiler.is_compiling():
             if self._seal_backbone is None:
-                self._seal_backbone = Watch(model.backbone.modules(), values=False)
-            if self._seal_backbone.changed() or model.unread_prompts() is not None:
+                self._seal_backbone = Watch(model.backbone.modules())
+            # a frozen part that is asked for gradients gets none, which matters only where they are recorded
+            changed = self._seal_backbone.changed(gradients=torch.is_grad_enabled())
+            if changed or model.unread_prompts() is not None:
                 raise RuntimeError(
-                    "a sealed model must stay as freeze_for_inference left it, got another part, mode or hook"
+                    "a sealed model must stay as freeze_for_inference left it, got another weight, part, mode or hook"
                 )
         key, dtype, _ = self._key(model)
         if self._seal.key != key:
@@ -230,7 +232,7 @@ class FrozenEncoder:
                 unsealed = folded.sealed(Sealed())
                 seal = unsealed.packed(self._packs).sealed(unsealed.seal_of(model))
             if self._seal_backbone is None:
-                self._seal_backbone = Watch(model.backbone.modules(), values=False)
+                self._seal_backbone = Watch(model.backbone.modules())
             self._seal, self._bare, self._seal_watch, self._made = seal, unsealed.packed(False), watch, None
             self._sizes.clear()
 

@@ -60,5 +60,18 @@ def unshare_storage(module: nn.Module) -> None:
             part._shares_storage = False  # type: ignore[assignment]
 
 
+@torch.no_grad()
+def take_own_tensors(module: nn.Module) -> None:
+    """`unshare_storage` by new tensors, so that edits of the other module are not counted here either."""
+    for part in module.modules():
+        if part.__dict__.get("_shares_storage", False):
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            for held in (part._buffers, part.__dict__):
+                held |= {name: value.detach().clone() for name, value in held.items() if isinstance(value, Tensor)}
+            part._shares_storage = False  # type: ignore[assignment]
+
+
 def _unshare_before_loading(module: nn.Module, *_: object) -> None:
     unshare_storage(module)

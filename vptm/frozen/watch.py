@@ -17,26 +17,24 @@ _version, _requires_grad = attrgetter("_version"), attrgetter("requires_grad")
 _training = itemgetter("training")
 _END = object()
 # Plain attributes that enter what is folded or kept.
-_WATCHED = ("eps", "scale", "num_heads", "token_activation", "mode", "kind", "after", "dropout")
+WATCHED = ("eps", "scale", "num_heads", "token_activation", "mode", "kind", "after", "dropout")
 
 
 class Watch:
     """Notices that modules are no longer what they were when it was made: an object replaced, a tensor edited in place,
     moved, set or asked for gradients, a mode, a hook, a patched `forward`, an eps.
 
-    `also` are further dictionaries of what a module holds; without `values` only parts, modes and hooks are watched. No
-    value is looked at. What PyTorch does not count is not seen: edits through `.data` that keep the storage, through an
-    alias that is no tensor (numpy, shared memory), or of tensors made under `inference_mode`.
+    `also` are further dictionaries of what a module holds. No value is looked at. What PyTorch does not count is not
+    seen: edits through `.data` that keep the storage, through an alias that is no tensor (numpy, shared memory), or of
+    tensors made under `inference_mode`.
     """
 
-    def __init__(
-        self, modules: Iterable[nn.Module], also: Iterable[dict[str, Any]] = (), *, values: bool = True
-    ) -> None:
+    def __init__(self, modules: Iterable[nn.Module], also: Iterable[dict[str, Any]] = ()) -> None:
         self._modules = list(modules)
         self._contents: list[dict[str, Any]] = [
             content
             for module in self._modules
-            for content in ((module._parameters, module._buffers, module._modules) if values else (module._modules,))
+            for content in (module._parameters, module._buffers, module._modules)
             if content
         ]
         self._contents += also
@@ -47,10 +45,10 @@ class Watch:
             (module.__dict__, name, value)
             for module in self._modules
             for name, value in module.__dict__.items()
-            if values and isinstance(value, Tensor)
+            if isinstance(value, Tensor)
         ]
         self._scalars = [
-            (module.__dict__, name) for module in self._modules for name in _WATCHED if name in module.__dict__
+            (module.__dict__, name) for module in self._modules for name in WATCHED if name in module.__dict__
         ]
         self._moded = [module.__dict__ for module in self._modules if type(module) not in MODELESS]
         self._hooks = [getattr(module, hooks) for module in self._modules for hooks in HOOKS]
@@ -59,20 +57,20 @@ class Watch:
         self.tensors = [value for value in self._held if isinstance(value, Tensor)]
         self.tensors += [value for _, _, value in self._attributes]
         self._held.append(_END)
-        self._addressed = [tensor for tensor in self.tensors if is_tensor(tensor)]
+        self._addressed = [tensor for tensor in self.tensors if is_tensor(tensor) and not tensor.is_meta]
         self._storages = [tensor.untyped_storage() for tensor in self._addressed]
         self._counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self._registered = getattr(RemovableHandle, "next_id", None)
         self._hooked = list(map(len, self._hooks))
         self._any_hooked = any(self._hooked)
         self._seen = self._look()
+        self._learned = list(map(_requires_grad, self.tensors))
 
     def _look(self) -> tuple[object, ...]:
         return (
             list(map(type, self._modules)),
             list(map(_version, self._counted)),
             list(map(Tensor.data_ptr, self._addressed)),
-            list(map(_requires_grad, self.tensors)),
             list(map(_training, self._moded)),
             list(map(len, self._dicts)),  # a tensor in place of None
             ["forward" in attributes for attributes in self._dicts],
@@ -87,8 +85,11 @@ class Watch:
             attributes.get(name) is value for attributes, name, value in self._attributes
         )
 
-    def changed(self) -> bool:
-        return not self._holds_the_same() or self._look() != self._seen or self._hooks_changed()
+    def changed(self, *, gradients: bool = True) -> bool:
+        """Whether anything is another; without `gradients` tensors may have been asked for them."""
+        if not self._holds_the_same() or self._look() != self._seen or self._hooks_changed():
+            return True
+        return gradients and list(map(_requires_grad, self.tensors)) != self._learned
 
     def _hooks_changed(self) -> bool:
         # every registration anywhere takes a number: without a new one nobody can have added a hook here

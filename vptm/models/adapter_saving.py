@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from vptm.frozen.watch import WATCHED
 from vptm.messages import listed, one_line
 from vptm.models.codebooks import empty_codebook
 from vptm.models.learned import LearnedParts
@@ -96,9 +97,13 @@ def save_adapter(model: Saved, folder: str | Path, *, extra: Mapping[str, Any] |
 
     Raises:
         ValueError: what `load_adapter` would refuse: a learned value that is NaN or infinite, tensors that are not
-            those of its config, class names that do not name every class; nothing is written then.
+            those of its config, class names that do not name every class; and what it would make without what was done
+            to it: a part of another class, another eps, a patched `forward`. Nothing is written then.
         TypeError: a model of another class, or `extra` is not JSON-able; nothing is written then.
         WriteError: an OSError that names the file that cannot be written.
+
+    Warns:
+        UserWarning: hooks, which no adapter holds.
 
     Example:
         >>> save_adapter(vptm.PromptedBEiT("builtin", num_classes=10), "clothes")
@@ -132,7 +137,6 @@ def save_compared(
 ) -> None:
     """`save_adapter` of a model whose frozen part was compared before, and has not changed since."""
     model.check_finite()
-    _check_as_configured(model)
     source, path = model.source, None
     if source is not None and source != "builtin" and not timm.is_model(source) and Path(source).exists():
         # its name, and where it is from the adapter: no path of this machine, and found again while both stay or move
@@ -158,14 +162,6 @@ def save_compared(
     write_adapter(folder, config, {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()})
 
 
-def _check_as_configured(model: Saved) -> None:
-    """ValueError where an attribute is no longer what the model was built with: it would be built so again."""
-    present = {"readout": model.readout, "token_activation": getattr(model.verbalizer, "token_activation", None)}
-    for name, value in present.items():
-        if value is not None and value != (built := model.config[name]):
-            raise ValueError(f"{name} must be the {built!r} that the model was built with, to be saved, got {value!r}")
-
-
 def frozen_part(model: Saved) -> FrozenPart:
     """Compare the frozen tensors of `model` with those that its source gives, by building it once more.
 
@@ -176,11 +172,18 @@ def frozen_part(model: Saved) -> FrozenPart:
     """
     frozen, learned = model.frozen_state_dict(), model.learned_state_dict()
     again = _built_again(model)
+    made = _made_here(model) if again is None else again
     fresh = None if again is None else again.frozen_state_dict() | again.learned_state_dict()
-    _check_layout(frozen | learned, _made_here(model) if fresh is None else fresh, whole=fresh is not None)
+    _check_layout(frozen | learned, dict(made.named_parameters()) if fresh is None else fresh, whole=fresh is not None)
+    _check_parts(model, made)
     changed: dict[str, Tensor] = {}
     if model._sealed_hash is not None:
         digest = model._sealed_hash
+        if model._hash_left() != model._sealed_left:
+            raise ValueError(
+                "model must have the frozen weights that freeze_for_inference() left to be saved, got others: "
+                "edit them before it"
+            )
         given = None if fresh is None else {name: fresh[name].to(tensor.dtype) for name, tensor in frozen.items()}
         if given is not None and weight_hash(given) != digest:
             raise ValueError(
@@ -222,11 +225,48 @@ def _built_again(model: Saved) -> Saved | None:
             return None
 
 
-def _made_here(model: Saved) -> dict[str, Tensor]:
+def _check_parts(model: Saved, built: nn.Module) -> None:
+    """Refuse a model whose parts do something else, on the same tensors, than those that its config and source make."""
+    if model.readout != (readout := model.config["readout"]):
+        raise ValueError(
+            f"readout must be the {readout!r} that the model was built with, to be saved, got {model.readout!r}"
+        )
+
+    def said(module: nn.Module) -> dict[str, Any]:
+        return {name: module.__dict__[name] for name in WATCHED if name in module.__dict__} | {
+            "class": type(module).__qualname__,
+            "description": module.extra_repr(),
+            "forward": "patched" if "forward" in module.__dict__ else "that of its class",
+        }
+
+    made, hooked = dict(built.named_modules()), []
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            hooked.append(name or type(module).__name__)
+        if name == "" or name not in made:  # trainers patch the forward of the whole
+            continue
+        expected = said(made[name])
+        for what, value in said(module).items():
+            if value != expected[what]:
+                raise ValueError(
+                    one_line(
+                        f"the {what} of {name} must be the {expected[what]!r} that the model was built with, to be "
+                        f"saved, got {value!r}"
+                    )
+                )
+    buffers = dict(built.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in buffers and not torch.equal(buffers[name].to(buffer.dtype), buffer.detach().cpu()):
+            raise ValueError(f"{name} must be as the model was built with it, to be saved, got other values")
+    if hooked:
+        warnings.warn(f"hooks are not saved in an adapter, got some on {listed(hooked)}", stacklevel=4)
+
+
+def _made_here(model: Saved) -> nn.Module:
     """Prompts and verbalizer as the config makes them, with no source."""
     with torch.random.fork_rng(devices=[]):
-        parts = {"prompts": model._make_prompts(), "verbalizer": model._make_verbalizer(model.config["num_classes"])}
-    return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.named_parameters()}
+        verbalizer = model._make_verbalizer(model.config["num_classes"])
+        return nn.ModuleDict({"prompts": model._make_prompts(), "verbalizer": verbalizer})
 
 
 def _check_layout(held: Mapping[str, Tensor], made: Mapping[str, Tensor], whole: bool) -> None:

@@ -24,6 +24,7 @@ class LearnedParts(PromptedRows):
     num_classes: int
     _encoder: FrozenEncoder
     _sealed_hash: str | None = None
+    _sealed_left: str | None = None
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that training changes."""
@@ -43,6 +44,10 @@ class LearnedParts(PromptedRows):
         """Hash of the frozen weights as they are now, in their dtype; those that `freeze_for_inference` dropped count
         as they were then. An adapter fits this model only where the hashes agree."""
         return weight_hash(self.frozen_state_dict()) if self._sealed_hash is None else self._sealed_hash
+
+    def _hash_left(self) -> str:
+        """Hash of the frozen weights whose values `freeze_for_inference` did not drop, as they are now."""
+        return weight_hash({name: value for name, value in self.frozen_state_dict().items() if not value.is_meta})
 
     def learned_state_dict(self) -> dict[str, Tensor]:
         """The tensors that training changes, detached, under their `state_dict` names: every parameter that requires a

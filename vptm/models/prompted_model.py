@@ -18,7 +18,7 @@ from vptm.frozen.fold import linears_of, refuse_unread
 from vptm.frozen.folded import Folded, Start
 from vptm.frozen.parts import learns, oddity, sdpa, softmax_attention
 from vptm.frozen.reference import reference_features
-from vptm.frozen.sharing import unshare_storage
+from vptm.frozen.sharing import take_own_tensors, unshare_storage
 from vptm.frozen.written_out import not_written_out
 from vptm.messages import one_of
 from vptm.models.adapter_hub import Pretrained
@@ -217,7 +217,7 @@ class PromptedModel(Pretrained):
         calls read weights in a layout of its own, held beside the folded ones: what the originals took is taken again,
         unless `torch.backends.mkldnn.enabled` is False.
         `state_dict`, `load_state_dict`, `train`, `unfreeze`, `refresh`, `.to` and the
-        reference path then raise RuntimeError; edits of the norms and biases that are left change nothing.
+        reference path then raise RuntimeError.
         `learned_state_dict`, `vptm.save_adapter` and `weight_hash` go on working. A pickle of such a model, as a
         spawned process gets it, holds the folded weights; nothing else writes them.
 
@@ -227,7 +227,8 @@ class PromptedModel(Pretrained):
         Raises:
             ValueError: a trainable backbone, blocks that do not fold, or impl="reference".
             RuntimeError: of a model that `without_prompts` gave, whose weights are another model's.
-            RuntimeError: from calls of the model afterwards, where a part, mode or hook of its backbone is another.
+            RuntimeError: from calls of the model afterwards, where a weight, part, mode or hook of its backbone is not
+                what it was.
 
         Example:
             >>> model = vptm.PromptedBEiT("builtin", num_classes=10).freeze_for_inference()
@@ -249,6 +250,8 @@ class PromptedModel(Pretrained):
             for block in self.backbone.blocks:
                 for linear in linears_of(block):
                     linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
+            take_own_tensors(self.backbone)
+            self._sealed_left = self._hash_left()
             self.backbone.register_load_state_dict_pre_hook(_refuse_dropped_weights)
             self._encoder.seal(self, folded, pack=True)
         return self
