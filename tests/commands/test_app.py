@@ -418,6 +418,22 @@ def test_a_console_without_the_letters_loses_no_result(
         assert b"\\u732b" in buffer.getvalue(), buffer.getvalue()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_a_full_standard_output_is_named() -> None:
+    """`vptm predict ... > rows.csv` on a full disk said that no space is left, and not for what."""
+    with open("/dev/full", "wb") as full:
+        for command in ("--version", "--help"):
+            done = subprocess.run(
+                [sys.executable, "-m", "vptm", command],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parents[2],
+            )
+            assert done.returncode == 1
+            assert done.stderr == "vptm: [Errno 28] No space left on device: 'standard output'\n"
+
+
 def test_predict_counts_what_it_leaves_out_and_never_waits(vptm: Console, run: Path, tmp_path: Path) -> None:
     picture(0, 0).save(tmp_path / "a.jfif", "JPEG")
     (tmp_path / "b.heic").write_bytes(b"ftypheic")

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -24,6 +24,8 @@ from vptm.commands.protocol import protocol
 from vptm.commands.serve import serve
 from vptm.commands.train import train
 from vptm.terminal import say_once
+
+_OUTPUT = "standard output"
 
 app = typer.Typer(
     name="vptm",
@@ -49,12 +51,15 @@ def _run(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a letter that the console lacks must not end the command
+    stream = sys.stdout
+    if isinstance(stream, io.TextIOWrapper) and stream is sys.__stdout__ and not stream.isatty():
+        sys.stdout = _named(stream)
     try:
         status = app(args=arguments, prog_name="vptm", standalone_mode=False, obj=arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)  # standard output may be closed
         return status if isinstance(status, int) else 0
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left, as in `vptm predict | head`
+        _write_no_more()  # the reader left, as in `vptm predict | head`
         return 1
     except (KeyboardInterrupt, typer.Abort):
         say_once("vptm: interrupted")
@@ -67,8 +72,31 @@ def _run(arguments: list[str]) -> int:
             return int(getattr(error, "exit_code", 2))
         if debug:
             raise
+        if isinstance(error, OSError) and error.filename == _OUTPUT:
+            _write_no_more()
         say_once(f"vptm: {error_line(error, WITH_PATHS)}")
         return _exit_code(error)
+
+
+class _Output(io.FileIO):
+    """Standard output, whose errors say that it is what cannot be written."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = _OUTPUT
+            raise
+
+
+def _named(stream: io.TextIOWrapper[Any]) -> TextIO:
+    raw = _Output(stream.fileno(), "wb", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors)
+
+
+def _write_no_more() -> None:
+    """Let nothing come of what standard output still holds, which is written once more when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _choices(error: object) -> str:
