@@ -96,6 +96,18 @@ def test_a_class_may_have_folders_of_its_own(tmp_path: Path) -> None:
     assert data.classes == list(PAIR) and data.test is not None and len(data.test) == 9
 
 
+@pytest.mark.parametrize("loose", [False, True])
+def test_folders_that_every_class_holds_are_said(tmp_path: Path, loose: bool) -> None:
+    """Folds above classes would be the classes without a word; folders of sessions below classes are all right."""
+    for fold in ("fold1", "fold2"):
+        write_pictures(tmp_path / fold, 3, ("cat", "dog"))
+    if loose:
+        flat(tmp_path / "fold1")
+    notes = load_data(tmp_path, holdout=False).notes
+    said = "the classes are fold1, fold2, and each holds the folders cat, dog: if those are the classes, put each into"
+    assert any(note.startswith(said) for note in notes) is not loose
+
+
 def build(root: Path, layout: str) -> None:
     for line in layout.split():
         folder, _, classes = line.partition(":")

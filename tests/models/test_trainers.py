@@ -92,9 +92,10 @@ def test_a_config_is_a_mapping_with_attributes(model: PromptedBEiT) -> None:
 
 
 def test_the_hugging_face_trainer_takes_the_model_itself(model: PromptedBEiT, tmp_path: Path) -> None:
-    """It reads and sets attributes of `config`, passes pixel_values and labels, and saves and loads state dicts."""
+    """It reads and sets attributes of `config`, passes pixel_values and labels, and saves and loads state dicts. Its
+    default optimiser is fused: prompts kept between calls would be those of the first evaluation at every other."""
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     model = copy.deepcopy(model)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
@@ -109,12 +110,24 @@ def test_the_hugging_face_trainer_takes_the_model_itself(model: PromptedBEiT, tm
         save_strategy="epoch",
         logging_strategy="epoch",
         load_best_model_at_end=True,
+        optim="adamw_torch_fused",
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
     )
-    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    said: list[tuple[float, float]] = []
+
+    class Textbook(TrainerCallback):
+        def on_evaluate(self, *_: Any, metrics: Any, **__: Any) -> None:
+            fresh = copy.deepcopy(model).eval()
+            fresh.impl = "reference"
+            with torch.no_grad():
+                said.append((metrics["eval_loss"], F.cross_entropy(fresh(pixels), labels).item()))
+
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=[Textbook()])
     trainer.train()
+    assert len(said) == len({loss for loss, _ in said}) == 3
+    assert all(loss == pytest.approx(true, rel=1e-5) for loss, true in said)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     best = min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)

@@ -203,7 +203,19 @@ def _classes(root: Path, folders: list[Path], notes: list[str]) -> list[Path]:
                 f"{root} must hold one folder per class, {folder.name} looks like unlabelled test pictures: "
                 "rename it if it is a class"
             )
+    _note_repeated(classes, notes)
     return classes
+
+
+def _note_repeated(classes: list[Path], notes: list[str]) -> None:
+    """Say where every class is divided into the same folders: they may be the classes, below folds or sessions."""
+    inner = [[child.name for child in _subfolders(folder)] for folder in classes]
+    same = len(inner) > 1 and len(inner[0]) > 1 and all(names == inner[0] for names in inner)
+    if same and not any(map(_loose, classes)):
+        notes.append(
+            f"the classes are {listed([folder.name for folder in classes])}, and each holds the folders "
+            f"{listed(inner[0])}: if those are the classes, put each into one folder"
+        )
 
 
 def _class_folders(folders: list[Path], left_out: Counter[str]) -> Listing:
