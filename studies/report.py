@@ -1,8 +1,8 @@
 """Tables and pictures of the studies of accuracy, from their json files: `python -m studies.report`.
 
 Writes `prompt_length.md` with its picture, `what_prompts_add.md`, `published_methods.md` and `label_mapping.md` into
-`studies/results/`, the sentence of `precision.json` into `docs/training.md`, and what prompts add into `README.md`; a
-test fails when a table or one of these texts is not that of its json.
+`studies/results/`, the sentences of `precision.json` into `docs/training.md` and the built-in model's card, and what
+prompts add into `README.md`; a test fails when a table or one of these texts is not that of its json.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def table(name: str, content: dict[str, Any]) -> str:
 
 ROOT = Path(__file__).parent.parent
 TRAINING, README = ROOT / "docs" / "training.md", ROOT / "README.md"
+CARD = ROOT / "vptm" / "assets" / "builtin.md"
 
 
 def _stored(name: str) -> dict[str, Any]:
@@ -137,6 +138,16 @@ def precision(content: dict[str, Any]) -> str:
         f"deviation over the seeds. The paired difference {PAIR} is {_points(difference)} points (95 % interval). "
         "`python -m studies.precision_builtin` makes `studies/results/precision.json`, and `python -m studies.report` "
         "this paragraph."
+    )
+
+
+def default(content: dict[str, Any]) -> str:
+    """What `vptm train` without options comes to."""
+    found = content["summary"]["test_accuracy_percent"]["fp32"]
+    used = content["runs"][0]["settings"]
+    return _filled(
+        f"`vptm train` as it comes ({used['shots']} images per class) reaches {found['mean']:.1f} % ± {found['std']:.1f} "
+        f"on the 1500 shipped test images, {found['seeds']} seeds (`python -m studies.precision_builtin`, float32)."
     )
 
 
@@ -174,6 +185,7 @@ def prompts(added: dict[str, Any], lengths: dict[str, Any]) -> str:
 
 PLACES: dict[str, tuple[Path, Callable[[], str]]] = {
     "precision": (TRAINING, lambda: precision(_stored("precision"))),
+    "default": (CARD, lambda: default(_stored("precision"))),
     "prompts": (README, lambda: prompts(_stored("what_prompts_add"), _stored("prompt_length"))),
 }
 """Where what is said of a study stands between markers of its name, and what makes it."""
