@@ -146,8 +146,9 @@ def default(content: dict[str, Any]) -> str:
     found = content["summary"]["test_accuracy_percent"]["fp32"]
     used = content["runs"][0]["settings"]
     return _filled(
-        f"`vptm train` as it comes ({used['shots']} images per class) reaches {found['mean']:.1f} % ± {found['std']:.1f} "
-        f"on the 1500 shipped test images, {found['seeds']} seeds (`python -m studies.precision_builtin`, float32)."
+        f"`vptm train` as it comes ({used['shots']} images per class) reaches {found['mean']:.1f} % ± "
+        f"{found['std']:.1f} on the 1500 shipped test images, {found['seeds']} seeds (`python -m "
+        "studies.precision_builtin`, float32)."
     )
 
 
@@ -155,14 +156,17 @@ def prompts(added: dict[str, Any], lengths: dict[str, Any]) -> str:
     """What prompts add to none, where, and where not, in three sentences."""
     whitened, means = what_prompts_add.WHITENED, what_prompts_add.MEANS
 
-    def told(first: str, second: str, *, seen: bool = True, intervals: bool = False) -> str:
-        """The tasks on which the first arm was seen to be better than the second, or was not."""
-        lines = []
-        for task, found in added["summary"]["tasks"].items():
-            one = found["paired_difference_points"].get(f"{first} - {second}")
-            if one and (one["verdict"] == "seen here") == seen:
-                lines.append(f"{task} ({_points(one) if intervals else format(one['mean'], '+.1f')})")
-        return "; ".join(lines) or "no task"
+    def told(first: str, second: str, *, seen: bool = True) -> str:
+        """The tasks on which the first arm was seen to be better than the second, or was not; of more than three the
+        least and the largest difference."""
+        tasks, pair = added["summary"]["tasks"], f"{first} - {second}"
+        asked = [(task, of["paired_difference_points"].get(pair)) for task, of in tasks.items()]
+        every = [(one["mean"], f"{task} ({_points(one)})", one["verdict"]) for task, one in asked if one]
+        found = [(mean, line) for mean, line, verdict in every if (verdict == "seen here") == seen]
+        if len(found) <= 3:
+            return "; ".join(line for _, line in found) or "no task"
+        count = f"all {len(found)}" if len(found) == len(every) else f"{len(found)} of {len(every)}"
+        return f"{count} tasks, from {min(found)[1]} to {max(found)[1]}"
 
     bare = what_prompts_add.without
     asked = whitened, bare(whitened)
@@ -173,9 +177,9 @@ def prompts(added: dict[str, Any], lengths: dict[str, Any]) -> str:
     )
     return _filled(
         "What prompts add, on the built-in model of 2 million parameters, in points of test accuracy (paired, 95 % "
-        f"interval): `vptm train` gains over itself without prompts on {told(*asked, intervals=True)}; no gain was "
-        f"seen, or the data are too few to tell, on {told(*asked, seen=False, intervals=True)}. How the verbalizer "
-        "starts counts for more: without any prompt whitened prototypes, its start, are better than class means on "
+        f"interval): `vptm train` gains over itself without prompts on {told(*asked)}; no gain was seen, or the data "
+        f"are too few to tell, on {told(*asked, seen=False)}. How the verbalizer starts counts for more: without any "
+        "prompt whitened prototypes, its start, are better than class means on "
         f"{told(bare(whitened), bare(means))}, and beside class means prompts gain on {told(means, bare(means))}. Many "
         f"prompts without gates take attention from the patches: 50 beside 16 patches {none}, with the gates that "
         f"`vptm train` begins with {gate}.",

@@ -81,6 +81,9 @@ def test_what_is_said_of_prompts_follows_from_verdicts() -> None:
     told = " ".join(report.prompts({"summary": {"tasks": tasks}}, lengths).split())
     assert "prompts on new (+2.0 [1.0, 3.0]); no gain" in told
     assert "on known (+0.0 [-1.0, 1.0]); few (+3.0 [2.0, 4.0]). How the" in told
-    assert "class means on no task, and beside class means prompts gain on new (+4.0). Many" in told
+    assert "class means on no task, and beside class means prompts gain on new (+4.0 [3.0, 5.0]). Many" in told
+    tasks |= {"small": task("not seen here", -0.5), "other": task("not seen here", 0.5)}
+    told = " ".join(report.prompts({"summary": {"tasks": tasks}}, lengths).split())
+    assert "on 4 of 5 tasks, from small (-0.5 [-1.5, 0.5]) to few (+3.0 [2.0, 4.0]). How" in told
     none = report.prompts({"summary": {"tasks": {"known": tasks["known"]}}}, lengths)
     assert "prompts on no task; no gain" in " ".join(none.split())
