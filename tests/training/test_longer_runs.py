@@ -36,7 +36,7 @@ def test_a_run_stops_where_no_epoch_is_better(
     a kill; with more patience it goes on and is the run that had it from the start."""
     still: dict[str, Any] = {"epochs": 5, "lr": 1e-30, "schedule": "none", "warmup_epochs": 0}
     result = run(make_model(backbone), tmp_path / "r", early_stopping=2, progress=True, **still)
-    why = "no epoch of the last 2 was better on validation images"
+    why = "no validation of the last 2 epochs was better"
     assert (len(result.history), result.best_epoch, result.stopped) == (3, 1, why)
     assert capsys.readouterr().err.endswith(f"stopped after epoch 3 of 5: {why}\n")
     finished = facts(tmp_path / "r")["finished"]

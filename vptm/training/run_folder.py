@@ -97,7 +97,7 @@ class Run:
             return None
         if validation_score(self.history[-1]) is None:  # it could have been better
             return None
-        return f"no epoch of the last {patience} was better on validation images"
+        return f"no validation of the last {patience} epochs was better"
 
     @property
     def left(self) -> int:
