@@ -451,6 +451,17 @@ def test_a_sealed_model_is_refused_once_a_frozen_tensor_was_edited(kind: str) ->
     assert len(names) > 20
 
 
+def test_a_model_sealed_under_inference_mode_is_one_sealed_elsewhere() -> None:
+    """Its tensors would be inference tensors, whose edits nobody counts and through which no gradient comes."""
+    model = vptm.PromptedViT(tiny_vit(depth=2).double(), 5, prompt_length=2).double().eval()
+    batch = pictures(model)
+    with torch.inference_mode():
+        model.freeze_for_inference()
+        model(batch)
+    model(batch).sum().backward()
+    assert not any(tensor.is_inference() for tensor in model.backbone.parameters())
+
+
 @torch.no_grad()
 def test_a_sealed_model_keeps_its_answer_while_the_module_that_was_passed_trains() -> None:
     """Half of it would follow and half not, and every step of the other model would be refused here."""

@@ -353,6 +353,22 @@ def test_constants_of_a_size_are_made_once_and_followed(monkeypatch: pytest.Monk
         assert len(results) == 4 and all(torch.equal(one, results[0]) for one in results)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["EVA-02", "DINOv3", "DINOv3 of any size", "learned angles", "MRope", "ViT"])
+def test_another_size_writes_nothing_into_the_module_that_was_passed(name: str) -> None:
+    """timm writes the frequencies of rotary positions where they are: in float32 those were the owner's own, and a
+    sealed model took it for an edit. Sealed, a model goes on taking all sizes."""
+    own = tiny_vit((3, 3), **VITS[name]).float()
+    model = vptm.PromptedViT(own, 5, prompt_mode="deep", prompt_length=2, dynamic_img_size=True).eval()
+    batches = [pictures(size).float() for size in ((12, 12), (8, 20), (12, 12))]
+    before = [(tensor, tensor.clone(), tensor._version) for tensor in (*own.parameters(), *own.buffers())]
+    expected = [model(batch) for batch in batches]
+    assert all(torch.equal(tensor, value) and tensor._version == count for tensor, value, count in before)
+    model.freeze_for_inference()
+    for batch, scores in zip(batches, expected):
+        assert relative_error(model(batch), scores) <= 1e-5
+
+
 def test_absolute_positions_learn_through_their_resampling() -> None:
     """An unfrozen ViT at another size: the gradient of its own positions is that of the resampled ones, taken back."""
     backbone = tiny_vit((3, 3))

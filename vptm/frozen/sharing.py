@@ -60,7 +60,6 @@ def unshare_storage(module: nn.Module) -> None:
             part._shares_storage = False  # type: ignore[assignment]
 
 
-@torch.no_grad()
 def take_own_tensors(module: nn.Module) -> None:
     """`unshare_storage` by new tensors, so that edits of the other module are not counted here either."""
     for part in module.modules():

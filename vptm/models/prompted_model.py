@@ -247,10 +247,11 @@ class PromptedModel(Pretrained):
         self.eval()
         if not keep_originals:
             self._sealed_hash = self.weight_hash()
-            for block in self.backbone.blocks:
-                for linear in linears_of(block):
-                    linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
-            take_own_tensors(self.backbone)
+            with torch.inference_mode(False), torch.no_grad():  # of inference tensors PyTorch counts no edits
+                for block in self.backbone.blocks:
+                    for linear in linears_of(block):
+                        linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
+                take_own_tensors(self.backbone)
             self._sealed_left = self._hash_left()
             self.backbone.register_load_state_dict_pre_hook(_refuse_dropped_weights)
             self._encoder.seal(self, folded, pack=True)

@@ -80,7 +80,9 @@ def _rope_of(rope: Any, window: Size) -> Any:
     )
     # copies: timm writes into the frequencies; doubles that come from float32 make angles in float32, as they did
     twin._buffers = {
-        name: value if value is None else value.float() if narrow and value.is_floating_point() else value.clone()
+        name: value
+        if value is None
+        else value.to(torch.float32 if narrow and value.is_floating_point() else value.dtype, copy=True)
         for name, value in rope._buffers.items()
     }
     twin.update_feat_shape(window)
