@@ -61,6 +61,21 @@ def test_unlabelled_pictures_beside_class_folders_are_left_out(tmp_path: Path) -
     assert f"{tmp_path.name} holds 2 pictures beside its folders: without a class, left out" in data.notes
 
 
+def test_folders_that_are_no_classes_by_their_names_are_said(tmp_path: Path) -> None:
+    """Pictures called unlabelled are no class; what macOS puts into archives is no picture; a flat "training" may be
+    one of vehicles, and is told."""
+    write_pictures(tmp_path, 4, PAIR)
+    for name in ("unlabeled", "unlabelled_images", "training"):
+        flat(tmp_path / name, 5)
+    (tmp_path / "__MACOSX" / "left").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "left" / "._a.png").write_bytes(b"no picture")
+    data = load_data(tmp_path, holdout=False)
+    assert data.classes == [*PAIR, "training"]
+    for name in ("unlabeled", "unlabelled_images"):
+        assert f"{name} holds 5 pictures without classes: unlabelled, left out" in data.notes
+    assert "training is taken for a class: it holds pictures, and no folder of a class" in data.notes
+
+
 def test_loose_pictures_do_not_turn_a_split_into_a_class(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_pictures(tmp_path / split, 3, PAIR)
@@ -124,7 +139,7 @@ def build(root: Path, layout: str) -> None:
         ("train:a,b trainset:a,b test:a,b", "must name each split once, got test, train, trainset"),
         ("trainA trainB testA testB", "must be divided into splits once, got"),
         ("test:a,b a b", "test looks like a split beside a, b: put those into a folder train, or rename it"),
-        ("test control", "test looks like unlabelled test pictures: rename it if it is a class"),
+        ("test control", "test looks like unlabelled pictures: rename it if it is a class"),
         ("a:train,test b:train,test", "splits above classes: a holds the folders test, train"),
         ("test:a,b val:a,b other", "looks like a split beside other"),
     ],

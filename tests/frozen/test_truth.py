@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from beit_factory import tiny_beit
+from timm.layers import Mlp
 from timm.models.eva import Eva
 from tiny_models import build, build_vit, images, pictures, relative_error, tiny_vit
 from torch import nn
@@ -21,9 +22,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vptm
 from vptm.export.program import export_program
+from vptm.frozen import parts
 from vptm_kernels._runtime import frozen_linear
 from vptm_kernels.testing import assert_close_to_exact
 
+MLP_FORWARD = Mlp.forward
 KINDS = ("beit, mask row and prototypes", "beit, bias of every block", "vit", "vit, attention pooling", "eva")
 
 
@@ -449,6 +452,59 @@ def test_a_sealed_model_is_refused_once_a_frozen_tensor_was_edited(kind: str) ->
             with pytest.raises(RuntimeError, match="must stay as freeze_for_inference left it, got another weight"):
                 sealed(batch)
     assert len(names) > 20
+
+
+@torch.no_grad()
+def test_a_number_that_a_part_reads_is_followed() -> None:
+    """What was folded with it, or reads it on one path alone, answers for a part that is gone."""
+    model, batch = make("vit, attention pooling")
+    model(batch)
+    model.backbone.attn_pool.scale = 1.0
+    assert relative_error(model(batch), textbook(model, batch)) <= 1e-11
+    model, batch = make("eva")
+    model(batch)
+    model.backbone.blocks[0].attn.rotate_half = True
+    with pytest.raises(ValueError, match="must turn both channels of a pair by one angle, block 0 got two"):
+        model(batch)
+
+
+def test_a_forward_that_was_patched_before_vptm_came_is_no_known_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries patch timm's attention for the whole process; folded, it would run as timm wrote it."""
+    assert all(parts.KNOWN.values())
+    monkeypatch.setattr(Mlp, "forward", lambda self, x: 2 * MLP_FORWARD(self, x))
+    assert parts._own_forward(Mlp) is None
+    monkeypatch.setitem(parts.KNOWN, Mlp, None)  # as it is when vptm is imported after that
+    model, batch = make("vit")
+    with torch.no_grad():
+        assert relative_error(model(batch), textbook(model, batch)) <= 1e-11
+
+
+@torch.no_grad()
+def test_a_copy_of_a_sealed_model_knows_what_it_is_to_stay() -> None:
+    """An edit before a copy, or before a copy's first call, was what the copy took for its own state."""
+    left = "a sealed model must stay as freeze_for_inference left it"
+    model, batch = make(KINDS[0])
+    model.freeze_for_inference()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)):
+        in_place(copied, "backbone.blocks.0.norm1.weight", torch.zeros(16))
+        with pytest.raises(RuntimeError, match=left):
+            copied(batch)
+        if copied.backbone is model.backbone:
+            continue
+        for act in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(RuntimeError, match=left):
+                act(copied)
+    for change in (
+        lambda at: at.bias_index.copy_(at.bias_index.flip(0)),
+        lambda at: setattr(at, "bias_index", at.bias_index.flip(0)),
+        lambda at: setattr(at, "backbone", make(KINDS[0])[0].backbone),
+    ):
+        model, batch = make(KINDS[0])
+        model.freeze_for_inference()
+        model(batch)
+        change(model)
+        with pytest.raises(RuntimeError, match=left):
+            model(batch)
 
 
 def test_a_model_sealed_under_inference_mode_is_one_sealed_elsewhere() -> None:

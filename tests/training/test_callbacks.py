@@ -15,6 +15,7 @@ from console import Console
 from tiny_data import write_backbone, write_pictures
 from tiny_runs import make_model, metrics, run, stopped_run
 
+from vptm.models.opening import load_adapter
 from vptm.training import callbacks
 from vptm.training.callbacks import Callback, TensorBoard
 
@@ -54,6 +55,33 @@ def test_a_callback_hears_every_step_and_epoch_and_the_end(backbone: Path, tmp_p
     sizes = [5, 5, 2]
     mean = sum(loss * size for (_, loss, _), size in zip(resumed.steps, sizes)) / 12
     assert mean == pytest.approx(result.history[2]["train_loss"]) and resumed.steps[-1][2] == result.history[2]["lr"]
+
+
+@pytest.mark.parametrize("change", ["edit", "unfreeze", "thaw a block", "eps"])
+def test_an_adapter_holds_what_a_callback_did_to_frozen_parts(backbone: Path, tmp_path: Path, change: str) -> None:
+    """What was compared with the source when the run began would be written of another model, or never load again."""
+    model = make_model(backbone)
+
+    class Changing(Callback):
+        def epoch(self, row: Any) -> None:
+            if change == "edit":
+                with torch.no_grad():
+                    model.backbone.norm.weight.mul_(1.5)
+            elif change == "unfreeze":
+                model.unfreeze()
+            elif change == "thaw a block":
+                model.backbone.blocks[-1].requires_grad_(True)
+            else:
+                model.backbone.norm.eps = 1.0
+
+    if change == "eps":
+        with pytest.raises(ValueError, match=r"the eps of backbone\.norm must be the 1e-06 that the model was built"):
+            run(model, tmp_path / "r", epochs=3, callbacks=[Changing()])
+        return
+    run(model, tmp_path / "r", epochs=3, callbacks=[Changing()])
+    loaded = load_adapter(tmp_path / "r")
+    for (name, found), expected in zip(loaded.named_parameters(), model.parameters()):
+        assert torch.equal(found, expected) and found.requires_grad == expected.requires_grad, name
 
 
 def test_what_a_callback_raises_leaves_the_epochs_before(backbone: Path, tmp_path: Path) -> None:

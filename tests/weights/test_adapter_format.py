@@ -16,6 +16,7 @@ import pytest
 import torch
 from beit_factory import randomize, tiny_beit
 from safetensors.torch import load_file, save_file
+from timm.layers import DropPath, Mlp
 from tiny_data import write_backbone
 from tiny_runs import write_as_of_schema
 
@@ -447,19 +448,29 @@ def never_loadable(backbone: Path) -> list[tuple[PromptedBEiT, type[Exception], 
 
 def of_other_parts(model: PromptedBEiT) -> list[tuple[PromptedBEiT, str]]:
     """Models of the same tensors that are other functions, and what is said of them."""
-    eps, act, patched, rows, sealed = (copy.deepcopy(model) for _ in range(5))
+    eps, act, patched, rows, sealed, same, method, blocks = (copy.deepcopy(model) for _ in range(8))
     eps.backbone.blocks[1].norm2.eps = 0.5
     act.backbone.blocks[0].mlp.act = torch.nn.ReLU()
     block = patched.backbone.blocks[0]
     block.mlp.forward = lambda x: 0 * x  # type: ignore[method-assign]
     rows.bias_index = rows.bias_index.flip(0)
+    same.backbone.blocks[0].mlp.act = type("GELU", (torch.nn.GELU,), {"forward": lambda self, x: 2 * x})()
+    method.verbalizer.compare = lambda *arguments: 2 * type(plain).compare(plain, *arguments)
+    plain = model.verbalizer
+    blocks.prompts.blocks = range(0, 0)
     sealed.freeze_for_inference()
     with torch.no_grad():
         sealed.backbone.norm.weight *= 2
     return [
         (eps, "the eps of backbone.blocks.1.norm2 must be the 1e-06 that the model was built with, to be saved, got 0"),
-        (act, "the class of backbone.blocks.0.mlp.act must be the 'GELU' that the model was built with, to be saved"),
-        (patched, "the forward of backbone.blocks.0.mlp must be the 'that of its class' that .* got 'patched'"),
+        (
+            act,
+            r"blocks\.0\.mlp\.act must be the torch\.nn\.\S+GELU that the model was built with, .* torch\.nn\S+ReLU",
+        ),
+        (patched, "backbone.blocks.0.mlp must have the forward of its class, to be saved, got a patched one"),
+        (same, r"act must be the torch\.nn\.\S+GELU that .* got tests\.\S+GELU|got test_adapter_format\.GELU"),
+        (method, "verbalizer must have the compare of its class, to be saved, got a patched one"),
+        (blocks, r"the blocks of prompts must be the range\(0, 1\) that .*, got range\(0, 0\)"),
         (rows, "bias_index must be as the model was built with it, to be saved, got other values"),
         (sealed, r"model must have the frozen weights that freeze_for_inference\(\) left to be saved, got others"),
     ]
@@ -474,6 +485,14 @@ def test_a_model_of_other_parts_is_not_saved_as_one_without_them(backbone: Path,
         with pytest.raises(ValueError, match=message) as refusal:
             save_adapter(model, tmp_path / "a")
         assert "\n" not in str(refusal.value) and not (tmp_path / "a").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mlp, "forward", lambda self, x: x)
+        with pytest.raises(ValueError, match="mlp must have the forward of its class, to be saved, got a patched one"):
+            save_adapter(plain, tmp_path / "a")
+    dropping = trained(backbone)
+    dropping.backbone.blocks[1].drop_path1 = DropPath(0.1)
+    dropping.backbone.blocks[1].mlp.drop1.p = dropping.prompts.dropout = 0.1
+    save_adapter(dropping, tmp_path / "a")  # the same function wherever it is loaded
     hooked = trained(backbone).eval()
     hooked.backbone.blocks[1].register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match=r"hooks are not saved in an adapter, got some on backbone\.blocks\.1"):

@@ -90,8 +90,10 @@ class _Output(io.FileIO):
 
 
 def _named(stream: io.TextIOWrapper[Any]) -> TextIO:
-    raw = _Output(stream.fileno(), "wb", closefd=False)
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors)
+    raw: Any = _Output(stream.fileno(), "wb", closefd=False)
+    through = stream.write_through  # as python -u asks
+    buffer = raw if through else io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, encoding=stream.encoding, errors=stream.errors, write_through=through)
 
 
 def _write_no_more() -> None:

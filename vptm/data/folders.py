@@ -32,6 +32,8 @@ _FILLERS = {
 }
 _FILLERS |= {"split", "folder", "sample", "samples"}
 _UNLABELLED = {"unknown", "unlabelled", "unlabeled", "all"}
+_NO_CLASS = {"unlabelled", "unlabeled"}
+_NO_DATA = {"__MACOSX"}  # what macOS puts beside the folders of an archive
 _TOKEN = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|[^\W\d_a-zA-Z]+")
 
 
@@ -101,7 +103,8 @@ def read_folder(root: Path, notes: list[str]) -> tuple[dict[str, Listing], list[
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    folders = (child for child in folder.iterdir() if child.is_dir() and child.name not in _NO_DATA)
+    return sorted(child for child in folders if not child.name.startswith("."))
 
 
 def _loose(folder: Path) -> int:
@@ -171,8 +174,17 @@ def _is_unlabelled(folder: Path, children: list[Path], classes: list[str]) -> bo
         return _loose(folder) > 0
     if len(children) > 1 or children[0].name in classes:
         return False
-    tokens = {token.lower() for token in _TOKEN.findall(children[0].name)}
-    return tokens <= _FILLERS | _UNLABELLED | set(SPLIT_NAMES)
+    return _tokens(children[0].name) <= _FILLERS | _UNLABELLED | set(SPLIT_NAMES)
+
+
+def _tokens(name: str) -> set[str]:
+    return {token.lower() for token in _TOKEN.findall(name)}
+
+
+def _says_unlabelled(name: str) -> bool:
+    """Whether a folder's name says that its pictures have no class; "unknown" may be one."""
+    tokens = _tokens(name)
+    return bool(tokens & _NO_CLASS) and tokens <= _NO_CLASS | _FILLERS
 
 
 def _classes(root: Path, folders: list[Path], notes: list[str]) -> list[Path]:
@@ -194,13 +206,17 @@ def _classes(root: Path, folders: list[Path], notes: list[str]) -> list[Path]:
                 f"{listed([other.name for other in others], 10)}: put those into a folder train, "
                 "or rename it if it is a class"
             )
-        if split is None or split[0] != "test" or children or not _loose(folder):
+        flat = not children and _loose(folder) > 0
+        unlabelled = (split is not None and split[0] == "test") or _says_unlabelled(folder.name)
+        if not (flat and unlabelled):
             classes.append(folder)
+            if flat and split is not None:
+                notes.append(f"{folder.name} is taken for a class: it holds pictures, and no folder of a class")
         elif len(others) > 1:
             notes.append(f"{folder.name} holds {_loose(folder)} pictures without classes: unlabelled, left out")
         else:
             raise ValueError(
-                f"{root} must hold one folder per class, {folder.name} looks like unlabelled test pictures: "
+                f"{root} must hold one folder per class, {folder.name} looks like unlabelled pictures: "
                 "rename it if it is a class"
             )
     _note_repeated(classes, notes)

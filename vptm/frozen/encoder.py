@@ -22,6 +22,7 @@ from vptm_kernels._runtime.triton_support import choose
 
 Made = TypeVar("Made")
 _MOST_SIZES = 8
+_SEALED = "a sealed model must stay as freeze_for_inference left it, got another weight, part, mode or hook"
 
 
 class _Made(NamedTuple):
@@ -67,6 +68,8 @@ class FrozenEncoder:
         self._sizes: dict[tuple[Any, int], tuple[Folded, Any]] = {}
 
     def __getstate__(self) -> dict[str, object]:
+        if self._seal_backbone is not None and self._seal_backbone.changed(gradients=False):
+            raise RuntimeError(_SEALED)  # a copy would know nothing of it
         return {name: self.__dict__[name] for name in ("_seal", "_bare", "_packs", "_prompted")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -197,14 +200,11 @@ class FrozenEncoder:
     def _sealed(self, model: PromptedRows) -> Folded:
         assert self._seal is not None
         if not torch.compiler.is_compiling():
-            if self._seal_backbone is None:
-                self._seal_backbone = Watch(model.backbone.modules())
+            assert self._seal_backbone is not None
             # a frozen part that is asked for gradients gets none, which matters only where they are recorded
             changed = self._seal_backbone.changed(gradients=torch.is_grad_enabled())
-            if changed or model.unread_prompts() is not None:
-                raise RuntimeError(
-                    "a sealed model must stay as freeze_for_inference left it, got another weight, part, mode or hook"
-                )
+            if changed or self._seal_backbone.root is not model.backbone or model.unread_prompts() is not None:
+                raise RuntimeError(_SEALED)
         key, dtype, _ = self._key(model)
         if self._seal.key != key:
             raise RuntimeError(
@@ -231,10 +231,14 @@ class FrozenEncoder:
                 self._packs |= pack
                 unsealed = folded.sealed(Sealed())
                 seal = unsealed.packed(self._packs).sealed(unsealed.seal_of(model))
-            if self._seal_backbone is None:
-                self._seal_backbone = Watch(model.backbone.modules())
+            self.look_at_sealed(model)
             self._seal, self._bare, self._seal_watch, self._made = seal, unsealed.packed(False), watch, None
             self._sizes.clear()
+
+    def look_at_sealed(self, model: PromptedRows) -> None:
+        """Take the frozen part of a sealed model, also of a copy, for what it is to stay, where that was not done."""
+        if self._seal_backbone is None:
+            self._seal_backbone = Watch(model.backbone.modules(), [model._buffers])
 
     def at_size(self, folded: Folded, size: tuple[int, int], make: Callable[[], Made]) -> Made:
         """What `make` makes of `folded` for pictures of `size`, kept for the last sizes while `folded` is true."""

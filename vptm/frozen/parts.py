@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -118,9 +118,18 @@ NORMS = (nn.LayerNorm, LayerNorm)
 ATTENTIONS = (beit.Attention, BiasedAttention, vision_transformer.Attention)
 EVA_ATTENTIONS = (eva.EvaAttention, AttentionRope)
 MLPS = (Mlp, GluMlp, SwiGLU)
+
+
+def _own_forward(kind: type[nn.Module]) -> Callable[..., Any] | None:
+    """The `forward` that a class was written with, None where somebody replaced it by now."""
+    definer = next(base for base in kind.__mro__ if "forward" in base.__dict__)
+    name = f"{definer.__qualname__}.forward"
+    return kind.forward if (kind.forward.__module__, kind.forward.__qualname__) == (definer.__module__, name) else None
+
+
 # How each reads that is known: a class whose `forward` was replaced is another class.
 KNOWN = {
-    kind: kind.forward
+    kind: _own_forward(kind)
     for kind in (
         *(beit.Block, vision_transformer.Block, eva.EvaBlock, *ATTENTIONS, *EVA_ATTENTIONS),
         *(*MLPS, nn.Linear, LayerScale, *NORMS),
@@ -134,15 +143,20 @@ MODELESS = (nn.Linear, LayerScale, *NORMS, nn.Identity, nn.GELU, nn.SiLU)
 def oddity(module: nn.Module) -> str | None:
     """What makes a module another function than its class says, in words that fit after "with"; None where nothing
     does."""
-    state, kind = module.__dict__, type(module)
     for hooks in HOOKS:
-        if state[hooks]:
+        if module.__dict__[hooks]:
             return "hooks"  # they would never fire on a part that does not run as a module
-    if "forward" in state or kind.forward is not KNOWN.get(kind, kind.forward):
+    if has_patched_forward(module):
         return "a patched forward"
     if parametrize.is_parametrized(module):
         return "parametrised tensors"
     return None
+
+
+def has_patched_forward(module: nn.Module) -> bool:
+    """Whether somebody put a `forward` in the place of the one of its class, on it or on a known class."""
+    kind = type(module)
+    return "forward" in module.__dict__ or kind.forward is not KNOWN.get(kind, kind.forward)
 
 
 def is_plain_linear(module: nn.Module | None) -> bool:

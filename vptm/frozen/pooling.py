@@ -48,5 +48,6 @@ def _is_one_plain_query(pool: Any) -> bool:
         and all(type(norm) is nn.Identity and oddity(norm) is None for norm in (pool.q_norm, pool.k_norm))
         and pool.pos_embed is None
         and pool.latent_len == 1
+        and pool.scale == pool.head_dim**-0.5  # timm's fused attention reads no other
         and pool.pool in ("token", "avg")
     )

@@ -17,7 +17,10 @@ _version, _requires_grad = attrgetter("_version"), attrgetter("requires_grad")
 _training = itemgetter("training")
 _END = object()
 # Plain attributes that enter what is folded or kept.
-WATCHED = ("eps", "scale", "num_heads", "token_activation", "mode", "kind", "after", "dropout")
+_WATCHED = (
+    *("eps", "scale", "num_heads", "head_dim", "rotate_half", "num_prefix_tokens"),
+    *("token_activation", "mode", "kind", "after", "blocks", "dropout"),
+)
 
 
 class Watch:
@@ -31,6 +34,7 @@ class Watch:
 
     def __init__(self, modules: Iterable[nn.Module], also: Iterable[dict[str, Any]] = ()) -> None:
         self._modules = list(modules)
+        self.root = self._modules[0]
         self._contents: list[dict[str, Any]] = [
             content
             for module in self._modules
@@ -48,7 +52,7 @@ class Watch:
             if isinstance(value, Tensor)
         ]
         self._scalars = [
-            (module.__dict__, name) for module in self._modules for name in WATCHED if name in module.__dict__
+            (module.__dict__, name) for module in self._modules for name in _WATCHED if name in module.__dict__
         ]
         self._moded = [module.__dict__ for module in self._modules if type(module) not in MODELESS]
         self._hooks = [getattr(module, hooks) for module in self._modules for hooks in HOOKS]

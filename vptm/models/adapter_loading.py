@@ -115,7 +115,9 @@ def load_on(model: Any, folder: str | Path) -> Any:
 
     Raises:
         FileNotFoundError, ValueError: as `vptm.load_adapter`; a model of another class or image size.
+        RuntimeError: a model whose weights `freeze_for_inference` dropped.
     """
+    model._refuse_dropped("another adapter on this model")
     with one_line_errors(folder):
         folder = Path(folder)
         config = read_adapter_config(folder)

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vptm.frozen.watch import WATCHED
+from vptm.frozen.parts import has_patched_forward
 from vptm.messages import listed, one_line
 from vptm.models.codebooks import empty_codebook
 from vptm.models.learned import LearnedParts
@@ -232,34 +233,46 @@ def _check_parts(model: Saved, built: nn.Module) -> None:
             f"readout must be the {readout!r} that the model was built with, to be saved, got {model.readout!r}"
         )
 
-    def said(module: nn.Module) -> dict[str, Any]:
-        return {name: module.__dict__[name] for name in WATCHED if name in module.__dict__} | {
-            "class": type(module).__qualname__,
-            "description": module.extra_repr(),
-            "forward": "patched" if "forward" in module.__dict__ else "that of its class",
-        }
-
     made, hooked = dict(built.named_modules()), []
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             hooked.append(name or type(module).__name__)
-        if name == "" or name not in made:  # trainers patch the forward of the whole
-            continue
-        expected = said(made[name])
-        for what, value in said(module).items():
-            if value != expected[what]:
-                raise ValueError(
-                    one_line(
-                        f"the {what} of {name} must be the {expected[what]!r} that the model was built with, to be "
-                        f"saved, got {value!r}"
-                    )
-                )
+        if name and name in made:  # trainers patch the forward of the whole
+            _check_part(name, module, made[name])
     buffers = dict(built.named_buffers())
     for name, buffer in model.named_buffers():
         if name in buffers and not torch.equal(buffers[name].to(buffer.dtype), buffer.detach().cpu()):
             raise ValueError(f"{name} must be as the model was built with it, to be saved, got other values")
     if hooked:
         warnings.warn(f"hooks are not saved in an adapter, got some on {listed(hooked)}", stacklevel=4)
+
+
+def _check_part(name: str, module: nn.Module, built: nn.Module) -> None:
+    """Refuse a part that says other things of itself than the same one as built."""
+
+    def differs(what: str, wanted: object, found: object) -> ValueError:
+        return ValueError(
+            one_line(f"{what} must be the {wanted} that the model was built with, to be saved, got {found}")
+        )
+
+    kinds = [nn.Identity if isinstance(part, _IDLE) else type(part) for part in (built, module)]
+    if kinds[0] is not kinds[1]:
+        raise differs(name, *(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds))
+    methods = [key for key in module.__dict__.keys() - built.__dict__.keys() if callable(getattr(kinds[1], key, None))]
+    if methods or has_patched_forward(module):
+        what = one_line(methods[0] if methods else "forward")
+        raise ValueError(f"{name} must have the {what} of its class, to be saved, got a patched one")
+    for key, wanted in built.__dict__.items():
+        if type(wanted) in _PLAIN and not key.startswith("_") and key not in _OF_TRAINING:
+            found = module.__dict__.get(key)
+            if found != wanted:
+                raise differs(f"the {key} of {name}", repr(wanted), repr(found))
+
+
+# what may differ without another function in eval mode
+_IDLE = (nn.Identity, nn.Dropout, DropPath)
+_OF_TRAINING = {"training", "grad_checkpointing", "fused_attn", "dropout", "p", "drop_prob", "scale_by_keep", "inplace"}
+_PLAIN = (bool, int, float, str, tuple, range, type(None))
 
 
 def _made_here(model: Saved) -> nn.Module:

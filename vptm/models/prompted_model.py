@@ -257,6 +257,11 @@ class PromptedModel(Pretrained):
             self._encoder.seal(self, folded, pack=True)
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._encoder.sealed:
+            self._encoder.look_at_sealed(self)
+
     def _twin(self, encoder: FrozenEncoder) -> PromptedModel:
         """A model of the same parts, with an encoder of its own."""
         twin = copy.copy(self)

@@ -403,6 +403,7 @@ class TaskBank:
             raise ValueError(
                 f"{name}: must be a {type(mine).__name__}, as the backbone of the bank is, got a {type(given).__name__}"
             )
+        given._refuse_dropped("TaskBank.add()")
         sizes = [tuple(model.default_cfg["input_size"]) for model in (given, mine)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"{name}: images must be (channels, height, width) {sizes[1]}, the bank's, got {sizes[0]}")

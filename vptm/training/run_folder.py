@@ -24,8 +24,10 @@ from vptm.data.datasets import ImageDataset
 from vptm.data.named_datasets import DATASET_NAMES
 from vptm.data.sources import PREFIXES, absolute
 from vptm.data.split_list import SPLIT_FILE, SplitList
+from vptm.frozen.parts import learns
+from vptm.frozen.watch import Watch
 from vptm.messages import error_line, one_line
-from vptm.models.adapter_saving import frozen_part, save_compared
+from vptm.models.adapter_saving import FrozenPart, frozen_part, save_compared
 from vptm.models.prompted_model import PromptedModel
 from vptm.settings import FREE_ON_RESUME, TrainSettings, names
 from vptm.training.curves import plot_curves
@@ -83,7 +85,10 @@ class Run:
         self._epochs, self._patience = step.settings.epochs, step.settings.early_stopping
         self.identity, self.folder = identity, folder
         self._lock = FolderLock()
-        self._frozen = None if folder is None else frozen_part(self.model)
+        self._frozen: FrozenPart | None = None
+        self._compared: Watch | None = None
+        if folder is not None:
+            self._compare_frozen()
         self.epoch = self._written = self.best_epoch = 0
         self.best_score: tuple[float, float] | None = None
         self.best_state = self.average.kept()
@@ -195,6 +200,8 @@ class Run:
 
     def end(self, *, finished: bool) -> None:
         """Leave the best epoch in the model, and in the folder curves and whether the run is finished."""
+        if self._frozen_was_edited():
+            self._save_best()
         self.model.load_learned_state_dict(self.best_state)
         self.model.eval()
         if self.folder is None or not self.history:
@@ -281,8 +288,24 @@ class Run:
         writer.writeheader()
         writer.writerows(self.history)
         write_atomically(self.folder / METRICS_FILE, text.getvalue().encode())
-        if self.epoch in (0, self.best_epoch) or not (self.folder / TENSORS_FILE).is_file():
+        missing = not (self.folder / TENSORS_FILE).is_file()
+        if self._frozen_was_edited() or self.epoch in (0, self.best_epoch) or missing:
             self._save_best()
+
+    def _frozen_was_edited(self) -> bool:
+        """Whether what does not learn is another since it was compared with its source, by a callback say; it is
+        compared once more then."""
+        if self._compared is None or not self._compared.changed():
+            return False
+        self._compare_frozen()
+        return True
+
+    def _compare_frozen(self) -> None:
+        """Say what an adapter leaves to its source, and look at what does not learn, which a callback may change."""
+        frozen = [part for part in (self.model.backbone, self.model.lm_head) if part is not None and not learns(part)]
+        modules = [module for part in frozen for module in part.modules()]
+        self._compared = Watch(modules, [self.model._buffers]) if modules else None
+        self._frozen = frozen_part(self.model)
 
     def _save_best(self) -> None:
         assert self.folder is not None and self._frozen is not None
