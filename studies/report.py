@@ -1,8 +1,9 @@
 """Tables and pictures of the studies of accuracy, from their json files: `python -m studies.report`.
 
-Writes `prompt_length.md` with its picture, `what_prompts_add.md`, `published_methods.md` and `label_mapping.md` into
-`studies/results/`, the sentences of `precision.json` into `docs/training.md` and the built-in model's card, and what
-prompts add into `README.md`; a test fails when a table or one of these texts is not that of its json.
+Writes `prompt_length.md` with its picture, `what_prompts_add.md`, `published_methods.md`, `plain_twin.md` and
+`label_mapping.md` into `studies/results/`, the sentences of `precision.json` into `docs/training.md` and the built-in
+model's card, and what prompts add into `README.md`; a test fails when a table or one of these texts is not that of its
+json.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from studies import prompt_length, what_prompts_add
+from studies.plain_twin import WEIGHTS
 from studies.precision_builtin import PAIR, PRECISIONS
 from studies.runs import RESULTS, ROOM, builtin_weights
 
@@ -27,6 +29,14 @@ def of_weights(content: dict[str, Any]) -> str:
     if found == shipped:
         return f"Weights: {found[:19]}, which are shipped."
     return f"**Of an earlier built-in model**, {found[:19]}; shipped is {shipped[:19]}. Not measured again yet."
+
+
+def of_twin(content: dict[str, Any]) -> str:
+    """Of which weights runs of the plain twin are."""
+    return (
+        f"Weights: {content['weights'][:19]}, `{WEIGHTS.name}`, of a twin of the built-in model pre-trained by "
+        "`python tools/pretrain_builtin.py train --bag-weight 0`: no row was trained to know the whole image."
+    )
 
 
 def made_by(content: dict[str, Any]) -> str:
@@ -64,6 +74,7 @@ STUDIES = {
     "prompt_length": Told("How many prompts do no harm", of_weights, SMALL),
     "what_prompts_add": Told("What prompts add", of_weights, SMALL),
     "published_methods": Told("What published methods add", of_weights, SMALL),
+    "plain_twin": Told("Prompts on a model without a term for the whole image", of_twin, SMALL),
     "label_mapping": Told(
         "Labels mapped by meaning",
         made_by,

@@ -78,12 +78,18 @@ class Task(NamedTuple):
 
 
 class TrainedStudy(Study):
-    """Runs of arms on tasks in one json that several processes may add to."""
+    """Runs of arms on tasks in one json that several processes may add to; `weights` is the hash of their model's, the
+    built-in one's by default."""
 
     def __init__(
-        self, path: Path, arms: Sequence[Arm], tasks: Sequence[Task], comparisons: Sequence[Comparison]
+        self,
+        path: Path,
+        arms: Sequence[Arm],
+        tasks: Sequence[Task],
+        comparisons: Sequence[Comparison],
+        weights: str | None = None,
     ) -> None:
-        super().__init__(path, builtin_weights())
+        super().__init__(path, builtin_weights() if weights is None else weights)
         self.arms, self.tasks, self.comparisons = arms, tasks, comparisons
 
     def summary(self, runs: list[dict[str, Any]]) -> dict[str, Any]:

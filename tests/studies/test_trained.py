@@ -12,7 +12,7 @@ import pytest
 import typer
 from scipy.stats import false_discovery_control, ttest_rel
 
-from studies import prompt_length, published_methods, trained, what_prompts_add
+from studies import plain_twin, prompt_length, published_methods, trained, what_prompts_add
 from studies.runs import Comparison, holm, verdict
 from studies.trained import Arm, Task, TrainedStudy
 from vptm.commands.app import app
@@ -128,6 +128,7 @@ def test_a_run_is_one_of_vptm_train() -> None:
         (prompt_length, [], 1 + 2 * 2 * 6),
         (what_prompts_add, [], 6 * 2 * 2),
         (published_methods, ["--tasks", "digits-16"], 26),
+        (plain_twin, [], 2 * 6),
     ],
 )
 def test_arms_are_options_of_vptm_train(
