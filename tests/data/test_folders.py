@@ -74,6 +74,16 @@ def test_folders_that_are_no_classes_by_their_names_are_said(tmp_path: Path) -> 
     for name in ("unlabeled", "unlabelled_images"):
         assert f"{name} holds 5 pictures without classes: unlabelled, left out" in data.notes
     assert "training is taken for a class: it holds pictures, and no folder of a class" in data.notes
+    for split in ("train", "val"):
+        write_pictures(tmp_path / "divided" / split, 3, PAIR)
+        flat(tmp_path / "divided" / split / "unlabelled2", 5)
+    data = load_data(tmp_path / "divided")
+    assert data.classes == list(PAIR) and len(data.train) == 6
+    assert "train/unlabelled2 holds 5 pictures without classes: unlabelled, left out" in data.notes
+    write_pictures(tmp_path / "one", 3, ("left",))
+    flat(tmp_path / "one" / "unlabelled", 5)
+    with pytest.raises(ValueError, match="unlabelled looks like unlabelled pictures: rename it if it is a class"):
+        load_data(tmp_path / "one")
 
 
 def test_loose_pictures_do_not_turn_a_split_into_a_class(tmp_path: Path) -> None:

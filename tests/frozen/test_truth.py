@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import threading
 import types
@@ -13,7 +14,7 @@ import pytest
 import timm
 import torch
 from beit_factory import tiny_beit
-from timm.layers import Mlp
+from timm.layers import GluMlp, Mlp
 from timm.models.eva import Eva
 from tiny_models import build, build_vit, images, pictures, relative_error, tiny_vit
 from torch import nn
@@ -461,6 +462,11 @@ def test_a_number_that_a_part_reads_is_followed() -> None:
     model(batch)
     model.backbone.attn_pool.scale = 1.0
     assert relative_error(model(batch), textbook(model, batch)) <= 1e-11
+    gated = build_vit(tiny_vit(depth=2, mlp_layer=GluMlp), prompt_mode="deep")
+    batch = pictures(gated)
+    gated(batch)
+    gated.backbone.blocks[0].mlp.gate_last = not gated.backbone.blocks[0].mlp.gate_last
+    assert relative_error(gated(batch), textbook(gated, batch)) <= 1e-11
     model, batch = make("eva")
     model(batch)
     model.backbone.blocks[0].attn.rotate_half = True
@@ -472,6 +478,8 @@ def test_a_forward_that_was_patched_before_vptm_came_is_no_known_one(monkeypatch
     """Libraries patch timm's attention for the whole process; folded, it would run as timm wrote it."""
     assert all(parts.KNOWN.values())
     monkeypatch.setattr(Mlp, "forward", lambda self, x: 2 * MLP_FORWARD(self, x))
+    assert parts._own_forward(Mlp) is None
+    monkeypatch.setattr(Mlp, "forward", functools.wraps(MLP_FORWARD)(lambda self, x: 2 * MLP_FORWARD(self, x)))
     assert parts._own_forward(Mlp) is None
     monkeypatch.setitem(parts.KNOWN, Mlp, None)  # as it is when vptm is imported after that
     model, batch = make("vit")
@@ -485,6 +493,10 @@ def test_a_copy_of_a_sealed_model_knows_what_it_is_to_stay() -> None:
     left = "a sealed model must stay as freeze_for_inference left it"
     model, batch = make(KINDS[0])
     model.freeze_for_inference()
+    moved = copy.deepcopy(model)
+    moved.backbone = make(KINDS[0])[0].backbone
+    with pytest.raises(RuntimeError, match=left):
+        copy.deepcopy(moved)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)):
         in_place(copied, "backbone.blocks.0.norm1.weight", torch.zeros(16))
         with pytest.raises(RuntimeError, match=left):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -57,25 +58,55 @@ def test_a_callback_hears_every_step_and_epoch_and_the_end(backbone: Path, tmp_p
     assert mean == pytest.approx(result.history[2]["train_loss"]) and resumed.steps[-1][2] == result.history[2]["lr"]
 
 
-@pytest.mark.parametrize("change", ["edit", "unfreeze", "thaw a block", "eps"])
+CHANGES: dict[str, Any] = {
+    "edit": lambda model: model.backbone.norm.weight.mul_(1.5),
+    "mask token": lambda model: model.mask_token.mul_(1.5),
+    "another backbone": lambda model: setattr(model, "backbone", edited(model.backbone)),
+    "another head": lambda model: setattr(model, "lm_head", edited(model.lm_head)),
+    "unfreeze": lambda model: model.unfreeze(),
+    "thaw a block": lambda model: model.backbone.blocks[-1].requires_grad_(True),
+    "eps": lambda model: setattr(model.backbone.norm, "eps", 1.0),
+    "readout": lambda model: setattr(model, "readout", "cls"),
+}
+REFUSED = {
+    "eps": r"the eps of backbone\.norm must be the 1e-06 that the model was built with",
+    "readout": "readout must be the 'mask' that the model was built with",
+}
+
+
+def edited(part: torch.nn.Module) -> torch.nn.Module:
+    other = copy.deepcopy(part)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    return other
+
+
+def test_a_run_whose_frozen_part_was_edited_is_not_resumed_without_the_edit(backbone: Path, tmp_path: Path) -> None:
+    """Prompts that were learned with it would go on without."""
+
+    def changing(model: Any) -> Callback:
+        found = Callback()
+        found.epoch = lambda row: CHANGES["another head"](model)  # type: ignore[method-assign]
+        return found
+
+    model = make_model(backbone)
+    stopped_run(model, tmp_path / "r", 3, callbacks=[changing(model)])
+    with pytest.raises(ValueError, match="frozen weights were changed while the run went on, which no state holds"):
+        run(make_model(backbone), tmp_path / "r", epochs=3, resume=True)
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_an_adapter_holds_what_a_callback_did_to_frozen_parts(backbone: Path, tmp_path: Path, change: str) -> None:
     """What was compared with the source when the run began would be written of another model, or never load again."""
     model = make_model(backbone)
 
     class Changing(Callback):
         def epoch(self, row: Any) -> None:
-            if change == "edit":
-                with torch.no_grad():
-                    model.backbone.norm.weight.mul_(1.5)
-            elif change == "unfreeze":
-                model.unfreeze()
-            elif change == "thaw a block":
-                model.backbone.blocks[-1].requires_grad_(True)
-            else:
-                model.backbone.norm.eps = 1.0
+            with torch.no_grad():
+                CHANGES[change](model)
 
-    if change == "eps":
-        with pytest.raises(ValueError, match=r"the eps of backbone\.norm must be the 1e-06 that the model was built"):
+    if change in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[change]):
             run(model, tmp_path / "r", epochs=3, callbacks=[Changing()])
         return
     run(model, tmp_path / "r", epochs=3, callbacks=[Changing()])

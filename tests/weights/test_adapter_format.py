@@ -448,7 +448,8 @@ def never_loadable(backbone: Path) -> list[tuple[PromptedBEiT, type[Exception], 
 
 def of_other_parts(model: PromptedBEiT) -> list[tuple[PromptedBEiT, str]]:
     """Models of the same tensors that are other functions, and what is said of them."""
-    eps, act, patched, rows, sealed, same, method, blocks = (copy.deepcopy(model) for _ in range(8))
+    eps, act, patched, rows, sealed, same, method, blocks, idle = (copy.deepcopy(model) for _ in range(9))
+    idle.backbone.blocks[0].mlp.drop1 = type("Scaling", (torch.nn.Dropout,), {"forward": lambda self, x: 2 * x})()
     eps.backbone.blocks[1].norm2.eps = 0.5
     act.backbone.blocks[0].mlp.act = torch.nn.ReLU()
     block = patched.backbone.blocks[0]
@@ -471,6 +472,7 @@ def of_other_parts(model: PromptedBEiT) -> list[tuple[PromptedBEiT, str]]:
         (same, r"act must be the torch\.nn\.\S+GELU that .* got tests\.\S+GELU|got test_adapter_format\.GELU"),
         (method, "verbalizer must have the compare of its class, to be saved, got a patched one"),
         (blocks, r"the blocks of prompts must be the range\(0, 1\) that .*, got range\(0, 0\)"),
+        (idle, r"blocks\.0\.mlp\.drop1 must be the torch\S+Identity that .* got \S+\.Scaling"),
         (rows, "bias_index must be as the model was built with it, to be saved, got other values"),
         (sealed, r"model must have the frozen weights that freeze_for_inference\(\) left to be saved, got others"),
     ]

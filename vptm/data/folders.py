@@ -49,11 +49,13 @@ def read_folder(root: Path, notes: list[str]) -> tuple[dict[str, Listing], list[
 
     Folders are splits where their names are a word for train, val or test, with at most a word such as "set" or
     "images", numbers, and a part that they share ("train800" and "val200", "seg_train" and "seg_test"). A split other
-    than train that holds pictures without classes is unlabelled and left out.
+    than train that holds pictures without classes is unlabelled and left out, and so is a folder of pictures that is
+    called test or unlabelled beside the classes. One that is called train or val there is a class, which is noted.
+    Hidden folders and __MACOSX are passed over.
 
     Args:
         root: an existing folder.
-        notes: gets a line for everything that is left out.
+        notes: gets a line for pictures that are left out, and for what may be meant in another way.
 
     Raises:
         ValueError: no folder of pictures per class, or folders that may be splits and may be classes.
@@ -77,16 +79,16 @@ def read_folder(root: Path, notes: list[str]) -> tuple[dict[str, Listing], list[
         if ignored := [folder.name for folder in folders if folder not in splits.values()]:
             notes.append(f"folders beside the splits are ignored: {listed(ignored, 10)}")
         order = [split for split in ("train", "val", "test") if split in splits]
-        names = [child.name for child in _subfolders(splits[order[0]])]
+        names = [child.name for child in _labelled(splits[order[0]], [])]
         parts = {}
         for split in order:
             folder = splits[split]
-            children = _subfolders(folder)
-            if split != "train" and _is_unlabelled(folder, children, names):
+            if split != "train" and _is_unlabelled(folder, _subfolders(folder), names):
                 count = len(image_files(folder))
                 notes.append(f"{folder.name} holds {count} pictures without classes: unlabelled, left out")
                 continue
             _note_loose(folder, notes)
+            children = _labelled(folder, notes)
             if unknown := [child.name for child in children if child.name not in names]:
                 raise ValueError(f"{folder} holds the class {unknown[0]!r}, which the train split does not have")
             if not children:
@@ -168,6 +170,17 @@ def _is_divided(folder: Path) -> bool:
     return bool(_subfolders(folder)) and not _loose(folder)
 
 
+def _labelled(split: Path, notes: list[str]) -> list[Path]:
+    """The folders of classes in a split; what says that it is unlabelled is noted."""
+    found = []
+    for folder in _subfolders(split):
+        if _says_unlabelled(folder.name) and not _subfolders(folder) and (count := _loose(folder)):
+            notes.append(f"{split.name}/{folder.name} holds {count} pictures without classes: unlabelled, left out")
+        else:
+            found.append(folder)
+    return found
+
+
 def _is_unlabelled(folder: Path, children: list[Path], classes: list[str]) -> bool:
     """Whether a split has pictures and none of them in the folder of a class."""
     if not children:
@@ -183,13 +196,14 @@ def _tokens(name: str) -> set[str]:
 
 def _says_unlabelled(name: str) -> bool:
     """Whether a folder's name says that its pictures have no class; "unknown" may be one."""
-    tokens = _tokens(name)
-    return bool(tokens & _NO_CLASS) and tokens <= _NO_CLASS | _FILLERS
+    tokens = {token for token in _tokens(name) if not token.isdigit()}
+    return bool(tokens & _NO_CLASS) and tokens <= _NO_CLASS | _FILLERS | set(SPLIT_NAMES)
 
 
 def _classes(root: Path, folders: list[Path], notes: list[str]) -> list[Path]:
     """The folders that are classes of an undivided root: an unlabelled one is noted, what may be a split refused."""
-    others = [folder for folder in folders if (named := split_of(folder.name)) is None or named[1]]
+    no_splits = (folder for folder in folders if (named := split_of(folder.name)) is None or named[1])
+    others = [folder for folder in no_splits if not _says_unlabelled(folder.name)]
     classes = []
     for folder in folders:
         children = _subfolders(folder)
@@ -199,7 +213,8 @@ def _classes(root: Path, folders: list[Path], notes: list[str]) -> list[Path]:
                 f"{root} must hold classes, or splits above classes: {folder.name} holds the folders "
                 f"{listed([child.name for child in children], 10)}"
             )
-        split = None if folder in others else split_of(folder.name)
+        named = split_of(folder.name)
+        split = named if named and not named[1] else None
         if split is not None and split[0] != "train" and _is_divided(folder):
             raise ValueError(
                 f"{root} must hold classes or splits, {folder.name} looks like a split beside "

@@ -22,7 +22,6 @@ from vptm_kernels._runtime.triton_support import choose
 
 Made = TypeVar("Made")
 _MOST_SIZES = 8
-_SEALED = "a sealed model must stay as freeze_for_inference left it, got another weight, part, mode or hook"
 
 
 class _Made(NamedTuple):
@@ -68,8 +67,6 @@ class FrozenEncoder:
         self._sizes: dict[tuple[Any, int], tuple[Folded, Any]] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        if self._seal_backbone is not None and self._seal_backbone.changed(gradients=False):
-            raise RuntimeError(_SEALED)  # a copy would know nothing of it
         return {name: self.__dict__[name] for name in ("_seal", "_bare", "_packs", "_prompted")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -200,11 +197,8 @@ class FrozenEncoder:
     def _sealed(self, model: PromptedRows) -> Folded:
         assert self._seal is not None
         if not torch.compiler.is_compiling():
-            assert self._seal_backbone is not None
             # a frozen part that is asked for gradients gets none, which matters only where they are recorded
-            changed = self._seal_backbone.changed(gradients=torch.is_grad_enabled())
-            if changed or self._seal_backbone.root is not model.backbone or model.unread_prompts() is not None:
-                raise RuntimeError(_SEALED)
+            self.refuse_changed(model, gradients=torch.is_grad_enabled())
         key, dtype, _ = self._key(model)
         if self._seal.key != key:
             raise RuntimeError(
@@ -239,6 +233,15 @@ class FrozenEncoder:
         """Take the frozen part of a sealed model, also of a copy, for what it is to stay, where that was not done."""
         if self._seal_backbone is None:
             self._seal_backbone = Watch(model.backbone.modules(), [model._buffers])
+
+    def refuse_changed(self, model: PromptedRows, *, gradients: bool = True) -> None:
+        """RuntimeError where the frozen part of a sealed model is not what it is to stay."""
+        watch = self._seal_backbone
+        assert watch is not None
+        if watch.changed(gradients=gradients) or watch.root is not model.backbone or model.unread_prompts() is not None:
+            raise RuntimeError(
+                "a sealed model must stay as freeze_for_inference left it, got another weight, part, mode or hook"
+            )
 
     def at_size(self, folded: Folded, size: tuple[int, int], make: Callable[[], Made]) -> Made:
         """What `make` makes of `folded` for pictures of `size`, kept for the last sizes while `folded` is true."""

@@ -123,8 +123,9 @@ MLPS = (Mlp, GluMlp, SwiGLU)
 def _own_forward(kind: type[nn.Module]) -> Callable[..., Any] | None:
     """The `forward` that a class was written with, None where somebody replaced it by now."""
     definer = next(base for base in kind.__mro__ if "forward" in base.__dict__)
-    name = f"{definer.__qualname__}.forward"
-    return kind.forward if (kind.forward.__module__, kind.forward.__qualname__) == (definer.__module__, name) else None
+    forward: Any = kind.forward
+    named = (forward.__module__, forward.__qualname__) == (definer.__module__, f"{definer.__qualname__}.forward")
+    return forward if named and not hasattr(forward, "__wrapped__") else None  # `functools.wraps` copies names
 
 
 # How each reads that is known: a class whose `forward` was replaced is another class.

@@ -18,7 +18,7 @@ _training = itemgetter("training")
 _END = object()
 # Plain attributes that enter what is folded or kept.
 _WATCHED = (
-    *("eps", "scale", "num_heads", "head_dim", "rotate_half", "num_prefix_tokens"),
+    *("eps", "scale", "num_heads", "head_dim", "rotate_half", "gate_last", "num_prefix_tokens"),
     *("token_activation", "mode", "kind", "after", "blocks", "dropout"),
 )
 

@@ -104,7 +104,8 @@ def save_adapter(model: Saved, folder: str | Path, *, extra: Mapping[str, Any] |
         WriteError: an OSError that names the file that cannot be written.
 
     Warns:
-        UserWarning: hooks, which no adapter holds.
+        UserWarning: hooks, which no adapter holds. What only training reads, as the rate of a dropout, is left out as
+            well: a loaded model has that of its config.
 
     Example:
         >>> save_adapter(vptm.PromptedBEiT("builtin", num_classes=10), "clothes")
@@ -121,12 +122,13 @@ class FrozenPart(NamedTuple):
     """What an adapter leaves to its source.
 
     weight_hash: of the tensors that the source gives. dtype: theirs, as a name, or a name for each tensor. changed:
-    what is frozen but not given by the source, edited or made at random; it goes into the adapter.
+    what is frozen but not given by the source, edited or made at random; it goes into the adapter. digest: of both.
     """
 
     weight_hash: str
     dtype: str | dict[str, str]
     changed: dict[str, Tensor]
+    digest: str
 
 
 def save_compared(
@@ -200,7 +202,8 @@ def frozen_part(model: Saved) -> FrozenPart:
         digest = weight_hash(frozen)
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in frozen.items()}
     kinds = set(dtypes.values())
-    return FrozenPart(digest, dtypes if len(kinds) > 1 else next(iter(kinds), "float32"), changed)
+    both = f"{digest} {weight_hash(changed)}" if changed else digest
+    return FrozenPart(digest, dtypes if len(kinds) > 1 else next(iter(kinds), "float32"), changed, both)
 
 
 def unwrapped(model: Any) -> Any:
@@ -255,7 +258,7 @@ def _check_part(name: str, module: nn.Module, built: nn.Module) -> None:
             one_line(f"{what} must be the {wanted} that the model was built with, to be saved, got {found}")
         )
 
-    kinds = [nn.Identity if isinstance(part, _IDLE) else type(part) for part in (built, module)]
+    kinds = [nn.Identity if type(part) in _IDLE else type(part) for part in (built, module)]
     if kinds[0] is not kinds[1]:
         raise differs(name, *(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds))
     methods = [key for key in module.__dict__.keys() - built.__dict__.keys() if callable(getattr(kinds[1], key, None))]

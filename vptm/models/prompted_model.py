@@ -227,8 +227,8 @@ class PromptedModel(Pretrained):
         Raises:
             ValueError: a trainable backbone, blocks that do not fold, or impl="reference".
             RuntimeError: of a model that `without_prompts` gave, whose weights are another model's.
-            RuntimeError: from calls of the model afterwards, where a weight, part, mode or hook of its backbone is not
-                what it was.
+            RuntimeError: from calls and copies of the model afterwards, where a weight, part, mode or hook of its
+                backbone is not what it was.
 
         Example:
             >>> model = vptm.PromptedBEiT("builtin", num_classes=10).freeze_for_inference()
@@ -256,6 +256,11 @@ class PromptedModel(Pretrained):
             self.backbone.register_load_state_dict_pre_hook(_refuse_dropped_weights)
             self._encoder.seal(self, folded, pack=True)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._encoder.sealed:
+            self._encoder.refuse_changed(self)  # a copy would know nothing of it
+        return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -37,7 +37,8 @@ class Callback:
         None where they were not looked at."""
 
     def end(self, history: Iterable[Mapping[str, Any]], *, interrupted: bool) -> None:
-        """At the end, also after Ctrl-C, with the rows of all epochs; not after an error."""
+        """At the end, also after Ctrl-C, with the rows of all epochs; not after an error. The run is written by then:
+        what is changed in the model here is in no file."""
 
 
 class TensorBoard(Callback):

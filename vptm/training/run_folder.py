@@ -87,6 +87,7 @@ class Run:
         self._lock = FolderLock()
         self._frozen: FrozenPart | None = None
         self._compared: Watch | None = None
+        self._adapter_of: str | None = None
         if folder is not None:
             self._compare_frozen()
         self.epoch = self._written = self.best_epoch = 0
@@ -200,8 +201,11 @@ class Run:
 
     def end(self, *, finished: bool) -> None:
         """Leave the best epoch in the model, and in the folder curves and whether the run is finished."""
-        if self._frozen_was_edited():
-            self._save_best()
+        if self.folder is not None and self.history:
+            found = frozen_part(self.model)
+            if self._frozen is None or found.digest != self._frozen.digest:
+                self._frozen = found
+                self._write()
         self.model.load_learned_state_dict(self.best_state)
         self.model.eval()
         if self.folder is None or not self.history:
@@ -243,6 +247,8 @@ class Run:
         self._write()
 
     def _restore(self, state: dict[str, Any]) -> None:
+        if state.get("frozen") is not None and self._frozen is not None and state["frozen"] != self._frozen.digest:
+            raise ValueError("frozen weights were changed while the run went on, which no state holds")
         own = self.model.learned_state_dict()
         # an adapter also holds what is frozen and differs from the source
         best = state["best"] if "learned" in state else {k: v for k, v in state["best"].items() if k in own}
@@ -262,8 +268,11 @@ class Run:
     def _write(self) -> None:
         if self.folder is None:
             return
+        if self._compared is not None and self._compared.changed():  # a callback changed what does not learn
+            self._compare_frozen()
+        edited = self._frozen is not None and self._frozen.digest != self._adapter_of
         write_state(self.folder / STATE_FILE, self._entries())
-        self._write_files()
+        self._write_files(edited=edited)
         self._written = self.epoch
 
     def _entries(self) -> dict[str, Any]:
@@ -278,9 +287,11 @@ class Run:
             "best_epoch": self.best_epoch,
             "best_score": None if self.best_score is None else list(self.best_score),
             "history": self.history,
+            "frozen": None if self._frozen is None else self._frozen.digest,
         }
 
-    def _write_files(self) -> None:
+    def _write_files(self, *, edited: bool = False) -> None:
+        """edited: whether what does not learn is another than it was when the adapter was written."""
         assert self.folder is not None
         text = io.StringIO()
         columns = MULTI_LABEL_METRICS if self.model.multi_label else METRICS
@@ -289,16 +300,8 @@ class Run:
         writer.writerows(self.history)
         write_atomically(self.folder / METRICS_FILE, text.getvalue().encode())
         missing = not (self.folder / TENSORS_FILE).is_file()
-        if self._frozen_was_edited() or self.epoch in (0, self.best_epoch) or missing:
+        if edited or self.epoch in (0, self.best_epoch) or missing:
             self._save_best()
-
-    def _frozen_was_edited(self) -> bool:
-        """Whether what does not learn is another since it was compared with its source, by a callback say; it is
-        compared once more then."""
-        if self._compared is None or not self._compared.changed():
-            return False
-        self._compare_frozen()
-        return True
 
     def _compare_frozen(self) -> None:
         """Say what an adapter leaves to its source, and look at what does not learn, which a callback may change."""
@@ -315,6 +318,7 @@ class Run:
             best = None if self.best_score is None else self.best_score[0]
             extra = {"epoch": self.best_epoch, "val_map" if self.model.multi_label else "val_accuracy": best}
             save_compared(self.model, self.folder, self._frozen, extra)
+            self._adapter_of = self._frozen.digest
         finally:
             self.masters.load(current)
 
