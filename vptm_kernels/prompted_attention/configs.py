@@ -158,15 +158,16 @@ def forward_config(
     if not asynchronous_tensor_cores(arch):
         return ForwardConfig(64, 32, 8 if arch in ("sm80", "sm120") and head_dim <= 16 and column_bias else 4, 1)
     if rotary and arch == "sm90":
-        return ForwardConfig(64, 64, 4, 1) if pooled else ForwardConfig(128, 64, 8, 1, max_registers=128)
+        # with Triton 3.9 64 keys a block spill 8 to 16 bytes beside 128 rows
+        return ForwardConfig(64, 64, 4, 1) if pooled else ForwardConfig(128, 32, 8, 1, max_registers=128)
     if arch == "sm90" and tokens > 64 and not prompts_attend:
         if not bias_bits:
             return ForwardConfig(64, 64, 4, 3)
         if not scaled:
             large = ForwardConfig(128, 64, 8, 1, max_registers=128)
-            # with two narrow blocks of a pool's keys two stages spill 8 bytes
-            stages = 1 if pooled and tails(tokens, keys - tokens, 64, pooled=True)[1] else 2
-            return large if gathered else ForwardConfig(64, 64, 4, stages, max_registers=128)
+            # with two narrow blocks of a pool's keys 128 registers spill, by version of Triton 8 to 56 bytes
+            narrow = pooled and tails(tokens, keys - tokens, 64, pooled=True)[1]
+            return large if gathered else ForwardConfig(64, 64, 4, 2, max_registers=144 if narrow else 128)
     resident = few and arch == "sm90" and head_dim in (16, 64) and bias_bits <= 16
     warps = 8 if _tensor_memory(arch) and (head_dim <= 16 or (gathered and not scaled)) else 4
     # without the bound 96 registers and 16 to 24 bytes spilled at some head dimensions
@@ -247,12 +248,16 @@ def query_grad_config(
         # 32 x 32 has a tenth fewer instructions for a score, and spills by version of Triton.
         if arch.startswith("gfx"):
             return Config(16, 16, 4, 1) if prompts_attend else Config(32, 32, 4, 1)
-        return Config(16, 32 if prompts_attend else 64, 4, 1)
+        # without the bound 168 registers and 8 bytes spilled with Triton 3.9
+        registers = 255 if arch == "sm80" and prompts_attend and column_bias else 0
+        return Config(16, 32 if prompts_attend else 64, 4, 1, max_registers=registers)
     if _tensor_memory(arch):
         if prompts_attend:
             # without the bound 8 to 24 bytes are spilled at 128 registers, by number of prompts
             return Config(64, 32, 4, 1, max_registers=200)
-        return Config(64, 64, 8 if prompt_columns or column_bias else 4, 1)
+        # without the bound 80 registers and 8 bytes spilled with Triton 3.9
+        registers = 144 if column_bias else 0
+        return Config(64, 64, 8 if prompt_columns or column_bias else 4, 1, max_registers=registers)
     if arch == "sm90":
         if prompts_attend and column_bias and not bias_bits:  # 64 x 64 spills 16 bytes with Triton 3.6
             return Config(128, 32, 8, 1)
@@ -322,7 +327,8 @@ def key_grad_config(
     narrow = block_n == 16 and not (arch == "sm80" and of_prompts and prompts_attend)
     wide = narrow or asynchronous_tensor_cores(arch)
     warps = 8 if of_prompts and block_n >= 32 and _tensor_memory(arch) else 4
-    registers = 168 if rotary and arch == "sm90" and not of_prompts and head_dim <= 64 else 0
+    # unbounded it takes 188 with Triton 3.9, which spills up to 24 bytes at 168, where three programs would fit
+    registers = 176 if rotary and arch == "sm90" and not of_prompts and head_dim <= 64 else 0
     return Config(64 if wide and head_dim <= 64 else block_m, block_n, warps, 1, max_registers=registers)
 
 
