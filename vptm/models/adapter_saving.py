@@ -123,12 +123,14 @@ class FrozenPart(NamedTuple):
 
     weight_hash: of the tensors that the source gives. dtype: theirs, as a name, or a name for each tensor. changed:
     what is frozen but not given by the source, edited or made at random; it goes into the adapter. digest: of both.
+    compared: whether the source was there.
     """
 
     weight_hash: str
     dtype: str | dict[str, str]
     changed: dict[str, Tensor]
     digest: str
+    compared: bool
 
 
 def save_compared(
@@ -203,7 +205,9 @@ def frozen_part(model: Saved) -> FrozenPart:
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in frozen.items()}
     kinds = set(dtypes.values())
     both = f"{digest} {weight_hash(changed)}" if changed else digest
-    return FrozenPart(digest, dtypes if len(kinds) > 1 else next(iter(kinds), "float32"), changed, both)
+    return FrozenPart(
+        digest, dtypes if len(kinds) > 1 else next(iter(kinds), "float32"), changed, both, again is not None
+    )
 
 
 def unwrapped(model: Any) -> Any:

@@ -202,9 +202,8 @@ class Run:
     def end(self, *, finished: bool) -> None:
         """Leave the best epoch in the model, and in the folder curves and whether the run is finished."""
         if self.folder is not None and self.history:
-            found = frozen_part(self.model)
-            if self._frozen is None or found.digest != self._frozen.digest:
-                self._frozen = found
+            self._compare_frozen()
+            if self._frozen is not None and self._frozen.digest != self._adapter_of:
                 self._write()
         self.model.load_learned_state_dict(self.best_state)
         self.model.eval()
@@ -249,6 +248,7 @@ class Run:
     def _restore(self, state: dict[str, Any]) -> None:
         if state.get("frozen") is not None and self._frozen is not None and state["frozen"] != self._frozen.digest:
             raise ValueError("frozen weights were changed while the run went on, which no state holds")
+        self._adapter_of = None if self._frozen is None else self._frozen.digest
         own = self.model.learned_state_dict()
         # an adapter also holds what is frozen and differs from the source
         best = state["best"] if "learned" in state else {k: v for k, v in state["best"].items() if k in own}
@@ -308,7 +308,10 @@ class Run:
         frozen = [part for part in (self.model.backbone, self.model.lm_head) if part is not None and not learns(part)]
         modules = [module for part in frozen for module in part.modules()]
         self._compared = Watch(modules, [self.model._buffers]) if modules else None
-        self._frozen = frozen_part(self.model)
+        found = frozen_part(self.model)
+        # a file that went meanwhile says nothing of what was edited before
+        if self._frozen is None or found.compared or not self._frozen.compared:
+            self._frozen = found
 
     def _save_best(self) -> None:
         assert self.folder is not None and self._frozen is not None
