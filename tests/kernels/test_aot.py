@@ -107,13 +107,15 @@ def test_softmax_is_computed_once(target):
 
 
 def test_size_of_the_forward_loop_on_sm90():
-    """Instructions for 32 scores a thread, 299 to 320 with a bias, and 22 more for the copies of the next block;
-    compilers differ by a few."""
+    """Instructions for 32 scores a thread, 299 to 320 with a bias, and 22 more for the copies of the next block; for
+    16, with rotary positions, 203 to 211. Compilers differ by a few."""
+    limits = {(64, 64, 4): 326, (128, 64, 8): 326, (128, 32, 8): 216}
     for report in of_16_bits("sm90", "forward"):
         tile = report.constants["BLOCK_M"], report.constants["BLOCK_N"], report.num_warps
-        assert tile in ((64, 64, 4), (128, 64, 8)), report.row()
+        assert tile in limits and (tile == (128, 32, 8)) == ("-rotary-" in report.case), report.row()
         if not report.constants["SCORES_RESIDENT"]:
-            assert report.main_loop["total"] <= (326 if report.num_stages == 1 else 348), report.row()
+            copies = 0 if report.num_stages == 1 else 22
+            assert report.main_loop["total"] <= limits[tile] + copies, report.row()
 
 
 def test_queries_that_come_scaled_have_more_programs_at_a_time_on_sm90():
