@@ -49,6 +49,7 @@ NOT_RUN = {
     "studies.prompt_length": "hours: test_trained.py has the parts",
     "studies.what_prompts_add": "hours: test_trained.py has the parts",
     "studies.published_methods": "hours: test_trained.py has the parts",
+    "studies.plain_twin": "hours: test_trained.py has the parts",
     "studies.label_mapping": "an hour: test_label_mapping_study.py has the parts",
     "studies.report": "writes into studies/results: test_report.py has its tables",
     "torchrun": "starts processes: test_ranks.py trains in two",
