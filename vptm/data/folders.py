@@ -31,8 +31,8 @@ _FILLERS = {
     "photos",
 }
 _FILLERS |= {"split", "folder", "sample", "samples"}
-_UNLABELLED = {"unknown", "unlabelled", "unlabeled", "all"}
 _NO_CLASS = {"unlabelled", "unlabeled"}
+_UNLABELLED = _NO_CLASS | {"unknown", "all"}
 _NO_DATA = {"__MACOSX"}  # what macOS puts beside the folders of an archive
 _TOKEN = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|[^\W\d_a-zA-Z]+")
 

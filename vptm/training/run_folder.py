@@ -270,9 +270,8 @@ class Run:
             return
         if self._compared is not None and self._compared.changed():  # a callback changed what does not learn
             self._compare_frozen()
-        edited = self._frozen is not None and self._frozen.digest != self._adapter_of
         write_state(self.folder / STATE_FILE, self._entries())
-        self._write_files(edited=edited)
+        self._write_files()
         self._written = self.epoch
 
     def _entries(self) -> dict[str, Any]:
@@ -290,9 +289,8 @@ class Run:
             "frozen": None if self._frozen is None else self._frozen.digest,
         }
 
-    def _write_files(self, *, edited: bool = False) -> None:
-        """edited: whether what does not learn is another than it was when the adapter was written."""
-        assert self.folder is not None
+    def _write_files(self) -> None:
+        assert self.folder is not None and self._frozen is not None
         text = io.StringIO()
         columns = MULTI_LABEL_METRICS if self.model.multi_label else METRICS
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -300,6 +298,7 @@ class Run:
         writer.writerows(self.history)
         write_atomically(self.folder / METRICS_FILE, text.getvalue().encode())
         missing = not (self.folder / TENSORS_FILE).is_file()
+        edited = self._frozen.digest != self._adapter_of
         if edited or self.epoch in (0, self.best_epoch) or missing:
             self._save_best()
 
